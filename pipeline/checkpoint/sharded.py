@@ -1,0 +1,110 @@
+"""Model and optimizer to and from a committed folder, through megatron-core's resharding dist_checkpointing."""
+
+import json
+import queue
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.config import Config, changed_keys
+from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero, is_main_process
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.model.lora import is_adapter
+from retemper.pipeline.train.state import TrainState
+
+# Optimizer states that load at another TP, PP or DP; megatron's default cannot change the topology.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+
+# megatron hands results of its writer through a queue of a freshly spawned process, which imports torch again: 10 s
+# a save. A synchronous save stays in this process, where a plain queue does.
+filesystem_async._results_queue = queue.Queue()
+
+
+@dataclass(frozen=True)
+class Checkpointer:
+    """Saves and restores one run. With LoRA a checkpoint holds the adapters and their optimizer states, not the base."""
+
+    config: Config
+    topology: Topology
+    model: object
+    optimizer: object
+    fingerprints: dict[str, str]  # of the data, and of the checkpoint the run started from
+
+    def save(self, state: TrainState) -> None:
+        """Commit a checkpoint after state.step steps. Every rank calls it."""
+        run_dir = self.config.run_dir
+        temporary = Path(from_rank_zero(str(commit.begin(run_dir, state.step)) if self.topology.rank == 0 else None))
+        dist_checkpointing.save(self._sharded_state(is_loading=False), str(temporary))
+        barrier()
+        if self.topology.rank == 0:
+            meta = {"train_state": state.to_dict(), "fingerprints": self.fingerprints, "config": self.config.model_dump()}
+            commit.commit(run_dir, state.step, meta)
+        barrier()
+
+    def restore(self) -> TrainState:
+        """Load this run's newest committed checkpoint; without one, the weights of init_from. Every rank calls it.
+
+        Raises UserError where a checkpoint is damaged, of another kind, or was made on other data or another base.
+        """
+        steps = from_rank_zero(commit.committed_steps(self.config.run_dir))
+        if self.config.init_from and (self.config.method.name == "lora" or not steps):
+            self._load_base()
+        return self.load(steps[-1]) if steps else TrainState()
+
+    def load(self, step: int) -> TrainState:
+        """Load this run's checkpoint after `step` steps (with LoRA: onto the base that restore loaded)."""
+        folder = commit.folder_of(self.config.run_dir, step)
+        meta = verified_meta(folder)
+        for name, value in self.fingerprints.items():
+            if meta["fingerprints"].get(name) != value:
+                raise UserError(f"{folder} was made with another {name} than this run's: restore the old one or choose another name")
+        loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder))
+        self._fill_model(loaded["model"])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        return TrainState.from_dict(meta["train_state"])
+
+    def _load_base(self) -> None:
+        folder = commit.newest(Path(self.config.init_from))
+        meta = verified_meta(folder)
+        if meta["config"]["method"]["name"] != "full":
+            raise UserError(f"init_from={self.config.init_from}: {folder} holds adapters, not a model; name a run with method=full")
+        if changes := changed_keys(meta["config"]["model"], self.config.model.model_dump()):
+            raise UserError(f"init_from={self.config.init_from}: {folder} holds another model ({'; '.join(changes)}); set model.* to its shape")
+        weights = {key: value for key, value in self._model_state().items() if not is_adapter(key)}
+        self._fill_model(dist_checkpointing.load({"model": weights}, str(folder))["model"])
+        self.optimizer.reload_model_params()
+
+    def _sharded_state(self, *, is_loading: bool) -> dict:
+        model_state = self._trained_state()
+        optimizer_state = self.optimizer.sharded_state_dict({"model": model_state}, is_loading=is_loading, metadata=dict(_METADATA))
+        return {"model": model_state, "optimizer": optimizer_state}
+
+    def _trained_state(self) -> dict:
+        state = self._model_state()
+        if self.config.method.name == "full":
+            return state
+        return {key: value for key, value in state.items() if is_adapter(key)}
+
+    def _model_state(self) -> dict:
+        return self.model.sharded_state_dict(metadata=dict(_METADATA))
+
+    def _fill_model(self, tensors: dict) -> None:
+        unexpected = self.model.load_state_dict(tensors, strict=False).unexpected_keys
+        assert not unexpected, f"weights that fit nowhere: {unexpected}"
+
+
+def verified_meta(folder: Path) -> dict:
+    """read_meta on rank 0, its result or its error on every rank."""
+    outcome = None
+    if is_main_process():
+        try:
+            outcome = json.dumps(commit.read_meta(folder)), None
+        except UserError as error:
+            outcome = None, str(error)
+    meta, problem = from_rank_zero(outcome)
+    if problem:
+        raise UserError(problem)
+    return json.loads(meta)

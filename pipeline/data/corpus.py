@@ -1,0 +1,80 @@
+"""A folder of token shards, as `retemper tokenize` left it: its manifest, and its samples by id."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from retemper.pipeline.config import Config
+from retemper.pipeline.errors import UserError
+
+
+def read_manifest(path: str | Path) -> dict:
+    """The manifest of a corpus. Raises UserError where there is none."""
+    manifest = Path(path, "manifest.json")
+    if not manifest.is_file():
+        raise UserError(f"{path} holds no token corpus ({manifest.name} is missing): make it with `retemper tokenize`")
+    return json.loads(manifest.read_text())
+
+
+def check_corpora(config: Config) -> dict[str, dict]:
+    """Manifests of the training corpus ("train") and the held-out domains, checked against the config.
+
+    Raises UserError with every mismatch: vocabulary, sequence length, tokenizer, and a corpus smaller than one batch.
+    """
+    manifests = {"train": read_manifest(config.data.path)}
+    manifests |= {f"heldout {domain}": read_manifest(path) for domain, path in config.evals.heldout.items()}
+    problems = []
+    for name, manifest in manifests.items():
+        if manifest["vocab_size"] != config.model.vocab_size:
+            problems.append(
+                f"{name}: the tokenizer of corpus {manifest['name']} has {manifest['vocab_size']} tokens, model.vocab_size is {config.model.vocab_size}"
+            )
+        if manifest["seq_length"] != config.data.seq_length:
+            problems.append(f"{name}: corpus {manifest['name']} has samples of {manifest['seq_length']} tokens, data.seq_length is {config.data.seq_length}")
+        if manifest["tokenizer_sha256"] != manifests["train"]["tokenizer_sha256"]:
+            problems.append(f"{name}: corpus {manifest['name']} was made with another tokenizer than the training corpus")
+        if name != "train" and not manifest["splits"]["heldout"]["samples"]:
+            problems.append(f"{name}: corpus {manifest['name']} has no held-out sample; raise data.heldout_fraction and tokenize again")
+    available = manifests["train"]["splits"]["train"]["samples"]
+    if available < config.train.global_batch_size:
+        problems.append(
+            f"train: the corpus has {available} samples, fewer than one batch of train.global_batch_size={config.train.global_batch_size}; "
+            "give more text or a smaller batch"
+        )
+    if problems:
+        raise UserError("\n".join(["The data does not fit the run:", *(f"  - {problem}" for problem in problems)]))
+    return manifests
+
+
+class TokenShards:
+    """Samples of one split by id, through mosaicml-streaming's shard readers."""
+
+    def __init__(self, path: str | Path, split: str):
+        """Open `path/split`. Raises UserError where its index or a shard is missing."""
+        from streaming.base.format import reader_from_json
+        from streaming.base.spanner import Spanner
+
+        folder = Path(path, split)
+        index = folder / "index.json"
+        if not index.is_file():
+            raise UserError(f"{index} is missing: remove {path} and tokenize again")
+        self._shards = [reader_from_json(str(folder), "", shard) for shard in json.loads(index.read_text())["shards"]]
+        for shard in self._shards:
+            shard.validate(allow_unsafe_types=False)
+            if not (file := folder / shard.raw_data.basename).is_file():
+                raise UserError(f"{file} is missing: remove {path} and tokenize again")
+        sizes = np.array([shard.samples for shard in self._shards], np.int64)
+        self._locate = Spanner(sizes)
+        self._size = int(sizes.sum())
+
+    def __len__(self) -> int:
+        return self._size
+
+    def tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids of the samples, int64 (len(ids), seq_length)."""
+        return np.stack([self._sample(int(id)) for id in ids]).astype(np.int64)
+
+    def _sample(self, id: int) -> np.ndarray:
+        shard, position = self._locate[id]
+        return self._shards[shard][position]["tokens"]

@@ -1,0 +1,145 @@
+"""Ranks and process groups. The only module of the house that touches megatron's parallel_state or RANK and WORLD_SIZE."""
+
+import datetime
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+
+from retemper.pipeline.config import Config, ParallelConfig
+from retemper.pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place: global rank, and index within each dimension of the parallel layout."""
+
+    rank: int
+    world_size: int
+    tensor_parallel_rank: int
+    pipeline_parallel_rank: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    is_first_stage: bool
+    is_last_stage: bool
+    device: "torch.device"  # noqa: F821
+
+
+def launched_world_size() -> int | None:
+    """WORLD_SIZE as torchrun or Slurm set it; None outside a launcher."""
+    value = os.environ.get("WORLD_SIZE")
+    return int(value) if value else None
+
+
+def is_main_process() -> bool:
+    """Whether this is global rank 0, also before any process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_world_size(config: Config) -> None:
+    """Refuse, before any process group starts, a launch whose rank count is not the config's. Raises UserError."""
+    needed, got = config.parallel.world_size, launched_world_size() or 1
+    if needed != got:
+        sizes = config.parallel
+        raise UserError(
+            f"The launch has {got} rank{'s' * (got != 1)}, but the config needs {needed} = tensor {sizes.tensor_parallel_size} × "
+            f"pipeline {sizes.pipeline_parallel_size} × context {sizes.context_parallel_size} × data {sizes.data_parallel_size}. "
+            f"Launch {needed} (torchrun --nproc-per-node …) or change parallel.*_size"
+        )
+
+
+def start(parallel: ParallelConfig) -> Topology:
+    """Join the process group and build megatron's model- and data-parallel groups. Call `stop` before starting another."""
+    _quiet()
+    import torch
+
+    from retemper.pipeline.distributed import cpu
+
+    cpu.patch()
+    from megatron.core import parallel_state
+
+    if not torch.distributed.is_initialized():
+        _join(torch)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+    )
+    return Topology(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        is_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_last_stage=parallel_state.is_pipeline_last_stage(),
+        device=_device(torch),
+    )
+
+
+def stop(*, leave: bool = True) -> None:
+    """Destroy megatron's groups and, with leave, the process group under them."""
+    import torch
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if leave:
+        torch.distributed.destroy_process_group()
+
+
+def from_last_stage(values: list[float]) -> list[float]:
+    """Sum values over data-parallel ranks of the last pipeline stage, and hand the result to every rank.
+
+    Every rank passes a list of the same length; only the last stage's values count.
+    """
+    import torch
+    from megatron.core import parallel_state
+
+    device = _device(torch)
+    summed = torch.tensor(values, dtype=torch.float64, device=device)
+    if parallel_state.is_pipeline_last_stage():
+        torch.distributed.all_reduce(summed, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    torch.distributed.broadcast(
+        summed, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
+    )
+    return summed.tolist()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    import torch
+
+    torch.distributed.barrier()
+
+
+def from_rank_zero(value):
+    """Rank 0's picklable value on every rank."""
+    import torch
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _join(torch) -> None:
+    for variable, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(variable, value)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=10))
+
+
+def _device(torch):
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _quiet() -> None:
+    """Silence what megatron-core and torch say at import about parts that are not installed; start-up says it once."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|streaming)\.")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+    for name in ("torch.utils.cpp_extension", "megatron.core", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

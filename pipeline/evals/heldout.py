@@ -1,0 +1,52 @@
+"""Held-out loss in bits per byte, on the live sharded model. Shapes: B micro-batch, T sequence length."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from retemper.pipeline.config import Config
+from retemper.pipeline.data.batch import make_batch
+from retemper.pipeline.data.corpus import TokenShards
+from retemper.pipeline.distributed.topology import Topology, from_last_stage
+from retemper.pipeline.train.step import token_losses
+
+
+def heldout_scores(config: Config, topology: Topology, model) -> dict[str, dict[str, float]]:
+    """domain -> bits_per_byte, loss (nats per token), tokens, bytes and samples, the same on every rank.
+
+    Bits per byte divides the loss of all predicted tokens by the UTF-8 bytes they stand for, so that models with
+    different tokenizers compare; end-of-text, which stands for no bytes, does not count.
+    """
+    model.eval()
+    scores = {domain: _score(config, topology, model, path) for domain, path in config.evals.heldout.items()}
+    model.train()
+    return scores
+
+
+def _score(config: Config, topology: Topology, model, path: str) -> dict[str, float]:
+    shards = TokenShards(path, "heldout")
+    token_bytes = torch.from_numpy(np.load(Path(path, "token_bytes.npy"), allow_pickle=False)).to(topology.device)
+    samples = min(len(shards), config.evals.max_samples)
+    mine = np.array_split(np.arange(samples), topology.data_parallel_size)[topology.data_parallel_rank]
+    nats = tokens = bytes_ = 0.0
+    for ids in _parts(mine, config.evals.micro_batch_size):
+        batch = make_batch(shards.tokens(ids), topology.device)
+        for losses_BT in token_losses(config, model, [batch]):
+            bytes_BT = token_bytes[batch.labels_BT] * batch.loss_mask_BT
+            nats += (losses_BT.double() * (bytes_BT > 0)).sum().item()
+            tokens += (bytes_BT > 0).sum().item()
+            bytes_ += bytes_BT.sum().item()
+    nats, tokens, bytes_ = from_last_stage([nats, tokens, bytes_])
+    return {
+        "bits_per_byte": nats / math.log(2) / bytes_,
+        "loss": nats / tokens,
+        "tokens": int(tokens),
+        "bytes": int(bytes_),
+        "samples": samples,
+    }
+
+
+def _parts(ids: np.ndarray, size: int) -> list[np.ndarray]:
+    return [ids[start : start + size] for start in range(0, len(ids), size)]

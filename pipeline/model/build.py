@@ -1,0 +1,113 @@
+"""A config becomes a megatron-core model on this rank. The only module that chooses between layer implementations."""
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from retemper.pipeline.config import Config, ModelConfig
+from retemper.pipeline.distributed.topology import Topology
+from retemper.pipeline.model import lora
+from retemper.pipeline.model.weights import init_weights
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, whose weight tells megatron-core to sum its gradient over a sequence-parallel group.
+
+    megatron-core's own torch wrapper refuses sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """The vocabulary rounded up so that every rank's shard is equal: to a multiple of 128 wherever that suffices, so
+    that weights have one shape at every usual tensor-parallel size."""
+    multiple = math.lcm(128, tensor_parallel_size)
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def build_model(config: Config, topology: Topology) -> DistributedDataParallel:
+    """This rank's stage and shard, initialised, on its device, with only the method's parameters trainable."""
+    transformer = transformer_config(config)
+    model = GPTModel(
+        config=transformer,
+        transformer_layer_spec=_block_spec(config, transformer),
+        vocab_size=padded_vocab_size(config.model.vocab_size, config.parallel.tensor_parallel_size),
+        max_sequence_length=config.model.max_sequence_length,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=config.model.rotary_base,
+    )
+    init_weights(model, config.model, config.train.seed)
+    if config.method.name == "lora":
+        lora.freeze_base(model)
+    model.to(topology.device)
+    if transformer.bf16:
+        model = Float16Module(transformer, model)
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    return DistributedDataParallel(transformer, ddp, model)
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """megatron-core's view of the run."""
+    model, parallel = config.model, config.parallel
+    bf16 = config.train.precision == "bf16"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,  # init_weights does it, the same at every topology
+        use_cpu_initialization=not torch.cuda.is_available(),
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=bf16,
+        # Means over all tokens of the global batch, right also when loss masks differ between ranks.
+        calculate_per_token_loss=True,
+        # The fused kernels come with apex and Transformer Engine.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, frozen) elements held by this rank."""
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    return counts[True], counts[False]
+
+
+def _block_spec(config: Config, transformer: TransformerConfig) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_submodules(normalization="RMSNorm")
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.method.name == "lora":
+        lora.use_adapters(layer, config.method.lora)
+    layers = transformer.num_layers // transformer.pipeline_model_parallel_size
+    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

@@ -1,0 +1,42 @@
+"""What every rank of a launched job does around its work: check the input, join, work, report one clear error."""
+
+import sys
+from collections.abc import Callable
+
+from retemper.pipeline import run_folder
+from retemper.pipeline.config import Config, load_config
+from retemper.pipeline.distributed import topology as topologies
+from retemper.pipeline.errors import UserError
+
+
+def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, dict[str, str]], None]) -> int:
+    """Load and check the config, start the process groups, call work(config, topology, fingerprints). Returns the exit code.
+
+    Whatever the person got wrong is refused before any process group starts, and said by rank 0 only.
+    """
+    try:
+        config = load_config(overrides)
+        fingerprints = preflight(config)
+        topology = topologies.start(config.parallel)
+        work(config, topology, fingerprints)
+    except UserError as error:
+        if topologies.is_main_process():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    topologies.stop()
+    return 0
+
+
+def preflight(config: Config) -> dict[str, str]:
+    """Check everything that needs no process group, and return the fingerprints of data and base. Raises UserError."""
+    from pathlib import Path
+
+    from retemper.pipeline.checkpoint import commit
+    from retemper.pipeline.data.corpus import check_corpora
+
+    topologies.check_world_size(config)
+    run_folder.check(config)
+    fingerprints = {"data": check_corpora(config)["train"]["fingerprint"]}
+    if config.init_from:
+        fingerprints["base"] = commit.fingerprint(commit.newest(Path(config.init_from)))
+    return fingerprints

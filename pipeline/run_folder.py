@@ -1,0 +1,71 @@
+"""What a run leaves on disk: runs_dir/study/name with config.json, metrics.jsonl, checkpoints/, evals/<step>/."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from retemper.pipeline.config import Config, changed_keys
+from retemper.pipeline.errors import UserError
+
+# What a restart may change: where and how the run computes, and what is watched, but not what it computes.
+_MAY_CHANGE = ("parallel.", "checkpoint.", "evals.", "track.", "runs_dir:", "init_from:", "train.micro_batch_size:", "train.log_every_steps:")
+_MAY_CHANGE += ("data.path:", "data.tokenizer:", "data.tasks:", "data.source.")  # the checkpoint's fingerprint guards the content
+
+
+def check(config: Config) -> None:
+    """Refuse a folder that belongs to another config, before anything starts. Raises UserError with the keys that differ."""
+    path = config.run_dir / "config.json"
+    if not path.is_file():
+        return
+    changes = [c for c in changed_keys(json.loads(path.read_text()), json.loads(config.to_json())) if not c.startswith(_MAY_CHANGE)]
+    if changes:
+        raise UserError(
+            "\n".join([f"{config.run_dir} belongs to a run with another config:", *(f"  - {change}" for change in changes)])
+            + "\nChange the keys back to continue it, or set another name"
+        )
+
+
+def claim(config: Config, step: int) -> None:
+    """Write config.json, and drop metrics after `step`, which the resumed run will measure again. Rank 0 only."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    replace_file(config.run_dir / "config.json", config.to_json())
+    kept = [json.dumps(record) + "\n" for record in read_metrics(config.run_dir) if record["step"] <= step]
+    replace_file(config.run_dir / "metrics.jsonl", "".join(kept))
+
+
+def append_metrics(run_dir: Path, record: dict) -> None:
+    """Add one line to metrics.jsonl."""
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(run_dir: Path) -> Iterator[dict]:
+    """The records of metrics.jsonl; a line that a kill cut short is left out."""
+    path = run_dir / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def scores_path(run_dir: Path, step: int) -> Path:
+    """Where the held-out scores of one step stand."""
+    return run_dir / "evals" / f"{step:08d}" / "heldout.json"
+
+
+def read_scores(run_dir: Path) -> dict[int, dict]:
+    """step -> domain -> scores, ascending."""
+    return {int(path.parent.name): json.loads(path.read_text()) for path in sorted((run_dir / "evals").glob("*/heldout.json"))}
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,19 @@
+"""One rank of a training run: `torchrun --nproc-per-node 2 -m retemper.pipeline.train run=… key=value …`."""
+
+import sys
+
+from retemper.pipeline.ranks import run_rank
+
+
+def main(overrides: list[str]) -> int:
+    def work(config, topology, fingerprints):
+        from retemper.pipeline.train.loop import train
+
+        train(config, topology, fingerprints)
+
+    return run_rank(overrides, work)
+
+
+# dist_checkpointing may start processes by spawn, which import this module again.
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,48 @@
+"""megatron-core's distributed optimizer and learning-rate schedule, from the config. The schedule counts tokens."""
+
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from retemper.pipeline.config import Config
+
+
+def build_optimizer(config: Config, model) -> MegatronOptimizer:
+    """AdamW over the trainable parameters of one model, its states sharded over data-parallel ranks."""
+    settings = config.optimizer
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.lr * config.schedule.min_lr_ratio,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.train.precision == "bf16",
+            use_distributed_optimizer=True,
+        ),
+        [model],
+    )
+
+
+def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """The learning rate at a number of consumed tokens: `step(tokens)` moves on. A step uses the rate at its start."""
+    settings, total_tokens = config.schedule, config.steps * config.tokens_per_step
+    peak, decay = config.optimizer.lr, config.optimizer.weight_decay
+    constant = settings.name == "trapezoid" and not settings.cooldown_fraction
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=peak,
+        min_lr=peak * settings.min_lr_ratio,
+        lr_warmup_steps=settings.warmup_tokens,
+        lr_decay_steps=total_tokens,
+        lr_decay_style="constant" if constant else {"trapezoid": "WSD", "cosine": "cosine"}[settings.name],
+        wsd_decay_steps=max(1, round(settings.cooldown_fraction * total_tokens)),
+        lr_wsd_decay_style="linear",
+        start_wd=decay,
+        end_wd=decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,81 @@
+"""Tokenizers as folders in the transformers format: read one, or train a byte-level BPE."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from retemper.pipeline.errors import UserError
+
+EOS = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A fast tokenizer and what training needs to know of it: vocabulary size, end-of-text id, bytes per token, hash."""
+
+    def __init__(self, folder: str | Path):
+        """Raises UserError where the folder holds no usable tokenizer."""
+        path = Path(folder, "tokenizer.json")
+        if not path.is_file():
+            raise UserError(f"data.tokenizer={folder}: there is no {path}; name a folder with a transformers fast tokenizer")
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust parser raises bare Exception
+            raise UserError(f"{path} is no tokenizer that this version reads ({error}); save it again with transformers") from None
+        self.folder = Path(folder)
+        self.vocab_size = self.backend.get_vocab_size()
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.eos_id = self._eos_id()
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes each id stands for, int32 (vocab_size,); 0 for special tokens, which stand for no text."""
+        special = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        # A byte-level vocabulary spells every byte as one character.
+        byte_level = "ByteLevel" in json.dumps(json.loads(self.backend.to_str()).get("decoder"))
+        sizes = np.zeros(self.vocab_size, np.int32)
+        for token, id in self.backend.get_vocab().items():
+            if id not in special:
+                sizes[id] = len(token) if byte_level else _sentencepiece_bytes(token)
+        return sizes
+
+    def _eos_id(self) -> int:
+        path = self.folder / "tokenizer_config.json"
+        token = json.loads(path.read_text()).get("eos_token") if path.is_file() else None
+        token = token["content"] if isinstance(token, dict) else token
+        if token is None or (id := self.backend.token_to_id(token)) is None:
+            raise UserError(f"{path} names no eos_token of the vocabulary; documents are joined by it, so add one")
+        return id
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Train a byte-level BPE of exactly vocab_size tokens and save it in the transformers format."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    if backend.get_vocab_size() != vocab_size:
+        raise UserError(f"The sample yields a vocabulary of {backend.get_vocab_size()}, not {vocab_size}: give more text or a smaller vocab_size")
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "bos_token": None, "clean_up_tokenization_spaces": False}
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": EOS}, indent=2))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _sentencepiece_bytes(token: str) -> int:
+    is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    return 1 if is_byte else len(token.replace("▁", " ").encode())
