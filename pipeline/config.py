@@ -210,6 +210,22 @@ def load_config(overrides: list[str]) -> Config:
     return check_config(_compose(overrides))
 
 
+def load_data_config(overrides: list[str]) -> DataConfig:
+    """The data section alone, for a corpus that no run is named for. Raises UserError."""
+    raw = _compose(overrides)
+    try:
+        return DataConfig.model_validate(raw["data"])
+    except ValidationError as error:
+        raise _report([_describe(problem, "data.") for problem in error.errors()]) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as conf/ writes it."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
 def check_config(raw: dict[str, Any]) -> Config:
     """Check a plain dictionary against the schema and the rules between its keys. Raises UserError."""
     try:
@@ -279,9 +295,8 @@ def _report(problems: list[str]) -> UserError:
     return UserError("\n".join([f"The configuration has {count}:", *(f"  - {problem}" for problem in problems)]))
 
 
-def _describe(problem: dict[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
+def _describe(problem: dict[str, Any], prefix: str = "") -> str:
+    key = prefix + ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key, _schema_keys(Config))}"
     if problem["type"] == "missing" or problem["input"] == "???":

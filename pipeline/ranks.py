@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Callable
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.config import Config, load_config
 from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.preflight import preflight
 
 
 def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, dict[str, str]], None]) -> int:
@@ -16,6 +16,7 @@ def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, 
     """
     try:
         config = load_config(overrides)
+        topologies.check_world_size(config)
         fingerprints = preflight(config)
         topology = topologies.start(config.parallel)
         work(config, topology, fingerprints)
@@ -25,18 +26,3 @@ def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, 
         return 1
     topologies.stop()
     return 0
-
-
-def preflight(config: Config) -> dict[str, str]:
-    """Check everything that needs no process group, and return the fingerprints of data and base. Raises UserError."""
-    from pathlib import Path
-
-    from retemper.pipeline.checkpoint import commit
-    from retemper.pipeline.data.corpus import check_corpora
-
-    topologies.check_world_size(config)
-    run_folder.check(config)
-    fingerprints = {"data": check_corpora(config)["train"]["fingerprint"]}
-    if config.init_from:
-        fingerprints["base"] = commit.fingerprint(commit.newest(Path(config.init_from)))
-    return fingerprints

@@ -1,6 +1,7 @@
 """W&B as a mirror of metrics.jsonl. The only module that imports wandb; its failures are said once and never stop a run."""
 
 import logging
+import secrets
 import sys
 
 from retemper.pipeline.config import Config
@@ -22,7 +23,7 @@ class Tracker:
     def close(self) -> None:
         """Finish the W&B run."""
         if self._run is not None:
-            self._guard(lambda: self._run.finish(quiet=True))
+            self._guard(lambda: self._run.finish())
 
     def _start(self, config: Config) -> None:
         import wandb
@@ -30,7 +31,7 @@ class Tracker:
         logging.getLogger("wandb").setLevel(logging.ERROR)
         id_file = config.run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=config.track.project,
             group=config.study,

@@ -56,12 +56,9 @@ def _finished(target: Path, made_from: dict) -> dict:
 
 def _run_steps(data: DataConfig, tokenizer: Tokenizer, reader, partial: Path) -> dict[str, int]:
     from datatrove.executor import LocalPipelineExecutor
-    from loguru import logger
-
     from retemper.tokenize.shards import Encode, WriteShards
     from retemper.tokenize.split import SplitByHash
 
-    logger.disable("datatrove")
     steps = [
         reader,
         SplitByHash(data.heldout_fraction),

@@ -8,9 +8,13 @@ from pathlib import Path
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.readers import JsonlReader, ParquetReader
 from datatrove.pipeline.readers.base import BaseDiskReader
+from loguru import logger
 
 from retemper.pipeline.config import SourceConfig
 from retemper.pipeline.errors import UserError
+
+# datatrove logs every file it opens; progress bars and the manifest's counts say what matters.
+logger.disable("datatrove")
 
 
 class TextReader(BaseDiskReader):

@@ -92,8 +92,9 @@ class Checkpointer:
         return self.model.sharded_state_dict(metadata=dict(_METADATA))
 
     def _fill_model(self, tensors: dict) -> None:
-        unexpected = self.model.load_state_dict(tensors, strict=False).unexpected_keys
-        assert not unexpected, f"weights that fit nowhere: {unexpected}"
+        unknown = tensors.keys() - self._model_state().keys()
+        assert not unknown, f"weights that fit nowhere: {unknown}"
+        self.model.load_state_dict(tensors, strict=False)
 
 
 def verified_meta(folder: Path) -> dict:

@@ -11,9 +11,10 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from retemper.pipeline.config import Config, ModelConfig
+from retemper.pipeline.config import Config
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model import lora
+from retemper.pipeline.model.attention import SdpaAttention
 from retemper.pipeline.model.weights import init_weights
 
 
@@ -106,6 +107,7 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
 def _block_spec(config: Config, transformer: TransformerConfig) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_submodules(normalization="RMSNorm")
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.self_attention.submodules.core_attention = SdpaAttention
     if config.method.name == "lora":
         lora.use_adapters(layer, config.method.lora)
     layers = transformer.num_layers // transformer.pipeline_model_parallel_size

@@ -71,7 +71,7 @@ class _Log:
         self.tracker = Tracker(config)
         label = f"{config.study}/{config.name}"
         print(f"{label}: method={config.method.name}, {counts[0]:,} trainable and {counts[1]:,} frozen parameters on this rank", flush=True)
-        self.bar = tqdm(total=config.steps, initial=state.step, desc=label, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=config.steps, initial=state.step, desc=label, unit="step", dynamic_ncols=True, disable=None)  # on a terminal only
         self.mark = state.step, state.seconds
 
     def step(self, result: StepResult) -> None:

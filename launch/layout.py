@@ -1,0 +1,25 @@
+"""How many nodes a run takes, and how many ranks each holds."""
+
+from dataclasses import dataclass
+
+from retemper.pipeline.config import Config
+from retemper.pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One rank per GPU."""
+
+    job_name: str
+    nodes: int
+    ranks_per_node: int
+
+
+def layout_of(config: Config, gpus_per_node: int) -> Layout:
+    """Fill nodes of gpus_per_node. Raises UserError where the world size does not fill them."""
+    world_size = config.parallel.world_size
+    if world_size > gpus_per_node and world_size % gpus_per_node:
+        raise UserError(
+            f"{world_size} ranks do not fill nodes of {gpus_per_node} GPUs: change parallel.*_size or --gpus-per-node so that one divides the other"
+        )
+    return Layout(f"retemper-{config.study}-{config.name}", max(1, world_size // gpus_per_node), min(world_size, gpus_per_node))

@@ -1,0 +1,47 @@
+"""A run as an sbatch script: one torchrun agent per node."""
+
+import shlex
+
+from retemper.launch.layout import Layout
+from retemper.launch.torchrun import TRAIN
+
+_SCRIPT = """\
+#!/bin/bash
+#SBATCH --job-name={job_name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={ranks_per_node}
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+set -euo pipefail
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+# The same command after a requeue continues from the newest committed checkpoint. The restart count keeps the
+# rendezvous of one attempt apart from that of the next.
+srun --kill-on-bad-exit=1 bash -c '
+    is_host=$([ "$SLURM_NODEID" = 0 ] && echo 1 || echo 0)
+    exec torchrun \\
+        --nnodes={nodes} \\
+        --nproc-per-node={ranks_per_node} \\
+        --rdzv-backend=c10d \\
+        --rdzv-id="$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" \\
+        --rdzv-endpoint="$0:{port}" \\
+        --rdzv-conf="is_host=$is_host" \\
+        -m {module} "$@"
+' "$head_node" {overrides}
+"""
+
+
+def sbatch_script(overrides: list[str], layout: Layout, port: int) -> str:
+    """The script to hand to sbatch."""
+    return _SCRIPT.format(
+        job_name=layout.job_name,
+        nodes=layout.nodes,
+        ranks_per_node=layout.ranks_per_node,
+        port=port,
+        module=TRAIN,
+        overrides=shlex.join(overrides),
+    )

@@ -1,0 +1,142 @@
+"""The command `retemper`. Heavy imports happen inside the verb that needs them, so that --help answers at once."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from retemper.pipeline.errors import UserError
+
+_OVERRIDES = "any config key as key=value, and presets as group=name: run, model, data, method, parallel, optimizer, schedule"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0, 1 for bad input or a failed run, 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.verb(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues from the newest checkpoint", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; what was finished is kept", file=sys.stderr)
+        return 1
+
+
+def _tokenize(arguments) -> int:
+    from retemper.pipeline.config import load_data_config
+    from retemper.tokenize.job import tokenize
+
+    data = load_data_config(arguments.overrides)
+    manifest = tokenize(data)
+    for split, counts in manifest["splits"].items():
+        print(f"{data.path}/{split}: {counts['samples']:,} samples, {counts['tokens']:,} tokens from {counts['documents']:,} documents")
+    for reason, count in sorted(manifest["dropped"].items()):
+        print(f"{reason.replace('_', ' ')}: {count:,}")
+    return 0
+
+
+def _train(arguments) -> int:
+    return _launch_here("retemper.pipeline.train", arguments.overrides)
+
+
+def _eval(arguments) -> int:
+    return _launch_here("retemper.pipeline.evals", arguments.overrides)
+
+
+def _launch_here(module: str, overrides: list[str]) -> int:
+    from retemper.launch.torchrun import run_here
+    from retemper.pipeline.config import load_config
+    from retemper.pipeline.preflight import preflight
+
+    config = load_config(overrides)
+    preflight(config)
+    return run_here(module, overrides, config.parallel.world_size)
+
+
+def _report(arguments) -> int:
+    from retemper.pipeline.report.page import write_report
+
+    print(write_report(Path(arguments.study)))
+    return 0
+
+
+def _demo(arguments) -> int:
+    from retemper.pipeline.study.demo import run_demo
+
+    return run_demo(arguments.overrides)
+
+
+def _config(arguments) -> int:
+    from retemper.pipeline.config import load_config, to_yaml
+
+    print(to_yaml(load_config(arguments.overrides)), end="")
+    return 0
+
+
+def _launch(arguments) -> int:
+    from retemper.launch.layout import layout_of
+    from retemper.launch.slurm import sbatch_script
+    from retemper.launch.torchrun import node_commands
+    from retemper.pipeline.config import load_config
+
+    targets = [text.removeprefix("target=") for text in arguments.overrides if text.startswith("target=")]
+    if targets not in (["torchrun"], ["slurm"]):
+        raise UserError("name one target: target=torchrun or target=slurm")
+    overrides = [text for text in arguments.overrides if not text.startswith("target=")]
+    layout = layout_of(load_config(overrides), arguments.gpus_per_node)
+    if targets == ["slurm"]:
+        print(sbatch_script(overrides, layout, arguments.port), end="")
+        return 0
+    for node, command in enumerate(node_commands(overrides, layout, arguments.host, arguments.port)):
+        print(f"# node {node}\n{command}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="retemper",
+        description="Continue the pretraining of a language model, by LoRA or in full, and measure what it learned and forgot.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def add(name, function, summary, *examples, overrides=True):
+        epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
+        verb = verbs.add_parser(name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        verb.set_defaults(verb=function)
+        if overrides:
+            verb.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+        return verb
+
+    add(
+        "demo", _demo, "The whole line on this machine: documents, shards, base, full and LoRA training, report. Continues where it stopped.",
+        "retemper demo", "retemper demo parallel=pp2 study=demo-pp2",
+    )  # fmt: skip
+    add(
+        "tokenize", _tokenize, "Turn documents into token shards.",
+        "retemper tokenize data=local data.source.path=docs/ data.tokenizer=llama/ data.path=shards/docs data.seq_length=4096",
+        "retemper tokenize data=demo_code study=demo",
+    )  # fmt: skip
+    add(
+        "train", _train, "Train one run on this machine; on a cluster, torchrun -m retemper.pipeline.train takes the same keys.",
+        "retemper train run=demo_full", "retemper train run=demo_lora parallel=dp2 method.lora.rank=4 name=lora-r4",
+    )  # fmt: skip
+    add("eval", _eval, "Score every checkpoint of a run that has no scores yet.", "retemper eval run=demo_full")
+    report = add("report", _report, "Write report.html and PNG figures from the runs of a study.", "retemper report runs/demo", overrides=False)
+    report.add_argument("study", help="the folder of a study, that is runs_dir/study")
+    add("config", _config, "Print the resolved config of a run.", "retemper config run=demo_full", "retemper config run=demo_lora parallel=pp2")
+    launch = add(
+        "launch", _launch, "Print the commands that start a run on a cluster.",
+        "retemper launch run=demo_full target=torchrun --gpus-per-node 1 --host node0", "retemper launch run=demo_full target=slurm > run.sbatch",
+    )  # fmt: skip
+    launch.add_argument("--gpus-per-node", type=int, default=8, help="ranks a node holds (default: 8)")
+    launch.add_argument("--host", default="HEAD_NODE", help="address of the first node, for target=torchrun")
+    launch.add_argument("--port", type=int, default=29500, help="port of the rendezvous on the first node (default: 29500)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Everything about a run that can be refused before a process group starts."""
+
+from pathlib import Path
+
+from retemper.pipeline import run_folder
+from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.config import Config
+from retemper.pipeline.data.corpus import check_corpora
+
+
+def preflight(config: Config) -> dict[str, str]:
+    """Check run folder, corpora and base, and return the fingerprints of data and base. Raises UserError."""
+    run_folder.check(config)
+    fingerprints = {"data": check_corpora(config)["train"]["fingerprint"]}
+    if config.init_from:
+        fingerprints["base"] = commit.fingerprint(commit.newest(Path(config.init_from)))
+    return fingerprints

@@ -1,0 +1,76 @@
+"""report.html: one self-contained page for a study, and its figures as PNG beside it."""
+
+import html
+import io
+from importlib.metadata import version
+from pathlib import Path
+
+from retemper.pipeline.config import to_yaml
+from retemper.pipeline.report.results import RunResult, comparison, read_study, table
+from retemper.pipeline.run_folder import replace_file
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } .finding { font-size: 1.15rem; border-left: 4px solid #D55E00; padding-left: 1rem; }
+figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; } figcaption { color: #555; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; } pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 13px; }
+"""
+_CAPTIONS = {
+    "learning_forgetting": "Each point is a milestone's checkpoint, scored on documents that no run trained on.",
+    "training_loss": "Training loss of each logged step, and tokens per second between them.",
+}
+
+
+def write_report(study: Path) -> Path:
+    """Write study/report.html and study/figures/*.png from the runs below; return the page's path. Raises UserError."""
+    from retemper.pipeline.report.figures import FIGURES
+
+    runs = read_study(study)
+    folder = study / "figures"
+    folder.mkdir(exist_ok=True)
+    drawings = {}
+    for name, draw in FIGURES.items():
+        figure, buffer = draw(runs), io.StringIO()
+        figure.savefig(folder / f"{name}.png", dpi=110)
+        figure.savefig(buffer, format="svg")
+        drawings[name] = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    page = study / "report.html"
+    replace_file(page, _page(study.name, runs, drawings))
+    return page
+
+
+def _page(title: str, runs: list[RunResult], drawings: dict[str, str]) -> str:
+    figures = "".join(f"<figure>{svg}<figcaption>{_CAPTIONS[name]}</figcaption></figure>" for name, svg in drawings.items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)} – retemper</title><style>{_STYLE}</style></head><body>
+<h1>{html.escape(title)}: what was learned, what was forgotten</h1>
+<p class="finding">{html.escape(comparison(runs))}</p>
+{figures}
+<h2>Every evaluated step</h2>
+<p>Bits per byte on held-out documents, lower is better. Learned: bits per byte gained on the trained domain since the
+start of the run. Forgotten: bits per byte lost on the others.</p>
+<div class="scroll">{_table(table(runs))}</div>
+<h2>Resolved configs</h2>
+{"".join(_config(run) for run in runs)}
+<p><small>{_versions()}</small></p>
+</body></html>
+"""
+
+
+def _table(rows: list[list[str]]) -> str:
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table><thead>{line(rows[0], 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows[1:])}</tbody></table>"
+
+
+def _config(run: RunResult) -> str:
+    return f"<details><summary>{html.escape(run.config.name)}</summary><pre>{html.escape(to_yaml(run.config))}</pre></details>"
+
+
+def _versions() -> str:
+    names = ("retemper", "torch", "megatron-core", "mosaicml-streaming", "datatrove", "transformers")
+    return ", ".join(f"{name} {version(name)}" for name in names)

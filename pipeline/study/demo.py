@@ -1,0 +1,72 @@
+"""The demo: the whole line, small. Documents, tokenizer, shards, a base model, full and LoRA continuations, a report."""
+
+import time
+from pathlib import Path
+
+from retemper.launch.torchrun import run_here
+from retemper.pipeline import run_folder
+from retemper.pipeline.checkpoint.commit import committed_steps
+from retemper.pipeline.config import Config, load_config
+from retemper.pipeline.preflight import preflight
+from retemper.pipeline.report.page import write_report
+from retemper.pipeline.report.results import comparison, format_table, read_study, table
+
+# The tokenizer is trained on every eighth file of each corpus.
+_SAMPLED_PART = 8
+
+
+def run_demo(overrides: list[str]) -> int:
+    """Run or continue the demo; every finished stage is kept. Returns the exit code."""
+    started = time.perf_counter()
+    commands = {name: [f"run=demo_{name}", *overrides] for name in ("base", "full", "lora")}
+    runs = {name: load_config(command) for name, command in commands.items()}
+    for config in runs.values():
+        run_folder.check(config)
+    _prepare_data([runs["base"], runs["full"]])
+    for name, config in runs.items():
+        if _finished(config):
+            print(f"{name}: finished before ({config.run_dir})")
+            continue
+        _stage(f"{name}: {config.steps} steps on {config.data.name}, {config.parallel.world_size} ranks")
+        preflight(config)
+        if code := run_here("retemper.pipeline.train", commands[name], config.parallel.world_size):
+            return code
+    study = runs["base"].run_dir.parent
+    page = write_report(study)
+    results = read_study(study)
+    print(f"\n{format_table(table(results))}\n\n{comparison(results)}\n\nreport: {page}  ({time.perf_counter() - started:.0f} s)")
+    return 0
+
+
+def _prepare_data(runs: list[Config]) -> None:
+    from retemper.tokenize.job import tokenize
+
+    if not Path(runs[0].data.tokenizer, "tokenizer.json").is_file():
+        _stage(f"tokenizer: byte-level BPE of {runs[0].model.vocab_size} tokens")
+        _train_tokenizer(runs)
+    for config in runs:
+        if not Path(config.data.path, "manifest.json").is_file():
+            _stage(f"shards: {config.data.name} documents from {config.data.source.path}")
+        tokenize(config.data)
+
+
+def _train_tokenizer(runs: list[Config]) -> None:
+    from retemper.tokenize.sources import build_reader
+    from retemper.tokenize.split import TRAIN, split_of
+    from retemper.tokenize.tokenizer import train_tokenizer
+
+    texts = (
+        document.text
+        for config in runs
+        for document in build_reader(config.data.source).run(rank=0, world_size=_SAMPLED_PART)
+        if split_of(document.text, config.data.heldout_fraction) == TRAIN
+    )
+    train_tokenizer(texts, runs[0].model.vocab_size, Path(runs[0].data.tokenizer))
+
+
+def _finished(config: Config) -> bool:
+    return config.steps in committed_steps(config.run_dir) and run_folder.scores_path(config.run_dir, config.steps).exists()
+
+
+def _stage(text: str) -> None:
+    print(f"── {text}", flush=True)
