@@ -1,0 +1,22 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first; what is done is not done again.
+
+.PHONY: demo test test-slow
+
+demo: .venv/.installed
+	@.venv/bin/retemper demo
+
+test: .venv/.installed
+	@.venv/bin/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/.installed
+	@.venv/bin/python -m pytest -m slow
+
+.venv/.installed: constraints.txt pyproject.toml .ci/setup
+	@.ci/setup
+
+# New versions within pyproject.toml's bounds, for every platform. The file names no package index.
+.PHONY: constraints
+constraints:
+	@{ echo "# Compiled from pyproject.toml by \`make constraints\` (needs uv): exact versions of everything in .venv."; \
+	  uv pip compile pyproject.toml --extra test --universal --python-version 3.12 --no-header --no-annotate --quiet; } > constraints.new
+	@mv constraints.new constraints.txt
