@@ -48,14 +48,21 @@ def check_world_size(config: Config) -> None:
         )
 
 
-def start(parallel: ParallelConfig) -> Topology:
-    """Join the process group and build megatron's model- and data-parallel groups. Call `stop` before starting another."""
-    _quiet()
-    import torch
-
+def prepare_megatron() -> None:
+    """Make megatron-core importable here: on CPU where there is no GPU, and without what it says about missing parts."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|streaming)\.")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+    for name in ("torch.utils.cpp_extension", "megatron.core", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from retemper.pipeline.distributed import cpu
 
     cpu.patch()
+
+
+def start(parallel: ParallelConfig) -> Topology:
+    """Join the process group and build megatron's model- and data-parallel groups. Call `stop` before starting another."""
+    prepare_megatron()
+    import torch
     from megatron.core import parallel_state
 
     if not torch.distributed.is_initialized():
@@ -135,11 +142,3 @@ def _join(torch) -> None:
 
 def _device(torch):
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _quiet() -> None:
-    """Silence what megatron-core and torch say at import about parts that are not installed; start-up says it once."""
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|streaming)\.")
-    warnings.filterwarnings("ignore", category=SyntaxWarning)
-    for name in ("torch.utils.cpp_extension", "megatron.core", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)

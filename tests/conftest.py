@@ -1,0 +1,117 @@
+"""Shared by all tests: real text, a small tokenizer, corpora, and launches of real ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+VOCAB_SIZE = 300  # no multiple of 128: the vocabulary is padded
+SEQ_LENGTH = 64
+
+# A run small enough for a hundred of them, on every feature of the demo's.
+TINY = [
+    "study=test",
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=96",
+    f"model.vocab_size={VOCAB_SIZE}",
+    f"model.max_sequence_length={SEQ_LENGTH}",
+    f"data.seq_length={SEQ_LENGTH}",
+    "train.precision=fp32",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    f"train.tokens={10 * 8 * SEQ_LENGTH}",
+    "train.log_every_steps=1",
+    "schedule.warmup_tokens=1024",
+    "optimizer.lr=5e-3",
+    "evals.max_samples=11",
+    "evals.micro_batch_size=4",
+    "track.wandb=off",
+]
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Path:
+    """A folder with data/tokenizer and the corpora data/code and data/math, made by the real tokenize job."""
+    import email
+
+    import sympy.core
+
+    folder = tmp_path_factory.mktemp("workspace")
+    code, math = Path(email.__file__).parent, Path(sympy.core.__file__).parent
+    from retemper.tokenize.job import tokenize
+    from retemper.tokenize.sources import build_reader
+    from retemper.tokenize.tokenizer import train_tokenizer
+
+    corpora = {"code": data_config(folder, "code", "text", code), "math": data_config(folder, "math", "docstrings", math)}
+    texts = [document.text for corpus in corpora.values() for document in build_reader(corpus.source).run()]
+    train_tokenizer(texts, VOCAB_SIZE, folder / "data" / "tokenizer")
+    for corpus in corpora.values():
+        tokenize(corpus, progress=False)
+    return folder
+
+
+def data_config(folder: Path, name: str, kind: str, source: Path, **changes):
+    """A DataConfig below `folder`, for documents at `source`."""
+    from retemper.pipeline.config import DataConfig
+
+    values = {
+        "name": name,
+        "path": str(folder / "data" / name),
+        "tokenizer": str(folder / "data" / "tokenizer"),
+        "seq_length": SEQ_LENGTH,
+        "heldout_fraction": 0.2,
+        "source": {"kind": kind, "path": str(source), "glob": "**/*.py", "exclude": ["tests", "__pycache__"]},
+    }
+    return DataConfig.model_validate(values | changes)
+
+
+def overrides(workspace: Path, name: str, *changes: str, corpus: str = "math") -> list[str]:
+    """Overrides of a tiny run on one of the workspace's corpora."""
+    data = workspace / "data"
+    return [
+        *TINY,
+        f"name={name}",
+        f"runs_dir={workspace / 'runs'}",
+        f"data=demo_{corpus}",
+        f"data.path={data / corpus}",
+        f"data.tokenizer={data / 'tokenizer'}",
+        f"data.seq_length={SEQ_LENGTH}",
+        f"evals.heldout.code={data / 'code'}",
+        f"evals.heldout.math={data / 'math'}",
+        *changes,
+    ]
+
+
+def run_command(arguments: list[str], cwd: Path = ROOT, timeout: int = 300, **options) -> subprocess.CompletedProcess:
+    """Run the `retemper` of this environment; text output captured."""
+    command = [str(Path(sys.executable).parent / "retemper"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, **options)
+
+
+def launch(world_size: int, cases: list[dict], timeout: int = 420) -> None:
+    """Run training cases one after another on the same real ranks under torchrun (tests/multiproc/cases.py)."""
+    script = Path(__file__).parent / "multiproc" / "cases.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    result = subprocess.run(
+        [*command, f"--nproc-per-node={world_size}", str(script), json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    said_by_ranks = [line for line in result.stderr.splitlines() if line.startswith("[rank") or line.startswith("error:")]
+    assert result.returncode == 0, "\n".join(said_by_ranks or result.stderr.splitlines())[-6000:]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real evaluation files, tokenizer and weights: $RETEMPER_SHARED_DATA, or ../shared/data beside the checkout."""
+    folder = Path(os.environ.get("RETEMPER_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here; set RETEMPER_SHARED_DATA")
+    return folder

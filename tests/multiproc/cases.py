@@ -1,0 +1,77 @@
+"""One rank that trains a list of cases, megatron's groups built anew for each. Started by conftest.launch under torchrun.
+
+A case: {"overrides": [...], "stop_after": step or null, "fault": name or null}. Its results are its run folder.
+"""
+
+import contextlib
+import json
+import sys
+from unittest import mock
+
+from retemper.pipeline.config import load_config
+from retemper.pipeline.distributed import topology
+from retemper.pipeline.preflight import preflight
+
+
+class Stopped(Exception):
+    """The run was interrupted on purpose."""
+
+
+def main(cases: list[dict]) -> None:
+    topology.prepare_megatron()
+    from retemper.pipeline.train import loop
+
+    for case in cases:
+        config = load_config(case["overrides"])
+        fingerprints = preflight(config)
+        place = topology.start(config.parallel)
+        with FAULTS[case.get("fault")]():
+            try:
+                with interruption(loop, case.get("stop_after")):
+                    loop.train(config, place, fingerprints)
+            except Stopped:
+                pass
+        topology.stop(leave=False)
+
+
+def interruption(loop, stop_after: int | None):
+    """Let the step after `stop_after` raise."""
+    train_step, done = loop.train_step, []
+
+    def step(*arguments):
+        if len(done) == stop_after:
+            raise Stopped
+        done.append(1)
+        return train_step(*arguments)
+
+    return mock.patch.object(loop, "train_step", step)
+
+
+def unreduced_adapter_gradient():
+    """The bug of several peers: the gradient of the replicated LoRA factor is not summed over tensor-parallel ranks."""
+    from retemper.pipeline.model import lora
+
+    return mock.patch.object(lora, "copy_to_tensor_model_parallel_region", lambda tensor, group: tensor)
+
+
+def lost_optimizer_state():
+    """A restart that forgets Adam's moments."""
+    from retemper.pipeline.checkpoint.sharded import Checkpointer
+
+    load = Checkpointer.load
+
+    def forgetful(self, step):
+        state = load(self, step)
+        for optimizer_state in self.optimizer.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                optimizer_state[name].zero_()
+        return state
+
+    return mock.patch.object(Checkpointer, "load", forgetful)
+
+
+FAULTS = {None: contextlib.nullcontext, "unreduced_adapter_gradient": unreduced_adapter_gradient, "lost_optimizer_state": lost_optimizer_state}
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
