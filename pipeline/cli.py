@@ -11,7 +11,7 @@ _OVERRIDES = "any config key as key=value, and presets as group=name: run, model
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0, 1 for bad input or a failed run, 130 after Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return arguments.verb(arguments)
     except UserError as error:
@@ -93,6 +93,17 @@ def _launch(arguments) -> int:
     for node, command in enumerate(node_commands(overrides, layout, arguments.host, arguments.port)):
         print(f"# node {node}\n{command}")
     return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes positionals in one run only: key=value after an option comes back as unknown.
+    if any(text.startswith("-") for text in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

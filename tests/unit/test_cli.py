@@ -1,0 +1,103 @@
+"""The command: help at once, the resolved config, launch scripts, and the README's own commands."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run_command
+
+VERBS = ["tokenize", "train", "eval", "report", "demo", "config", "launch"]
+
+
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)], ids=lambda verb: "".join(verb) or "retemper")
+def test_help_has_examples_and_answers_in_under_a_second(verb):
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = run_command([*verb, "--help"])
+        seconds.append(time.perf_counter() - started)
+    assert result.returncode == 0
+    assert min(seconds) < 1
+    assert all(name in result.stdout for name in VERBS) if not verb else f"  retemper {verb[0]} " in result.stdout or verb == ["demo"]
+
+
+def test_config_prints_what_a_run_resolves_to():
+    result = run_command(["config", "run=demo_lora", "method.lora.rank=4", "parallel=pp2"])
+    config = yaml.safe_load(result.stdout)
+    assert config["method"]["lora"]["rank"] == 4
+    assert config["parallel"]["pipeline_parallel_size"] == 2
+    assert config["init_from"] == "runs/demo/base"
+
+
+def test_bad_input_is_one_error_and_exit_code_1():
+    result = run_command(["train", "run=demo_full", "train.lr=1"])
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: The configuration has 1 problem:")
+    assert "did you mean optimizer.lr?" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_launch_prints_a_command_per_node():
+    result = run_command(["launch", "run=demo_full", "target=torchrun", "--gpus-per-node", "1", "--host", "n0", "optimizer.lr=1e-4"])
+    nodes = re.findall(r"^torchrun .*$", result.stdout, re.MULTILINE)
+    assert len(nodes) == 2
+    for index, node in enumerate(nodes):
+        assert "--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d" in node and "--rdzv-endpoint=n0:29500" in node
+        assert f"is_host={int(index == 0)}" in node
+        assert node.endswith("-m retemper.pipeline.train run=demo_full optimizer.lr=1e-4")
+
+
+def test_launch_prints_an_sbatch_script_that_bash_accepts(tmp_path):
+    result = run_command(["launch", "run=demo_full", "target=slurm", "--gpus-per-node", "1", "checkpoint.milestones=[32768, 65536]"])
+    script = tmp_path / "run.sbatch"
+    script.write_text(result.stdout)
+    assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
+    assert "#SBATCH --nodes=2" in result.stdout and "#SBATCH --requeue" in result.stdout
+    # Run it with stand-ins for Slurm's own commands, and see what would be started where.
+    for name, body in {
+        "scontrol": "printf 'n0\\nn1\\n'",
+        "srun": 'shift; export SLURM_NODEID=1; exec "$@"',
+        "torchrun": 'printf "%s\\n" "$@"',
+    }.items():
+        tool = tmp_path / name
+        tool.write_text(f"#!/bin/bash\n{body}\n")
+        tool.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_ID": "7"}
+    started = subprocess.run(["bash", script], capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
+    assert {"--nnodes=2", "--nproc-per-node=1", "--rdzv-id=7-0", "--rdzv-endpoint=n0:29500", "--rdzv-conf=is_host=0"} <= set(started)
+    assert started[-2:] == ["run=demo_full", "checkpoint.milestones=[32768, 65536]"]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(["target=k8s"], "target=torchrun or target=slurm"), (["target=slurm", "--gpus-per-node", "3", "parallel.data_parallel_size=4", "train.global_batch_size=16", "train.micro_batch_size=1"], "do not fill nodes of 3 GPUs")])
+def test_launch_refuses_what_it_cannot_lay_out(arguments, said):
+    result = run_command(["launch", "run=demo_full", *arguments])
+    assert result.returncode == 1 and said in result.stderr
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_the_readmes_commands_run(workspace, tmp_path):
+    """Those that are quick run as they stand; the long ones are resolved as far as their config. None is left out."""
+    commands = readme_commands()
+    assert "make demo" in commands and "make test" in commands
+    binaries = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"}
+    for command in commands:
+        if command.startswith("make "):
+            check = ["make", "--dry-run", "-C", str(ROOT), command.split()[1]]
+        elif command.startswith(("retemper train ", "retemper eval ", "torchrun ")):
+            keys = [word for word in command.split() if "=" in word and not word.startswith("--")]
+            check = ["retemper", "config", *keys]
+        elif command.startswith(("retemper tokenize ", "retemper report ", "retemper demo")):
+            check = [*command.split()[:2], "--help"]
+        else:
+            check = ["bash", "-c", command]
+        result = subprocess.run(check, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, (command, result.stderr)

@@ -1,0 +1,92 @@
+"""Configs: presets that load, and one message for everything that is wrong."""
+
+import pytest
+from conftest import overrides
+
+from retemper.pipeline.config import changed_keys, load_config, parse_tokens, preset_names
+from retemper.pipeline.errors import UserError
+
+
+def problems(*changes: str, tmp="/nowhere") -> str:
+    from pathlib import Path
+
+    with pytest.raises(UserError) as caught:
+        load_config(overrides(Path(tmp), "x", *changes))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", preset_names("run"))
+@pytest.mark.parametrize("parallel", ["tp2", "pp2", "dp2", "single"])
+def test_every_run_preset_loads_at_every_layout(name, parallel):
+    config = load_config([f"run={name}", f"parallel={parallel}"])
+    assert config.steps > 0
+    assert config.milestone_steps[-1] == config.steps
+
+
+@pytest.mark.parametrize("group", ["model", "data", "method", "optimizer", "schedule"])
+def test_every_group_preset_loads(group):
+    for name in preset_names(group):
+        lora = ["init_from=runs/demo/base"] if name == "lora" else []
+        local = ["data.path=a", "data.tokenizer=b", "data.source.path=c"] if name == "local" else []
+        optimizer = ["optimizer.lr=1e-3"] if group == "optimizer" else []
+        assert load_config(["run=demo_base", f"{group}={name}", *lora, *local, *optimizer])
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("20B", 20 * 10**9), ("0.25B", 250_000_000), (4096, 4096), ("1.5K", 1500), ("2M", 2_000_000), ("1e6", 10**6)]
+)
+def test_token_counts(text, tokens):
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["20 billion", "-3", "", "1G", None, True])
+def test_wrong_token_counts(text):
+    with pytest.raises(ValueError):
+        parse_tokens(text)
+
+
+def test_all_problems_come_in_one_message_with_the_nearest_key():
+    message = problems("optimizer.beta1=high", "train.lr=1e-3", "parallel.tensor_parallel=2", "train.tokens=20G")
+    assert message.startswith("The configuration has 4 problems:")
+    assert "train.lr: unknown key; did you mean optimizer.lr?" in message
+    assert "parallel.tensor_parallel: unknown key; did you mean parallel.tensor_parallel_size?" in message
+    assert "optimizer.beta1:" in message and "'high'" in message
+    assert "train.tokens" in message and "20G" in message
+
+
+def test_every_impossible_topology_is_named():
+    message = problems("parallel.tensor_parallel_size=3", "parallel.pipeline_parallel_size=5", "parallel.data_parallel_size=7")
+    assert "tensor_parallel_size=3 does not divide model.num_attention_heads=4" in message
+    assert "tensor_parallel_size=3 does not divide model.num_query_groups=2" in message
+    assert "pipeline_parallel_size=5 does not divide model.num_layers=2" in message
+    assert "train.global_batch_size=8 is not divisible by train.micro_batch_size × parallel.data_parallel_size = 2 × 7" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["run=demo_bse"], "no such preset; there are demo_base"),
+        (["nonsense"], "'nonsense' is not key=value"),
+        (["method=lora"], "set init_from"),
+        (["method.name=lora", "init_from=x"], "needs method.lora"),
+        (["method.lora.rank=4"], "method.lora"),
+        (["train.tokens=100"], "less than one step"),
+        (["schedule.warmup_tokens=1M"], "schedule.warmup_tokens"),
+        (["checkpoint.milestones=[1B]"], "beyond train.tokens"),
+        (["data.seq_length=128"], "exceeds model.max_sequence_length"),
+        (["parallel.sequence_parallel=true"], "needs parallel.tensor_parallel_size > 1"),
+        (["parallel.context_parallel_size=2"], "context_parallel_size"),
+        (["name=../escape"], "name"),
+    ],
+)
+def test_rules_between_keys(change, said):
+    assert said in problems(*change)
+
+
+def test_a_missing_value_is_named():
+    with pytest.raises(UserError, match="train.tokens: has no value; set it as train.tokens="):
+        load_config(["study=a", "name=b"])
+
+
+def test_changed_keys_name_both_values():
+    assert changed_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2 -> 3"]

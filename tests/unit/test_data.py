@@ -1,0 +1,141 @@
+"""Documents to shards to batches, on real text."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SEQ_LENGTH, VOCAB_SIZE, data_config, overrides
+
+from retemper.pipeline.config import load_config
+from retemper.pipeline.data.corpus import TokenShards, check_corpora
+from retemper.pipeline.data.order import sample_ids
+from retemper.pipeline.errors import UserError
+from retemper.tokenize.job import tokenize
+from retemper.tokenize.sources import build_reader
+from retemper.tokenize.split import split_of
+from retemper.tokenize.tokenizer import Tokenizer
+
+
+def decoded(workspace, corpus: str, split: str) -> str:
+    shards = TokenShards(workspace / "data" / corpus, split)
+    tokenizer = Tokenizer(workspace / "data" / "tokenizer")
+    return tokenizer.backend.decode(shards.tokens(np.arange(len(shards))).flatten().tolist(), skip_special_tokens=False)
+
+
+def test_shards_decode_to_the_documents_in_order(workspace):
+    import email
+
+    corpus = data_config(workspace, "code", "text", Path(email.__file__).parent)
+    documents = [document.text for document in build_reader(corpus.source).run()]
+    for split in ("train", "heldout"):
+        expected = "".join(f"{text}<|endoftext|>" for text in documents if split_of(text, 0.2) == split)
+        text = decoded(workspace, "code", split)
+        assert expected.startswith(text) and len(expected) - len(text) < SEQ_LENGTH * 20
+
+
+def test_held_out_documents_are_not_in_the_training_shards(workspace):
+    train = decoded(workspace, "math", "train")
+    heldout = [text for text in decoded(workspace, "math", "heldout").split("<|endoftext|>") if len(text) > 200]
+    assert heldout and not any(text in train for text in heldout)
+
+
+def test_difficult_text_comes_back_exactly(workspace, tmp_path):
+    hard = ["def f():\n\treturn 'tab'\r\n", "# 🎉 naïve ﷽\n" * 9, r"\frac{\partial^2 u}{\partial x^2} = \int_0^\infty e^{-x}\,dx" * 9]
+    (tmp_path / "docs").mkdir()
+    for index, text in enumerate(hard):
+        (tmp_path / "docs" / f"{index}.py").write_bytes(text.encode())
+    corpus = data_config(workspace, "hard", "text", tmp_path / "docs", heldout_fraction=0.0, path=str(tmp_path / "hard"))
+    manifest = tokenize(corpus, progress=False)
+    tokenizer = Tokenizer(corpus.tokenizer)
+    shards = TokenShards(corpus.path, "train")
+    ids = shards.tokens(np.arange(len(shards))).flatten().tolist()
+    text = "".join(f"{text}<|endoftext|>" for text in hard)
+    assert text.encode().startswith(tokenizer.backend.decode(ids, skip_special_tokens=False).encode().rstrip(b"\xef\xbf\xbd"))
+    assert manifest["splits"]["train"]["bytes"] == sum(len(text.encode()) for text in hard)
+
+
+@pytest.mark.parametrize("which", ["trained", "llama"])
+def test_token_bytes_add_up_to_the_text(workspace, request, which):
+    tokenizer = Tokenizer(workspace / "data" / "tokenizer" if which == "trained" else request.getfixturevalue("shared_data") / "llama2-tokenizer")
+    text = "def f(x):\n\treturn x ** 2  # naïve 🎉\n" + r"\int_0^1 x\,dx" * 3
+    (ids,) = tokenizer.encode([text])
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    assert tokenizer.token_bytes()[tokenizer.eos_id] == 0
+
+
+def test_the_manifest_counts_what_the_shards_hold(workspace):
+    manifest = json.loads((workspace / "data" / "math" / "manifest.json").read_text())
+    assert manifest["vocab_size"] == VOCAB_SIZE and manifest["seq_length"] == SEQ_LENGTH
+    for split, counts in manifest["splits"].items():
+        assert len(TokenShards(workspace / "data" / "math", split)) == counts["samples"] == counts["tokens"] // SEQ_LENGTH > 0
+
+
+def test_two_tasks_hold_the_same_documents_as_one(workspace, tmp_path):
+    import email
+
+    corpus = data_config(workspace, "two", "text", Path(email.__file__).parent, tasks=2, path=str(tmp_path / "two"))
+    one = json.loads((workspace / "data" / "code" / "manifest.json").read_text())["splits"]["train"]
+    two = tokenize(corpus, progress=False)["splits"]["train"]
+    assert (two["documents"], two["bytes"]) == (one["documents"], one["bytes"])
+    assert two["tokens"] + two["dropped_tail_tokens"] == one["tokens"] + one["dropped_tail_tokens"]
+
+
+def test_a_finished_corpus_is_kept_and_another_configuration_refused(workspace):
+    import sympy.core
+
+    math = Path(sympy.core.__file__).parent
+    before = (workspace / "data" / "math" / "manifest.json").stat().st_mtime_ns
+    tokenize(data_config(workspace, "math", "docstrings", math), progress=False)
+    with pytest.raises(UserError, match="data.heldout_fraction: 0.2 -> 0.5"):
+        tokenize(data_config(workspace, "math", "docstrings", math, heldout_fraction=0.5), progress=False)
+    assert (workspace / "data" / "math" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_bad_sources_get_one_error_and_leave_nothing(workspace, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "a.py").write_text("x = 1\n")
+    for source, said in ((tmp_path / "none", "does not exist"), (empty, "no file in"), (tmp_path / "short", "fill no sample")):
+        corpus = data_config(workspace, "bad", "text", source, heldout_fraction=0.0, path=str(tmp_path / "out"))
+        with pytest.raises(UserError, match=said):
+            tokenize(corpus, progress=False)
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_undecodable_file_is_counted_and_costs_no_neighbour(workspace, tmp_path):
+    for name, content in (("a.py", b"x = 1\n" * 200), ("b.py", b"\xff\xfe\x00bad"), ("c.py", b"y = 2\n" * 200), ("d.py", b"  \n")):
+        (tmp_path / name).write_bytes(content)
+    corpus = data_config(workspace, "mixed", "text", tmp_path, heldout_fraction=0.0, path=str(tmp_path / "out"))
+    manifest = tokenize(corpus, progress=False)
+    assert manifest["splits"]["train"]["documents"] == 2
+    assert manifest["dropped"] == {"dropped_invalid_utf8": 1, "dropped_empty": 1}
+
+
+def test_a_corpus_that_does_not_fit_the_run_is_refused(workspace):
+    for change, said in (
+        ("model.vocab_size=512", f"has {VOCAB_SIZE} tokens, model.vocab_size is 512"),
+        ("data.seq_length=32", f"samples of {SEQ_LENGTH} tokens, data.seq_length is 32"),
+        ("train.global_batch_size=100000", "fewer than one batch"),
+        (f"data.path={workspace}", "holds no token corpus"),
+    ):
+        config = load_config(overrides(workspace, "x", change, "train.tokens=1B"))
+        with pytest.raises(UserError, match=said):
+            check_corpora(config)
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 100])
+def test_every_epoch_holds_every_sample_once(num_samples):
+    ids = sample_ids(3, num_samples, 0, 4 * num_samples).reshape(4, num_samples)
+    assert (np.sort(ids, axis=1) == np.arange(num_samples)).all()
+    if num_samples == 100:
+        assert not (ids[0] == ids[1]).all() and not (ids[0] == np.arange(100)).all()
+
+
+def test_the_order_does_not_depend_on_how_it_is_cut():
+    whole = sample_ids(3, 50, 0, 240)
+    for size in (1, 6, 48, 80):
+        parts = [sample_ids(3, 50, start, min(size, 240 - start)) for start in range(0, 240, size)]
+        assert (np.concatenate(parts) == whole).all()
+    assert not (sample_ids(4, 50, 0, 240) == whole).all()
