@@ -14,6 +14,7 @@ def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, 
 
     Whatever the person got wrong is refused before any process group starts, and said by rank 0 only.
     """
+    topologies.die_with_launcher()
     try:
         config = load_config(overrides)
         topologies.check_world_size(config)

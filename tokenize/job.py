@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retemper.pipeline.config import DataConfig
+from retemper.pipeline.config import DataConfig, changed_keys
 from retemper.pipeline.errors import UserError
 from retemper.tokenize.split import HELDOUT, TRAIN
 from retemper.tokenize.tokenizer import Tokenizer
@@ -34,17 +34,19 @@ def tokenize(data: DataConfig, *, progress: bool = True) -> dict:
 
     reader = build_reader(data.source, progress=progress)
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    counts = _run_steps(data, tokenizer, reader, partial)
-    manifest = _manifest(data, tokenizer, made_from, counts, partial)
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    partial.rename(target)
+    shutil.rmtree(partial, ignore_errors=True)  # of a job that was killed
+    try:
+        counts = _run_steps(data, tokenizer, reader, partial)
+        manifest = _manifest(data, tokenizer, made_from, counts, partial)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return manifest
 
 
 def _finished(target: Path, made_from: dict) -> dict:
-    from retemper.pipeline.config import changed_keys
-
     manifest = json.loads((target / MANIFEST).read_text())
     if changes := changed_keys(manifest["made_from"], made_from):
         raise UserError(

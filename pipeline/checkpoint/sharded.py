@@ -2,11 +2,13 @@
 
 import json
 import queue
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.config import Config, changed_keys
@@ -37,7 +39,11 @@ class Checkpointer:
         """Commit a checkpoint after state.step steps. Every rank calls it."""
         run_dir = self.config.run_dir
         temporary = Path(from_rank_zero(str(commit.begin(run_dir, state.step)) if self.topology.rank == 0 else None))
-        dist_checkpointing.save(self._sharded_state(is_loading=False), str(temporary))
+        try:
+            dist_checkpointing.save(self._sharded_state(is_loading=False), str(temporary))
+        except CheckpointException as error:  # raised on every rank alike
+            free = shutil.disk_usage(temporary).free >> 20
+            raise UserError(f"{temporary} could not be written with {free} MiB free there ({_reason(error)}); the checkpoints before it are kept") from None
         barrier()
         if self.topology.rank == 0:
             meta = {"train_state": state.to_dict(), "fingerprints": self.fingerprints, "config": self.config.model_dump()}
@@ -95,6 +101,11 @@ class Checkpointer:
         unknown = tensors.keys() - self._model_state().keys()
         assert not unknown, f"weights that fit nowhere: {unknown}"
         self.model.load_state_dict(tensors, strict=False)
+
+
+def _reason(error: CheckpointException) -> str:
+    """The first failing rank's own words; only the coordinating rank knows them."""
+    return next((f"rank {rank}: {failure}" for rank, (failure, _traceback) in error.failures.items()), "another rank failed")
 
 
 def verified_meta(folder: Path) -> dict:

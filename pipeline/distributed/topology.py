@@ -1,8 +1,11 @@
 """Ranks and process groups. The only module of the house that touches megatron's parallel_state or RANK and WORLD_SIZE."""
 
+import ctypes
 import datetime
 import logging
 import os
+import signal
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -34,6 +37,13 @@ def launched_world_size() -> int | None:
 def is_main_process() -> bool:
     """Whether this is global rank 0, also before any process group exists."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def die_with_launcher() -> None:
+    """Let the kernel end this rank when its torchrun agent dies: an orphan would go on writing into the run's folder."""
+    if launched_world_size() and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def check_world_size(config: Config) -> None:

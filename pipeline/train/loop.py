@@ -38,7 +38,8 @@ def train(config: Config, topology: Topology, fingerprints: dict[str, str]) -> T
             log.scores(scores)
 
     seed_step(config.train.seed, state.step, topology)
-    measure()  # the start of the run, or a milestone whose evaluation was cut short
+    if state.step in (0, *config.milestone_steps):
+        measure()  # the start of the run, or a milestone whose evaluation was cut short
     while state.step < config.steps:
         started = time.perf_counter()
         seed_step(config.train.seed, state.step, topology)

@@ -3,6 +3,7 @@
 Shapes: B micro-batch, T sequence length.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from megatron.core.utils import get_model_config
 from retemper.pipeline.config import Config
 from retemper.pipeline.data.batch import Batch
 from retemper.pipeline.distributed.topology import from_last_stage
+from retemper.pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -28,25 +30,25 @@ class StepResult:
 def train_step(config: Config, model, optimizer, schedule, batches: list[Batch]) -> StepResult:
     """Forward and backward over this rank's micro-batches, gradients reduced, one optimizer step.
 
-    Raises FloatingPointError on every rank alike, before the optimizer steps, when the loss is not finite.
+    Raises UserError on every rank alike, before the optimizer steps, when the loss is not finite.
     """
     transformer = get_model_config(model)
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
     model.zero_grad_buffer()
     optimizer.zero_grad()
-    (loss,) = _mean_loss(_run(config, model, batches, forward_only=False))
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise FloatingPointError(f"the loss is {loss}")
+    loss = _mean_loss(_run(config, model, batches, forward_only=False))
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss}; the checkpoints before this step are kept: lower optimizer.lr, or look at this step's data")
     lr = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()
     schedule.step(config.tokens_per_step)
     return StepResult(loss, float(grad_norm), lr)
 
 
-def _mean_loss(outputs) -> list[float]:
+def _mean_loss(outputs: list[dict[str, torch.Tensor]]) -> float:
     total, tokens = from_last_stage([float(sum(o["loss"] for o in outputs)), float(sum(o["tokens"] for o in outputs))])
-    return [total / tokens]
+    return total / tokens
 
 
 @torch.no_grad()

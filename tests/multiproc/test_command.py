@@ -1,19 +1,19 @@
 """The command as a person uses it: train, be killed, run it again; and what it says of bad input."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, overrides, run_command
 
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
 
-SAVE = ["parallel=tp2", "checkpoint.save_every_steps=5", "evals.heldout={}"]
+SAVE = ["parallel=tp2", "checkpoint.save_every_steps=5"]
 
 
 def records(workspace, name):
@@ -22,17 +22,20 @@ def records(workspace, name):
 
 @pytest.fixture(scope="module")
 def killed_and_continued(workspace):
-    """One run straight through, and one whose ranks are killed after the first checkpoint and that is started again."""
+    """One run straight through, and one whose torchrun agent is killed after the first checkpoint and that is started again."""
     straight = run_command(["train", *overrides(workspace, "straight", *SAVE)])
     assert straight.returncode == 0, straight.stderr[-3000:]
     command = [str(Path(sys.executable).parent / "retemper"), "train", *overrides(workspace, "killed", *SAVE)]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder = workspace / "runs" / "test" / "killed"
     deadline = time.monotonic() + 120
     while not committed_steps(folder) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.kill()  # the agent alone: its ranks must not live on and write
     process.wait()
+    psutil.wait_procs(ranks, timeout=20)
+    assert len(ranks) >= 2 and not any(rank.is_running() for rank in ranks)
     left = committed_steps(folder)
     continued = run_command(["train", *overrides(workspace, "killed", *SAVE)])
     assert continued.returncode == 0, continued.stderr[-3000:]
@@ -46,13 +49,6 @@ def test_the_same_command_continues_a_killed_run(killed_and_continued, workspace
     straight, killed = records(workspace, "straight"), records(workspace, "killed")
     for key in ("step", "tokens", "loss", "grad_norm", "lr"):
         assert [record[key] for record in killed] == [record[key] for record in straight], key
-
-
-def test_a_finished_run_is_left_alone(killed_and_continued, workspace):
-    before = records(workspace, "straight")
-    again = run_command(["train", *overrides(workspace, "straight", *SAVE)])
-    assert again.returncode == 0
-    assert records(workspace, "straight") == before
 
 
 def test_a_run_folder_of_another_config_is_refused_with_the_keys(killed_and_continued, workspace):
@@ -78,11 +74,15 @@ def test_a_damaged_checkpoint_is_refused_by_name(killed_and_continued, workspace
     assert result.stderr.count("error:") == 1
 
 
-def test_eval_scores_the_checkpoints_of_a_run(killed_and_continued, workspace):
-    heldout = [f"evals.heldout.code={workspace / 'data' / 'code'}"]
-    result = run_command(["eval", *overrides(workspace, "straight", *SAVE[:2], *heldout)])
+def test_eval_scores_the_checkpoints_that_have_none(killed_and_continued, workspace):
+    folder = workspace / "runs" / "test" / "straight"
+    before = run_folder.read_scores(folder)
+    assert set(before) == {0, 10}
+    result = run_command(["eval", *overrides(workspace, "straight", *SAVE)])
     assert result.returncode == 0, result.stderr[-3000:]
-    assert set(run_folder.read_scores(workspace / "runs" / "test" / "straight")) == {5, 10}
+    after = run_folder.read_scores(folder)
+    assert set(after) == {0, 5, 10} and {0: after[0], 10: after[10]} == before
+    assert after[10]["math"]["bits_per_byte"] < after[5]["math"]["bits_per_byte"] < after[0]["math"]["bits_per_byte"]
 
 
 def test_torchrun_with_the_wrong_number_of_ranks_is_refused(workspace):
@@ -90,3 +90,16 @@ def test_torchrun_with_the_wrong_number_of_ranks_is_refused(workspace):
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert "The launch has 1 rank, but the config needs 2" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_full_disk_is_one_error_and_keeps_the_checkpoints_before(workspace, tmp_path):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path], check=True)
+    try:
+        result = run_command(["train", *overrides(workspace, "full-disk", "parallel=tp2", "checkpoint.save_every_steps=1", f"runs_dir={tmp_path}")])
+        steps = committed_steps(tmp_path / "test" / "full-disk")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert result.returncode != 0 and 0 < len(steps) < 10
+    assert result.stderr.count("\nerror:") == 1 and "could not be written with 0 MiB free" in result.stderr and "Traceback" not in result.stderr

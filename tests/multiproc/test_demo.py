@@ -1,0 +1,86 @@
+"""The whole demo, as `make demo` runs it: within its time and memory, through the real components, twice."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from retemper.pipeline.report.results import read_study
+
+pytestmark = pytest.mark.slow
+
+MINUTES, GIB = 6, 6
+
+
+def run_watched(command: list[str], cwd: Path) -> tuple[str, float, float]:
+    """Output, seconds, and the peak of proportional memory over the process and its children, in GiB."""
+    started, peak = time.monotonic(), 0
+    with open(cwd / "output.txt", "w+") as output:
+        process = psutil.Popen(command, cwd=cwd, stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            peak = max(peak, proportional_memory(process))
+            time.sleep(1)
+        seconds = time.monotonic() - started
+        output.seek(0)
+        text = output.read()
+    assert process.returncode == 0, text[-5000:]
+    return text, seconds, peak / 2**30
+
+
+def proportional_memory(process: psutil.Process) -> int:
+    total = 0
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            total += one.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    text, seconds, gib = run_watched([str(Path(sys.executable).parent / "retemper"), "demo"], folder)
+    print(f"\ndemo: {seconds:.0f} s, {gib:.2f} GiB")
+    return folder, text, seconds, gib
+
+
+def test_it_stays_within_its_time_and_memory(demo):
+    _, _, seconds, gib = demo
+    assert seconds < MINUTES * 60
+    assert gib < GIB
+
+
+def test_it_leaves_the_results_of_every_stage(demo):
+    study = demo[0] / "runs" / "demo"
+    for corpus in ("code", "math"):
+        manifest = json.loads((study / "data" / corpus / "manifest.json").read_text())
+        assert manifest["splits"]["train"]["samples"] > 1000 and manifest["splits"]["heldout"]["samples"] > 64
+        assert json.loads((study / "data" / corpus / "train" / "index.json").read_text())["shards"][0]["format"] == "mds"
+    for run in ("base", "full", "lora"):
+        assert list((study / run / "wandb").glob("offline-run-*/run-*.wandb"))
+        assert list((study / run / "checkpoints").glob("step-*/meta.json"))
+    page = (study / "report.html").read_text()
+    assert page.count("<svg") == 2 and "src=" not in page and "Resolved configs" in page
+    assert {path.name for path in (study / "figures").iterdir()} == {"learning_forgetting.png", "training_loss.png"}
+
+
+def test_it_says_what_it_measured(demo):
+    folder, text, _, _ = demo
+    runs = {run.config.name: run for run in read_study(folder / "runs" / "demo")}
+    full, lora = runs["full"], runs["lora"]
+    assert len(full.curves["code"]) == len(lora.curves["math"]) == 4
+    said = re.search(r"LoRA learned (less|no less): .* and forgot (less|no less)", text)
+    assert said[1] == ("less" if lora.learned()[-1] < full.learned()[-1] else "no less")
+    assert said[2] == ("less" if lora.forgotten()[-1] < full.forgotten()[-1] else "no less")
+
+
+def test_a_second_demo_starts_nothing_again(demo):
+    text, seconds, _ = run_watched([str(Path(sys.executable).parent / "retemper"), "demo"], demo[0])
+    assert seconds < 20
+    assert text.count("finished before") == 3
