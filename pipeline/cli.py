@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\nstopped; the same command continues from the newest checkpoint", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; what was finished is kept", file=sys.stderr)
+        print(
+            f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; what was finished is kept", file=sys.stderr
+        )
         return 1
 
 
@@ -116,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name, function, summary, *examples, overrides=True):
         epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
-        verb = verbs.add_parser(name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        verb = verbs.add_parser(
+            name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         verb.set_defaults(verb=function)
         if overrides:
             verb.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
@@ -136,9 +140,17 @@ def _parser() -> argparse.ArgumentParser:
         "retemper train run=demo_full", "retemper train run=demo_lora parallel=dp2 method.lora.rank=4 name=lora-r4",
     )  # fmt: skip
     add("eval", _eval, "Score every checkpoint of a run that has no scores yet.", "retemper eval run=demo_full")
-    report = add("report", _report, "Write report.html and PNG figures from the runs of a study.", "retemper report runs/demo", overrides=False)
+    report = add(
+        "report", _report, "Write report.html and PNG figures from the runs of a study.", "retemper report runs/demo", overrides=False
+    )
     report.add_argument("study", help="the folder of a study, that is runs_dir/study")
-    add("config", _config, "Print the resolved config of a run.", "retemper config run=demo_full", "retemper config run=demo_lora parallel=pp2")
+    add(
+        "config",
+        _config,
+        "Print the resolved config of a run.",
+        "retemper config run=demo_full",
+        "retemper config run=demo_lora parallel=pp2",
+    )
     launch = add(
         "launch", _launch, "Print the commands that start a run on a cluster.",
         "retemper launch run=demo_full target=torchrun --gpus-per-node 1 --host node0", "retemper launch run=demo_full target=slurm > run.sbatch",

@@ -1,6 +1,7 @@
 """What every rank of a launched job does around its work: check the input, join, work, report one clear error."""
 
 import sys
+import time
 from collections.abc import Callable
 
 from retemper.pipeline.config import Config, load_config
@@ -8,11 +9,15 @@ from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.preflight import preflight
 
+# What every rank finds, rank 0 says: the launcher ends the others once it has left. What one other rank finds, that
+# rank says after this time.
+_SECONDS_FOR_RANK_ZERO = 5
+
 
 def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, dict[str, str]], None]) -> int:
     """Load and check the config, start the process groups, call work(config, topology, fingerprints). Returns the exit code.
 
-    Whatever the person got wrong is refused before any process group starts, and said by rank 0 only.
+    Whatever the person got wrong is refused before any process group starts, and said once.
     """
     topologies.die_with_launcher()
     try:
@@ -22,8 +27,13 @@ def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, 
         topology = topologies.start(config.parallel)
         work(config, topology, fingerprints)
     except UserError as error:
-        if topologies.is_main_process():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(error)
         return 1
     topologies.stop()
     return 0
+
+
+def _say(error: UserError) -> None:
+    if not topologies.is_main_process():
+        time.sleep(_SECONDS_FOR_RANK_ZERO)
+    print(f"error: {error}", file=sys.stderr, flush=True)

@@ -9,7 +9,16 @@ from retemper.pipeline.config import Config, changed_keys
 from retemper.pipeline.errors import UserError
 
 # What a restart may change: where and how the run computes, and what is watched, but not what it computes.
-_MAY_CHANGE = ("parallel.", "checkpoint.", "evals.", "track.", "runs_dir:", "init_from:", "train.micro_batch_size:", "train.log_every_steps:")
+_MAY_CHANGE = (
+    "parallel.",
+    "checkpoint.",
+    "evals.",
+    "track.",
+    "runs_dir:",
+    "init_from:",
+    "train.micro_batch_size:",
+    "train.log_every_steps:",
+)
 _MAY_CHANGE += ("data.path:", "data.tokenizer:", "data.tasks:", "data.source.")  # the checkpoint's fingerprint guards the content
 
 

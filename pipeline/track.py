@@ -29,6 +29,10 @@ class Tracker:
         import wandb
 
         logging.getLogger("wandb").setLevel(logging.ERROR)
+        mode = config.track.wandb
+        if mode == "online" and not wandb.login(prompt=False):
+            print("W&B: nobody is logged in (`wandb login`); recording offline, `wandb sync` uploads it later", file=sys.stderr)
+            mode = "offline"
         id_file = config.run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
@@ -38,7 +42,7 @@ class Tracker:
             name=config.name,
             id=id_file.read_text(),
             resume="allow",
-            mode=config.track.wandb,
+            mode=mode,
             dir=str(config.run_dir),
             config=config.model_dump(),
             settings=wandb.Settings(silent=True, console="off", init_timeout=20, disable_git=True, save_code=False),

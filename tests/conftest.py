@@ -96,7 +96,14 @@ def run_command(arguments: list[str], cwd: Path = ROOT, timeout: int = 300, **op
 def launch(world_size: int, cases: list[dict], timeout: int = 420) -> None:
     """Run training cases one after another on the same real ranks under torchrun (tests/multiproc/cases.py)."""
     script = Path(__file__).parent / "multiproc" / "cases.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+        "--local-addr=127.0.0.1",
+    ]
     result = subprocess.run(
         [*command, f"--nproc-per-node={world_size}", str(script), json.dumps(cases)],
         capture_output=True,

@@ -58,6 +58,7 @@ def _finished(target: Path, made_from: dict) -> dict:
 
 def _run_steps(data: DataConfig, tokenizer: Tokenizer, reader, partial: Path) -> dict[str, int]:
     from datatrove.executor import LocalPipelineExecutor
+
     from retemper.tokenize.shards import Encode, WriteShards
     from retemper.tokenize.split import SplitByHash
 

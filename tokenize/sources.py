@@ -91,7 +91,9 @@ def locate(source: SourceConfig) -> tuple[Path, str]:
     except PermissionError as error:
         raise UserError(f"data.source.path={source.path}: {error.filename} cannot be read; check its permissions") from None
     if not found:
-        raise UserError(f"data.source.path={source.path}: no file in {folder} matches data.source.glob={glob}; correct the path or the pattern")
+        raise UserError(
+            f"data.source.path={source.path}: no file in {folder} matches data.source.glob={glob}; correct the path or the pattern"
+        )
     return folder, glob
 
 

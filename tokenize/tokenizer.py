@@ -68,7 +68,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     )
     backend.train_from_iterator(texts, trainer)
     if backend.get_vocab_size() != vocab_size:
-        raise UserError(f"The sample yields a vocabulary of {backend.get_vocab_size()}, not {vocab_size}: give more text or a smaller vocab_size")
+        raise UserError(
+            f"The sample yields a vocabulary of {backend.get_vocab_size()}, not {vocab_size}: give more text or a smaller vocab_size"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "bos_token": None, "clean_up_tokenization_spaces": False}

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.config import Config, changed_keys
 from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero, is_main_process
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.model.lora import is_adapter
-from retemper.pipeline.train.state import TrainState
 
 # Optimizer states that load at another TP, PP or DP; megatron's default cannot change the topology.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
@@ -31,8 +33,8 @@ class Checkpointer:
 
     config: Config
     topology: Topology
-    model: object
-    optimizer: object
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer | None  # None reads weights alone
     fingerprints: dict[str, str]  # of the data, and of the checkpoint the run started from
 
     def save(self, state: TrainState) -> None:
@@ -43,7 +45,9 @@ class Checkpointer:
             dist_checkpointing.save(self._sharded_state(is_loading=False), str(temporary))
         except CheckpointException as error:  # raised on every rank alike
             free = shutil.disk_usage(temporary).free >> 20
-            raise UserError(f"{temporary} could not be written with {free} MiB free there ({_reason(error)}); the checkpoints before it are kept") from None
+            raise UserError(
+                f"{temporary} could not be written with {free} MiB free there ({_reason(error)}); the checkpoints before it are kept"
+            ) from None
         barrier()
         if self.topology.rank == 0:
             meta = {"train_state": state.to_dict(), "fingerprints": self.fingerprints, "config": self.config.model_dump()}
@@ -69,7 +73,8 @@ class Checkpointer:
                 raise UserError(f"{folder} was made with another {name} than this run's: restore the old one or choose another name")
         loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder))
         self._fill_model(loaded["model"])
-        self.optimizer.load_state_dict(loaded["optimizer"])
+        if self.optimizer:
+            self.optimizer.load_state_dict(loaded["optimizer"])
         return TrainState.from_dict(meta["train_state"])
 
     def _load_base(self) -> None:
@@ -78,13 +83,18 @@ class Checkpointer:
         if meta["config"]["method"]["name"] != "full":
             raise UserError(f"init_from={self.config.init_from}: {folder} holds adapters, not a model; name a run with method=full")
         if changes := changed_keys(meta["config"]["model"], self.config.model.model_dump()):
-            raise UserError(f"init_from={self.config.init_from}: {folder} holds another model ({'; '.join(changes)}); set model.* to its shape")
+            raise UserError(
+                f"init_from={self.config.init_from}: {folder} holds another model ({'; '.join(changes)}); set model.* to its shape"
+            )
         weights = {key: value for key, value in self._model_state().items() if not is_adapter(key)}
         self._fill_model(dist_checkpointing.load({"model": weights}, str(folder))["model"])
-        self.optimizer.reload_model_params()
+        if self.optimizer:
+            self.optimizer.reload_model_params()
 
     def _sharded_state(self, *, is_loading: bool) -> dict:
         model_state = self._trained_state()
+        if not self.optimizer:
+            return {"model": model_state}
         optimizer_state = self.optimizer.sharded_state_dict({"model": model_state}, is_loading=is_loading, metadata=dict(_METADATA))
         return {"model": model_state, "optimizer": optimizer_state}
 

@@ -31,7 +31,9 @@ def check_corpora(config: Config) -> dict[str, dict]:
                 f"{name}: the tokenizer of corpus {manifest['name']} has {manifest['vocab_size']} tokens, model.vocab_size is {config.model.vocab_size}"
             )
         if manifest["seq_length"] != config.data.seq_length:
-            problems.append(f"{name}: corpus {manifest['name']} has samples of {manifest['seq_length']} tokens, data.seq_length is {config.data.seq_length}")
+            problems.append(
+                f"{name}: corpus {manifest['name']} has samples of {manifest['seq_length']} tokens, data.seq_length is {config.data.seq_length}"
+            )
         if manifest["tokenizer_sha256"] != manifests["train"]["tokenizer_sha256"]:
             problems.append(f"{name}: corpus {manifest['name']} was made with another tokenizer than the training corpus")
         if name != "train" and not manifest["splits"]["heldout"]["samples"]:

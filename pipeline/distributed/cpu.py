@@ -129,7 +129,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode=True, capturable=False):
         self.decoupled_weight_decay = adam_w_mode
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None):

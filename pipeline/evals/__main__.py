@@ -15,19 +15,18 @@ def score_checkpoints(config, topology, fingerprints) -> None:
     from retemper.pipeline.checkpoint.sharded import Checkpointer
     from retemper.pipeline.distributed.seeds import seed_step
     from retemper.pipeline.distributed.topology import from_rank_zero
-    from retemper.pipeline.evals.hook import evaluate
+    from retemper.pipeline.evals.hook import evaluate, format_scores
     from retemper.pipeline.model.build import build_model
-    from retemper.pipeline.train.optimizer import build_optimizer
 
     model = build_model(config, topology)
-    checkpointer = Checkpointer(config, topology, model, build_optimizer(config, model), fingerprints)
+    checkpointer = Checkpointer(config, topology, model, None, fingerprints)
     checkpointer.restore()
     seed_step(config.train.seed, 0, topology)
     for step in from_rank_zero(commit.committed_steps(config.run_dir)):
         checkpointer.load(step)
         scores = evaluate(config, topology, model, step)
         if scores and topology.rank == 0:
-            print(f"step {step:>6}  held-out " + "  ".join(f"{d} {s['bits_per_byte']:.4f} bits/byte" for d, s in scores.items()), flush=True)
+            print(format_scores(step, scores), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from retemper.pipeline.config import Config
 from retemper.pipeline.data.batch import make_batch
 from retemper.pipeline.data.corpus import TokenShards
 from retemper.pipeline.distributed.topology import Topology, from_last_stage
-from retemper.pipeline.train.step import token_losses
+from retemper.pipeline.model.forward import run_schedule
 
 
+@torch.no_grad()
 def heldout_scores(config: Config, topology: Topology, model) -> dict[str, dict[str, float]]:
     """domain -> bits_per_byte, loss (nats per token), tokens, bytes and samples, the same on every rank.
 
@@ -33,9 +34,9 @@ def _score(config: Config, topology: Topology, model, path: str) -> dict[str, fl
     nats = tokens = bytes_ = 0.0
     for ids in _parts(mine, config.evals.micro_batch_size):
         batch = make_batch(shards.tokens(ids), topology.device)
-        for losses_BT in token_losses(config, model, [batch]):
+        for output in run_schedule(config, model, [batch], forward_only=True):
             bytes_BT = token_bytes[batch.labels_BT] * batch.loss_mask_BT
-            nats += (losses_BT.double() * (bytes_BT > 0)).sum().item()
+            nats += (output["losses_BT"].double() * (bytes_BT > 0)).sum().item()
             tokens += (bytes_BT > 0).sum().item()
             bytes_ += bytes_BT.sum().item()
     nats, tokens, bytes_ = from_last_stage([nats, tokens, bytes_])

@@ -17,3 +17,10 @@ def evaluate(config: Config, topology: Topology, model, step: int) -> dict | Non
     if topology.rank == 0:
         run_folder.replace_file(path, json.dumps(scores, indent=2))
     return scores
+
+
+def format_scores(step: int, scores: dict) -> str:
+    """One line for the terminal."""
+    return f"step {step:>6}  held-out " + "  ".join(
+        f"{domain} {values['bits_per_byte']:.4f} bits/byte" for domain, values in scores.items()
+    )

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -88,6 +88,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=bf16,
         # Means over all tokens of the global batch, right also when loss masks differ between ranks.
         calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
         # The fused kernels come with apex and Transformer Engine.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

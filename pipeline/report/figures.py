@@ -20,7 +20,7 @@ def _style(run: RunResult) -> dict:
 
 def learning_forgetting(runs: list[RunResult]):
     """Held-out loss on the new and the old domain over tokens, and one against the other; a point is a milestone."""
-    continued = [run for run in runs if run.is_continued and run.learned_domain and run.old_domains]
+    continued = [run for run in runs if run.measures_forgetting]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for run in continued:
         for axis, domains in ((axes[0], [run.learned_domain]), (axes[1], run.old_domains)):

@@ -39,6 +39,11 @@ class RunResult:
         """Whether it started from another run's weights."""
         return self.config.init_from is not None
 
+    @property
+    def measures_forgetting(self) -> bool:
+        """Whether there is something to learn, something to forget, and scores of both."""
+        return self.is_continued and self.learned_domain is not None and bool(self.old_domains)
+
     def learned(self) -> list[float]:
         """Bits per byte gained on the trained domain since the start, at each evaluated step; positive is better."""
         points = self.curves[self.learned_domain]
@@ -47,7 +52,9 @@ class RunResult:
     def forgotten(self) -> list[float]:
         """Bits per byte lost on the old domains since the start, their mean, at each evaluated step; positive is worse."""
         curves = [self.curves[domain] for domain in self.old_domains]
-        return [sum(point.bits_per_byte - points[0].bits_per_byte for point, points in zip(at, curves)) / len(curves) for at in zip(*curves)]
+        return [
+            sum(point.bits_per_byte - points[0].bits_per_byte for point, points in zip(at, curves)) / len(curves) for at in zip(*curves)
+        ]
 
     def tokens_per_second(self) -> float:
         """Median over the logged intervals; 0 before the first."""
@@ -76,7 +83,7 @@ def _read_run(folder: Path) -> RunResult:
 
 def comparison(runs: list[RunResult]) -> str:
     """One sentence a finding: did LoRA learn less and forget less here? Says what was measured, whichever way it fell."""
-    continued = [run for run in runs if run.is_continued and run.learned_domain and run.old_domains]
+    continued = [run for run in runs if run.measures_forgetting]
     full = next((run for run in continued if run.config.method.name == "full"), None)
     lora = next((run for run in continued if run.config.method.name == "lora"), None)
     if not full or not lora:
@@ -96,15 +103,18 @@ def table(runs: list[RunResult]) -> list[list[str]]:
     rows = [["run", "method", "tokens", *(f"{domain} bits/byte" for domain in domains), "learned", "forgotten", "tokens/s"]]
     for run in runs:
         points = list(zip(*(run.curves[domain] for domain in domains))) if set(domains) <= run.curves.keys() else []
-        for index, at in enumerate(points):
-            gains = [f"{run.learned()[index]:+.3f}", f"{run.forgotten()[index]:+.3f}"] if run.is_continued and run.learned_domain and run.old_domains else ["", ""]
-            rate = f"{run.tokens_per_second():,.0f}" if index == len(points) - 1 else ""
-            rows.append([run.config.name, run.config.method.name, f"{at[0].tokens:,}", *(f"{point.bits_per_byte:.4f}" for point in at), *gains, rate])
+        gains = zip(run.learned(), run.forgotten()) if run.measures_forgetting else [None] * len(points)
+        for at, gain in zip(points, gains):
+            scores = [f"{point.bits_per_byte:.4f}" for point in at]
+            signed = [f"{value:+.3f}" for value in gain] if gain else ["", ""]
+            rate = f"{run.tokens_per_second():,.0f}" if at is points[-1] else ""
+            rows.append([run.config.name, run.config.method.name, f"{at[0].tokens:,}", *scores, *signed, rate])
     return rows
 
 
 def format_table(rows: list[list[str]]) -> str:
     """The rows as aligned text."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) if index > 1 else cell.ljust(width) for index, (cell, width) in enumerate(zip(row, widths))) for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    align = [str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2)]
+    lines = ["  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths)) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

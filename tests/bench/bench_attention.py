@@ -1,6 +1,6 @@
 """One training step with torch's fused attention against megatron-core's DotProductAttention, in CPU-seconds.
 
-    python tests/bench/bench_attention.py [key=value …]      (one rank; interleaved; default: the demo's model)
+python tests/bench/bench_attention.py [key=value …]      (one rank; interleaved; default: the demo's model)
 """
 
 import statistics
@@ -47,8 +47,12 @@ def main(overrides: list[str]) -> None:
     pairs = [(seconds("fused"), seconds("megatron")) for _ in range(ROUNDS)]
     ratios = sorted(megatron / fused for fused, megatron in pairs)
     np.testing.assert_allclose(losses["fused"], losses["megatron"], rtol=1e-4)
-    print(f"CPU-seconds a step: fused {statistics.median(p[0] for p in pairs) / STEPS:.3f}, megatron {statistics.median(p[1] for p in pairs) / STEPS:.3f}")
-    print(f"megatron / fused: median {statistics.median(ratios):.2f} (min {ratios[0]:.2f}, max {ratios[-1]:.2f}) over {ROUNDS} interleaved rounds; equal losses")
+    print(
+        f"CPU-seconds a step: fused {statistics.median(p[0] for p in pairs) / STEPS:.3f}, megatron {statistics.median(p[1] for p in pairs) / STEPS:.3f}"
+    )
+    print(
+        f"megatron / fused: median {statistics.median(ratios):.2f} (min {ratios[0]:.2f}, max {ratios[-1]:.2f}) over {ROUNDS} interleaved rounds; equal losses"
+    )
 
 
 if __name__ == "__main__":

@@ -70,7 +70,11 @@ def lost_optimizer_state():
     return mock.patch.object(Checkpointer, "load", forgetful)
 
 
-FAULTS = {None: contextlib.nullcontext, "unreduced_adapter_gradient": unreduced_adapter_gradient, "lost_optimizer_state": lost_optimizer_state}
+FAULTS = {
+    None: contextlib.nullcontext,
+    "unreduced_adapter_gradient": unreduced_adapter_gradient,
+    "lost_optimizer_state": lost_optimizer_state,
+}
 
 
 if __name__ == "__main__":

@@ -97,9 +97,15 @@ def test_torchrun_with_the_wrong_number_of_ranks_is_refused(workspace):
 def test_a_full_disk_is_one_error_and_keeps_the_checkpoints_before(workspace, tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path], check=True)
     try:
-        result = run_command(["train", *overrides(workspace, "full-disk", "parallel=tp2", "checkpoint.save_every_steps=1", f"runs_dir={tmp_path}")])
+        result = run_command(
+            ["train", *overrides(workspace, "full-disk", "parallel=tp2", "checkpoint.save_every_steps=1", f"runs_dir={tmp_path}")]
+        )
         steps = committed_steps(tmp_path / "test" / "full-disk")
     finally:
         subprocess.run(["umount", tmp_path], check=True)
     assert result.returncode != 0 and 0 < len(steps) < 10
-    assert result.stderr.count("\nerror:") == 1 and "could not be written with 0 MiB free" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.stderr.count("\nerror:") == 1
+        and "could not be written with 0 MiB free" in result.stderr
+        and "Traceback" not in result.stderr
+    )

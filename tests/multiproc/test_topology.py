@@ -28,9 +28,11 @@ def runs(workspace):
         return {"overrides": overrides(workspace, name, *continued, *changes, corpus=corpus), "stop_after": stop_after, "fault": fault}
 
     methods = {"full": [], "lora": LORA}
-    launch(1, [case("base"), *(case(f"{method}-single", *changes) for method, changes in methods.items())])
+    tied = ["model.tie_embeddings=true", "init_from=null"]  # first and last stage share a weight
+    launch(1, [case("base"), case("tied-single", *tied), *(case(f"{method}-single", *changes) for method, changes in methods.items())])
     save = "checkpoint.save_every_steps=5"
     cases = [case(f"{method}-{layout}", *changes, *LAYOUTS[layout]) for method, changes in methods.items() for layout in LAYOUTS]
+    cases += [case(f"tied-{layout}", *tied, *LAYOUTS[layout]) for layout in ("tp2", "pp2")]
     cases += [case("lora-fault", *LORA, *LAYOUTS["tp2"], fault="unreduced_adapter_gradient")]
     for method, changes in methods.items():
         for then in ("tp2", "pp2"):
@@ -53,6 +55,12 @@ def curve(runs, name: str, key: str) -> list[float]:
 def test_first_ten_losses_agree_with_one_rank(runs, method, layout):
     for key in ("loss", "grad_norm"):
         assert curve(runs, f"{method}-{layout}", key) == pytest.approx(curve(runs, f"{method}-single", key), rel=1e-5), key
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_tied_embeddings_agree_with_one_rank(runs, layout):
+    for key in ("loss", "grad_norm"):
+        assert curve(runs, f"tied-{layout}", key) == pytest.approx(curve(runs, "tied-single", key), rel=1e-5), key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

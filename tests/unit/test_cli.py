@@ -72,7 +72,23 @@ def test_launch_prints_an_sbatch_script_that_bash_accepts(tmp_path):
     assert started[-2:] == ["run=demo_full", "checkpoint.milestones=[32768, 65536]"]
 
 
-@pytest.mark.parametrize(("arguments", "said"), [(["target=k8s"], "target=torchrun or target=slurm"), (["target=slurm", "--gpus-per-node", "3", "parallel.data_parallel_size=4", "train.global_batch_size=16", "train.micro_batch_size=1"], "do not fill nodes of 3 GPUs")])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["target=k8s"], "target=torchrun or target=slurm"),
+        (
+            [
+                "target=slurm",
+                "--gpus-per-node",
+                "3",
+                "parallel.data_parallel_size=4",
+                "train.global_batch_size=16",
+                "train.micro_batch_size=1",
+            ],
+            "do not fill nodes of 3 GPUs",
+        ),
+    ],
+)
 def test_launch_refuses_what_it_cannot_lay_out(arguments, said):
     result = run_command(["launch", "run=demo_full", *arguments])
     assert result.returncode == 1 and said in result.stderr

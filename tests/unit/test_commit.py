@@ -5,8 +5,8 @@ import json
 import pytest
 
 from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.train.state import TrainState
 
 
 def write(run_dir, step, content=b"weights"):

@@ -57,7 +57,9 @@ def test_difficult_text_comes_back_exactly(workspace, tmp_path):
 
 @pytest.mark.parametrize("which", ["trained", "llama"])
 def test_token_bytes_add_up_to_the_text(workspace, request, which):
-    tokenizer = Tokenizer(workspace / "data" / "tokenizer" if which == "trained" else request.getfixturevalue("shared_data") / "llama2-tokenizer")
+    tokenizer = Tokenizer(
+        workspace / "data" / "tokenizer" if which == "trained" else request.getfixturevalue("shared_data") / "llama2-tokenizer"
+    )
     text = "def f(x):\n\treturn x ** 2  # naïve 🎉\n" + r"\int_0^1 x\,dx" * 3
     (ids,) = tokenizer.encode([text])
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())

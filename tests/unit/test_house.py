@@ -1,6 +1,7 @@
 """The layout that everything stands on."""
 
 import importlib
+import re
 import subprocess
 import sys
 import sysconfig
@@ -46,3 +47,28 @@ def test_the_pinned_set_names_no_index_and_pins_everything():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert len(lines) > 100
     assert all("==" in line and "://" not in line and not line.startswith("-") for line in lines)
+
+
+# Imports point from a floor to the floors below it (or stay on it): errors and config carry everything.
+FLOORS = [
+    {"errors"},
+    {"config"},
+    {"distributed", "run_folder"},
+    {"data", "model", "track"},
+    {"checkpoint", "evals"},
+    {"preflight"},
+    {"ranks"},
+    {"train", "report"},
+    {"study"},
+    {"cli"},
+]
+
+
+def test_imports_point_one_way():
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        room = path.relative_to(ROOT / "pipeline").parts[0].removesuffix(".py")
+        # The entry point of a package is on the floor of what launches ranks.
+        floor = max(floor_of["ranks"], floor_of[room]) if path.name == "__main__.py" else floor_of.get(room, 0)
+        for target in re.findall(r"from retemper\.pipeline\.(\w+)[\w.]* import|from retemper\.pipeline import (\w+)", path.read_text()):
+            assert floor_of[target[0] or target[1]] <= floor, f"{path.relative_to(ROOT)} imports {target[0] or target[1]}"

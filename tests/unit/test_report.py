@@ -14,12 +14,16 @@ from retemper.pipeline.report.results import comparison, format_table, read_stud
 def record(workspace, tmp_path, name, method, end):
     """A run folder whose held-out scores go from (code 3, math 2) to `end`."""
     start = ["init_from=base"] if name != "base" else []
-    config = load_config([*overrides(workspace, name, *start, *method, corpus="math" if name == "base" else "code"), f"runs_dir={tmp_path}"])
+    config = load_config(
+        [*overrides(workspace, name, *start, *method, corpus="math" if name == "base" else "code"), f"runs_dir={tmp_path}"]
+    )
     run_folder.claim(config, 0)
     for step, (code, math) in ((0, (3.0, 2.0)), (10, end)):
         scores = {"code": {"bits_per_byte": code}, "math": {"bits_per_byte": math}}
         run_folder.replace_file(run_folder.scores_path(config.run_dir, step), json.dumps(scores))
-    run_folder.append_metrics(config.run_dir, {"step": 10, "tokens": 5120, "loss": 2.5, "grad_norm": 1.0, "lr": 0.0, "tokens_per_second": 1234.0})
+    run_folder.append_metrics(
+        config.run_dir, {"step": 10, "tokens": 5120, "loss": 2.5, "grad_norm": 1.0, "lr": 0.0, "tokens_per_second": 1234.0}
+    )
     return config
 
 
@@ -41,7 +45,15 @@ def test_the_finding_follows_the_numbers(workspace, tmp_path, lora_end, said):
     result = run_command(["report", str(config.run_dir.parent)])
     assert result.returncode == 0, result.stderr
     page = (config.run_dir.parent / "report.html").read_text()
-    assert said in page and page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("https://matplotlib.org", "").replace("http://creativecommons.org", "")
+    assert (
+        said in page
+        and page.count("<svg") == 2
+        and "http"
+        not in page.replace("http://www.w3.org", "")
+        .replace("http://purl.org", "")
+        .replace("https://matplotlib.org", "")
+        .replace("http://creativecommons.org", "")
+    )
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

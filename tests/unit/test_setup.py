@@ -24,7 +24,9 @@ def set_up(folder: Path, *, python: bool, **environment: str) -> subprocess.Comp
     if python:
         (tools / "python3.12").write_text(f'#!/bin/sh\nexec "{Path(sys.base_prefix, "bin", "python3.12")}" "$@"\n')
         (tools / "python3.12").chmod(0o755)
-    return subprocess.run([str(folder / ".ci" / "setup")], capture_output=True, text=True, timeout=120, env={"PATH": str(tools), **environment})
+    return subprocess.run(
+        [str(folder / ".ci" / "setup")], capture_output=True, text=True, timeout=120, env={"PATH": str(tools), **environment}
+    )
 
 
 def one_error(result: subprocess.CompletedProcess) -> str:

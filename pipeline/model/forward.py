@@ -1,0 +1,39 @@
+"""Micro-batches through a sharded model, by megatron-core's pipeline schedules. Shapes: B micro-batch, T sequence length."""
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from retemper.pipeline.config import Config
+from retemper.pipeline.data.batch import Batch
+
+
+def run_schedule(config: Config, model, batches: list[Batch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
+    """Forward, and unless forward_only backward, over micro-batches of one size.
+
+    Returns for each micro-batch, on the last pipeline stage alone: loss (sum of nats), tokens (labels that count) and
+    losses_BT (nats of every position).
+    """
+    return get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iter(batches),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=config.data.seq_length,
+        micro_batch_size=batches[0].tokens_BT.shape[0],
+        forward_only=forward_only,
+    )
+
+
+def _forward_step(batches: Iterator[Batch], model):
+    batch = next(batches)
+    output_BT = model(batch.tokens_BT, batch.position_ids_BT, attention_mask=None, labels=batch.labels_BT)
+    return output_BT, lambda losses_BT: _loss(losses_BT, batch)
+
+
+def _loss(losses_BT: torch.Tensor, batch: Batch):
+    loss = (losses_BT.float() * batch.loss_mask_BT).sum()
+    tokens = batch.loss_mask_BT.sum().int()
+    # The schedule divides what it is given in place: what is reported is a copy.
+    return loss, tokens, {"loss": loss.detach().clone(), "tokens": tokens.clone(), "losses_BT": losses_BT.detach()}

@@ -1,0 +1,64 @@
+"""What rank 0 shows and records of a run: a progress bar, one line per logged step, metrics.jsonl, W&B."""
+
+from tqdm import tqdm
+
+from retemper.pipeline import run_folder
+from retemper.pipeline.checkpoint.state import TrainState
+from retemper.pipeline.config import Config
+from retemper.pipeline.evals.hook import format_scores
+from retemper.pipeline.track import Tracker
+from retemper.pipeline.train.step import StepResult
+
+
+class Log:
+    """Follows `state`, which the loop moves on; does nothing unless enabled."""
+
+    def __init__(self, config: Config, state: TrainState, counts: tuple[int, int], *, enabled: bool):
+        self.config, self.state, self.enabled = config, state, enabled
+        if not enabled:
+            return
+        run_folder.claim(config, state.step)
+        self.tracker = Tracker(config)
+        label = f"{config.study}/{config.name}"
+        print(f"{label}: method={config.method.name}, {counts[0]:,} trainable and {counts[1]:,} frozen parameters on this rank", flush=True)
+        # disable=None: a bar on a terminal only.
+        self.bar = tqdm(total=config.steps, initial=state.step, desc=label, unit="step", dynamic_ncols=True, disable=None)
+        self.mark = state.step, state.seconds
+
+    def step(self, result: StepResult) -> None:
+        """Count one step, and report it where a report is due."""
+        if not self.enabled:
+            return
+        self.bar.update()
+        if self.state.step % self.config.train.log_every_steps and self.state.step != self.config.steps:
+            return
+        steps, seconds = self.state.step - self.mark[0], self.state.seconds - self.mark[1]
+        self.mark = self.state.step, self.state.seconds
+        record = {
+            "step": self.state.step,
+            "tokens": self.state.consumed_samples * self.config.data.seq_length,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens_per_second": steps * self.config.tokens_per_step / seconds,
+        }
+        run_folder.append_metrics(self.config.run_dir, record)
+        self.tracker.log(record)
+        self.bar.write(
+            f"step {record['step']:>6}  loss {record['loss']:.4f}  grad_norm {record['grad_norm']:.3f}  "
+            f"lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
+        )
+
+    def scores(self, scores: dict | None) -> None:
+        """Report the scores of this step, where it was scored now."""
+        if not self.enabled or not scores:
+            return
+        step = self.state.step
+        self.tracker.log({"step": step} | {f"heldout/{domain}/bits_per_byte": values["bits_per_byte"] for domain, values in scores.items()})
+        self.bar.write(format_scores(step, scores))
+
+    def close(self) -> None:
+        """Finish the bar and the W&B run."""
+        if self.enabled:
+            self.bar.close()
+            self.tracker.close()
