@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import sysconfig
 from pathlib import Path
 
@@ -81,15 +82,16 @@ def locate(source: SourceConfig) -> tuple[Path, str]:
         folder = _package_folder(source.path.removeprefix("package:"))
     else:
         folder = Path(source.path)
-    if not folder.exists():
-        raise UserError(f"data.source.path={source.path}: {folder} does not exist; name a folder or file of documents")
+    glob = source.glob
     try:
-        folder, glob = (folder.parent, folder.name) if folder.is_file() else (folder, source.glob)
+        if not folder.exists():
+            raise UserError(f"data.source.path={source.path}: {folder} does not exist; name a folder or file of documents")
+        if folder.is_file():
+            folder, glob = folder.parent, folder.name
+        os.listdir(folder)  # glob passes over what it may not read
         found = any(path.is_file() for path in folder.glob(glob))
-        if found:
-            next(path for path in folder.glob(glob) if path.is_file()).open("rb").close()
     except PermissionError as error:
-        raise UserError(f"data.source.path={source.path}: {error.filename} cannot be read; check its permissions") from None
+        raise UserError(f"data.source.path={source.path}: {error.filename} cannot be read; change its permissions") from None
     if not found:
         raise UserError(
             f"data.source.path={source.path}: no file in {folder} matches data.source.glob={glob}; correct the path or the pattern"

@@ -1,6 +1,7 @@
 """Documents to shards to batches, on real text."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,22 @@ def test_bad_sources_get_one_error_and_leave_nothing(workspace, tmp_path):
         with pytest.raises(UserError, match=said):
             tokenize(corpus, progress=False)
         assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming an ordinary user takes root; as one, this is the ordinary case")
+def test_an_unreadable_folder_is_named(workspace, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    (locked / "a.py").write_text("x = 1\n" * 100)
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(0o755)
+    locked.chmod(0)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match=f"{locked} cannot be read"):
+            build_reader(data_config(workspace, "bad", "text", locked).source)
+    finally:
+        os.seteuid(0)
 
 
 def test_an_undecodable_file_is_counted_and_costs_no_neighbour(workspace, tmp_path):
