@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from the newest checkpoint", file=sys.stderr)
+        print("\nstopped; the same command goes on from what is finished", file=sys.stderr)
         return 130
     except OSError as error:
         print(

@@ -55,7 +55,7 @@ class SourceConfig(_Section):
         description="text: one document a file; docstrings: one a Python module; jsonl, parquet: one a row"
     )
     path: str = Field(description="a folder or file; stdlib: this Python's standard library; package:NAME an installed package")
-    glob: str = Field("**/*", description="which files below a folder")
+    glob: str | None = Field(None, description="which files below a folder; by default what the kind's name says")
     exclude: list[str] = Field(default=[], description="names of files and folders left out, for text and docstrings")
     text_key: str = Field("text", description="the text column of jsonl and parquet")
 
@@ -113,8 +113,8 @@ class OptimizerConfig(_Section):
     """AdamW with decoupled weight decay; biases and norms are not decayed."""
 
     lr: float = Field(gt=0, description="peak learning rate")
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip_grad: float = Field(1.0, ge=0, description="global gradient norm; 0 switches clipping off")
@@ -136,7 +136,7 @@ class TrainConfig(_Section):
     global_batch_size: PositiveInt = Field(description="samples per optimizer step, over all ranks")
     micro_batch_size: PositiveInt = Field(description="samples per forward pass of one rank")
     precision: Literal["fp32", "bf16"] = "bf16"
-    seed: Annotated[int, Field(ge=0)] = 17
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
     log_every_steps: PositiveInt = 10
 
 
@@ -144,7 +144,7 @@ class CheckpointConfig(_Section):
     """When the run is saved, beside its end."""
 
     save_every_steps: Annotated[int, Field(ge=0)] = Field(0, description="for restarts; 0 saves at milestones only")
-    milestones: list[Tokens] = Field(default=[], description="saved, evaluated, and kept")
+    milestones: list[Tokens] = Field(default=[], description="saved and evaluated")
 
 
 class EvalsConfig(_Section):
@@ -165,8 +165,8 @@ class TrackConfig(_Section):
 class Config(_Section):
     """One run."""
 
-    study: str = Field(pattern=r"^[\w.-]+$", description="the experiment this run belongs to; the W&B group")
-    name: str = Field(pattern=r"^[\w.-]+$", description="of the run; its folder is runs_dir/study/name")
+    study: str = Field(pattern=r"^\w[\w.-]*$", description="the experiment this run belongs to; the W&B group")
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="of the run; its folder is runs_dir/study/name")
     runs_dir: str = "runs"
     init_from: str | None = Field(None, description="run folder whose newest checkpoint gives the initial weights")
     model: ModelConfig
@@ -273,9 +273,17 @@ def _compose(overrides: list[str]) -> dict[str, Any]:
     arguments = [text if text.split("=")[0] in groups else f"++{text.lstrip('+')}" for text in overrides]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return OmegaConf.to_container(compose("config", arguments), resolve=True, throw_on_missing=False)
+            return _without_unset(OmegaConf.to_container(compose("config", arguments), resolve=True, throw_on_missing=False))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"The configuration cannot be composed from {' '.join(overrides) or 'its defaults'}: {error}") from None
+        raise UserError(
+            f"The configuration cannot be composed from {' '.join(overrides) or 'its defaults'}: {error}\n"
+            "A value with special characters is quoted within the word, as 'key=\"a(b)=c\"'"
+        ) from None
+
+
+def _without_unset(section: dict[str, Any]) -> dict[str, Any]:
+    """The values that are set: presets write ??? for those that the person must give."""
+    return {key: _without_unset(value) if isinstance(value, dict) else value for key, value in section.items() if value != "???"}
 
 
 def _check_presets(overrides: list[str], groups: set[str]) -> None:
@@ -299,7 +307,7 @@ def _describe(problem: dict[str, Any], prefix: str = "") -> str:
     key = prefix + ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key, _schema_keys(Config))}"
-    if problem["type"] == "missing" or problem["input"] == "???":
+    if problem["type"] == "missing":
         return f"{key}: has no value; set it as {key}=…"
     return f"{key}: {problem['msg']} (got {problem['input']!r})"
 

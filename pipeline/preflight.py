@@ -9,9 +9,10 @@ from retemper.pipeline.data.corpus import check_corpora
 
 
 def preflight(config: Config) -> dict[str, str]:
-    """Check run folder, corpora and base, and return the fingerprints of data and base. Raises UserError."""
+    """Check run folder, corpora and base, and return the fingerprints of data, tokenizer and base. Raises UserError."""
     run_folder.check(config)
-    fingerprints = {"data": check_corpora(config)["train"]["fingerprint"]}
+    corpus = check_corpora(config)["train"]
+    fingerprints = {"data": corpus["fingerprint"], "tokenizer": corpus["tokenizer_sha256"]}
     if config.init_from:
         fingerprints["base"] = commit.fingerprint(commit.newest(Path(config.init_from)))
     return fingerprints

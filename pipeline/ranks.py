@@ -19,21 +19,21 @@ def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, 
 
     Whatever the person got wrong is refused before any process group starts, and said once.
     """
-    topologies.die_with_launcher()
+    topologies.follow_launcher()
     try:
         config = load_config(overrides)
         topologies.check_world_size(config)
         fingerprints = preflight(config)
         topology = topologies.start(config.parallel)
         work(config, topology, fingerprints)
-    except UserError as error:
+    except (UserError, OSError) as error:
         _say(error)
         return 1
     topologies.stop()
     return 0
 
 
-def _say(error: UserError) -> None:
+def _say(error: Exception) -> None:
     if not topologies.is_main_process():
         time.sleep(_SECONDS_FOR_RANK_ZERO)
     print(f"error: {error}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,11 +37,14 @@ def check(config: Config) -> None:
 
 
 def claim(config: Config, step: int) -> None:
-    """Write config.json, and drop metrics after `step`, which the resumed run will measure again. Rank 0 only."""
+    """Write config.json, and drop metrics and scores after `step`, which the resumed run will measure again. Rank 0 only."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(config.run_dir / "config.json", config.to_json())
     kept = [json.dumps(record) + "\n" for record in read_metrics(config.run_dir) if record["step"] <= step]
     replace_file(config.run_dir / "metrics.jsonl", "".join(kept))
+    for scored in read_scores(config.run_dir):
+        if scored > step:
+            shutil.rmtree(scores_path(config.run_dir, scored).parent)
 
 
 def append_metrics(run_dir: Path, record: dict) -> None:

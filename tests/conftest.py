@@ -55,8 +55,8 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-def data_config(folder: Path, name: str, kind: str, source: Path, **changes):
-    """A DataConfig below `folder`, for documents at `source`."""
+def data_config(folder: Path, name: str, kind: str = "text", documents: Path = Path(), **changes):
+    """A DataConfig below `folder`, of Python files below `documents`."""
     from retemper.pipeline.config import DataConfig
 
     values = {
@@ -65,7 +65,7 @@ def data_config(folder: Path, name: str, kind: str, source: Path, **changes):
         "tokenizer": str(folder / "data" / "tokenizer"),
         "seq_length": SEQ_LENGTH,
         "heldout_fraction": 0.2,
-        "source": {"kind": kind, "path": str(source), "glob": "**/*.py", "exclude": ["tests", "__pycache__"]},
+        "source": {"kind": kind, "path": str(documents), "glob": "**/*.py", "exclude": ["tests", "__pycache__"]},
     }
     return DataConfig.model_validate(values | changes)
 

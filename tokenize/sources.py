@@ -1,13 +1,16 @@
 """Documents in: datatrove readers for every kind of source a corpus names."""
 
 import ast
+import gzip
 import importlib.util
+import json
 import os
+import sys
 import sysconfig
 from pathlib import Path
 
 from datatrove.data import DocumentsPipeline
-from datatrove.pipeline.readers import JsonlReader, ParquetReader
+from datatrove.pipeline.readers import ParquetReader
 from datatrove.pipeline.readers.base import BaseDiskReader
 from loguru import logger
 
@@ -16,6 +19,8 @@ from retemper.pipeline.errors import UserError
 
 # datatrove logs every file it opens; progress bars and the manifest's counts say what matters.
 logger.disable("datatrove")
+
+_GLOBS = {"text": "**/*", "docstrings": "**/*.py", "jsonl": "**/*.jsonl*", "parquet": "**/*.parquet"}
 
 
 class TextReader(BaseDiskReader):
@@ -63,12 +68,50 @@ class DocstringReader(TextReader):
         return "\n\n".join(docstring for node in ordered if (docstring := ast.get_docstring(node)))
 
 
+class _CountingRows:
+    """Rows whose text is missing, no string or empty are counted and left out."""
+
+    def get_document_from_dict(self, data, source_file, id_in_file):
+        text = data.get(self.text_key) if isinstance(data, dict) else None
+        if not isinstance(text, str):
+            self.stat_update("dropped_no_text")
+        elif not text.strip():
+            self.stat_update("dropped_empty")
+        else:
+            return super().get_document_from_dict(data, source_file, id_in_file)
+        return None
+
+
+class RowsReader(_CountingRows, ParquetReader):
+    """One document per parquet row."""
+
+
+class JsonLinesReader(_CountingRows, BaseDiskReader):
+    """One document per line, plain or compressed. A line that is no JSON is counted; a file that breaks off is named."""
+
+    name = "🗒 JSON lines"
+
+    def read_file(self, filepath: str) -> DocumentsPipeline:
+        try:
+            with self.data_folder.open(filepath, "rb", compression="infer") as file:
+                for number, line in enumerate(file):
+                    try:
+                        row = json.loads(line)
+                    except ValueError:
+                        self.stat_update("dropped_malformed_json")
+                        continue
+                    if document := self.get_document_from_dict(row, filepath, number):
+                        yield document
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise UserError(f"{self.data_folder.resolve_paths(filepath)} is damaged ({error}): fetch it again, or leave it out") from None
+
+
 def build_reader(source: SourceConfig, *, progress: bool = False) -> BaseDiskReader:
     """The datatrove reader of one source. Raises UserError where no file matches."""
     folder, glob = locate(source)
-    options = {"glob_pattern": glob, "file_progress": progress}
+    options = {"glob_pattern": glob, "file_progress": progress and sys.stderr.isatty()}
     if source.kind in ("jsonl", "parquet"):
-        reader = JsonlReader if source.kind == "jsonl" else ParquetReader
+        reader = JsonLinesReader if source.kind == "jsonl" else RowsReader
         return reader(str(folder), text_key=source.text_key, **options)
     reader = TextReader if source.kind == "text" else DocstringReader
     return reader(str(folder), exclude=source.exclude, **options)
@@ -82,7 +125,7 @@ def locate(source: SourceConfig) -> tuple[Path, str]:
         folder = _package_folder(source.path.removeprefix("package:"))
     else:
         folder = Path(source.path)
-    glob = source.glob
+    glob = source.glob or _GLOBS[source.kind]
     try:
         if not folder.exists():
             raise UserError(f"data.source.path={source.path}: {folder} does not exist; name a folder or file of documents")
@@ -94,7 +137,7 @@ def locate(source: SourceConfig) -> tuple[Path, str]:
         raise UserError(f"data.source.path={source.path}: {error.filename} cannot be read; change its permissions") from None
     if not found:
         raise UserError(
-            f"data.source.path={source.path}: no file in {folder} matches data.source.glob={glob}; correct the path or the pattern"
+            f"data.source.path={source.path}: no file in {folder} matches {glob} (data.source.glob); correct the path or the pattern"
         )
     return folder, glob
 

@@ -26,6 +26,8 @@ class Tokenizer:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust parser raises bare Exception
             raise UserError(f"{path} is no tokenizer that this version reads ({error}); save it again with transformers") from None
+        # A document that spells out a special token holds text, not the token.
+        self.backend.encode_special_tokens = True
         self.folder = Path(folder)
         self.vocab_size = self.backend.get_vocab_size()
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()

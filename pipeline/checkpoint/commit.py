@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def folder_of(run_dir: Path, step: int) -> Path:
 def committed_steps(run_dir: Path) -> list[int]:
     """Steps of all committed checkpoints, ascending."""
     folder = run_dir / "checkpoints"
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.suffix != ".tmp")
+    return sorted(int(path.name[5:]) for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def newest(run_dir: Path) -> Path:

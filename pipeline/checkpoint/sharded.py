@@ -86,6 +86,8 @@ class Checkpointer:
             raise UserError(
                 f"init_from={self.config.init_from}: {folder} holds another model ({'; '.join(changes)}); set model.* to its shape"
             )
+        if meta["fingerprints"]["tokenizer"] != self.fingerprints["tokenizer"]:
+            raise UserError(f"init_from={self.config.init_from}: {folder} was trained with another tokenizer than {self.config.data.path}")
         weights = {key: value for key, value in self._model_state().items() if not is_adapter(key)}
         self._fill_model(dist_checkpointing.load({"model": weights}, str(folder))["model"])
         if self.optimizer:

@@ -39,8 +39,9 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def die_with_launcher() -> None:
-    """Let the kernel end this rank when its torchrun agent dies: an orphan would go on writing into the run's folder."""
+def follow_launcher() -> None:
+    """End this rank at once on Ctrl-C, and when its torchrun agent dies: an orphan would go on writing into the run's folder."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # commits are atomic: there is nothing to unwind
     if launched_world_size() and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -22,11 +22,15 @@ def score_checkpoints(config, topology, fingerprints) -> None:
     checkpointer = Checkpointer(config, topology, model, None, fingerprints)
     checkpointer.restore()
     seed_step(config.train.seed, 0, topology)
+    scored = 0
     for step in from_rank_zero(commit.committed_steps(config.run_dir)):
         checkpointer.load(step)
         scores = evaluate(config, topology, model, step)
         if scores and topology.rank == 0:
             print(format_scores(step, scores), flush=True)
+        scored += scores is not None
+    if topology.rank == 0 and not scored:
+        print(f"{config.run_dir}: every checkpoint has its scores already")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Held-out loss in bits per byte, on the live sharded model. Shapes: B micro-batch, T sequence length."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +10,22 @@ import torch
 from retemper.pipeline.config import Config
 from retemper.pipeline.data.batch import make_batch
 from retemper.pipeline.data.corpus import TokenShards
+from retemper.pipeline.data.order import sample_ids
 from retemper.pipeline.distributed.topology import Topology, from_last_stage
 from retemper.pipeline.model.forward import run_schedule
 
+_CHOICE = 0  # the seed of the held-out choice: the same samples for every run that compares
+
 
 @torch.no_grad()
-def heldout_scores(config: Config, topology: Topology, model) -> dict[str, dict[str, float]]:
+def heldout_scores(config: Config, topology: Topology, model, domains: Iterable[str]) -> dict[str, dict[str, float]]:
     """domain -> bits_per_byte, loss (nats per token), tokens, bytes and samples, the same on every rank.
 
     Bits per byte divides the loss of all predicted tokens by the UTF-8 bytes they stand for, so that models with
     different tokenizers compare; end-of-text, which stands for no bytes, does not count.
     """
     model.eval()
-    scores = {domain: _score(config, topology, model, path) for domain, path in config.evals.heldout.items()}
+    scores = {domain: _score(config, topology, model, config.evals.heldout[domain]) for domain in domains}
     model.train()
     return scores
 
@@ -30,7 +34,9 @@ def _score(config: Config, topology: Topology, model, path: str) -> dict[str, fl
     shards = TokenShards(path, "heldout")
     token_bytes = torch.from_numpy(np.load(Path(path, "token_bytes.npy"), allow_pickle=False)).to(topology.device)
     samples = min(len(shards), config.evals.max_samples)
-    mine = np.array_split(np.arange(samples), topology.data_parallel_size)[topology.data_parallel_rank]
+    # A fixed random choice: the first samples would be the first few documents by name.
+    ids = sample_ids(_CHOICE, len(shards), 0, samples)
+    mine = np.array_split(ids, topology.data_parallel_size)[topology.data_parallel_rank]
     nats = tokens = bytes_ = 0.0
     for ids in _parts(mine, config.evals.micro_batch_size):
         batch = make_batch(shards.tokens(ids), topology.device)

@@ -9,13 +9,17 @@ from retemper.pipeline.evals.heldout import heldout_scores
 
 
 def evaluate(config: Config, topology: Topology, model, step: int) -> dict | None:
-    """Score the model as it stands after `step` steps. None where that step has its scores already. Every rank calls it."""
-    path = run_folder.scores_path(config.run_dir, step)
-    if not config.evals.heldout or from_rank_zero(path.exists()):
+    """Score the model as it stands after `step` steps on the domains that this step has no score of. Every rank calls it.
+
+    Returns the new scores; None where there was nothing to score.
+    """
+    known = from_rank_zero(run_folder.read_scores(config.run_dir).get(step, {}))
+    missing = [domain for domain in config.evals.heldout if domain not in known]
+    if not missing:
         return None
-    scores = heldout_scores(config, topology, model)
+    scores = heldout_scores(config, topology, model, missing)
     if topology.rank == 0:
-        run_folder.replace_file(path, json.dumps(scores, indent=2))
+        run_folder.replace_file(run_folder.scores_path(config.run_dir, step), json.dumps(known | scores, indent=2))
     return scores
 
 

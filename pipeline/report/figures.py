@@ -9,25 +9,32 @@ import matplotlib.pyplot as plt
 
 from retemper.pipeline.report.results import RunResult
 
-# Okabe and Ito's palette, distinguishable with any colour vision.
-_COLOURS = {"base": "#555555", "full": "#D55E00", "lora": "#0072B2"}
+# Okabe and Ito's palette, distinguishable with any colour vision: full runs in warm colours, LoRA in cool ones.
+_COLOURS = {"base": ["#555555"], "full": ["#D55E00", "#E69F00", "#CC79A7"], "lora": ["#0072B2", "#56B4E9", "#009E73"]}
 
 
-def _style(run: RunResult) -> dict:
-    colour = _COLOURS["base" if not run.is_continued else run.config.method.name]
-    return {"color": colour, "label": run.config.name}
+def _styles(runs: list[RunResult]) -> dict[str, dict]:
+    styles, used = {}, dict.fromkeys(_COLOURS, 0)
+    for run in runs:
+        kind = run.config.method.name if run.is_continued else "base"
+        colours = _COLOURS[kind]
+        styles[run.config.name] = {"color": colours[used[kind] % len(colours)], "label": run.config.name}
+        used[kind] += 1
+    return styles
 
 
 def learning_forgetting(runs: list[RunResult]):
     """Held-out loss on the new and the old domain over tokens, and one against the other; a point is a milestone."""
-    continued = [run for run in runs if run.measures_forgetting]
+    style = _styles(runs)
+    continued = [run for run in runs if run.gains()]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for run in continued:
         for axis, domains in ((axes[0], [run.learned_domain]), (axes[1], run.old_domains)):
             for domain in domains:
-                points = run.curves[domain]
-                axis.plot([p.tokens / 1e3 for p in points], [p.bits_per_byte for p in points], marker="o", **_style(run))
-        axes[2].plot(run.forgotten(), run.learned(), marker="o", **_style(run))
+                curve = run.curves[domain]
+                axis.plot([tokens / 1e3 for tokens in curve], list(curve.values()), marker="o", **style[run.config.name])
+        learned, forgotten = zip(*run.gains().values())
+        axes[2].plot(forgotten, learned, marker="o", **style[run.config.name])
     if continued:
         axes[0].set_title(f"Learned: held-out {continued[0].learned_domain}")
         axes[1].set_title(f"Forgotten: held-out {', '.join(continued[0].old_domains)}")
@@ -40,11 +47,12 @@ def learning_forgetting(runs: list[RunResult]):
 
 def training_loss(runs: list[RunResult]):
     """Training loss and throughput of every run."""
+    style = _styles(runs)
     figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
     for run in runs:
         tokens = [record["tokens"] / 1e3 for record in run.metrics]
-        axes[0].plot(tokens, [record["loss"] for record in run.metrics], **_style(run))
-        axes[1].plot(tokens, [record["tokens_per_second"] for record in run.metrics], **_style(run))
+        axes[0].plot(tokens, [record["loss"] for record in run.metrics], **style[run.config.name])
+        axes[1].plot(tokens, [record["tokens_per_second"] for record in run.metrics], **style[run.config.name])
     axes[0].set(title="Training loss", xlabel="thousand tokens", ylabel="nats per token")
     axes[1].set(title="Throughput", xlabel="thousand tokens", ylabel="tokens per second", ylim=(0, None))
     return _finish(figure, axes)

@@ -47,7 +47,7 @@ def _page(title: str, runs: list[RunResult], drawings: dict[str, str]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)} – retemper</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}: what was learned, what was forgotten</h1>
-<p class="finding">{html.escape(comparison(runs))}</p>
+{"".join(f'<p class="finding">{html.escape(sentence)}</p>' for sentence in comparison(runs))}
 {figures}
 <h2>Every evaluated step</h2>
 <p>Bits per byte on held-out documents, lower is better. Learned: bits per byte gained on the trained domain since the

@@ -9,20 +9,12 @@ from retemper.pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
-class Point:
-    """Bits per byte of one domain after some tokens."""
-
-    tokens: int
-    bits_per_byte: float
-
-
-@dataclass(frozen=True)
 class RunResult:
-    """One run: its config, its logged steps, and its held-out curves by domain."""
+    """One run: its config, its logged steps, and its held-out bits per byte as domain -> tokens -> value."""
 
     config: Config
     metrics: list[dict]
-    curves: dict[str, list[Point]]
+    curves: dict[str, dict[int, float]]
 
     @property
     def learned_domain(self) -> str | None:
@@ -39,22 +31,21 @@ class RunResult:
         """Whether it started from another run's weights."""
         return self.config.init_from is not None
 
-    @property
-    def measures_forgetting(self) -> bool:
-        """Whether there is something to learn, something to forget, and scores of both."""
-        return self.is_continued and self.learned_domain is not None and bool(self.old_domains)
+    def gains(self) -> dict[int, tuple[float, float]]:
+        """tokens -> (learned, forgotten), where all of its domains were scored there and at the start; else empty.
 
-    def learned(self) -> list[float]:
-        """Bits per byte gained on the trained domain since the start, at each evaluated step; positive is better."""
-        points = self.curves[self.learned_domain]
-        return [points[0].bits_per_byte - point.bits_per_byte for point in points]
-
-    def forgotten(self) -> list[float]:
-        """Bits per byte lost on the old domains since the start, their mean, at each evaluated step; positive is worse."""
-        curves = [self.curves[domain] for domain in self.old_domains]
-        return [
-            sum(point.bits_per_byte - points[0].bits_per_byte for point, points in zip(at, curves)) / len(curves) for at in zip(*curves)
-        ]
+        Learned: bits per byte gained on the trained domain since the start. Forgotten: bits per byte lost on the others, their mean.
+        """
+        if not (self.is_continued and self.learned_domain and self.old_domains):
+            return {}
+        scored = set.intersection(*(set(curve) for curve in self.curves.values()))
+        if 0 not in scored:
+            return {}
+        change = {tokens: {domain: curve[tokens] - curve[0] for domain, curve in self.curves.items()} for tokens in sorted(scored)}
+        return {
+            tokens: (-by_domain[self.learned_domain], sum(by_domain[domain] for domain in self.old_domains) / len(self.old_domains))
+            for tokens, by_domain in change.items()
+        }
 
     def tokens_per_second(self) -> float:
         """Median over the logged intervals; 0 before the first."""
@@ -74,41 +65,50 @@ def _read_run(folder: Path) -> RunResult:
     import json
 
     config = check_config(json.loads((folder / "config.json").read_text()))
-    curves: dict[str, list[Point]] = {}
+    curves: dict[str, dict[int, float]] = {}
     for step, scores in run_folder.read_scores(folder).items():
         for domain, values in scores.items():
-            curves.setdefault(domain, []).append(Point(step * config.tokens_per_step, values["bits_per_byte"]))
+            curves.setdefault(domain, {})[step * config.tokens_per_step] = values["bits_per_byte"]
     return RunResult(config, list(run_folder.read_metrics(folder)), curves)
 
 
-def comparison(runs: list[RunResult]) -> str:
-    """One sentence a finding: did LoRA learn less and forget less here? Says what was measured, whichever way it fell."""
-    continued = [run for run in runs if run.measures_forgetting]
-    full = next((run for run in continued if run.config.method.name == "full"), None)
-    lora = next((run for run in continued if run.config.method.name == "lora"), None)
-    if not full or not lora:
-        return "The study has no pair of a full and a LoRA run to compare."
-    learned, forgotten = (full.learned()[-1], lora.learned()[-1]), (full.forgotten()[-1], lora.forgotten()[-1])
-    verdicts = [
-        f"LoRA learned {'less' if learned[1] < learned[0] else 'no less'}: {learned[1]:+.3f} bits/byte on {full.learned_domain} against {learned[0]:+.3f} in full",
-        f"and forgot {'less' if forgotten[1] < forgotten[0] else 'no less'}: {forgotten[1]:+.3f} bits/byte on {', '.join(full.old_domains)} against {forgotten[0]:+.3f}",
-    ]
-    expected = learned[1] < learned[0] and forgotten[1] < forgotten[0]
-    return ", ".join(verdicts) + (". As the paper found." if expected else ". The paper found less of both; this run did not.")
+def comparison(runs: list[RunResult]) -> list[str]:
+    """For every LoRA run beside every full run of the same data: did it learn less and forget less, at equal tokens?
+
+    Says what was measured, whichever way it fell.
+    """
+    full, lora = ([run for run in runs if run.gains() and run.config.method.name == name] for name in ("full", "lora"))
+    pairs = [(one, other) for one in lora for other in full if one.learned_domain == other.learned_domain]
+    return [_compare(one, other) for one, other in pairs] or ["The study has no pair of a full and a LoRA run to compare."]
+
+
+def _compare(lora: RunResult, full: RunResult) -> str:
+    names = f"{lora.config.name} (LoRA) beside {full.config.name} (full)"
+    tokens = max(lora.gains().keys() & full.gains().keys())
+    if not tokens:
+        return f"{names}: no milestone that both have reached yet."
+    (learned, forgotten), (full_learned, full_forgotten) = lora.gains()[tokens], full.gains()[tokens]
+    less_learned, less_forgotten = learned < full_learned, forgotten < full_forgotten
+    return (
+        f"{names}, after {tokens:,} tokens: learned {'less' if less_learned else 'no less'}, {learned:+.3f} against {full_learned:+.3f} "
+        f"bits/byte on {lora.learned_domain}; forgot {'less' if less_forgotten else 'no less'}, {forgotten:+.3f} against {full_forgotten:+.3f} "
+        f"on {', '.join(lora.old_domains)}. "
+        + ("As " if less_learned and less_forgotten else "Not as ")
+        + '"LoRA Learns Less and Forgets Less" found.'
+    )
 
 
 def table(runs: list[RunResult]) -> list[list[str]]:
-    """Rows for the terminal and the page, the header first: every evaluated step of every run."""
+    """Rows for the terminal and the page, the header first: every evaluated step of every run; what was not scored is blank."""
     domains = sorted({domain for run in runs for domain in run.curves})
     rows = [["run", "method", "tokens", *(f"{domain} bits/byte" for domain in domains), "learned", "forgotten", "tokens/s"]]
     for run in runs:
-        points = list(zip(*(run.curves[domain] for domain in domains))) if set(domains) <= run.curves.keys() else []
-        gains = zip(run.learned(), run.forgotten()) if run.measures_forgetting else [None] * len(points)
-        for at, gain in zip(points, gains):
-            scores = [f"{point.bits_per_byte:.4f}" for point in at]
-            signed = [f"{value:+.3f}" for value in gain] if gain else ["", ""]
-            rate = f"{run.tokens_per_second():,.0f}" if at is points[-1] else ""
-            rows.append([run.config.name, run.config.method.name, f"{at[0].tokens:,}", *scores, *signed, rate])
+        scored = sorted({tokens for curve in run.curves.values() for tokens in curve})
+        for tokens in scored:
+            scores = [f"{curve[tokens]:.4f}" if tokens in (curve := run.curves.get(domain, {})) else "" for domain in domains]
+            gains = [f"{value:+.3f}" for value in run.gains().get(tokens, ())] or ["", ""]
+            rate = f"{run.tokens_per_second():,.0f}" if tokens == scored[-1] else ""
+            rows.append([run.config.name, run.config.method.name, f"{tokens:,}", *scores, *gains, rate])
     return rows
 
 

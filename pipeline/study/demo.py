@@ -1,11 +1,12 @@
 """The demo: the whole line, small. Documents, tokenizer, shards, a base model, full and LoRA continuations, a report."""
 
+import json
 import time
 from pathlib import Path
 
 from retemper.launch.torchrun import run_here
 from retemper.pipeline import run_folder
-from retemper.pipeline.checkpoint.commit import committed_steps
+from retemper.pipeline.checkpoint.commit import META, committed_steps, folder_of
 from retemper.pipeline.config import Config, load_config
 from retemper.pipeline.preflight import preflight
 from retemper.pipeline.report.page import write_report
@@ -34,7 +35,9 @@ def run_demo(overrides: list[str]) -> int:
     study = runs["base"].run_dir.parent
     page = write_report(study)
     results = read_study(study)
-    print(f"\n{format_table(table(results))}\n\n{comparison(results)}\n\nreport: {page}  ({time.perf_counter() - started:.0f} s)")
+    print(
+        f"\n{format_table(table(results))}\n\n{chr(10).join(comparison(results))}\n\nreport: {page}  ({time.perf_counter() - started:.0f} s)"
+    )
     return 0
 
 
@@ -65,7 +68,11 @@ def _train_tokenizer(runs: list[Config]) -> None:
 
 
 def _finished(config: Config) -> bool:
-    return config.steps in committed_steps(config.run_dir) and run_folder.scores_path(config.run_dir, config.steps).exists()
+    """Whether the run's last checkpoint stands, is scored, and was made from the data and base that stand now."""
+    if config.steps not in committed_steps(config.run_dir) or config.steps not in run_folder.read_scores(config.run_dir):
+        return False
+    meta = json.loads((folder_of(config.run_dir, config.steps) / META).read_text())
+    return meta["fingerprints"] == preflight(config)
 
 
 def _stage(text: str) -> None:

@@ -20,7 +20,10 @@ class Log:
         run_folder.claim(config, state.step)
         self.tracker = Tracker(config)
         label = f"{config.study}/{config.name}"
-        print(f"{label}: method={config.method.name}, {counts[0]:,} trainable and {counts[1]:,} frozen parameters on this rank", flush=True)
+        print(
+            f"{label}: method={config.method.name}, {counts[0]:,} trainable and {counts[1]:,} frozen parameters on this rank, from step {state.step}",
+            flush=True,
+        )
         # disable=None: a bar on a terminal only.
         self.bar = tqdm(total=config.steps, initial=state.step, desc=label, unit="step", dynamic_ncols=True, disable=None)
         self.mark = state.step, state.seconds

@@ -22,15 +22,23 @@ class StepResult:
 def train_step(config: Config, model, optimizer, schedule, batches: list[Batch]) -> StepResult:
     """Forward and backward over this rank's micro-batches, gradients reduced, one optimizer step.
 
-    Raises UserError on every rank alike, before the optimizer steps, when the loss is not finite.
+    Raises UserError on every rank alike, before anything is saved, when the loss or the gradient norm is not finite.
     """
     model.zero_grad_buffer()
     optimizer.zero_grad()
     outputs = run_schedule(config, model, batches, forward_only=False)
     nats, tokens = from_last_stage([float(sum(output[key] for output in outputs)) for key in ("loss", "tokens")])
-    if not math.isfinite(nats):
-        raise UserError(f"the loss is {nats}; the checkpoints before this step are kept: lower optimizer.lr, or look at this step's data")
+    _check_finite(config, "loss", nats)
     lr = optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = optimizer.step()
+    _check_finite(config, "gradient norm", float(grad_norm))
     schedule.step(config.tokens_per_step)
     return StepResult(nats / tokens, float(grad_norm), lr)
+
+
+def _check_finite(config: Config, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise UserError(
+            f"the {name} is {value}. The checkpoints in {config.run_dir} are kept; the newest may already be on the way there: "
+            "remove it to try the steps after the one before again, or start under another name with a lower optimizer.lr"
+        )

@@ -1,5 +1,6 @@
 """Documents to shards to batches, on real text."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -130,6 +131,31 @@ def test_an_undecodable_file_is_counted_and_costs_no_neighbour(workspace, tmp_pa
     manifest = tokenize(corpus, progress=False)
     assert manifest["splits"]["train"]["documents"] == 2
     assert manifest["dropped"] == {"dropped_invalid_utf8": 1, "dropped_empty": 1}
+
+
+def test_rows_without_text_are_counted_and_cost_no_neighbour(workspace, tmp_path):
+    good = json.dumps({"text": "a line of text that says <|endoftext|> " * 5})
+    lines = [good, '{"text": null}', '{"text": 42}', "{broken", "[1, 2]", '{"other": "x"}', '{"text": " "}', "\xff", good]
+    with gzip.open(tmp_path / "docs.jsonl.gz", "wt", encoding="latin-1") as file:
+        file.write("\n".join(lines))
+    source = {"kind": "jsonl", "path": str(tmp_path), "text_key": "text"}
+    corpus = data_config(workspace, "rows", heldout_fraction=0.0, path=str(tmp_path / "out"), source=source)
+    manifest = tokenize(corpus, progress=False)
+    assert manifest["splits"]["train"]["documents"] == 2
+    assert manifest["dropped"] == {"dropped_no_text": 4, "dropped_malformed_json": 2, "dropped_empty": 1}
+    tokenizer, shards = Tokenizer(corpus.tokenizer), TokenShards(corpus.path, "train")
+    ids = shards.tokens(np.arange(len(shards))).flatten()
+    assert (ids == tokenizer.eos_id).sum() <= 2  # one after each document: the words in the text are text
+
+
+def test_a_truncated_archive_is_named(workspace, tmp_path):
+    content = gzip.compress(json.dumps({"text": "some text " * 99}).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(content[: len(content) // 2])
+    source = {"kind": "jsonl", "path": str(tmp_path)}
+    corpus = data_config(workspace, "cut", path=str(tmp_path / "out"), source=source)
+    with pytest.raises(UserError, match="cut.jsonl.gz is damaged"):
+        tokenize(corpus, progress=False)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_corpus_that_does_not_fit_the_run_is_refused(workspace):

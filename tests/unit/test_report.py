@@ -1,6 +1,8 @@
 """The report reads run folders and says what was measured, whichever way it fell."""
 
+import html
 import json
+import shutil
 
 import pytest
 from conftest import overrides, run_command
@@ -30,8 +32,8 @@ def record(workspace, tmp_path, name, method, end):
 @pytest.mark.parametrize(
     ("lora_end", "said"),
     [
-        ((2.8, 2.1), "LoRA learned less: +0.200 bits/byte on code against +1.000 in full, and forgot less: +0.100 bits/byte on math against +0.500. As the paper found."),
-        ((1.5, 2.7), "LoRA learned no less: +1.500 bits/byte on code against +1.000 in full, and forgot no less: +0.700 bits/byte on math against +0.500. The paper found less of both; this run did not."),
+        ((2.8, 2.1), 'lora (LoRA) beside full (full), after 5,120 tokens: learned less, +0.200 against +1.000 bits/byte on code; forgot less, +0.100 against +0.500 on math. As "LoRA Learns Less and Forgets Less" found.'),
+        ((1.5, 2.7), 'lora (LoRA) beside full (full), after 5,120 tokens: learned no less, +1.500 against +1.000 bits/byte on code; forgot no less, +0.700 against +0.500 on math. Not as "LoRA Learns Less and Forgets Less" found.'),
     ],
 )  # fmt: skip
 def test_the_finding_follows_the_numbers(workspace, tmp_path, lora_end, said):
@@ -40,13 +42,13 @@ def test_the_finding_follows_the_numbers(workspace, tmp_path, lora_end, said):
     config = record(workspace, tmp_path, "lora", ["method=lora"], lora_end)
     runs = read_study(config.run_dir.parent)
     assert [run.config.name for run in runs] == ["base", "full", "lora"]
-    assert comparison(runs) == said
+    assert comparison(runs) == [said]
     assert "1,234" in format_table(table(runs))
     result = run_command(["report", str(config.run_dir.parent)])
     assert result.returncode == 0, result.stderr
     page = (config.run_dir.parent / "report.html").read_text()
     assert (
-        said in page
+        html.escape(said) in page
         and page.count("<svg") == 2
         and "http"
         not in page.replace("http://www.w3.org", "")
@@ -54,6 +56,20 @@ def test_the_finding_follows_the_numbers(workspace, tmp_path, lora_end, said):
         .replace("https://matplotlib.org", "")
         .replace("http://creativecommons.org", "")
     )
+
+
+def test_runs_are_compared_at_equal_tokens_and_gaps_stay_gaps(workspace, tmp_path):
+    record(workspace, tmp_path, "base", [], (3.0, 2.0))
+    full = record(workspace, tmp_path, "full", [], (2.0, 2.5))
+    lora = record(workspace, tmp_path, "lora", ["method=lora"], (2.8, 2.1))
+    shutil.rmtree(run_folder.scores_path(lora.run_dir, 10).parent)
+    (sentence,) = comparison(read_study(full.run_dir.parent))
+    assert sentence == "lora (LoRA) beside full (full): no milestone that both have reached yet."
+    run_folder.replace_file(run_folder.scores_path(full.run_dir, 0), json.dumps({"code": {"bits_per_byte": 3.0}}))
+    runs = read_study(full.run_dir.parent)
+    assert runs[1].gains() == {}
+    row = next(row for row in table(runs) if row[0] == "full" and row[2] == "0")
+    assert row[3:7] == ["3.0000", "", "", ""]
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
