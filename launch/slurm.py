@@ -17,7 +17,8 @@ _SCRIPT = """\
 #SBATCH --output=%x-%j.log
 
 set -euo pipefail
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# sed reads to the end: head would leave scontrol a broken pipe, which pipefail takes for a failure.
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 
 # The same command after a requeue continues from the newest committed checkpoint. The restart count keeps the
 # rendezvous of one attempt apart from that of the next.

@@ -41,10 +41,10 @@ class RunResult:
         scored = set.intersection(*(set(curve) for curve in self.curves.values()))
         if 0 not in scored:
             return {}
-        change = {tokens: {domain: curve[tokens] - curve[0] for domain, curve in self.curves.items()} for tokens in sorted(scored)}
+        gained = {tokens: {domain: curve[0] - curve[tokens] for domain, curve in self.curves.items()} for tokens in sorted(scored)}
         return {
-            tokens: (-by_domain[self.learned_domain], sum(by_domain[domain] for domain in self.old_domains) / len(self.old_domains))
-            for tokens, by_domain in change.items()
+            tokens: (by_domain[self.learned_domain], 0.0 - sum(by_domain[domain] for domain in self.old_domains) / len(self.old_domains))
+            for tokens, by_domain in gained.items()
         }
 
     def tokens_per_second(self) -> float:

@@ -111,7 +111,7 @@ def test_a_lora_checkpoint_holds_adapters_alone(runs):
 
     assert size("lora-tp2") < size("full-tp2") / 2
     meta = json.loads((runs / "lora-tp2" / "checkpoints" / "step-00000010" / "meta.json").read_text())
-    assert set(meta["fingerprints"]) == {"data", "base"}
+    assert set(meta["fingerprints"]) == {"data", "tokenizer", "base"}
 
 
 def test_the_warmup_and_cooldown_are_the_closed_form(runs, workspace):
