@@ -1,7 +1,10 @@
 """What a run is: one strict schema, composed by Hydra from conf/ and checked as a whole before anything starts."""
 
+import copy
 import difflib
+import functools
 import json
+import operator
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -231,10 +234,21 @@ def check_config(raw: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise _report([_describe(problem) for problem in error.errors()]) from None
+        raise _report([*(_describe(problem) for problem in error.errors()), *_conflicts_beside(error, raw)]) from None
     if problems := list(_conflicts(config)):
         raise _report(problems)
     return config
+
+
+def _conflicts_beside(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+    """The rules broken beside unknown keys; a value that is missing or ill-typed leaves nothing to check them on."""
+    known = copy.deepcopy(raw)
+    for problem in error.errors():
+        if problem["type"] != "extra_forbidden":
+            return []
+        *path, key = problem["loc"]
+        functools.reduce(operator.getitem, path, known).pop(key)
+    return list(_conflicts(Config.model_validate(known)))
 
 
 def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

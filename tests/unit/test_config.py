@@ -54,6 +54,12 @@ def test_all_problems_come_in_one_message_with_the_nearest_key():
     assert "train.tokens" in message and "20G" in message
 
 
+def test_unknown_keys_and_impossible_layouts_come_together():
+    message = problems("parallel.tensor_parallel_size=3", "train.lr=1e-3", "bogus=1")
+    assert "did you mean optimizer.lr?" in message and "bogus: unknown key" in message
+    assert "tensor_parallel_size=3 does not divide model.num_attention_heads=4" in message
+
+
 def test_every_impossible_topology_is_named():
     message = problems("parallel.tensor_parallel_size=3", "parallel.pipeline_parallel_size=5", "parallel.data_parallel_size=7")
     assert "tensor_parallel_size=3 does not divide model.num_attention_heads=4" in message
