@@ -19,8 +19,12 @@ _MAY_CHANGE = (
     "init_from:",
     "train.micro_batch_size:",
     "train.log_every_steps:",
+    # The checkpoint's fingerprints guard the content of these.
+    "data.path:",
+    "data.tokenizer:",
+    "data.tasks:",
+    "data.source.",
 )
-_MAY_CHANGE += ("data.path:", "data.tokenizer:", "data.tasks:", "data.source.")  # the checkpoint's fingerprint guards the content
 
 
 def check(config: Config) -> None:

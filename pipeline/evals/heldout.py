@@ -35,8 +35,8 @@ def _score(config: Config, topology: Topology, model, path: str) -> dict[str, fl
     token_bytes = torch.from_numpy(np.load(Path(path, "token_bytes.npy"), allow_pickle=False)).to(topology.device)
     samples = min(len(shards), config.evals.max_samples)
     # A fixed random choice: the first samples would be the first few documents by name.
-    ids = sample_ids(_CHOICE, len(shards), 0, samples)
-    mine = np.array_split(ids, topology.data_parallel_size)[topology.data_parallel_rank]
+    chosen = sample_ids(_CHOICE, len(shards), 0, samples)
+    mine = np.array_split(chosen, topology.data_parallel_size)[topology.data_parallel_rank]
     nats = tokens = bytes_ = 0.0
     for ids in _parts(mine, config.evals.micro_batch_size):
         batch = make_batch(shards.tokens(ids), topology.device)
