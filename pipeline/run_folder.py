@@ -23,6 +23,9 @@ _MAY_CHANGE = (
     "data.path:",
     "data.tokenizer:",
     "data.tasks:",
+    "data.executor:",
+    "data.slurm",
+    "data.work_dir:",
     "data.source.",
 )
 

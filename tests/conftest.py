@@ -44,11 +44,11 @@ def workspace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("workspace")
     code, math = Path(email.__file__).parent, Path(sympy.core.__file__).parent
     from retemper.tokenize.job import tokenize
-    from retemper.tokenize.sources import build_reader
+    from retemper.tokenize.sources import read_documents
     from retemper.tokenize.tokenizer import train_tokenizer
 
     corpora = {"code": data_config(folder, "code", "text", code), "math": data_config(folder, "math", "docstrings", math)}
-    texts = [document.text for corpus in corpora.values() for document in build_reader(corpus.source).run()]
+    texts = [document.text for corpus in corpora.values() for document in read_documents(corpus.source)]
     train_tokenizer(texts, VOCAB_SIZE, folder / "data" / "tokenizer")
     for corpus in corpora.values():
         tokenize(corpus, progress=False)

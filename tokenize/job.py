@@ -1,111 +1,139 @@
-"""The job `retemper tokenize`: one corpus from documents to token shards, finished when its manifest stands."""
+"""The job `retemper tokenize`: one corpus from documents to token shards, in stages that can be stopped and started again."""
 
-import hashlib
-import json
-import logging
-import shutil
-from importlib.metadata import version
+import contextlib
+import fcntl
+import itertools
+import sys
 from pathlib import Path
-
-import numpy as np
 
 from retemper.pipeline.config import DataConfig, changed_keys
 from retemper.pipeline.errors import UserError
-from retemper.tokenize.split import HELDOUT, TRAIN
+from retemper.tokenize import plan as plans
+from retemper.tokenize.clean import Clean
+from retemper.tokenize.decontaminate import Decontaminate, Problems
+from retemper.tokenize.encode import Encode, token_dtype
+from retemper.tokenize.encoder import choose_encoder
+from retemper.tokenize.executors import Stage, run_stages
+from retemper.tokenize.finish import Finish, read_manifest
+from retemper.tokenize.listing import list_parts, locate
+from retemper.tokenize.shards import Choose, WriteBucket
+from retemper.tokenize.sources import DocumentReader
+from retemper.tokenize.split import Identify
+from retemper.tokenize.spool import ReadPart, Spool, remove
 from retemper.tokenize.tokenizer import Tokenizer
 
-MANIFEST = "manifest.json"
+# What may differ from run to run: where the job works, not what it makes.
+_WHERE = {"path", "work_dir", "executor", "tasks", "slurm"}
+_SAMPLE_PARTS, _SAMPLE_DOCUMENTS = 8, 16
 
 
-def tokenize(data: DataConfig, *, progress: bool = True) -> dict:
-    """Write data.path from data.source, and return its manifest.
+def tokenize(data: DataConfig, *, progress: bool = True) -> dict | None:
+    """Write data.path from data.source; returns its manifest, or None where the stages were handed to Slurm.
 
-    A finished corpus is left as it is; one that was made from another configuration or tokenizer is refused. The folder appears
-    under its name only when it is complete. Raises UserError.
+    A finished corpus is left as it is, an unfinished one continued; either made from another configuration or tokenizer is
+    refused. data.path appears only when it is complete. Raises UserError.
     """
     tokenizer = Tokenizer(data.tokenizer)
-    made_from = {**data.model_dump(exclude={"tasks", "path"}), "tokenizer": tokenizer.sha256}
-    target = Path(data.path)
-    if (target / MANIFEST).is_file():
-        return _finished(target, made_from)
-    if target.exists():
-        raise UserError(f"data.path={target} exists but holds no {MANIFEST}: it is not a token corpus; choose another folder")
-    from retemper.tokenize.sources import build_reader  # checks the source before anything is written
-
-    reader = build_reader(data.source, progress=progress)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a job that was killed
-    try:
-        counts = _run_steps(data, tokenizer, reader, partial)
-        manifest = _manifest(data, tokenizer, made_from, counts, partial)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return manifest
+    tokenizer.require(bos=data.bos, eos=data.eos)
+    work = _work_folder(data)
+    problems = Problems.read(data.decontaminate) if data.decontaminate else None
+    made_from = _made_from(data, tokenizer, problems)
+    if manifest := read_manifest(data.path):
+        _refuse_changes(data.path, manifest["made_from"], made_from)
+        remove(work)
+        return manifest
+    _refuse_foreign_folder(data)
+    with _only_one(work):
+        stages = _stages(data, work, tokenizer, problems, made_from)
+        if not run_stages(stages, data, work, progress=progress and sys.stderr.isatty()):
+            return None
+    return read_manifest(data.path)
 
 
-def _finished(target: Path, made_from: dict) -> dict:
-    manifest = json.loads((target / MANIFEST).read_text())
-    if changes := changed_keys(manifest["made_from"], made_from):
-        raise UserError(
-            "\n".join([f"{target} was made from another configuration:", *(f"  - data.{change}" for change in changes)])
-            + "\nChange it back, choose another data.path, or remove the folder"
-        )
-    return manifest
-
-
-def _run_steps(data: DataConfig, tokenizer: Tokenizer, reader, partial: Path) -> dict[str, int]:
-    from datatrove.executor import LocalPipelineExecutor
-
-    from retemper.tokenize.shards import Encode, WriteShards
-    from retemper.tokenize.split import SplitByHash
-
+def _stages(data: DataConfig, work: Path, tokenizer: Tokenizer, problems: Problems | None, made_from: dict) -> list[Stage]:
+    plan = _plan(data, work, tokenizer, made_from)
+    dtype = token_dtype(tokenizer.vocab_size - 1)
+    folder = str(tokenizer.folder)
+    reader = DocumentReader(data.source, plan.root, replace_invalid=data.clean.invalid_utf8 == "replace")
     steps = [
         reader,
-        SplitByHash(data.heldout_fraction),
-        Encode(data.tokenizer),
-        WriteShards(str(partial), data.seq_length, tokenizer.vocab_size),
+        Clean(data.clean),
+        Identify(seed=data.seed, heldout_fraction=data.heldout_fraction, duplicates=data.clean.duplicates),
     ]
-    # A fresh logging folder every time: datatrove would skip ranks that an earlier, interrupted job marked complete.
-    stats = LocalPipelineExecutor(steps, tasks=data.tasks, logging_dir=str(partial / "logs")).run()
-    return {name: int(metric.total) for step in stats.stats for name, metric in step.stats.items()}
+    if problems:
+        problems.save(work / "problems.npz")
+        steps.append(Decontaminate(work / "problems.npz", data.source.metadata_keys))
+    encode = Encode(folder, plan.encoder["name"], bos=data.bos, eos=data.eos, dtype=dtype)
+    return [
+        Stage("encode", [ReadPart(work, reader), *steps[1:], encode, Spool(work, dtype, steps)], len(plan.parts)),
+        Stage("choose", [Choose(data, work, dtype)], 1),
+        Stage("write", [WriteBucket(data, work, folder)], len(plan.bucket_ids)),
+        Stage("finish", [Finish(data, work, folder)], 1),
+    ]
 
 
-def _manifest(data: DataConfig, tokenizer: Tokenizer, made_from: dict, counts: dict[str, int], partial: Path) -> dict:
-    from streaming.base.util import merge_index
+def _plan(data: DataConfig, work: Path, tokenizer: Tokenizer, made_from: dict) -> plans.Plan:
+    """The job's plan; one that was begun keeps its pinned revision and its encoder, and reads only the files that changed since."""
+    before = plans.load_plan(work) if (work / "plan.json").is_file() else None
+    root, glob = locate(data.source)
+    if before:
+        _refuse_changes(str(work), before.made_from, made_from)
+        root = before.root
+    parts = list_parts(data.source, root, glob)
+    encoder = before.encoder if before else choose_encoder(tokenizer, _sample_texts(data, root, parts))
+    return plans.make_plan(work, made_from, root, encoder, parts, data.heldout_fraction)
 
-    splits, digest = {}, hashlib.sha256()
-    for split in (TRAIN, HELDOUT):
-        samples = counts.get(f"{split}_samples", 0)
-        splits[split] = {
-            "documents": counts.get(split, 0),
-            "samples": samples,
-            "tokens": samples * data.seq_length,
-            "bytes": counts.get(f"{split}_bytes", 0),
-            "dropped_tail_tokens": counts.get(f"{split}_dropped_tail_tokens", 0),
-        }
-        if samples:
-            logging.disable(logging.WARNING)  # streaming warns of the folders it was told to merge
-            merge_index(str(partial / split))
-            logging.disable(logging.NOTSET)
-            digest.update((partial / split / "index.json").read_bytes())
-    if not splits[TRAIN]["samples"]:
+
+def _sample_texts(data: DataConfig, root: str, parts: list) -> list[str]:
+    reader = DocumentReader(data.source, root, replace_invalid=data.clean.invalid_utf8 == "replace")
+    return [
+        document.text[:100_000]
+        for part in parts[:: -(-len(parts) // _SAMPLE_PARTS)]
+        for document in itertools.islice(reader.read_part(part), _SAMPLE_DOCUMENTS)
+    ]
+
+
+def _made_from(data: DataConfig, tokenizer: Tokenizer, problems: Problems | None) -> dict:
+    made_from = {**data.model_dump(exclude=_WHERE), "tokenizer": tokenizer.sha256}
+    if problems:
+        made_from["decontaminate"] |= {"problems": problems.counts, "sha256": problems.sha256}
+    return made_from
+
+
+def _work_folder(data: DataConfig) -> Path:
+    if data.work_dir:
+        return Path(data.work_dir)
+    return Path((data.name if "://" in data.path else data.path) + ".partial")
+
+
+def _refuse_changes(folder: str, before: dict, after: dict) -> None:
+    if changes := changed_keys(before, after):
         raise UserError(
-            f"data.source.path={data.source.path}: its {splits[TRAIN]['documents']} training documents fill no sample of "
-            f"{data.seq_length} tokens; give more text or a smaller data.seq_length"
+            "\n".join([f"{folder} was made from another configuration:", *(f"  - data.{change}" for change in changes)])
+            + "\nChange it back, choose another data.path, or remove the folder"
         )
-    np.save(partial / "token_bytes.npy", tokenizer.token_bytes())
-    return {
-        "name": data.name,
-        "made_from": made_from,
-        "fingerprint": digest.hexdigest(),
-        "tokenizer_sha256": tokenizer.sha256,
-        "vocab_size": tokenizer.vocab_size,
-        "seq_length": data.seq_length,
-        "packing": "concat",
-        "splits": splits,
-        "dropped": {name: count for name, count in counts.items() if name.startswith("dropped_")},
-        "versions": {name: version(name) for name in ("retemper", "datatrove", "mosaicml-streaming", "tokenizers")},
-    }
+
+
+def _refuse_foreign_folder(data: DataConfig) -> None:
+    path = Path(data.path)
+    if "://" not in data.path and path.exists() and not (path / "manifest.json").is_file():
+        raise UserError(f"data.path={path} exists but holds no manifest.json: it is not a token corpus; choose another folder")
+
+
+@contextlib.contextmanager
+def _only_one(work: Path):
+    """Hold the work folder, against a second job on it and against the workers of a killed one."""
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work.with_name(work.name + ".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{work} is being written by another `retemper tokenize`: wait for it, or choose another data.path") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
+            if not (work / "plan.json").exists():  # finished, or refused before it began
+                remove(work)

@@ -1,72 +1,172 @@
-"""Token ids out: documents encoded, joined by end-of-text, cut into samples of seq_length, written as MDS shards."""
+"""The second half of a job: documents of the spool in order, packed, written as MDS shards."""
 
-import itertools
+import logging
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from retemper.tokenize.split import HELDOUT, TRAIN
+from retemper.pipeline.config import DataConfig
+from retemper.pipeline.errors import UserError
+from retemper.tokenize import plan as plans
+from retemper.tokenize.encode import token_dtype
+from retemper.tokenize.pack import Piece, best_fit, concat
+from retemper.tokenize.progress import advance
+from retemper.tokenize.split import TRAIN
+from retemper.tokenize.spool import Bucket, load_bucket
 from retemper.tokenize.tokenizer import Tokenizer
 
-_DOCUMENTS_PER_BATCH = 256
+_FILE_BITS = 24  # of a document number: which source file; the rest is the position in it
 
 
-class Encode(PipelineStep):
-    """Put the token ids of each document, ended by end-of-text, into its metadata."""
+class Choose(PipelineStep):
+    """Decide how many samples each bucket gives: in order of priority, until data.tokens is reached."""
 
-    name = "🔢 Encode"
-    type = "🔢 - TOKENIZER"
+    name, type = "⚖ Choose", "🔻 - FILTER"
 
-    def __init__(self, tokenizer_folder: str):
+    def __init__(self, data: DataConfig, work: Path, dtype: str):
         super().__init__()
-        self.tokenizer_folder = tokenizer_folder
+        self.data, self.work, self.dtype = data, work, dtype
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        tokenizer = Tokenizer(self.tokenizer_folder)
-        for documents in itertools.batched(data, _DOCUMENTS_PER_BATCH):
-            for document, ids in zip(documents, tokenizer.encode([document.text for document in documents]), strict=True):
-                document.metadata["token_ids"] = [*ids, tokenizer.eos_id]
-                yield document
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        plan = plans.load_plan(self.work)
+        done = plans.all_parts_done(self.work, plan)
+        _refuse_broken([file for part in done for file in part.get("broken", [])], self.data)
+        plans.write_limits(self.work, self._samples_per_bucket(plan))
+        yield from ()
+
+    def _samples_per_bucket(self, plan: plans.Plan) -> list[int | None]:
+        if self.data.tokens is None:
+            return [None] * plan.buckets[TRAIN]
+        wanted = remaining = self.data.tokens // self.data.seq_length
+        limits = []
+        for number in range(plan.buckets[TRAIN]):
+            limits.append(
+                min(remaining, len(pack(load_bucket(self.work, plan, TRAIN, number, self.dtype), self.data, number)[1])) if remaining else 0
+            )
+            remaining -= limits[-1]
+        if remaining:
+            raise UserError(
+                f"data.tokens={self.data.tokens} is {wanted:,} samples of {self.data.seq_length}, the corpus has {wanted - remaining:,}: "
+                "set data.tokens=null to take all (training repeats them by epochs), or give more documents"
+            )
+        return limits
 
 
-class WriteShards(PipelineStep):
-    """Concatenate the ids of each split and write full samples; the tail that fills no sample is counted as dropped."""
+class WriteBucket(PipelineStep):
+    """Write the samples of the bucket that the task's rank stands for, and then its done-marker."""
 
-    name = "💾 MDS shards"
-    type = "💽 - WRITER"
+    name, type = "💾 MDS shards", "💽 - WRITER"
 
-    def __init__(self, folder: str, seq_length: int, vocab_size: int):
+    def __init__(self, data: DataConfig, work: Path, tokenizer: str):
         super().__init__()
-        self.folder, self.seq_length = folder, seq_length
-        self.dtype = token_dtype(vocab_size)
+        self.data, self.work, self.tokenizer = data, work, tokenizer
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        plan = plans.load_plan(self.work)
+        split, number = plan.bucket_ids[rank]
+        if plans.bucket_done(self.work, plan, split, number) is None:
+            limit, folder = plans.read_limit(self.work, split, number), plans.bucket_folder(self.work, split, number)
+            counts = self._write(plan, split, number, limit, folder)
+            fingerprint = plan.bucket_fingerprint(split, number, limit)
+            plans.write_done(plans.bucket_marker(self.work, split, number), folder, {"fingerprint": fingerprint, "counts": counts})
+        yield from ()
+
+    def _write(self, plan: plans.Plan, split: str, number: int, limit: int | None, folder: Path) -> dict[str, int]:
         from streaming import MDSWriter
 
-        columns = {"tokens": f"ndarray:{self.dtype}:{self.seq_length}"}
-        writers = {
-            split: MDSWriter(columns=columns, out=str(Path(self.folder, split, f"{rank:05d}")), hashes=["sha256"])
-            for split in (TRAIN, HELDOUT)
+        tokenizer = Tokenizer(self.tokenizer)
+        dtype = token_dtype(tokenizer.vocab_size - 1)
+        bucket = load_bucket(self.work, plan, split, number, dtype)
+        too_long, samples = pack(bucket, self.data, number)
+        written = samples[:limit]
+        shutil.rmtree(folder, ignore_errors=True)
+        numbers = _document_numbers(self.work, plan, bucket)
+        length_dtype = token_dtype(self.data.seq_length)
+        columns = {
+            "tokens": f"ndarray:{dtype}:{self.data.seq_length}",
+            "lengths": f"ndarray:{length_dtype}",
+            "documents": "ndarray:uint64",
         }
-        pending = {split: [] for split in writers}
-        for document in data:
-            split = document.metadata["split"]
-            ids = pending[split]
-            ids += document.metadata.pop("token_ids")
-            full = len(ids) - len(ids) % self.seq_length
-            for start in range(0, full, self.seq_length):
-                writers[split].write({"tokens": np.array(ids[start : start + self.seq_length], self.dtype)})
-            self.stat_update(f"{split}_samples", value=full // self.seq_length)
-            self.stat_update(f"{split}_bytes", value=len(document.text.encode("utf-8", "surrogatepass")))
-            del ids[:full]
-            yield document
-        for split, writer in writers.items():
-            self.stat_update(f"{split}_dropped_tail_tokens", value=len(pending[split]))
-            writer.finish()
+        if self.data.source.prompt is not None:
+            columns["prompt_lengths"] = f"ndarray:{length_dtype}"
+        padding = tokenizer.eos_id if tokenizer.eos_id is not None else 0
+        logging.disable(logging.WARNING)
+        with MDSWriter(columns=columns, out=str(folder), compression=self.data.compression, hashes=["sha256"]) as writer:
+            for pieces in written:
+                writer.write(_sample(bucket, pieces, numbers, self.data.seq_length, dtype, length_dtype, padding))
+                advance(documents=len(pieces), tokens=self.data.seq_length)
+        logging.disable(logging.NOTSET)
+        return _counts(bucket, samples, written, too_long, self.data.seq_length)
 
 
-def token_dtype(vocab_size: int) -> str:
-    """The smallest unsigned type that holds every id."""
-    return "uint16" if vocab_size <= 2**16 else "uint32"
+def pack(bucket: Bucket, data: DataConfig, number: int) -> tuple[set[int], list[list[Piece]]]:
+    """(documents left out because they must stay whole and are too long, the pieces of each sample)."""
+    lengths = bucket.records["length"].astype(np.int64)
+    too_long: set[int] = set()
+    if data.packing == "best_fit" and data.source.prompt is not None:
+        too_long = {int(document) for document in np.flatnonzero(lengths > data.seq_length)}
+        lengths = np.where(lengths > data.seq_length, 0, lengths)
+    samples = best_fit(lengths, data.seq_length, data.seed + number) if data.packing == "best_fit" else concat(lengths, data.seq_length)
+    return too_long, samples
+
+
+def _sample(bucket: Bucket, pieces: list[Piece], numbers: np.ndarray, seq_length: int, dtype: str, length_dtype: str, padding: int) -> dict:
+    """One sample: tokens, and for each piece its length, document number, and leading tokens without loss."""
+    tokens, position = np.full(seq_length, padding, dtype), 0
+    for document, start, count in pieces:
+        tokens[position : position + count] = bucket.tokens(document, start, count)
+        position += count
+    prompts = [min(max(0, int(bucket.records["prompt"][document]) - start), count) for document, start, count in pieces]
+    return {
+        "tokens": tokens,
+        "lengths": np.array([count for _, _, count in pieces], length_dtype),
+        "documents": numbers[[document for document, _, _ in pieces]],
+        "prompt_lengths": np.array(prompts, length_dtype),
+    }
+
+
+def _document_numbers(work: Path, plan: plans.Plan, bucket: Bucket) -> np.ndarray:
+    """uint64 (documents,): the source file's number in sources.jsonl above, the position in it below."""
+    first_file, offsets = 0, []
+    for part in plan.parts:
+        offsets.append(first_file)
+        first_file += len(plans.part_inputs(work, part))
+    files = np.array(offsets, np.uint64)[bucket.part] + bucket.records["file"] if len(bucket.part) else np.zeros(0, np.uint64)
+    return (files << np.uint64(64 - _FILE_BITS)) | bucket.records["position"]
+
+
+def _counts(bucket: Bucket, samples: list, written: list, too_long: set[int], seq_length: int) -> dict[str, int]:
+    lengths = bucket.records["length"].astype(np.int64)
+    packed, held, pieces_of = set(), Counter(), Counter()
+    for pieces in samples:
+        packed.update(document for document, _, _ in pieces)
+    for pieces in written:
+        for document, _, count in pieces:
+            held[document] += count
+            pieces_of[document] += 1
+    return {
+        "samples": len(written),
+        "documents": len(held),
+        "bytes": int(bucket.records["bytes"][list(held)].sum()),
+        "tokens": held.total(),
+        "padding_tokens": len(written) * seq_length - held.total(),
+        "cut_documents": sum(pieces_of[document] > 1 or held[document] < int(lengths[document]) for document in held),
+        "cut_tokens": int(lengths[list(held)].sum()) - held.total(),
+        "dropped_duplicate": bucket.duplicates,
+        "dropped_longer_than_sample": len(too_long),
+        "dropped_tail": len(lengths) - len(too_long) - len(packed),
+        "dropped_beyond_budget": len(packed) - len(held),
+    }
+
+
+def _refuse_broken(broken: list[dict], data: DataConfig) -> None:
+    if broken and not data.allow_broken_files:
+        files = "\n".join(f"  - {file['file']}: {file['error']} (after {file['records_read']:,} records)" for file in broken)
+        raise UserError(
+            f"{len(broken)} source files are damaged:\n{files}\nFetch them again and run the same command: only their parts are read again. "
+            "Or keep what could be read of them with data.allow_broken_files=true"
+        )

@@ -1,149 +1,229 @@
-"""Documents in: datatrove readers for every kind of source a corpus names."""
+"""Documents in: every record of a part is either a document or counted under the reason why it is none."""
 
 import ast
 import gzip
-import importlib.util
+import io
 import json
-import os
-import sys
-import sysconfig
-from pathlib import Path
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
 
-from datatrove.data import DocumentsPipeline
-from datatrove.pipeline.readers import ParquetReader
+import orjson
+from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.readers.base import BaseDiskReader
 from loguru import logger
 
 from retemper.pipeline.config import SourceConfig
-from retemper.pipeline.errors import UserError
+from retemper.tokenize.listing import FileRange, list_parts, locate
 
-# datatrove logs every file it opens; progress bars and the manifest's counts say what matters.
+# datatrove logs every file it opens; the progress bar and the manifest's counts say what matters.
 logger.disable("datatrove")
 
-_GLOBS = {"text": "**/*", "docstrings": "**/*.py", "jsonl": "**/*.jsonl*", "parquet": "**/*.parquet"}
+# A longer record is no document: it is passed over without being held in memory.
+MAX_RECORD_BYTES = 1 << 29
+_PARQUET_ROWS = 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_COLUMN = re.compile(r"\{(\w+)\}")
 
 
-class TextReader(BaseDiskReader):
-    """One document per text file. A file that is not UTF-8 is counted under `dropped_invalid_utf8` and left out."""
-
-    name = "🗒 Text files"
-
-    def __init__(self, *args, exclude: list[str] = (), **kwargs):
-        super().__init__(*args, **kwargs)
-        self.exclude = frozenset(exclude)
-
-    def read_files_shard(self, shard: list[str]) -> DocumentsPipeline:
-        return super().read_files_shard([path for path in shard if self.exclude.isdisjoint(Path(path).parts)])
-
-    def read_file(self, filepath: str) -> DocumentsPipeline:
-        with self.data_folder.open(filepath, "rb") as file:
-            content = file.read()
-        try:
-            text = self.extract(content.decode("utf-8"))
-        except UnicodeDecodeError:
-            self.stat_update("dropped_invalid_utf8")
-            return
-        except (SyntaxError, ValueError):
-            self.stat_update("dropped_not_python")
-            return
-        if text.strip():
-            yield self.get_document_from_dict({"text": text, "id": filepath}, filepath, 0)
-        else:
-            self.stat_update("dropped_empty")
-
-    def extract(self, text: str) -> str:
-        """The document a file holds."""
-        return text
+class Rejected(Exception):
+    """A record that is no document, and why, in one word."""
 
 
-class DocstringReader(TextReader):
-    """One document per Python module: its docstrings, in source order. The module is parsed, never imported."""
+class DocumentReader(BaseDiskReader):
+    """The documents of one part, as datatrove documents.
 
-    name = "🗒 Docstrings"
+    Counts `read` records and `dropped_<reason>`; a damaged file is named in `broken` and costs nothing but its own rest.
+    Metadata: file (position in the part), position (byte offset of the line, row number), prompt_chars, and metadata_keys.
+    """
 
-    def extract(self, text: str) -> str:
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, documented))
-        ordered = sorted(nodes, key=lambda node: getattr(node, "lineno", 0))
-        return "\n\n".join(docstring for node in ordered if (docstring := ast.get_docstring(node)))
+    name = "📖 Documents"
 
+    def __init__(self, source: SourceConfig, root: str, *, replace_invalid: bool = False):
+        super().__init__(root)
+        self.source, self.replace_invalid = source, replace_invalid
+        self.columns = [*dict.fromkeys([source.text_key, *_COLUMN.findall(source.prompt or ""), *source.metadata_keys])]
+        self.broken: list[dict] = []
 
-class _CountingRows:
-    """Rows whose text is missing, no string or empty are counted and left out."""
-
-    def get_document_from_dict(self, data, source_file, id_in_file):
-        text = data.get(self.text_key) if isinstance(data, dict) else None
-        if not isinstance(text, str):
-            self.stat_update("dropped_no_text")
-        elif not text.strip():
-            self.stat_update("dropped_empty")
-        else:
-            return super().get_document_from_dict(data, source_file, id_in_file)
-        return None
-
-
-class RowsReader(_CountingRows, ParquetReader):
-    """One document per parquet row."""
-
-
-class JsonLinesReader(_CountingRows, BaseDiskReader):
-    """One document per line, plain or compressed. A line that is no JSON is counted; a file that breaks off is named."""
-
-    name = "🗒 JSON lines"
-
-    def read_file(self, filepath: str) -> DocumentsPipeline:
-        try:
-            with self.data_folder.open(filepath, "rb", compression="infer") as file:
-                for number, line in enumerate(file):
+    def read_part(self, part: list[FileRange]) -> DocumentsPipeline:
+        """The documents of all files of a part, in order."""
+        for number, file in enumerate(part):
+            read = 0
+            try:
+                for position, record in self._records(file):
+                    read += 1
                     try:
-                        row = json.loads(line)
-                    except ValueError:
-                        self.stat_update("dropped_malformed_json")
-                        continue
-                    if document := self.get_document_from_dict(row, filepath, number):
-                        yield document
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise UserError(f"{self.data_folder.resolve_paths(filepath)} is damaged ({error}): fetch it again, or leave it out") from None
+                        yield self._document(record, file.path, number, position)
+                    except Rejected as reason:
+                        self.stat_update(f"dropped_{reason}")
+            except Exception as error:
+                if not _is_damage(error):
+                    raise
+                self.broken.append({"file": self.data_folder.resolve_paths(file.path), "error": str(error), "records_read": read})
+            if read:
+                self.stat_update("read", value=read, unit="file")
 
+    def read_file(self, filepath: str) -> DocumentsPipeline:
+        size = self.data_folder.size(filepath)
+        return self.read_part([FileRange(filepath, 0, size, size, "")])
 
-def build_reader(source: SourceConfig, *, progress: bool = False) -> BaseDiskReader:
-    """The datatrove reader of one source. Raises UserError where no file matches."""
-    folder, glob = locate(source)
-    options = {"glob_pattern": glob, "file_progress": progress and sys.stderr.isatty()}
-    if source.kind in ("jsonl", "parquet"):
-        reader = JsonLinesReader if source.kind == "jsonl" else RowsReader
-        return reader(str(folder), text_key=source.text_key, **options)
-    reader = TextReader if source.kind == "text" else DocstringReader
-    return reader(str(folder), exclude=source.exclude, **options)
+    def _records(self, file: FileRange) -> Iterator[tuple[int, object]]:
+        """(position, record): a dict, or the bytes of a text file or a JSON line."""
+        if self.source.kind != "rows":
+            with self.data_folder.open(file.path, "rb") as stream:
+                yield 0, stream.read(MAX_RECORD_BYTES + 1)
+        elif file.path.endswith(".parquet"):
+            with self.data_folder.open(file.path, "rb") as stream:
+                yield from self._parquet_rows(stream, file)
+        else:
+            with _decompressed(self.data_folder, file.path) as stream:
+                yield from _lines(stream, file.start, file.end if file.end < file.size else None)
 
+    def _parquet_rows(self, stream, file: FileRange) -> Iterator[tuple[int, dict]]:
+        import pyarrow.parquet as pq
 
-def locate(source: SourceConfig) -> tuple[Path, str]:
-    """The folder a source names and the pattern of its files. Raises UserError where there is nothing to read."""
-    if source.path == "stdlib":
-        folder = Path(sysconfig.get_path("stdlib"))
-    elif source.path.startswith("package:"):
-        folder = _package_folder(source.path.removeprefix("package:"))
-    else:
-        folder = Path(source.path)
-    glob = source.glob or _GLOBS[source.kind]
-    try:
-        if not folder.exists():
-            raise UserError(f"data.source.path={source.path}: {folder} does not exist; name a folder or file of documents")
-        if folder.is_file():
-            folder, glob = folder.parent, folder.name
-        os.listdir(folder)  # glob passes over what it may not read
-        found = any(path.is_file() for path in folder.glob(glob))
-    except PermissionError as error:
-        raise UserError(f"data.source.path={source.path}: {error.filename} cannot be read; change its permissions") from None
-    if not found:
-        raise UserError(
-            f"data.source.path={source.path}: no file in {folder} matches {glob} (data.source.glob); correct the path or the pattern"
+        with pq.ParquetFile(stream) as parquet:
+            columns = [name for name in self.columns if name in parquet.schema_arrow.names]
+            row = 0
+            for group in range(parquet.num_row_groups):
+                layout = parquet.metadata.row_group(group)
+                chunk = layout.column(0)
+                start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+                if file.start <= start < file.end:
+                    batches = parquet.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=columns, use_threads=False)
+                    yield from enumerate(_batch_rows(batches, columns, layout.num_rows), row)
+                row += layout.num_rows
+
+    def _document(self, record, path: str, number: int, position: int) -> Document:
+        if isinstance(record, bytes):
+            if len(record) > MAX_RECORD_BYTES:
+                raise Rejected("too_large")
+            record = self._parsed(record) if self.source.kind == "rows" else self._extracted(record)
+        if not isinstance(record, dict) or record.get(self.source.text_key) is None:
+            raise Rejected("no_text")
+        prompt = _COLUMN.sub(lambda match: self._text(record.get(match[1])), self.source.prompt or "")
+        text = self._text(record[self.source.text_key])
+        metadata = {key: record.get(key) for key in self.source.metadata_keys}
+        return Document(
+            prompt + text, f"{path}:{position}", metadata={"file": number, "position": position, "prompt_chars": len(prompt), **metadata}
         )
-    return folder, glob
+
+    def _text(self, value) -> str:
+        if isinstance(value, bytes):
+            return self._decoded(value)
+        if not isinstance(value, str):
+            raise Rejected("no_text" if value is None else "not_text")
+        if not value.isascii() and _SURROGATE.search(value):
+            if not self.replace_invalid:
+                raise Rejected("lone_surrogate")
+            return _SURROGATE.sub("\ufffd", value)
+        return value
+
+    def _parsed(self, line: bytes) -> object:
+        try:
+            return orjson.loads(line)
+        except orjson.JSONDecodeError:
+            pass
+        # orjson does not say why; the standard library also takes what orjson is too strict for: NaN, lone surrogates.
+        try:
+            return json.loads(self._decoded(line))
+        except (ValueError, RecursionError):
+            raise Rejected("malformed_json") from None
+
+    def _extracted(self, content: bytes) -> dict:
+        text = self._decoded(content)
+        if self.source.kind == "docstrings":
+            try:
+                text = _docstrings(text)
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                raise Rejected("not_python") from None
+        return {self.source.text_key: text}
+
+    def _decoded(self, content: bytes) -> str:
+        try:
+            return content.decode("utf-8", "replace" if self.replace_invalid else "strict")
+        except UnicodeDecodeError:
+            raise Rejected("invalid_utf8") from None
 
 
-def _package_folder(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"data.source.path=package:{name}: no installed package has that name; install it or name a folder")
-    return Path(next(iter(spec.submodule_search_locations)))
+def read_documents(source: SourceConfig, *, every: int = 1) -> Iterator[Document]:
+    """The documents of every n-th file of a source, in order, before any cleaning."""
+    root, glob = locate(source)
+    files = [file for part in list_parts(source, root, glob) for file in part]
+    reader = DocumentReader(source, root)
+    for file in files[::every]:
+        yield from reader.read_part([file])
+
+
+def _batch_rows(batches, columns: list[str], num_rows: int) -> Iterator[dict]:
+    """Rows of a row group; strings as bytes, so that one that is no UTF-8 costs no neighbour."""
+    if not columns:
+        yield from ({} for _ in range(num_rows))
+    for batch in batches:
+        for values in zip(*map(_values, batch.columns), strict=True):
+            yield dict(zip(columns, values))
+
+
+def _values(column) -> list:
+    import pyarrow as pa
+
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        column = column.cast(kind).cast(pa.large_binary())
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # deep in a nested column, which is no text in any case
+        return [{}] * len(column)
+
+
+def _lines(stream, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
+    """(byte offset, line) of the lines that begin in [start, end)."""
+    position = start
+    if start:
+        stream.seek(start - 1)
+        position += _skip_line(stream) - 1
+    while end is None or position < end:
+        line = stream.readline(MAX_RECORD_BYTES + 1)
+        if not line:
+            return
+        size = len(line)
+        if size > MAX_RECORD_BYTES and not line.endswith(b"\n"):
+            size += _skip_line(stream)
+        if not line.isspace():
+            yield position, line
+        position += size
+
+
+def _skip_line(stream) -> int:
+    size = 0
+    while chunk := stream.readline(1 << 20):
+        size += len(chunk)
+        if chunk.endswith(b"\n"):
+            break
+    return size
+
+
+def _decompressed(folder, path: str):
+    if not path.endswith(".zst"):
+        return folder.open(path, "rb", compression="infer")
+    import pyarrow as pa
+
+    # fsspec's zstd streams have no lines, and take a file that breaks off for one that ends.
+    return io.BufferedReader(pa.CompressedInputStream(folder.open(path, "rb"), "zstd"), 1 << 20)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether a file's content is at fault, and not the disk, the network or the program."""
+    import pyarrow as pa
+
+    if isinstance(error, (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, pa.ArrowInvalid)):
+        return True
+    return type(error) is OSError and error.errno is None  # bz2 and Arrow's decompressors
+
+
+def _docstrings(text: str) -> str:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, documented))
+    ordered = sorted(nodes, key=lambda node: getattr(node, "lineno", 0))
+    return "\n\n".join(docstring for node in ordered if (docstring := ast.get_docstring(node)))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path):
         """Raises UserError where the folder holds no usable tokenizer."""
+        folder = _local_folder(str(folder))
         path = Path(folder, "tokenizer.json")
         if not path.is_file():
             raise UserError(f"data.tokenizer={folder}: there is no {path}; name a folder with a transformers fast tokenizer")
@@ -31,11 +33,22 @@ class Tokenizer:
         self.folder = Path(folder)
         self.vocab_size = self.backend.get_vocab_size()
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.eos_id = self._eos_id()
+        self.eos_id = self._special_id("eos_token")
+        self.bos_id = self._special_id("bos_token")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def require(self, *, bos: bool, eos: bool) -> None:
+        """Raises UserError where a token that documents are joined by is not in the vocabulary."""
+        for name, wanted, id in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id)):
+            if wanted and id is None:
+                raise UserError(
+                    f"data.{name}=true, but {self.folder / 'tokenizer_config.json'} names no {name}_token of the vocabulary; set data.{name}=false"
+                )
+        if not (bos or eos):
+            raise UserError("data.bos and data.eos are both false: nothing would part one document from the next; set one of them")
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes each id stands for, int32 (vocab_size,); 0 for special tokens, which stand for no text."""
@@ -48,13 +61,27 @@ class Tokenizer:
                 sizes[id] = len(token) if byte_level else _sentencepiece_bytes(token)
         return sizes
 
-    def _eos_id(self) -> int:
+    def _special_id(self, key: str) -> int | None:
         path = self.folder / "tokenizer_config.json"
-        token = json.loads(path.read_text()).get("eos_token") if path.is_file() else None
+        token = json.loads(path.read_text()).get(key) if path.is_file() else None
         token = token["content"] if isinstance(token, dict) else token
-        if token is None or (id := self.backend.token_to_id(token)) is None:
-            raise UserError(f"{path} names no eos_token of the vocabulary; documents are joined by it, so add one")
-        return id
+        return None if token is None else self.backend.token_to_id(token)
+
+
+def _local_folder(name: str) -> Path:
+    """A folder as it is; a hub name as the folder its tokenizer files were fetched to."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=["tokenizer*.json", "special_tokens_map.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"data.tokenizer={name} is no folder, and the hub does not give it ({str(error).splitlines()[0]}); check the name and HF_TOKEN"
+        ) from None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:

@@ -1,6 +1,8 @@
 """A folder of token shards, as `retemper tokenize` left it: its manifest, and its samples by id."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,11 @@ def check_corpora(config: Config) -> dict[str, dict]:
             )
         if manifest["tokenizer_sha256"] != manifests["train"]["tokenizer_sha256"]:
             problems.append(f"{name}: corpus {manifest['name']} was made with another tokenizer than the training corpus")
+        if manifest["packing"] != "concat" or manifest["made_from"]["source"]["prompt"] is not None:
+            problems.append(
+                f"{name}: corpus {manifest['name']} has padding or prompts, which training cannot leave out of the loss yet; "
+                "tokenize it with data.packing=concat and without data.source.prompt"
+            )
         if name != "train" and not manifest["splits"]["heldout"]["samples"]:
             problems.append(f"{name}: corpus {manifest['name']} has no held-out sample; raise data.heldout_fraction and tokenize again")
     available = manifests["train"]["splits"]["train"]["samples"]
@@ -64,8 +71,7 @@ class TokenShards:
         self._shards = [reader_from_json(str(folder), "", shard) for shard in json.loads(index.read_text())["shards"]]
         for shard in self._shards:
             shard.validate(allow_unsafe_types=False)
-            if not (file := folder / shard.raw_data.basename).is_file():
-                raise UserError(f"{file} is missing: remove {path} and tokenize again")
+            _unpack(folder, shard, path)
         sizes = np.array([shard.samples for shard in self._shards], np.int64)
         self._locate = Spanner(sizes)
         self._size = int(sizes.sum())
@@ -80,3 +86,21 @@ class TokenShards:
     def _sample(self, id: int) -> np.ndarray:
         shard, position = self._locate[id]
         return self._shards[shard][position]["tokens"]
+
+
+def _unpack(folder: Path, shard, path: str | Path) -> None:
+    """Have the uncompressed shard beside the compressed one, checked against the index. Raises UserError where it cannot be."""
+    file = folder / shard.raw_data.basename
+    if file.is_file():
+        return
+    packed = folder / shard.zip_data.basename if shard.zip_data else file
+    if not packed.is_file():
+        raise UserError(f"{packed} is missing: remove {path} and tokenize again")
+    from streaming.base.compression import decompress
+
+    content = decompress(shard.compression, packed.read_bytes())
+    if hashlib.sha256(content).hexdigest() != shard.raw_data.hashes["sha256"]:
+        raise UserError(f"{packed} is damaged: remove {path} and tokenize again")
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # every rank may be here
+    temporary.write_bytes(content)
+    temporary.replace(file)

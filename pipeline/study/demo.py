@@ -54,14 +54,14 @@ def _prepare_data(runs: list[Config]) -> None:
 
 
 def _train_tokenizer(runs: list[Config]) -> None:
-    from retemper.tokenize.sources import build_reader
+    from retemper.tokenize.sources import read_documents
     from retemper.tokenize.split import TRAIN, split_of
     from retemper.tokenize.tokenizer import train_tokenizer
 
     texts = (
         document.text
         for config in runs
-        for document in build_reader(config.data.source).run(rank=0, world_size=_SAMPLED_PART)
+        for document in read_documents(config.data.source, every=_SAMPLED_PART)
         if split_of(document.text, config.data.heldout_fraction) == TRAIN
     )
     train_tokenizer(texts, runs[0].model.vocab_size, Path(runs[0].data.tokenizer))

@@ -14,7 +14,7 @@ from retemper.pipeline.data.corpus import TokenShards, check_corpora
 from retemper.pipeline.data.order import sample_ids
 from retemper.pipeline.errors import UserError
 from retemper.tokenize.job import tokenize
-from retemper.tokenize.sources import build_reader
+from retemper.tokenize.sources import read_documents
 from retemper.tokenize.split import split_of
 from retemper.tokenize.tokenizer import Tokenizer
 
@@ -25,15 +25,16 @@ def decoded(workspace, corpus: str, split: str) -> str:
     return tokenizer.backend.decode(shards.tokens(np.arange(len(shards))).flatten().tolist(), skip_special_tokens=False)
 
 
-def test_shards_decode_to_the_documents_in_order(workspace):
+def test_shards_decode_to_the_documents(workspace):
     import email
 
     corpus = data_config(workspace, "code", "text", Path(email.__file__).parent)
-    documents = [document.text for document in build_reader(corpus.source).run()]
+    documents = [document.text for document in read_documents(corpus.source) if document.text.strip()]
     for split in ("train", "heldout"):
-        expected = "".join(f"{text}<|endoftext|>" for text in documents if split_of(text, 0.2) == split)
-        text = decoded(workspace, "code", split)
-        assert expected.startswith(text) and len(expected) - len(text) < SEQ_LENGTH * 20
+        expected = {text for text in documents if split_of(text, 0.2) == split}
+        *whole, last = decoded(workspace, "code", split).split("<|endoftext|>")
+        assert set(whole) <= expected and len(expected) - len(whole) <= 2
+        assert not last or any(text.startswith(last) for text in expected)
 
 
 def test_held_out_documents_are_not_in_the_training_shards(workspace):
@@ -47,13 +48,14 @@ def test_difficult_text_comes_back_exactly(workspace, tmp_path):
     (tmp_path / "docs").mkdir()
     for index, text in enumerate(hard):
         (tmp_path / "docs" / f"{index}.py").write_bytes(text.encode())
-    corpus = data_config(workspace, "hard", "text", tmp_path / "docs", heldout_fraction=0.0, path=str(tmp_path / "hard"))
+    corpus = data_config(
+        workspace, "hard", "text", tmp_path / "docs", heldout_fraction=0.0, path=str(tmp_path / "hard"), packing="best_fit", seq_length=2048
+    )
     manifest = tokenize(corpus, progress=False)
     tokenizer = Tokenizer(corpus.tokenizer)
     shards = TokenShards(corpus.path, "train")
     ids = shards.tokens(np.arange(len(shards))).flatten().tolist()
-    text = "".join(f"{text}<|endoftext|>" for text in hard)
-    assert text.encode().startswith(tokenizer.backend.decode(ids, skip_special_tokens=False).encode().rstrip(b"\xef\xbf\xbd"))
+    assert set(tokenizer.backend.decode(ids, skip_special_tokens=False).split("<|endoftext|>")) == {*hard, ""}
     assert manifest["splits"]["train"]["bytes"] == sum(len(text.encode()) for text in hard)
 
 
@@ -73,16 +75,6 @@ def test_the_manifest_counts_what_the_shards_hold(workspace):
     assert manifest["vocab_size"] == VOCAB_SIZE and manifest["seq_length"] == SEQ_LENGTH
     for split, counts in manifest["splits"].items():
         assert len(TokenShards(workspace / "data" / "math", split)) == counts["samples"] == counts["tokens"] // SEQ_LENGTH > 0
-
-
-def test_two_tasks_hold_the_same_documents_as_one(workspace, tmp_path):
-    import email
-
-    corpus = data_config(workspace, "two", "text", Path(email.__file__).parent, tasks=2, path=str(tmp_path / "two"))
-    one = json.loads((workspace / "data" / "code" / "manifest.json").read_text())["splits"]["train"]
-    two = tokenize(corpus, progress=False)["splits"]["train"]
-    assert (two["documents"], two["bytes"]) == (one["documents"], one["bytes"])
-    assert two["tokens"] + two["dropped_tail_tokens"] == one["tokens"] + one["dropped_tail_tokens"]
 
 
 def test_a_finished_corpus_is_kept_and_another_configuration_refused(workspace):
@@ -119,43 +111,9 @@ def test_an_unreadable_folder_is_named(workspace, tmp_path):
     os.seteuid(65534)
     try:
         with pytest.raises(UserError, match=f"{locked} cannot be read"):
-            build_reader(data_config(workspace, "bad", "text", locked).source)
+            list(read_documents(data_config(workspace, "bad", "text", locked).source))
     finally:
         os.seteuid(0)
-
-
-def test_an_undecodable_file_is_counted_and_costs_no_neighbour(workspace, tmp_path):
-    for name, content in (("a.py", b"x = 1\n" * 200), ("b.py", b"\xff\xfe\x00bad"), ("c.py", b"y = 2\n" * 200), ("d.py", b"  \n")):
-        (tmp_path / name).write_bytes(content)
-    corpus = data_config(workspace, "mixed", "text", tmp_path, heldout_fraction=0.0, path=str(tmp_path / "out"))
-    manifest = tokenize(corpus, progress=False)
-    assert manifest["splits"]["train"]["documents"] == 2
-    assert manifest["dropped"] == {"dropped_invalid_utf8": 1, "dropped_empty": 1}
-
-
-def test_rows_without_text_are_counted_and_cost_no_neighbour(workspace, tmp_path):
-    good = json.dumps({"text": "a line of text that says <|endoftext|> " * 5})
-    lines = [good, '{"text": null}', '{"text": 42}', "{broken", "[1, 2]", '{"other": "x"}', '{"text": " "}', "\xff", good]
-    with gzip.open(tmp_path / "docs.jsonl.gz", "wt", encoding="latin-1") as file:
-        file.write("\n".join(lines))
-    source = {"kind": "jsonl", "path": str(tmp_path), "text_key": "text"}
-    corpus = data_config(workspace, "rows", heldout_fraction=0.0, path=str(tmp_path / "out"), source=source)
-    manifest = tokenize(corpus, progress=False)
-    assert manifest["splits"]["train"]["documents"] == 2
-    assert manifest["dropped"] == {"dropped_no_text": 4, "dropped_malformed_json": 2, "dropped_empty": 1}
-    tokenizer, shards = Tokenizer(corpus.tokenizer), TokenShards(corpus.path, "train")
-    ids = shards.tokens(np.arange(len(shards))).flatten()
-    assert (ids == tokenizer.eos_id).sum() <= 2  # one after each document: the words in the text are text
-
-
-def test_a_truncated_archive_is_named(workspace, tmp_path):
-    content = gzip.compress(json.dumps({"text": "some text " * 99}).encode())
-    (tmp_path / "cut.jsonl.gz").write_bytes(content[: len(content) // 2])
-    source = {"kind": "jsonl", "path": str(tmp_path)}
-    corpus = data_config(workspace, "cut", path=str(tmp_path / "out"), source=source)
-    with pytest.raises(UserError, match="cut.jsonl.gz is damaged"):
-        tokenize(corpus, progress=False)
-    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_corpus_that_does_not_fit_the_run_is_refused(workspace):

@@ -1,0 +1,64 @@
+"""The datatrove step that turns documents into token ids."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from retemper.tokenize.encoder import load_encoder
+
+_BATCH_DOCUMENTS, _BATCH_BYTES = 512, 4 << 20
+
+
+class Encode(PipelineStep):
+    """Put token_ids, prompt_tokens and bytes into each document's metadata, and let go of its text."""
+
+    name, type = "🔢 Encode", "🔢 - TOKENIZER"
+
+    def __init__(self, tokenizer: str, encoder: str, *, bos: bool, eos: bool, dtype: str):
+        super().__init__()
+        self.tokenizer, self.encoder, self.bos, self.eos, self.dtype = tokenizer, encoder, bos, eos, np.dtype(dtype)
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        encoder = load_encoder(self.tokenizer, self.encoder)
+        before = np.array([encoder.tokenizer.bos_id] if self.bos else [], self.dtype)
+        after = np.array([encoder.tokenizer.eos_id] if self.eos else [], self.dtype)
+        for documents in _batches(data):
+            prompts = [document.text[: document.metadata["prompt_chars"]].encode() for document in documents]
+            texts = [document.metadata.pop("utf8") for document in documents]
+            for document in documents:
+                document.text = ""
+            # The prompt's tokens are those it has in common with the whole: a token across the seam carries loss.
+            encoded_prompts = encoder.encode(prompts) if any(prompts) else [before[:0]] * len(documents)
+            for document, text, ids, prompt in zip(documents, texts, encoder.encode(texts), encoded_prompts, strict=True):
+                prompt_tokens = _common(prompt, ids)
+                document.metadata |= {
+                    "token_ids": np.concatenate([before, ids, after], dtype=self.dtype, casting="unsafe"),
+                    "prompt_tokens": len(before) + prompt_tokens if prompt_tokens else 0,
+                    "bytes": len(text),
+                }
+                yield document
+
+
+def token_dtype(largest: int) -> str:
+    """The smallest unsigned type that holds 0 to `largest`."""
+    return "uint16" if largest < 2**16 else "uint32"
+
+
+def _common(prompt: np.ndarray, ids: np.ndarray) -> int:
+    count = min(len(prompt), len(ids))
+    different = np.flatnonzero(prompt[:count] != ids[:count])
+    return int(different[0]) if len(different) else count
+
+
+def _batches(documents: DocumentsPipeline) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.metadata["utf8"])
+        if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

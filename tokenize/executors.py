@@ -1,0 +1,136 @@
+"""How a job's stages run: on this machine, as Slurm arrays, or on a Ray cluster, each by datatrove's executor."""
+
+import copy
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+
+from retemper.pipeline.config import DataConfig
+from retemper.pipeline.errors import UserError
+from retemper.tokenize.progress import PROCESSES, count_in, progress_bar, shared_counters
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps that `tasks` tasks run; the next stage begins when all of them are done."""
+
+    name: str
+    steps: list[PipelineStep]
+    tasks: int
+
+
+def run_stages(stages: list[Stage], data: DataConfig, work: Path, *, progress: bool) -> bool:
+    """Run the stages, or submit them. Returns whether they are done. Raises UserError."""
+    run: Callable[[list[Stage], DataConfig, Path, bool], bool] = {"local": _run_local, "ray": _run_ray, "slurm": _submit_slurm}[
+        data.executor
+    ]
+    return run(stages, data, work, progress)
+
+
+class _LocalExecutor(LocalPipelineExecutor):
+    """datatrove's, on a pool that notices when a worker is killed: multiprocessing.Pool waits for ever."""
+
+    def __init__(self, stage: Stage, workers: int, logging_dir: str, progress: bool):
+        super().__init__(stage.steps, tasks=stage.tasks, workers=workers, logging_dir=logging_dir, skip_completed=False)
+        self.name, self.progress = stage.name, progress
+
+    def run(self) -> None:
+        counters = shared_counters()
+        with progress_bar(self.name, self.tasks, counters, show=self.progress) as advance:
+            if self.workers == 1:
+                count_in(counters)
+                for rank in range(self.tasks):
+                    copy.deepcopy(self)._run_for_rank(rank)  # steps count from zero
+                    advance()
+                count_in(None)
+            else:
+                self._run_pool(counters, advance)
+
+    def _run_pool(self, counters, advance: Callable[[], None]) -> None:
+        pool = ProcessPoolExecutor(self.workers, PROCESSES, initializer=_start_worker, initargs=(counters,))
+        try:
+            waiting = {pool.submit(self._run_for_rank, rank, rank + 1) for rank in range(self.tasks)}
+            while waiting:
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for task in finished:
+                    task.result()
+                    advance()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory: run the same command again, it goes on from what is finished; "
+                "fewer data.tasks need less memory"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(counters) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool has a process for every core
+    count_in(counters)
+    _die_with_parent()
+
+
+def _die_with_parent() -> None:
+    import ctypes
+    import signal
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _workers(data: DataConfig, stage: Stage) -> int:
+    return min(data.tasks or len(os.sched_getaffinity(0)), stage.tasks)
+
+
+def _run_local(stages: list[Stage], data: DataConfig, work: Path, progress: bool) -> bool:
+    for stage in stages:
+        _LocalExecutor(stage, _workers(data, stage), str(work / "logs" / stage.name), progress).run()
+    return True
+
+
+def _run_ray(stages: list[Stage], data: DataConfig, work: Path, progress: bool) -> bool:
+    try:
+        import ray
+    except ImportError:
+        raise UserError("data.executor=ray needs Ray: pip install 'retemper[ray]'") from None
+    from datatrove.executor.ray import RayPipelineExecutor
+
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    for stage in stages:
+        workers = data.tasks or int(ray.cluster_resources()["CPU"])
+        logs = work / "logs" / stage.name
+        RayPipelineExecutor(
+            stage.steps, tasks=stage.tasks, workers=min(workers, stage.tasks), logging_dir=str(logs), skip_completed=False
+        ).run()
+    return True
+
+
+def _submit_slurm(stages: list[Stage], data: DataConfig, work: Path, progress: bool) -> bool:
+    from datatrove.executor import SlurmPipelineExecutor
+
+    previous = None
+    for stage in stages:
+        previous = SlurmPipelineExecutor(
+            stage.steps,
+            tasks=stage.tasks,
+            workers=data.tasks or -1,
+            time=data.slurm.time,
+            partition=data.slurm.partition,
+            mem_per_cpu_gb=data.slurm.mem_per_cpu_gb,
+            job_name=f"{data.name}-{stage.name}",
+            venv_path=sys.prefix,
+            sbatch_args=dict(data.slurm.sbatch_args),
+            mail_type="NONE",
+            logging_dir=str(work / "logs" / stage.name),
+            skip_completed=False,
+            depends=previous,
+        )
+    previous.run()
+    return False

@@ -1,0 +1,184 @@
+"""The last step of a job: one index a split, the manifest, and the corpus under its name."""
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from datatrove.data import DocumentsPipeline
+from datatrove.io import get_datafolder
+from datatrove.pipeline.base import PipelineStep
+
+from retemper.pipeline.config import DataConfig
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.run_folder import replace_file
+from retemper.tokenize import plan as plans
+from retemper.tokenize.split import HELDOUT, TRAIN
+from retemper.tokenize.spool import remove
+from retemper.tokenize.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+
+
+class Finish(PipelineStep):
+    """Put the corpus together from its buckets and give it its name; the manifest is written last."""
+
+    name, type = "🏁 Finish", "💽 - WRITER"
+
+    def __init__(self, data: DataConfig, work: Path, tokenizer: str):
+        super().__init__()
+        self.data, self.work, self.tokenizer = data, work, tokenizer
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        plan, out = plans.load_plan(self.work), self.work / "out"
+        parts, buckets = plans.all_parts_done(self.work, plan), _finished_buckets(self.work, plan)
+        tokenizer = Tokenizer(self.tokenizer)
+        splits = {split: _totals(counts) for split, counts in buckets.items()}
+        if not splits[TRAIN]["samples"]:
+            remove(self.work)
+            raise UserError(
+                f"data.source.path={self.data.source.path}: its documents fill no sample of {self.data.seq_length} tokens; "
+                "give more text or a smaller data.seq_length"
+            )
+        fingerprint = hashlib.sha256()
+        for split, count in plan.buckets.items():
+            for leftover in sorted((out / split).iterdir())[count:]:  # of a plan with more buckets, before the source changed
+                remove(leftover)
+            fingerprint.update(_merge_indexes(out / split, count))
+        sources = [file for part in parts for file in part["sources"]]
+        _write_lines(out / "sources.jsonl", sources)
+        _write_lines(out / "contaminated.jsonl", [match for part in parts for match in part.get("matches", [])])
+        np.save(out / "token_bytes.npy", tokenizer.token_bytes())
+        manifest = _manifest(self.data, plan, parts, splits, tokenizer) | {"fingerprint": fingerprint.hexdigest()}
+        manifest["source"]["fingerprint"] = _sha256("".join(file["sha256"] for file in sources))
+        replace_file(out / MANIFEST, json.dumps(manifest, indent=2))
+        _deliver(out, self.data.path)
+        remove(self.work)
+        yield from ()
+
+
+def read_manifest(path: str) -> dict | None:
+    """The manifest of a finished corpus whose shards are all there, local or remote; None where there is no such corpus."""
+    folder = get_datafolder(path)
+    try:
+        with folder.open(MANIFEST, "rb") as file:
+            manifest = json.load(file)
+        sizes = {name: info["size"] for name, info in folder.find("", detail=True).items()}
+        for split in (TRAIN, HELDOUT):
+            with folder.open(f"{split}/index.json", "rb") as file:
+                for shard in json.load(file)["shards"]:
+                    data = shard["zip_data"] or shard["raw_data"]
+                    if sizes.get(f"{split}/{data['basename']}") != data["bytes"]:
+                        return None
+    except FileNotFoundError:
+        return None
+    return manifest
+
+
+def _finished_buckets(work: Path, plan: plans.Plan) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {TRAIN: [], HELDOUT: []}
+    for split, number in plan.bucket_ids:
+        done = plans.bucket_done(work, plan, split, number)
+        if done is None:
+            folder = plans.bucket_folder(work, split, number)
+            raise UserError(f"{folder} is not finished or was damaged since: run the same command again")
+        found[split].append(done["counts"])
+    return found
+
+
+def _totals(buckets: list[dict]) -> dict:
+    total = {name: sum(counts[name] for counts in buckets) for name in buckets[0]}
+    positions = total["tokens"] + total["padding_tokens"]
+    return {
+        **total,
+        "padding_fraction": total["padding_tokens"] / positions if positions else 0.0,
+        "cut_documents_fraction": total["cut_documents"] / total["documents"] if total["documents"] else 0.0,
+    }
+
+
+def _merge_indexes(folder: Path, count: int) -> bytes:
+    """index.json of a split from those of its buckets; returns a hash over what its samples hold, whatever the compression."""
+    shards, content = [], hashlib.sha256(folder.name.encode())
+    for number in range(count):
+        for shard in json.loads((folder / f"{number:05d}" / "index.json").read_text())["shards"]:
+            content.update(bytes.fromhex(shard["raw_data"]["hashes"]["sha256"]))
+            for data in (shard["raw_data"], shard["zip_data"]):
+                if data:
+                    data["basename"] = f"{number:05d}/{data['basename']}"
+            shards.append(shard)
+    replace_file(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+    return content.digest()
+
+
+def _manifest(data: DataConfig, plan: plans.Plan, parts: list[dict], splits: dict, tokenizer: Tokenizer) -> dict:
+    dropped: dict[str, int] = {}
+    for counts in [*(part["counts"] for part in parts), *splits.values()]:
+        for name, count in counts.items():
+            if name.startswith("dropped_"):
+                dropped[name] = dropped.get(name, 0) + count
+    kept = (
+        "documents",
+        "samples",
+        "tokens",
+        "bytes",
+        "padding_tokens",
+        "padding_fraction",
+        "cut_documents",
+        "cut_documents_fraction",
+        "cut_tokens",
+    )
+    manifest = {
+        "name": data.name,
+        "made_from": plan.made_from,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "seq_length": data.seq_length,
+        "packing": data.packing,
+        "encoder": plan.encoder,
+        "splits": {split: {name: counts[name] for name in kept} for split, counts in splits.items()},
+        "documents_read": sum(part["counts"].get("read", 0) for part in parts),
+        "dropped": {name.removeprefix("dropped_"): count for name, count in sorted(dropped.items()) if count},
+        "broken_files": [file for part in parts for file in part.get("broken", [])],
+        "source": {"root": plan.root, "files": plan.source_files, "bytes": plan.source_bytes},
+        "versions": {name: version(name) for name in ("retemper", "datatrove", "mosaicml-streaming", "tokenizers", "gigatoken")},
+    }
+    if data.decontaminate:
+        manifest["decontamination"] = _decontamination(plan, parts)
+    return manifest
+
+
+def _decontamination(plan: plans.Plan, parts: list[dict]) -> dict:
+    found: dict[str, int] = {}
+    for part in parts:
+        for match in part.get("matches", []):
+            task = match["problem"].split(": ")[0]
+            found[task] = found.get(task, 0) + 1
+    tasks = plan.made_from["decontaminate"]["problems"]
+    return {"tasks": {task: {**counts, "documents_dropped": found.get(task, 0)} for task, counts in tasks.items()}}
+
+
+def _deliver(out: Path, path: str) -> None:
+    """Give the finished folder its name, or upload it with the manifest last."""
+    if "://" not in path:
+        shutil.rmtree(path, ignore_errors=True)  # a corpus that lost shards
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        out.rename(path)
+        return
+    target = get_datafolder(path)
+    files = sorted(file for file in out.rglob("*") if file.is_file() and file.name != MANIFEST)
+    for file in [*files, out / MANIFEST]:
+        name = str(file.relative_to(out))
+        with open(file, "rb") as source, target.open(name, "wb") as copy:
+            shutil.copyfileobj(source, copy, 16 << 20)
+        if target.info(name)["size"] != file.stat().st_size:
+            raise UserError(f"{path}/{name} is not as long as what was uploaded: run the same command again")
+
+
+def _write_lines(path: Path, records: list[dict]) -> None:
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
