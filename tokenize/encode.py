@@ -7,6 +7,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from retemper.tokenize.encoder import load_encoder
+from retemper.tokenize.tokenizer import Tokenizer
 
 _BATCH_DOCUMENTS, _BATCH_BYTES = 512, 4 << 20
 
@@ -16,14 +17,15 @@ class Encode(PipelineStep):
 
     name, type = "🔢 Encode", "🔢 - TOKENIZER"
 
-    def __init__(self, tokenizer: str, encoder: str, *, bos: bool, eos: bool, dtype: str):
+    def __init__(self, tokenizer: Tokenizer, encoder: str, *, bos: bool, eos: bool):
         super().__init__()
-        self.tokenizer, self.encoder, self.bos, self.eos, self.dtype = tokenizer, encoder, bos, eos, np.dtype(dtype)
+        self.folder, self.sha256, self.encoder = str(tokenizer.folder), tokenizer.sha256, encoder
+        self.before = np.array([tokenizer.bos_id] if bos else [], tokenizer.dtype)
+        self.after = np.array([tokenizer.eos_id] if eos else [], tokenizer.dtype)
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        encoder = load_encoder(self.tokenizer, self.encoder)
-        before = np.array([encoder.tokenizer.bos_id] if self.bos else [], self.dtype)
-        after = np.array([encoder.tokenizer.eos_id] if self.eos else [], self.dtype)
+        encoder = load_encoder(self.folder, self.sha256, self.encoder)
+        before, after = self.before, self.after
         for documents in _batches(data):
             prompts = [document.text[: document.metadata["prompt_chars"]].encode() for document in documents]
             texts = [document.metadata.pop("utf8") for document in documents]
@@ -34,16 +36,11 @@ class Encode(PipelineStep):
             for document, text, ids, prompt in zip(documents, texts, encoder.encode(texts), encoded_prompts, strict=True):
                 prompt_tokens = _common(prompt, ids)
                 document.metadata |= {
-                    "token_ids": np.concatenate([before, ids, after], dtype=self.dtype, casting="unsafe"),
+                    "token_ids": np.concatenate([before, ids, after], dtype=before.dtype, casting="unsafe"),
                     "prompt_tokens": len(before) + prompt_tokens if prompt_tokens else 0,
                     "bytes": len(text),
                 }
                 yield document
-
-
-def token_dtype(largest: int) -> str:
-    """The smallest unsigned type that holds 0 to `largest`."""
-    return "uint16" if largest < 2**16 else "uint32"
 
 
 def _common(prompt: np.ndarray, ids: np.ndarray) -> int:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from retemper.pipeline.errors import UserError
 from retemper.tokenize.tokenizer import Tokenizer
 
 # Both encoders take memory and time beyond proportion for a megabyte without a space (about 40 bytes a byte).
@@ -103,17 +104,22 @@ def choose_encoder(tokenizer: Tokenizer, documents: list[str]) -> dict:
     return {"name": "gigatoken", "version": version("gigatoken"), "equal_to_tokenizers_on": checked}
 
 
-@functools.lru_cache(maxsize=2)
-def load_encoder(folder: str, name: str) -> Encoder:
-    """The encoder of this process: loading it takes a second, and it grows faster as it meets words again."""
-    return Encoder(Tokenizer(folder), name)
+@functools.lru_cache(maxsize=1)
+def load_encoder(folder: str, sha256: str, name: str) -> Encoder:
+    """The encoder of this process: loading it takes a second, and it grows faster as it meets words again. Raises UserError."""
+    tokenizer = Tokenizer(folder)
+    if tokenizer.sha256 != sha256:
+        raise UserError(
+            f"{folder}/tokenizer.json changed while the job ran: put the old one back, or remove the job's folder and start again"
+        )
+    return Encoder(tokenizer, name)
 
 
 def _gigatoken(tokenizer: Tokenizer):
     import gigatoken
 
     # It would read special tokens that a text spells out as the tokens themselves.
-    config = json.loads(tokenizer.backend.to_str())
+    config = json.loads((tokenizer.folder / "tokenizer.json").read_bytes())
     config["added_tokens"] = [token for token in config["added_tokens"] if not token["special"]]
     config["post_processor"] = None
     backend = gigatoken.Tokenizer.from_json(json.dumps(config))

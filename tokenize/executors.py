@@ -1,8 +1,10 @@
 """How a job's stages run: on this machine, as Slurm arrays, or on a Ray cluster, each by datatrove's executor."""
 
 import copy
+import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -74,15 +76,12 @@ class _LocalExecutor(LocalPipelineExecutor):
 def _start_worker(counters) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool has a process for every core
     count_in(counters)
-    _die_with_parent()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _die_with_parent() -> None:
-    import ctypes
-    import signal
-
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # or a job started again would meet this one's last worker
 
 
 def _workers(data: DataConfig, stage: Stage) -> int:

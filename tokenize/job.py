@@ -11,7 +11,7 @@ from retemper.pipeline.errors import UserError
 from retemper.tokenize import plan as plans
 from retemper.tokenize.clean import Clean
 from retemper.tokenize.decontaminate import Decontaminate, Problems
-from retemper.tokenize.encode import Encode, token_dtype
+from retemper.tokenize.encode import Encode
 from retemper.tokenize.encoder import choose_encoder
 from retemper.tokenize.executors import Stage, run_stages
 from retemper.tokenize.finish import Finish, read_manifest
@@ -52,8 +52,8 @@ def tokenize(data: DataConfig, *, progress: bool = True) -> dict | None:
 
 def _stages(data: DataConfig, work: Path, tokenizer: Tokenizer, problems: Problems | None, made_from: dict) -> list[Stage]:
     plan = _plan(data, work, tokenizer, made_from)
-    dtype = token_dtype(tokenizer.vocab_size - 1)
-    folder = str(tokenizer.folder)
+    dtype = tokenizer.dtype
+    padding_id = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     reader = DocumentReader(data.source, plan.root, replace_invalid=data.clean.invalid_utf8 == "replace")
     steps = [
         reader,
@@ -63,12 +63,12 @@ def _stages(data: DataConfig, work: Path, tokenizer: Tokenizer, problems: Proble
     if problems:
         problems.save(work / "problems.npz")
         steps.append(Decontaminate(work / "problems.npz", data.source.metadata_keys))
-    encode = Encode(folder, plan.encoder["name"], bos=data.bos, eos=data.eos, dtype=dtype)
+    encode = Encode(tokenizer, plan.encoder["name"], bos=data.bos, eos=data.eos)
     return [
         Stage("encode", [ReadPart(work, reader), *steps[1:], encode, Spool(work, dtype, steps)], len(plan.parts)),
         Stage("choose", [Choose(data, work, dtype)], 1),
-        Stage("write", [WriteBucket(data, work, folder)], len(plan.bucket_ids)),
-        Stage("finish", [Finish(data, work, folder)], 1),
+        Stage("write", [WriteBucket(data, work, dtype, padding_id)], len(plan.bucket_ids)),
+        Stage("finish", [Finish(data, work, str(tokenizer.folder))], 1),
     ]
 
 

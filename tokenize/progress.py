@@ -8,6 +8,8 @@ import time
 
 # A pool's workers start from a small server process: a fork of this one would copy its threads' locks.
 PROCESSES = multiprocessing.get_context("forkserver")
+# Seconds of imports (streaming brings torch and transformers), once for all workers of all stages.
+PROCESSES.set_forkserver_preload(["retemper.tokenize.job", "streaming", "gigatoken", "awkward", "pyarrow.parquet"])
 
 _counters = None
 

@@ -1,6 +1,5 @@
 """The second half of a job: documents of the spool in order, packed, written as MDS shards."""
 
-import logging
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,12 +11,10 @@ from datatrove.pipeline.base import PipelineStep
 from retemper.pipeline.config import DataConfig
 from retemper.pipeline.errors import UserError
 from retemper.tokenize import plan as plans
-from retemper.tokenize.encode import token_dtype
 from retemper.tokenize.pack import Piece, best_fit, concat
 from retemper.tokenize.progress import advance
 from retemper.tokenize.split import TRAIN
 from retemper.tokenize.spool import Bucket, load_bucket
-from retemper.tokenize.tokenizer import Tokenizer
 
 _FILE_BITS = 24  # of a document number: which source file; the rest is the position in it
 
@@ -57,13 +54,21 @@ class Choose(PipelineStep):
 
 
 class WriteBucket(PipelineStep):
-    """Write the samples of the bucket that the task's rank stands for, and then its done-marker."""
+    """Write the samples of the bucket that the task's rank stands for, and then its done-marker.
+
+    Columns: tokens; and of each piece of a document in the sample, as little-endian bytes, lengths (uint32), documents (uint64,
+    the document's number) and, for instruction pairs, prompt_lengths (uint32, leading tokens without loss). What the lengths
+    leave over is padding.
+    """
 
     name, type = "💾 MDS shards", "💽 - WRITER"
 
-    def __init__(self, data: DataConfig, work: Path, tokenizer: str):
+    def __init__(self, data: DataConfig, work: Path, dtype: str, padding_id: int):
         super().__init__()
-        self.data, self.work, self.tokenizer = data, work, tokenizer
+        self.data, self.work, self.dtype, self.padding_id = data, work, dtype, padding_id
+        self.columns = {"tokens": f"ndarray:{dtype}:{data.seq_length}", "lengths": "bytes", "documents": "bytes"}
+        if data.source.prompt is not None:
+            self.columns["prompt_lengths"] = "bytes"
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         plan = plans.load_plan(self.work)
@@ -78,29 +83,31 @@ class WriteBucket(PipelineStep):
     def _write(self, plan: plans.Plan, split: str, number: int, limit: int | None, folder: Path) -> dict[str, int]:
         from streaming import MDSWriter
 
-        tokenizer = Tokenizer(self.tokenizer)
-        dtype = token_dtype(tokenizer.vocab_size - 1)
-        bucket = load_bucket(self.work, plan, split, number, dtype)
+        bucket = load_bucket(self.work, plan, split, number, self.dtype)
         too_long, samples = pack(bucket, self.data, number)
-        written = samples[:limit]
+        written, document_numbers = samples[:limit], _document_numbers(self.work, plan, bucket)
         shutil.rmtree(folder, ignore_errors=True)
-        numbers = _document_numbers(self.work, plan, bucket)
-        length_dtype = token_dtype(self.data.seq_length)
-        columns = {
-            "tokens": f"ndarray:{dtype}:{self.data.seq_length}",
-            "lengths": f"ndarray:{length_dtype}",
-            "documents": "ndarray:uint64",
-        }
-        if self.data.source.prompt is not None:
-            columns["prompt_lengths"] = f"ndarray:{length_dtype}"
-        padding = tokenizer.eos_id if tokenizer.eos_id is not None else 0
-        logging.disable(logging.WARNING)
-        with MDSWriter(columns=columns, out=str(folder), compression=self.data.compression, hashes=["sha256"]) as writer:
+        with MDSWriter(columns=self.columns, out=str(folder), compression=self.data.compression, hashes=["sha256"]) as writer:
             for pieces in written:
-                writer.write(_sample(bucket, pieces, numbers, self.data.seq_length, dtype, length_dtype, padding))
+                writer.write(self._sample(bucket, pieces, document_numbers))
                 advance(documents=len(pieces), tokens=self.data.seq_length)
-        logging.disable(logging.NOTSET)
         return _counts(bucket, samples, written, too_long, self.data.seq_length)
+
+    def _sample(self, bucket: Bucket, pieces: list[Piece], document_numbers: np.ndarray) -> dict:
+        tokens, position = np.full(self.data.seq_length, self.padding_id, self.dtype), 0
+        for document, start, count in pieces:
+            tokens[position : position + count] = bucket.tokens(document, start, count)
+            position += count
+        sample = {
+            "tokens": tokens,
+            "lengths": np.array([count for _, _, count in pieces], "<u4").tobytes(),
+            "documents": document_numbers[[document for document, _, _ in pieces]].tobytes(),
+        }
+        if "prompt_lengths" in self.columns:
+            prompts = bucket.records["prompt"]
+            inside = [min(max(0, int(prompts[document]) - start), count) for document, start, count in pieces]
+            sample["prompt_lengths"] = np.array(inside, "<u4").tobytes()
+        return sample
 
 
 def pack(bucket: Bucket, data: DataConfig, number: int) -> tuple[set[int], list[list[Piece]]]:
@@ -114,21 +121,6 @@ def pack(bucket: Bucket, data: DataConfig, number: int) -> tuple[set[int], list[
     return too_long, samples
 
 
-def _sample(bucket: Bucket, pieces: list[Piece], numbers: np.ndarray, seq_length: int, dtype: str, length_dtype: str, padding: int) -> dict:
-    """One sample: tokens, and for each piece its length, document number, and leading tokens without loss."""
-    tokens, position = np.full(seq_length, padding, dtype), 0
-    for document, start, count in pieces:
-        tokens[position : position + count] = bucket.tokens(document, start, count)
-        position += count
-    prompts = [min(max(0, int(bucket.records["prompt"][document]) - start), count) for document, start, count in pieces]
-    return {
-        "tokens": tokens,
-        "lengths": np.array([count for _, _, count in pieces], length_dtype),
-        "documents": numbers[[document for document, _, _ in pieces]],
-        "prompt_lengths": np.array(prompts, length_dtype),
-    }
-
-
 def _document_numbers(work: Path, plan: plans.Plan, bucket: Bucket) -> np.ndarray:
     """uint64 (documents,): the source file's number in sources.jsonl above, the position in it below."""
     first_file, offsets = 0, []
@@ -136,7 +128,7 @@ def _document_numbers(work: Path, plan: plans.Plan, bucket: Bucket) -> np.ndarra
         offsets.append(first_file)
         first_file += len(plans.part_inputs(work, part))
     files = np.array(offsets, np.uint64)[bucket.part] + bucket.records["file"] if len(bucket.part) else np.zeros(0, np.uint64)
-    return (files << np.uint64(64 - _FILE_BITS)) | bucket.records["position"]
+    return ((files << np.uint64(64 - _FILE_BITS)) | bucket.records["position"]).astype("<u8")
 
 
 def _counts(bucket: Bucket, samples: list, written: list, too_long: set[int], seq_length: int) -> dict[str, int]:

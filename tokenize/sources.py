@@ -23,6 +23,7 @@ logger.disable("datatrove")
 # A longer record is no document: it is passed over without being held in memory.
 MAX_RECORD_BYTES = 1 << 29
 _PARQUET_ROWS = 64
+_BUFFER_BYTES = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _COLUMN = re.compile(r"\{(\w+)\}")
 
@@ -114,10 +115,6 @@ class DocumentReader(BaseDiskReader):
             return self._decoded(value)
         if not isinstance(value, str):
             raise Rejected("no_text" if value is None else "not_text")
-        if not value.isascii() and _SURROGATE.search(value):
-            if not self.replace_invalid:
-                raise Rejected("lone_surrogate")
-            return _SURROGATE.sub("\ufffd", value)
         return value
 
     def _parsed(self, line: bytes) -> object:
@@ -127,9 +124,17 @@ class DocumentReader(BaseDiskReader):
             pass
         # orjson does not say why; the standard library also takes what orjson is too strict for: NaN, lone surrogates.
         try:
-            return json.loads(self._decoded(line))
+            row = json.loads(self._decoded(line))
         except (ValueError, RecursionError):
             raise Rejected("malformed_json") from None
+        return {key: self._without_surrogates(value) for key, value in row.items()} if isinstance(row, dict) else row
+
+    def _without_surrogates(self, value):
+        if not isinstance(value, str) or not _SURROGATE.search(value):
+            return value
+        if not self.replace_invalid:
+            raise Rejected("lone_surrogate")
+        return _SURROGATE.sub("\ufffd", value)
 
     def _extracted(self, content: bytes) -> dict:
         text = self._decoded(content)
@@ -205,12 +210,14 @@ def _skip_line(stream) -> int:
 
 
 def _decompressed(folder, path: str):
-    if not path.endswith(".zst"):
-        return folder.open(path, "rb", compression="infer")
-    import pyarrow as pa
+    if path.endswith(".zst"):
+        import pyarrow as pa
 
-    # fsspec's zstd streams have no lines, and take a file that breaks off for one that ends.
-    return io.BufferedReader(pa.CompressedInputStream(folder.open(path, "rb"), "zstd"), 1 << 20)
+        # fsspec's zstd streams have no lines, and take a file that breaks off for one that ends.
+        stream = pa.CompressedInputStream(folder.open(path, "rb"), "zstd")
+    else:
+        stream = folder.open(path, "rb", compression="infer")
+    return io.BufferedReader(stream, _BUFFER_BYTES)
 
 
 def _is_damage(error: Exception) -> bool:

@@ -91,11 +91,11 @@ class Spool(PipelineStep):
     def _write_piece(self, path: Path, documents: list[Document]) -> None:
         documents.sort(key=_order)
         index = np.zeros(len(documents), RECORD)
-        with open(path.with_suffix(".ids"), "wb") as file:
+        with open(path.with_suffix(".ids"), "wb", buffering=1 << 20) as file:
             start = 0
             for number, document in enumerate(documents):
                 ids, about = document.metadata["token_ids"], document.metadata
-                np.asarray(ids, self.dtype).tofile(file)
+                file.write(ids.data)
                 digest = np.frombuffer(about["digest"], "<u8", 2)
                 index[number] = (
                     about["split"] == HELDOUT, about["priority"], digest, about["file"], about["position"],
@@ -138,7 +138,7 @@ def load_bucket(work: Path, plan: Plan, split: str, number: int, dtype: str) -> 
                 records.append(np.array(index[begin:end]))
                 owners.append(np.full(end - begin, owner))
                 pieces.append(np.full(end - begin, len(ids)))
-                ids.append(np.memmap(path.with_suffix(".ids"), dtype, mode="r"))
+                ids.append(np.asarray(np.memmap(path.with_suffix(".ids"), dtype, mode="r")))
     if not records:
         return Bucket(np.zeros(0, RECORD), np.zeros(0, int), [], np.zeros(0, int), 0)
     found, owner, piece = np.concatenate(records), np.concatenate(owners), np.concatenate(pieces)

@@ -32,6 +32,8 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         self.folder = Path(folder)
         self.vocab_size = self.backend.get_vocab_size()
+        # The smallest type that holds every id.
+        self.dtype = "uint16" if self.vocab_size <= 2**16 else "uint32"
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         self.eos_id = self._special_id("eos_token")
         self.bos_id = self._special_id("bos_token")
@@ -54,7 +56,7 @@ class Tokenizer:
         """UTF-8 bytes each id stands for, int32 (vocab_size,); 0 for special tokens, which stand for no text."""
         special = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
         # A byte-level vocabulary spells every byte as one character.
-        byte_level = "ByteLevel" in json.dumps(json.loads(self.backend.to_str()).get("decoder"))
+        byte_level = "ByteLevel" in repr(self.backend.decoder)
         sizes = np.zeros(self.vocab_size, np.int32)
         for token, id in self.backend.get_vocab().items():
             if id not in special:

@@ -56,6 +56,10 @@ def check_corpora(config: Config) -> dict[str, dict]:
     return manifests
 
 
+# Columns that hold a value for each piece of a document in the sample (tokenize/shards.py writes them).
+_PIECES = {"lengths": "<u4", "documents": "<u8", "prompt_lengths": "<u4"}
+
+
 class TokenShards:
     """Samples of one split by id, through mosaicml-streaming's shard readers."""
 
@@ -81,11 +85,13 @@ class TokenShards:
 
     def tokens(self, ids: np.ndarray) -> np.ndarray:
         """Token ids of the samples, int64 (len(ids), seq_length)."""
-        return np.stack([self._sample(int(id)) for id in ids]).astype(np.int64)
+        return np.stack([self.sample(int(id))["tokens"] for id in ids]).astype(np.int64)
 
-    def _sample(self, id: int) -> np.ndarray:
+    def sample(self, id: int) -> dict[str, np.ndarray]:
+        """One sample: tokens (seq_length,); of each piece of a document in it lengths, documents and prompt_lengths (pieces,)."""
         shard, position = self._locate[id]
-        return self._shards[shard][position]["tokens"]
+        sample = self._shards[shard][position]
+        return {name: np.frombuffer(value, _PIECES[name]) if name in _PIECES else value for name, value in sample.items()}
 
 
 def _unpack(folder: Path, shard, path: str | Path) -> None:

@@ -1,6 +1,5 @@
 """Documents to shards to batches, on real text."""
 
-import gzip
 import json
 import os
 from pathlib import Path

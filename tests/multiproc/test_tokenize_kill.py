@@ -1,0 +1,126 @@
+"""Kill the tokenize job anywhere, delete what it wrote, and run the same command again: the corpus is the same to the byte."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import data_config
+
+JOB = Path(__file__).parent / "tokenize_job.py"
+
+
+@pytest.fixture(scope="module")
+def job(workspace, tmp_path_factory):
+    """start(folder, log) -> a running job on real code, in about twenty parts and six buckets, on two workers."""
+    folder = tmp_path_factory.mktemp("kill")
+    source = {"kind": "text", "path": "stdlib", "glob": "*.py"}
+
+    def start(path: Path, log: Path) -> subprocess.Popen:
+        corpus = data_config(workspace, "kill", path=str(path), source=source, compression="zstd", tasks=2, packing="best_fit")
+        command = [sys.executable, str(JOB), corpus.model_dump_json(), "300000", "1500000"]
+        with open(log, "w") as output:
+            return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+    started = time.monotonic()
+    process = start(folder / "whole", folder / "log")
+    assert process.wait(timeout=300) == 0, (folder / "log").read_text()
+    start.whole, start.seconds = folder / "whole", time.monotonic() - started
+    return start
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def kill_until_done(job, tmp_path: Path, kills: int, rng: random.Random) -> int:
+    """Kill jobs at random moments, delete some of what they wrote, and start them again; returns how many reached their end."""
+    path, work, finished = tmp_path / "out", tmp_path / "out.partial", 0
+    while kills or not finished:
+        process = job(path, tmp_path / "log")
+        try:
+            # Moments before the middle kill the first stage, those after it the last; a job that has come far ends in between.
+            code = process.wait(timeout=rng.uniform(0, job.seconds * 1.1) if kills else 300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills -= 1
+            victims = [file for file in work.rglob("*") if file.is_file() and file.name != "plan.json"]
+            for victim in rng.sample(victims, min(len(victims), rng.choice([0, 0, 1, 5]))):
+                victim.unlink(missing_ok=True)
+            if rng.random() < 0.05:
+                shutil.rmtree(work, ignore_errors=True)
+            continue
+        assert code == 0, (tmp_path / "log").read_text()
+        assert contents(path) == contents(job.whole)
+        finished += 1
+        shutil.rmtree(path)
+    assert not work.exists() and not work.with_name(work.name + ".lock").exists()
+    return finished
+
+
+def test_two_kills(job, tmp_path):
+    assert kill_until_done(job, tmp_path, 2, random.Random(1))
+
+
+@pytest.mark.slow
+def test_fifty_kills(job, tmp_path):
+    finished = kill_until_done(job, tmp_path, 50, random.Random(50))
+    print(f"\n50 kills over {job.seconds:.0f} s jobs, {finished} jobs reached their end, each equal to the uninterrupted one")
+
+
+def test_a_killed_worker_is_noticed_and_the_job_goes_on_when_asked_again(job, tmp_path):
+    process = job(tmp_path / "out", tmp_path / "log")
+    worker = _worker_at_work(process, tmp_path / "out.partial")
+    os.kill(worker, signal.SIGKILL)
+    killed = time.monotonic()
+    assert process.wait(timeout=60) == 1
+    assert "a worker process was killed" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "out").exists()
+    print(f"\nnoticed after {time.monotonic() - killed:.1f} s")
+    assert job(tmp_path / "out", tmp_path / "log").wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert contents(tmp_path / "out") == contents(job.whole)
+
+
+def test_workers_end_with_a_killed_parent(job, tmp_path):
+    process = job(tmp_path / "out", tmp_path / "log")
+    worker = _worker_at_work(process, tmp_path / "out.partial")
+    process.kill()  # the parent alone, as the kernel would for want of memory
+    process.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and "State:\tZ" not in Path(f"/proc/{worker}/status").read_text():
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _worker_at_work(process: subprocess.Popen, work: Path) -> int:
+    """The id of a worker, once one of the parts is done: a child of the server process that workers are forked from."""
+    deadline = time.monotonic() + 200
+    while not list(work.glob("parts/*/done.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    children = [(int(child), parent) for child, parent in _processes()]
+    server = [pid for pid, parent in children if parent == process.pid and any(other == pid for _, other in children)]
+    return next(pid for pid, parent in children if parent in server)
+
+
+def _processes() -> list[tuple[str, int]]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            found.append((status.parent.name, int(status.read_text().rpartition(")")[2].split()[1])))
+        except OSError:
+            continue
+    return found
+
+
+def test_the_manifest_says_what_it_took(job):
+    manifest = json.loads((job.whole / "manifest.json").read_text())
+    assert manifest["source"]["files"] > 100 and manifest["splits"]["train"]["samples"] > 1000

@@ -1,0 +1,19 @@
+"""`retemper tokenize` as a process of its own, with parts and buckets small enough that a small corpus has several.
+
+python tokenize_job.py CONFIG_JSON PART_BYTES BUCKET_BYTES
+"""
+
+import json
+import sys
+
+from retemper.pipeline.config import DataConfig
+from retemper.pipeline.errors import UserError
+from retemper.tokenize import listing, plan
+from retemper.tokenize.job import tokenize
+
+if __name__ == "__main__":
+    listing.PART_BYTES, plan._BUCKET_BYTES = int(sys.argv[2]), int(sys.argv[3])
+    try:
+        print(json.dumps(tokenize(DataConfig.model_validate_json(sys.argv[1]))))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,245 @@
+"""The tokenize job: the same corpus whatever the tasks and restarts, exact budgets, masks, remote folders, refusals."""
+
+import fcntl
+import gzip
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from conftest import SEQ_LENGTH, data_config
+
+from retemper.pipeline.config import load_data_config
+from retemper.pipeline.data.corpus import TokenShards
+from retemper.pipeline.errors import UserError
+from retemper.tokenize import listing, plan
+from retemper.tokenize.job import tokenize
+from retemper.tokenize.sources import read_documents
+from retemper.tokenize.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory) -> Path:
+    """Real code and prose as rows, in every format, a few of them copies."""
+    import email
+
+    folder = tmp_path_factory.mktemp("documents")
+    files = sorted(Path(email.__file__).parent.rglob("*.py"))
+    rows = [{"text": file.read_text(), "id": file.name} for file in files if file.read_text().strip()]
+    rows += rows[:3]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    third = len(rows) // 3
+    (folder / "a.jsonl").write_text("".join(lines[:third]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[third : third + 5]).encode()))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress("".join(lines[third + 5 : 2 * third]).encode()))
+    pq.write_table(pa.Table.from_pylist(rows[2 * third :]), folder / "d.parquet", row_group_size=2)
+    return folder
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(listing, "PART_BYTES", 20_000)
+    monkeypatch.setattr(plan, "_BUCKET_BYTES", 100_000)
+
+
+def rows_config(workspace, documents: Path, path: Path, **changes):
+    source = {"kind": "rows", "path": str(documents)}
+    return data_config(workspace, "rows", path=str(path), **{"source": source, "compression": "zstd", "tasks": 1} | changes)
+
+
+def folder_hash(folder: Path) -> str:
+    """Of every file's name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest.update(f"{path.relative_to(folder)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def documents_of(path: str, split: str = "train") -> set[int]:
+    shards = TokenShards(path, split)
+    return {int(document) for index in range(len(shards)) for document in shards.sample(index)["documents"]}
+
+
+def test_the_same_bytes_for_one_two_and_five_tasks(workspace, documents, tmp_path, small_parts):
+    for packing in ("concat", "best_fit"):
+        hashes = {}
+        for tasks in (1, 2, 5) if packing == "concat" else (1, 2):
+            corpus = rows_config(workspace, documents, tmp_path / f"{packing}{tasks}", tasks=tasks, packing=packing)
+            manifest = tokenize(corpus, progress=False)
+            hashes[tasks] = folder_hash(Path(corpus.path))
+        assert len(set(hashes.values())) == 1, hashes
+        assert len({line["path"] for line in map(json.loads, (Path(corpus.path) / "sources.jsonl").open())}) == 4
+        kept = sum(counts["documents"] for counts in manifest["splits"].values())
+        assert manifest["documents_read"] == kept + sum(manifest["dropped"].values()) and manifest["dropped"]["duplicate"] == 3
+    assert len(list((Path(corpus.path) / "train").iterdir())) > 3
+
+
+def test_parts_cover_every_record_once(documents, monkeypatch):
+    source = data_config(documents, "x", source={"kind": "rows", "path": str(documents)}).source
+    whole = [document.text for document in read_documents(source)]
+    for size in (1000, 7777, 50_000):
+        monkeypatch.setattr(listing, "PART_BYTES", size)
+        assert [document.text for document in read_documents(source)] == whole
+    assert len(whole) > 20
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_budget_is_exact_and_takes_the_first_documents_in_order(workspace, documents, tmp_path, small_parts, packing):
+    chosen = {}
+    total = tokenize(rows_config(workspace, documents, tmp_path / "None", packing=packing), progress=False)["splits"]["train"]["samples"]
+    for samples in (None, total * 2 // 3, total // 3):
+        tokens = None if samples is None else samples * SEQ_LENGTH + 63
+        corpus = rows_config(workspace, documents, tmp_path / f"{samples}", tokens=tokens, packing=packing)
+        manifest = tokenize(corpus, progress=False)
+        if samples:
+            assert manifest["splits"]["train"]["samples"] == len(TokenShards(corpus.path, "train")) == samples
+            assert manifest["dropped"]["beyond_budget"] > 0
+        chosen[samples] = documents_of(corpus.path)
+    assert chosen[total // 3] < chosen[total * 2 // 3] < chosen[None]
+    with pytest.raises(UserError, match=r"samples of 64, the corpus has [\d,]+"):
+        tokenize(rows_config(workspace, documents, tmp_path / "more", tokens="1B", packing=packing), progress=False)
+
+
+def test_the_seed_moves_documents_but_not_the_held_out_ones(workspace, documents, tmp_path):
+    paths = [rows_config(workspace, documents, tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    for corpus in paths:
+        tokenize(corpus, progress=False)
+    first, second = (TokenShards(corpus.path, "train") for corpus in paths)
+    assert not np.array_equal(first.tokens(np.arange(5)), second.tokens(np.arange(5)))
+    assert documents_of(paths[0].path, "heldout") == documents_of(paths[1].path, "heldout")
+
+
+def test_a_restart_keeps_finished_parts_and_reads_changed_files_again(workspace, documents, tmp_path, small_parts, monkeypatch):
+    source = tmp_path / "docs"
+    shutil.copytree(documents, source)
+    (source / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 999)[:-20])
+    corpus, work = rows_config(workspace, source, tmp_path / "out"), tmp_path / "out.partial"
+    with pytest.raises(UserError, match="cut.jsonl.gz"):
+        tokenize(corpus, progress=False)
+    with pytest.raises(UserError, match="data.seed: 17 -> 18"):
+        tokenize(corpus.model_copy(update={"seed": 18}), progress=False)
+
+    def finished() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in work.glob("parts/*/done.json")}
+
+    before = finished()
+    unchanged = [path for path in sorted(before) if "cut.jsonl" not in (path.parent / "inputs.json").read_text()]
+    first, second, *_ = (path for path in unchanged if [*path.parent.glob("*.ids")])
+    next(first.parent.glob("*.ids")).unlink()  # deleted under it
+    second.write_text("{half a mark")  # and damaged
+    (source / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x and y"}\n'))  # and mended
+    with monkeypatch.context() as patch:
+        patch.setattr("retemper.tokenize.finish.remove", lambda folder: None)
+        manifest = tokenize(corpus, progress=False)
+    after = finished()
+    assert {path for path in before if after[path] == before[path]} == set(before) - {first, second}
+    assert len(after) == len(before) + 1  # the mended file's part is another
+    whole = rows_config(workspace, source, tmp_path / "whole")
+    assert tokenize(whole, progress=False) == manifest
+    assert folder_hash(tmp_path / "out") == folder_hash(tmp_path / "whole")
+
+
+def test_a_finished_corpus_that_lost_a_shard_is_made_again(workspace, documents, tmp_path):
+    corpus = rows_config(workspace, documents, tmp_path / "out")
+    tokenize(corpus, progress=False)
+    before = folder_hash(Path(corpus.path))
+    for victim in ("train/00000/shard.00000.mds.zstd", "heldout/index.json", "manifest.json"):
+        if victim == "manifest.json":
+            with pytest.raises(UserError, match="holds no manifest.json"):
+                (Path(corpus.path) / victim).unlink()
+                tokenize(corpus, progress=False)
+        else:
+            (Path(corpus.path) / victim).unlink()
+            tokenize(corpus, progress=False)
+            assert folder_hash(Path(corpus.path)) == before
+
+
+def test_a_second_job_on_the_same_corpus_is_refused(workspace, documents, tmp_path):
+    with open(tmp_path / "out.partial.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="being written by another"):
+            tokenize(rows_config(workspace, documents, tmp_path / "out"), progress=False)
+
+
+def test_no_tokens_between_documents_is_refused(workspace, documents, tmp_path):
+    with pytest.raises(UserError, match="data.bos=true"):
+        tokenize(rows_config(workspace, documents, tmp_path / "out", bos=True), progress=False)
+    with pytest.raises(UserError, match="both false"):
+        tokenize(rows_config(workspace, documents, tmp_path / "out", eos=False), progress=False)
+
+
+PRESETS = {"starcoder_python": "starcoder", "openwebmath": "openwebmath", "magicoder_evol_instruct": "magicoder", "metamathqa": "metamath"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_runs_on_a_local_copy(preset, shared_data, tmp_path):
+    data = load_data_config(
+        [
+            f"data={preset}", f"data.source.path={shared_data}/samples/{PRESETS[preset]}_like.jsonl", f"data.path={tmp_path / 'out'}",
+            f"data.tokenizer={shared_data / 'llama2-tokenizer'}", "data.tokens=null", "data.seq_length=1024", "data.heldout_fraction=0.0",
+            "data.decontaminate=null", "data.tasks=1",
+        ]
+    )  # fmt: skip
+    manifest = tokenize(data, progress=False)
+    assert manifest["encoder"]["name"] == "gigatoken"
+    train = manifest["splits"]["train"]
+    assert manifest["documents_read"] == train["documents"] + sum(manifest["dropped"].values())
+    tokenizer, shards = Tokenizer(data.tokenizer), TokenShards(data.path, "train")
+    rows = {json.loads(line)[data.source.text_key] for line in Path(data.source.path).read_text().splitlines()}
+    if data.source.prompt is None:
+        return
+    assert 0 < train["padding_fraction"] < 0.05 and train["cut_documents"] == 0
+    for sample in map(shards.sample, range(len(shards))):
+        position = 0
+        for length, prompt in zip(sample["lengths"], sample["prompt_lengths"]):
+            ids = sample["tokens"][position : position + length]
+            text = tokenizer.backend.decode(ids[:-1].tolist(), skip_special_tokens=False)
+            response = tokenizer.backend.decode(ids[prompt:-1].tolist(), skip_special_tokens=False)
+            assert ids[-1] == tokenizer.eos_id and text.endswith(response)
+            assert text.startswith("Below is an instruction") and text.partition("### Response:\n")[2] in rows
+            assert response in rows or response.lstrip("\n") in rows
+            position += int(length)
+        assert (sample["tokens"][position:] == tokenizer.eos_id).all()
+
+
+def test_decontamination_drops_reworded_problems_and_nothing_else(shared_data, tmp_path):
+    evals = shared_data / "evals"
+    tasks = {
+        "humaneval": "humaneval.jsonl", "mbpp": "mbpp_test.jsonl", "gsm8k": "gsm8k_test.jsonl", "hellaswag": "hellaswag_validation_1000.jsonl",
+        "winogrande": "winogrande_validation.jsonl", "arc_challenge": "arc_challenge_test.jsonl",
+    }  # fmt: skip
+    code = json.loads((evals / tasks["humaneval"]).read_text().splitlines()[5])
+    question = json.loads((evals / tasks["gsm8k"]).read_text().splitlines()[0])
+    rows = [json.loads(line) for line in (shared_data / "samples" / "openwebmath_like.jsonl").read_text().splitlines()]
+    planted = {
+        "humaneval: HumanEval/5": "# my utilities\n" + code["prompt"].upper().replace("    ", "\t\t") + "    return 1\n",
+        "gsm8k: 0": "A nice puzzle!\n\n  " + question["question"].replace(" ", "\n ").replace("\u2019", "'").title(),
+    }
+    for place, text in zip((3, 500), planted.values()):
+        rows.insert(place, {"text": text, "url": f"https://planted/{place}", "date": "", "metadata": ""})
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_data_config(
+        [
+            "data=openwebmath", f"data.source.path={tmp_path / 'docs.jsonl'}", f"data.path={tmp_path / 'out'}", "data.tasks=1",
+            f"data.tokenizer={shared_data / 'llama2-tokenizer'}", "data.seq_length=512",
+            *(f"data.decontaminate.tasks.{task}={evals / file}" for task, file in tasks.items()),
+        ]
+    )  # fmt: skip
+    manifest = tokenize(data, progress=False)
+    report = [json.loads(line) for line in (tmp_path / "out" / "contaminated.jsonl").read_text().splitlines()]
+    assert {line["problem"]: line["url"] for line in report} == {
+        "humaneval: HumanEval/5": "https://planted/3",
+        "gsm8k: 0": "https://planted/500",
+    }
+    assert manifest["dropped"]["contaminated"] == 2
+    found = manifest["decontamination"]["tasks"]
+    assert {task: counts["documents_dropped"] for task, counts in found.items()} == {
+        task: int(task in ("humaneval", "gsm8k")) for task in tasks
+    }
+    assert found["humaneval"]["problems"] == 164 and found["gsm8k"]["problems"] == 1319
