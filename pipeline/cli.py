@@ -33,10 +33,20 @@ def _tokenize(arguments) -> int:
 
     data = load_data_config(arguments.overrides)
     manifest = tokenize(data)
+    if manifest is None:
+        print("submitted; `squeue --me` shows the jobs. The same command says what came of them, and goes on where they stopped")
+        return 0
     for split, counts in manifest["splits"].items():
-        print(f"{data.path}/{split}: {counts['samples']:,} samples, {counts['tokens']:,} tokens from {counts['documents']:,} documents")
-    for reason, count in sorted(manifest["dropped"].items()):
-        print(f"{reason.replace('_', ' ')}: {count:,}")
+        print(
+            f"{data.path}/{split}: {counts['samples']:,} samples, {counts['tokens']:,} tokens from {counts['documents']:,} documents "
+            f"({counts['padding_fraction']:.2%} padding, {counts['cut_documents_fraction']:.1%} of the documents cut)"
+        )
+    dropped = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items())
+    print(f"{manifest['documents_read']:,} documents read; left out: {dropped or 'none'}")
+    reason = manifest["encoder"].get("reason")
+    print(f"encoded by {manifest['encoder']['name']}{f': {reason}' if reason else ''}")
+    for file in manifest["broken_files"]:
+        print(f"damaged: {file['file']} ({file['error']}; {file['records_read']:,} records read)")
     return 0
 
 
@@ -131,9 +141,10 @@ def _parser() -> argparse.ArgumentParser:
         "retemper demo", "retemper demo parallel=pp2 study=demo-pp2",
     )  # fmt: skip
     add(
-        "tokenize", _tokenize, "Turn documents into token shards.",
+        "tokenize", _tokenize, "Turn documents into token shards: cleaned, deduplicated, packed. The same command goes on after a stop.",
         "retemper tokenize data=local data.source.path=docs/ data.tokenizer=llama/ data.path=shards/docs data.seq_length=4096",
-        "retemper tokenize data=demo_code study=demo",
+        "retemper tokenize data=openwebmath data.path=s3://bucket/openwebmath data.tokens=8B",
+        "retemper tokenize data=starcoder_python data.path=/shared/starcoder data.executor=slurm data.slurm.partition=cpu",
     )  # fmt: skip
     add(
         "train", _train, "Train one run on this machine; on a cluster, torchrun -m retemper.pipeline.train takes the same keys.",

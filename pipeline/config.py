@@ -270,9 +270,12 @@ def load_data_config(overrides: list[str]) -> DataConfig:
     """The data section alone, for a corpus that no run is named for. Raises UserError."""
     raw = _compose(overrides)
     try:
-        return DataConfig.model_validate(raw["data"])
+        data = DataConfig.model_validate(raw["data"])
     except ValidationError as error:
         raise _report([_describe(problem, "data.") for problem in error.errors()]) from None
+    if problems := list(_data_conflicts(data)):
+        raise _report(problems)
+    return data
 
 
 def to_yaml(config: Config) -> str:
@@ -397,8 +400,21 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, _Section)
 
 
+def _data_conflicts(data: DataConfig):
+    """Yield every rule between the keys of a corpus that it breaks."""
+    if data.executor == "slurm" and data.slurm is None:
+        yield "data.executor=slurm needs data.slurm.partition=NAME"
+    if data.source.prompt is not None and data.source.kind != "rows":
+        yield f"data.source.prompt takes columns of rows, but data.source.kind={data.source.kind}"
+    if data.tokens is not None and data.tokens < data.seq_length:
+        yield f"data.tokens={data.tokens} is less than one sample of data.seq_length={data.seq_length}"
+    if "://" in data.path and not data.path.startswith(("s3://", "gs://")):
+        yield f"data.path={data.path}: shards are written to a folder, s3:// or gs://"
+
+
 def _conflicts(config: Config):
     """Yield every rule between keys that the config breaks."""
+    yield from _data_conflicts(config.data)
     model, parallel, train, method = config.model, config.parallel, config.train, config.method
     tp, pp, dp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):

@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -114,22 +115,41 @@ def _run_ray(stages: list[Stage], data: DataConfig, work: Path, progress: bool) 
 def _submit_slurm(stages: list[Stage], data: DataConfig, work: Path, progress: bool) -> bool:
     from datatrove.executor import SlurmPipelineExecutor
 
+    names = [f"{data.name}-{stage.name}" for stage in stages]
+    _refuse_queued(names)
     previous = None
-    for stage in stages:
+    for name, stage in zip(names, stages):
         previous = SlurmPipelineExecutor(
             stage.steps,
             tasks=stage.tasks,
             workers=data.tasks or -1,
-            time=data.slurm.time,
             partition=data.slurm.partition,
+            time=data.slurm.time,
             mem_per_cpu_gb=data.slurm.mem_per_cpu_gb,
-            job_name=f"{data.name}-{stage.name}",
-            venv_path=sys.prefix,
-            sbatch_args=dict(data.slurm.sbatch_args),
-            mail_type="NONE",
-            logging_dir=str(work / "logs" / stage.name),
+            qos="",
+            job_name=name,
+            env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',
+            # A stage whose stage before failed would wait for ever.
+            sbatch_args={"kill-on-invalid-dep": "yes"} | data.slurm.sbatch_args,
+            logging_dir=str(work.resolve() / "logs" / stage.name),
             skip_completed=False,
             depends=previous,
         )
-    previous.run()
+    try:
+        previous.run()
+    except subprocess.CalledProcessError:
+        raise UserError("sbatch refused the job for the reason above: correct data.slurm, then run the same command again") from None
     return False
+
+
+def _refuse_queued(names: list[str]) -> None:
+    try:
+        queued = subprocess.run(
+            ["squeue", "--me", "-h", "-o", "%i %j %T", "--name", ",".join(names)], capture_output=True, text=True, check=True
+        )
+    except FileNotFoundError:
+        raise UserError("data.executor=slurm, but there is no squeue here: run the command where jobs are submitted") from None
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"squeue failed ({error.stderr.strip()}): is the cluster up?") from None
+    if queued.stdout:
+        raise UserError(f"this job is already queued or running; wait for it, or scancel it:\n{queued.stdout.rstrip()}")

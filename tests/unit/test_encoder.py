@@ -1,0 +1,93 @@
+"""gigatoken and tokenizers give the same ids, long documents are encoded as if whole, and a tokenizer that differs falls back."""
+
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+from conftest import data_config
+
+from retemper.pipeline.config import SourceConfig
+from retemper.pipeline.errors import UserError
+from retemper.tokenize import encoder as encoders
+from retemper.tokenize.encoder import Encoder, choose_encoder, load_encoder
+from retemper.tokenize.job import tokenize
+from retemper.tokenize.sources import read_documents
+from retemper.tokenize.tokenizer import Tokenizer
+
+
+@pytest.fixture(params=["trained", "llama"])
+def tokenizer(request, workspace) -> Tokenizer:
+    if request.param == "trained":
+        return Tokenizer(workspace / "data" / "tokenizer")
+    return Tokenizer(request.getfixturevalue("shared_data") / "llama2-tokenizer")
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    import email
+
+    source = SourceConfig(kind="text", path=email.__path__[0], glob="**/*.py")
+    return [document.text for document in read_documents(source)]
+
+
+def test_gigatoken_is_chosen_and_gives_the_ids_of_tokenizers(tokenizer, texts):
+    assert choose_encoder(tokenizer, texts[:20]) | {"version": ""} == {
+        "name": "gigatoken", "version": "", "equal_to_tokenizers_on": {"documents": 20, "strings": pytest.approx(290, abs=270)}
+    }  # fmt: skip
+    special = [f"it says {token} here" for token in ("<s>", "</s>", "<unk>", "<|endoftext|>")]
+    ids = Encoder(tokenizer, "gigatoken").encode([text.encode() for text in [*texts, *special]])
+    assert [found.tolist() for found in ids] == tokenizer.encode([*texts, *special])
+
+
+@pytest.mark.parametrize("name", ["gigatoken", "tokenizers"])
+def test_a_long_document_has_the_ids_of_the_whole(tokenizer, texts, name, monkeypatch):
+    long = ("".join(texts) + os.urandom(40_000).hex() + "x=1\n" * 9000 + "".join(f"{text[:99]}🎉{' ' * 200}" for text in texts)).encode()
+    (whole,) = Encoder(tokenizer, name).encode([long])
+    monkeypatch.setattr(encoders, "_WINDOW_BYTES", 1 << 15)
+    monkeypatch.setattr(encoders, "_OVERLAP_BYTES", 1 << 11)
+    (ids,) = Encoder(tokenizer, name).encode([long])
+    assert len(long) > 12 << 15 and np.array_equal(ids, whole)
+
+
+@pytest.mark.parametrize("name", ["gigatoken", "tokenizers"])
+def test_a_run_longer_than_the_overlap_is_cut_but_stays_the_text(tokenizer, name, monkeypatch):
+    long = ("🎉" * 30_001 + " " * 90_001 + "a" * 90_001 + "é").encode()
+    (whole,) = Encoder(tokenizer, name).encode([long])
+    monkeypatch.setattr(encoders, "_WINDOW_BYTES", 1 << 15)
+    monkeypatch.setattr(encoders, "_OVERLAP_BYTES", 1 << 11)
+    (ids,) = Encoder(tokenizer, name).encode([long])
+    assert tokenizer.backend.decode(ids.tolist()).encode() == long
+    assert len(whole) <= len(ids) <= len(whole) + 2 * len(long) / (1 << 15)
+
+
+def test_time_grows_with_length_only(shared_data):
+    encoder = Encoder(Tokenizer(shared_data / "llama2-tokenizer"), "gigatoken")
+    seconds = []
+    for megabytes in (2, 8):
+        started = time.process_time()
+        encoder.encode([b"a" * (megabytes << 20)])  # one word: the worst there is
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 4 * seconds[0] * 2
+
+
+def test_a_tokenizer_that_gigatoken_does_differently_falls_back_and_says_why(shared_data, tmp_path, texts):
+    shutil.copytree(shared_data / "llama2-tokenizer", tmp_path / "changed")
+    path = tmp_path / "changed" / "tokenizer.json"
+    config = json.loads(path.read_text())
+    config["normalizer"] = {"type": "Replace", "pattern": {"Regex": "import +"}, "content": "export "}
+    path.write_text(json.dumps(config))
+    (tmp_path / "docs").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "docs" / f"{number}.py").write_text(text)
+    corpus = data_config(tmp_path, "fallback", "text", tmp_path / "docs", tokenizer=str(tmp_path / "changed"), tasks=1)
+    manifest = tokenize(corpus, progress=False)
+    assert manifest["encoder"]["name"] == "tokenizers" and "gigatoken" in manifest["encoder"]["reason"]
+
+
+def test_a_tokenizer_that_changes_under_a_job_is_refused(workspace, tmp_path):
+    before = Tokenizer(workspace / "data" / "tokenizer")
+    with pytest.raises(UserError, match="changed while the job ran"):
+        load_encoder(str(before.folder), "another hash", "gigatoken")

@@ -1,0 +1,54 @@
+"""Packing, on lengths: every token placed once, nothing cut that need not be."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retemper.tokenize.pack import best_fit, concat
+
+LENGTHS = st.lists(st.integers(0, 50), max_size=80).map(lambda lengths: np.array(lengths, np.int64))
+SEQ_LENGTH = st.integers(1, 20)
+
+
+def covered(samples) -> dict[int, list[tuple[int, int]]]:
+    """document -> its pieces as (start, end), in order of start."""
+    pieces: dict[int, list] = {}
+    for sample in samples:
+        for document, start, count in sample:
+            pieces.setdefault(document, []).append((start, start + count))
+    return {document: sorted(found) for document, found in pieces.items()}
+
+
+@given(LENGTHS, SEQ_LENGTH)
+@settings(deadline=None, max_examples=300)
+def test_concat_is_the_stream_of_all_documents(lengths, seq_length):
+    samples = concat(lengths, seq_length)
+    assert len(samples) == lengths.sum() // seq_length
+    stream = [(document, position) for document, length in enumerate(lengths) for position in range(length)]
+    placed = [(document, start + offset) for sample in samples for document, start, count in sample for offset in range(count)]
+    assert placed == stream[: len(samples) * seq_length]
+    assert all(count > 0 for sample in samples for _, _, count in sample)
+
+
+@given(LENGTHS, SEQ_LENGTH, st.integers(0, 5))
+@settings(deadline=None, max_examples=300)
+def test_best_fit_places_every_token_once_and_cuts_only_what_is_too_long(lengths, seq_length, seed):
+    samples = best_fit(lengths, seq_length, seed)
+    assert all(0 < sum(count for _, _, count in sample) <= seq_length for sample in samples)
+    pieces = covered(samples)
+    for document, length in enumerate(lengths):
+        edges = [0, *(end for _, end in pieces.get(document, []))]
+        assert edges[-1] == length and all(start == edge for (start, _), edge in zip(pieces.get(document, []), edges))
+        assert len(pieces.get(document, [])) == -(-length // seq_length)
+    assert len(samples) <= 2 * (lengths.sum() // seq_length) + 1  # no two samples are half empty
+
+
+def test_best_fit_fills_what_fits_exactly():
+    samples = best_fit(np.array([7, 5, 3, 6, 4, 5]), 10, 0)
+    assert sorted(sorted(count for _, _, count in sample) for sample in samples) == [[3, 7], [4, 6], [5, 5]]
+
+
+def test_samples_are_shuffled_by_the_seed():
+    lengths = np.arange(1, 200)
+    first, again, other = (best_fit(lengths, 200, seed) for seed in (1, 1, 2))
+    assert first == again and first != other and sorted(first) == sorted(other)
