@@ -62,6 +62,7 @@ class Finish(PipelineStep):
 def read_manifest(path: str) -> dict | None:
     """The manifest of a finished corpus whose shards are all there, local or remote; None where there is no such corpus."""
     folder = get_datafolder(path)
+    folder.fs.invalidate_cache()  # object stores' listings are cached
     try:
         with folder.open(MANIFEST, "rb") as file:
             manifest = json.load(file)

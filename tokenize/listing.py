@@ -40,10 +40,10 @@ def locate(source: SourceConfig) -> tuple[str, str]:
         return sysconfig.get_path("stdlib"), glob
     if source.path.startswith("package:"):
         return _package_folder(source.path.removeprefix("package:")), glob
-    if source.path.startswith("hf://"):
-        return _pinned(source), glob
     if "://" in source.path:
-        return source.path, glob
+        path = _pinned(source) if source.path.startswith("hf://") else source.path
+        folder, _, name = path.rpartition("/")
+        return (folder, name) if path.endswith(_ROWS) else (path, glob)
     folder = Path(source.path)
     if not folder.exists():
         raise UserError(f"data.source.path={source.path}: {folder} does not exist; name a folder or file of documents")

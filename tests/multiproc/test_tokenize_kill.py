@@ -41,25 +41,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def kill_until_done(job, tmp_path: Path, kills: int, rng: random.Random) -> int:
     """Kill jobs at random moments, delete some of what they wrote, and start them again; returns how many reached their end."""
-    path, work, finished = tmp_path / "out", tmp_path / "out.partial", 0
-    while kills or not finished:
+    path, work, finished, ended = tmp_path / "out", tmp_path / "out.partial", 0, False
+    while kills or not ended:
         process = job(path, tmp_path / "log")
         try:
-            # Moments before the middle kill the first stage, those after it the last; a job that has come far ends in between.
             code = process.wait(timeout=rng.uniform(0, job.seconds * 1.1) if kills else 300)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            kills -= 1
-            victims = [file for file in work.rglob("*") if file.is_file() and file.name != "plan.json"]
+            kills, ended = kills - 1, False
+            victims = [file for file in work.rglob("*") if file.is_file()]
             for victim in rng.sample(victims, min(len(victims), rng.choice([0, 0, 1, 5]))):
                 victim.unlink(missing_ok=True)
-            if rng.random() < 0.05:
-                shutil.rmtree(work, ignore_errors=True)
             continue
         assert code == 0, (tmp_path / "log").read_text()
         assert contents(path) == contents(job.whole)
-        finished += 1
+        finished, ended = finished + 1, True
         shutil.rmtree(path)
     assert not work.exists() and not work.with_name(work.name + ".lock").exists()
     return finished

@@ -1,0 +1,55 @@
+"""Hub sources: the revision is pinned to its commit, recorded, and kept over a restart."""
+
+import json
+import os
+import subprocess
+import sys
+
+import hub
+from conftest import ROOT, data_config
+
+JOB = ROOT / "tests" / "multiproc" / "tokenize_job.py"
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+def files(word: str) -> dict[str, bytes]:
+    rows = [json.dumps({"text": f"{word} document {number} of the dataset\n" * 20}).encode() for number in range(30)]
+    return {"data/a.jsonl": b"\n".join(rows[:15]), "data/b.jsonl": b"\n".join(rows[15:]), "README.md": b"# Not rows"}
+
+
+def run(corpus, endpoint: str, tmp_path):
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, str(JOB), corpus.model_dump_json(), str(64 << 20), str(256 << 20)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+
+
+def test_a_hub_source_is_pinned_to_a_commit(workspace, tmp_path):
+    branches = {"main": FIRST}
+    server, asked = hub.serve("someone/docs", {FIRST: files("first"), SECOND: files("second")}, branches)
+    try:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        source = {"kind": "rows", "path": "hf://datasets/someone/docs/data"}
+        corpus = data_config(workspace, "hub", path=str(tmp_path / "out"), source=source, tasks=1, heldout_fraction=0.0)
+        result = run(corpus, endpoint, tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        manifest = json.loads(result.stdout.splitlines()[-1])
+        assert manifest["source"]["root"] == f"hf://datasets/someone/docs@{FIRST}/data"
+        assert manifest["documents_read"] == 30 and manifest["source"]["files"] == 2
+        assert f"/datasets/someone/docs/resolve/{FIRST}/data/a.jsonl" in asked
+
+        # A job that was begun stays with its commit, though the branch has moved on.
+        (tmp_path / "out").rename(tmp_path / "finished")
+        corpus = corpus.model_copy(update={"tokens": 10**9})
+        assert "the corpus has" in run(corpus, endpoint, tmp_path).stderr
+        branches["main"] = SECOND
+        asked.clear()
+        assert "the corpus has" in run(corpus, endpoint, tmp_path).stderr
+        assert not any(SECOND in path for path in asked)
+
+        missing = corpus.model_copy(
+            update={"path": str(tmp_path / "x"), "source": corpus.source.model_copy(update={"revision": "nowhere"})}
+        )
+        result = run(missing, endpoint, tmp_path)
+        assert result.returncode == 1 and "revision nowhere cannot be had from the hub" in result.stderr
+    finally:
+        server.shutdown()
