@@ -3,7 +3,7 @@
 import pytest
 from conftest import overrides
 
-from retemper.pipeline.config import changed_keys, load_config, parse_tokens, preset_names
+from retemper.pipeline.config import changed_keys, load_config, load_data_config, parse_tokens, preset_names
 from retemper.pipeline.errors import UserError
 
 
@@ -23,13 +23,33 @@ def test_every_run_preset_loads_at_every_layout(name, parallel):
     assert config.milestone_steps[-1] == config.steps
 
 
-@pytest.mark.parametrize("group", ["model", "data", "method", "optimizer", "schedule"])
+@pytest.mark.parametrize("name", preset_names("data"))
+def test_every_corpus_preset_loads(name):
+    data = load_data_config([f"data={name}", "study=x", "data.path=a", "data.tokenizer=b", "data.source.path=c"])
+    assert (data.path, data.source.path) == ("a", "c")
+
+
+def test_a_corpus_that_cannot_be_is_refused_in_one_message():
+    changes = [
+        "data.executor=slurm",
+        "data.tokens=100",
+        "data.seq_length=4096",
+        "data.source.kind=text",
+        "data.source.prompt=x",
+        "data.path=ftp://a",
+    ]
+    with pytest.raises(UserError) as refusal:
+        load_data_config(["data=local", "data.tokenizer=b", "data.source.path=c", *changes])
+    for said in ("data.slurm.partition=NAME", "less than one sample", "takes columns of rows", "a folder, s3:// or gs://"):
+        assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("group", ["model", "method", "optimizer", "schedule"])
 def test_every_group_preset_loads(group):
     for name in preset_names(group):
         lora = ["init_from=runs/demo/base"] if name == "lora" else []
-        local = ["data.path=a", "data.tokenizer=b", "data.source.path=c"] if name == "local" else []
         optimizer = ["optimizer.lr=1e-3"] if group == "optimizer" else []
-        assert load_config(["run=demo_base", f"{group}={name}", *lora, *local, *optimizer])
+        assert load_config(["run=demo_base", f"{group}={name}", *lora, *optimizer])
 
 
 @pytest.mark.parametrize(
