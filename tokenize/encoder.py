@@ -39,17 +39,19 @@ class Encoder:
         return [next(short) if len(text) <= _WINDOW_BYTES else self._encode_long(text) for text in texts]
 
     def _encode_long(self, text: bytes) -> np.ndarray:
-        windows: list[_Window] = []
+        parts: list[np.ndarray] = []
+        before = None
         for start in range(0, len(text), _WINDOW_BYTES):
             cut, end = (_character_start(text, position) for position in (start, start + _WINDOW_BYTES))
             window = self._window(text, _character_start(text, max(0, start - _OVERLAP_BYTES)), end)
-            if windows:
-                if joint := _joint(windows[-1], window, cut):
-                    windows[-1], window = windows[-1].before(joint), window.after(joint)
+            if before:
+                if joint := _joint(before, window, cut):
+                    before, window = before.before(joint), window.after(joint)
                 else:  # what the windows hold is still the text, in other tokens than the whole would have at this one place
                     window = self._window(text, cut, end)
-            windows.append(window)
-        return np.concatenate([window.ids for window in windows])
+                parts.append(before.ids.astype(self.tokenizer.dtype))
+            before = window
+        return np.concatenate([*parts, before.ids], dtype=self.tokenizer.dtype, casting="unsafe")
 
     def _window(self, text: bytes, begin: int, end: int) -> "_Window":
         (ids,) = self._encode([text[begin:end]])

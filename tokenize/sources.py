@@ -55,9 +55,12 @@ class DocumentReader(BaseDiskReader):
                 for position, record in self._records(file):
                     read += 1
                     try:
-                        yield self._document(record, file.path, number, position)
+                        document = self._document(record, file.path, number, position)
                     except Rejected as reason:
                         self.stat_update(f"dropped_{reason}")
+                        continue
+                    del record  # a large line is not held beside its text
+                    yield document
             except Exception as error:
                 if not _is_damage(error):
                     raise
@@ -189,14 +192,14 @@ def _lines(stream, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
         stream.seek(start - 1)
         position += _skip_line(stream) - 1
     while end is None or position < end:
-        line = stream.readline(MAX_RECORD_BYTES + 1)
-        if not line:
+        line = [stream.readline(MAX_RECORD_BYTES + 1)]
+        if not line[0]:
             return
-        size = len(line)
-        if size > MAX_RECORD_BYTES and not line.endswith(b"\n"):
+        size = len(line[0])
+        if size > MAX_RECORD_BYTES and not line[0].endswith(b"\n"):
             size += _skip_line(stream)
-        if not line.isspace():
-            yield position, line
+        if not line[0].isspace():
+            yield position, line.pop()  # handed over, not held here
         position += size
 
 

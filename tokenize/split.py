@@ -39,6 +39,7 @@ class Identify(PipelineStep):
                 "split": _split(digest, self.heldout_fraction),
                 "priority": int.from_bytes(hashlib.blake2b(identity, digest_size=8, key=self.key).digest(), "big"),
             }
+            del utf8  # the encode step lets go of it
             yield document
 
 
