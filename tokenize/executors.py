@@ -3,6 +3,8 @@
 import copy
 import multiprocessing
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +21,8 @@ from retemper.pipeline.config import DataConfig
 from retemper.pipeline.errors import UserError
 from retemper.tokenize.progress import PROCESSES, count_in, progress_bar, shared_counters
 
+_REASON = re.compile(r"^retemper\.pipeline\.errors\.UserError: (.+?)$", re.MULTILINE)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -31,6 +35,7 @@ class Stage:
 
 def run_stages(stages: list[Stage], data: DataConfig, work: Path, *, progress: bool) -> bool:
     """Run the stages, or submit them. Returns whether they are done. Raises UserError."""
+    shutil.rmtree(work / "logs", ignore_errors=True)  # of an earlier try: what it says of tasks is not true any more
     run: Callable[[list[Stage], DataConfig, Path, bool], bool] = {"local": _run_local, "ray": _run_ray, "slurm": _submit_slurm}[
         data.executor
     ]
@@ -106,9 +111,15 @@ def _run_ray(stages: list[Stage], data: DataConfig, work: Path, progress: bool) 
     for stage in stages:
         workers = data.tasks or int(ray.cluster_resources()["CPU"])
         logs = work / "logs" / stage.name
-        RayPipelineExecutor(
+        executor = RayPipelineExecutor(
             stage.steps, tasks=stage.tasks, workers=min(workers, stage.tasks), logging_dir=str(logs), skip_completed=False
-        ).run()
+        )
+        executor.run()
+        if failed := executor.get_incomplete_ranks(skip_completed=True):  # it only logs them
+            reasons = [found[1] for log in sorted(logs.glob("logs/*.log")) if (found := _REASON.search(log.read_text()))]
+            raise UserError(
+                reasons[0] if reasons else f"{len(failed)} of {stage.tasks} tasks of stage {stage.name} failed: see {logs}/logs"
+            )
     return True
 
 

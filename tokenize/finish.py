@@ -1,5 +1,6 @@
 """The last step of a job: one index a split, the manifest, and the corpus under its name."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -165,7 +166,15 @@ def _deliver(out: Path, path: str) -> None:
     if "://" not in path:
         shutil.rmtree(path, ignore_errors=True)  # a corpus that lost shards
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        out.rename(path)
+        try:
+            out.rename(path)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            incoming = Path(path + ".incoming")  # data.work_dir is on another file system
+            shutil.rmtree(incoming, ignore_errors=True)
+            shutil.copytree(out, incoming)
+            incoming.rename(path)
         return
     target = get_datafolder(path)
     files = sorted(file for file in out.rglob("*") if file.is_file() and file.name != MANIFEST)

@@ -10,6 +10,7 @@ A part's id is the hash of its inputs and of the settings, so that a finished pa
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -103,9 +104,13 @@ def read_done(marker: Path, folder: Path, fingerprint: str | None = None) -> dic
 
 
 def write_done(marker: Path, folder: Path, done: dict) -> None:
-    """Mark what stands in `folder` as finished; done["files"] gets the size of each of its files."""
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file() and path != marker}
-    replace_file(marker, json.dumps({**done, "files": files}))
+    """Mark what stands in `folder` as finished, once it is on the disk; done["files"] gets the size of each of its files."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != marker]
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    replace_file(marker, json.dumps({**done, "files": {str(path.relative_to(folder)): path.stat().st_size for path in paths}}))
 
 
 def part_done(work: Path, part: str) -> dict | None:

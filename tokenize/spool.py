@@ -67,8 +67,9 @@ class Spool(PipelineStep):
 
     def _write_part(self, data: DocumentsPipeline, part: str) -> None:
         folder = part_folder(self.work, part)
-        for leftover in (*folder.glob("*.ids"), *folder.glob("*.npy"), *folder.glob("done.json")):
-            leftover.unlink()
+        for leftover in folder.iterdir():
+            if leftover.name != "inputs.json":
+                leftover.unlink()
         inputs = part_inputs(self.work, part)
         digests, documents = [hashlib.sha256() for _ in inputs], [0] * len(inputs)
         for number, piece in enumerate(_pieces(data)):

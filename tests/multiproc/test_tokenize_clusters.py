@@ -47,6 +47,8 @@ def test_ray(corpus, expected, tmp_path):
     result = run_job(corpus(tmp_path / "out", executor="ray", tasks=2), os.environ | {"RAY_USAGE_STATS_ENABLED": "0"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert contents(tmp_path / "out") == expected
+    result = run_job(corpus(tmp_path / "more", executor="ray", tasks=2, tokens="1B"), os.environ | {"RAY_USAGE_STATS_ENABLED": "0"})
+    assert result.returncode == 1 and "the corpus has" in result.stderr
 
 
 @pytest.mark.skipif(one_node_slurm.missing() is not None, reason=str(one_node_slurm.missing()))
