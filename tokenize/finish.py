@@ -17,7 +17,6 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.run_folder import replace_file
 from retemper.tokenize import plan as plans
 from retemper.tokenize.split import HELDOUT, TRAIN
-from retemper.tokenize.spool import remove
 from retemper.tokenize.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -38,7 +37,7 @@ class Finish(PipelineStep):
         tokenizer = Tokenizer(self.tokenizer)
         splits = {split: _totals(counts) for split, counts in buckets.items()}
         if not splits[TRAIN]["samples"]:
-            remove(self.work)
+            plans.remove(self.work)
             raise UserError(
                 f"data.source.path={self.data.source.path}: its documents fill no sample of {self.data.seq_length} tokens; "
                 "give more text or a smaller data.seq_length"
@@ -46,7 +45,7 @@ class Finish(PipelineStep):
         fingerprint = hashlib.sha256()
         for split, count in plan.buckets.items():
             for leftover in sorted((out / split).iterdir())[count:]:  # of a plan with more buckets, before the source changed
-                remove(leftover)
+                plans.remove(leftover)
             fingerprint.update(_merge_indexes(out / split, count))
         sources = [file for part in parts for file in part["sources"]]
         _write_lines(out / "sources.jsonl", sources)
@@ -56,7 +55,7 @@ class Finish(PipelineStep):
         manifest["source"]["fingerprint"] = _sha256("".join(file["sha256"] for file in sources))
         replace_file(out / MANIFEST, json.dumps(manifest, indent=2))
         _deliver(out, self.data.path)
-        remove(self.work)
+        plans.remove(self.work)
         yield from ()
 
 

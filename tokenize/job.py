@@ -19,7 +19,7 @@ from retemper.tokenize.listing import list_parts, locate
 from retemper.tokenize.shards import Choose, WriteBucket
 from retemper.tokenize.sources import DocumentReader
 from retemper.tokenize.split import Identify
-from retemper.tokenize.spool import ReadPart, Spool, remove
+from retemper.tokenize.spool import ReadPart, Spool
 from retemper.tokenize.tokenizer import Tokenizer
 
 # What may differ from run to run: where the job works, not what it makes.
@@ -40,7 +40,7 @@ def tokenize(data: DataConfig, *, progress: bool = True) -> dict | None:
     made_from = _made_from(data, tokenizer, problems)
     if manifest := read_manifest(data.path):
         _refuse_changes(data.path, manifest["made_from"], made_from)
-        remove(work)
+        plans.remove(work)
         return manifest
     _refuse_foreign_folder(data)
     with _only_one(work):
@@ -136,4 +136,4 @@ def _only_one(work: Path):
         finally:
             Path(lock.name).unlink(missing_ok=True)
             if not (work / "plan.json").exists():  # finished, or refused before it began
-                remove(work)
+                plans.remove(work)

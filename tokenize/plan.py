@@ -11,6 +11,7 @@ A part's id is the hash of its inputs and of the settings, so that a finished pa
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def make_plan(work: Path, made_from: dict, root: str, encoder: dict, parts: list
 
 # What happens after the spool does not touch a part.
 _PACKING_KEYS = ("name", "seq_length", "packing", "tokens", "compression", "allow_broken_files")
+
+
+def remove(work: Path) -> None:
+    """Delete a job's intermediate files."""
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def part_folder(work: Path, part: str) -> Path:

@@ -5,7 +5,6 @@ A piece is `<n>.ids`, the ids of its documents one after another, and `<n>.npy`,
 
 import hashlib
 import itertools
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +168,3 @@ def _pieces(documents: DocumentsPipeline) -> Iterator[list[Document]]:
 def _order(document: Document):
     about = document.metadata
     return about["split"] == HELDOUT, about["priority"], about["digest"], about["file"], about["position"]
-
-
-def remove(work: Path) -> None:
-    """Delete a job's intermediate files."""
-    shutil.rmtree(work, ignore_errors=True)

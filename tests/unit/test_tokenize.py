@@ -135,7 +135,7 @@ def test_a_restart_keeps_finished_parts_and_reads_changed_files_again(workspace,
     second.write_text("{half a mark")  # and damaged
     (source / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x and y"}\n'))  # and mended
     with monkeypatch.context() as patch:
-        patch.setattr("retemper.tokenize.finish.remove", lambda folder: None)
+        patch.setattr(plan, "remove", lambda folder: None)
         manifest = tokenize(corpus, progress=False)
     after = finished()
     assert {path for path in before if after[path] == before[path]} == set(before) - {first, second}
