@@ -104,9 +104,12 @@ class DataConfig(_Section):
     """One corpus: the documents it is made of and the folder of token shards it becomes."""
 
     name: str
-    path: str = Field(description="folder of the token shards, also s3:// and gs://: written by `retemper tokenize`, read by training")
+    path: str = Field(
+        description="folder of the token shards: written by `retemper tokenize`, also to s3:// and gs://; training reads local ones so far"
+    )
     work_dir: str | None = Field(
-        None, description="intermediate files, removed at the end; by default path + .partial, of a remote path here"
+        None,
+        description="where the folder NAME.partial of intermediate files stands until the end; by default beside path, for a remote path here",
     )
     tokenizer: str = Field(description="folder of a transformers fast tokenizer, or its hub name, as owner/name@revision")
     bos: bool = Field(False, description="begin each document with the tokenizer's begin-of-text")
@@ -120,7 +123,9 @@ class DataConfig(_Section):
     source: SourceConfig
     clean: CleanConfig = CleanConfig()
     decontaminate: DecontaminateConfig | None = None
-    heldout_fraction: Fraction = Field(0.02, description="documents kept out of training, chosen by content hash")
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.02, description="documents kept out of training, chosen by content hash"
+    )
     compression: Literal["zstd"] | None = Field(None, description="of the shards")
     allow_broken_files: bool = Field(False, description="keep what could be read of damaged files instead of stopping at the end")
     executor: Literal["local", "slurm", "ray"] = "local"

@@ -82,7 +82,7 @@ class Problems:
 
     def match(self, utf8: bytes) -> tuple[str, str] | None:
         """The first problem that a document shares an n-gram with, and that n-gram; None where it shares none."""
-        for segment in _segments(_normalised(utf8), max(self.grams, default=0)):
+        for segment in map(_normalised, _segments(utf8.translate(_LOWER_WORDS), max(self.grams, default=0))):
             starts, ends, words = _word_hashes(segment)
             for n in self.grams:
                 hashes = _gram_hashes(words, n)
@@ -103,16 +103,16 @@ class Decontaminate(BaseFilter):
 
     name = "🦠 Decontaminate"
 
-    def __init__(self, problems: Path, metadata_keys: list[str]):
+    def __init__(self, problems: Path):
         super().__init__()
-        self.problems, self.metadata_keys = problems, metadata_keys
+        self.problems = problems
         self.matches: list[dict] = []
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         found = Problems.load(self.problems).match(doc.metadata["utf8"])
         if found is None:
             return True
-        about = {key: _printable(doc.metadata[key]) for key in self.metadata_keys}
+        about = {key: _printable(value) for key, value in doc.metadata["about"].items()}
         self.matches.append({"document": doc.id, "problem": found[0], "ngram": found[1], **about})
         return False, "contaminated"
 
@@ -128,7 +128,12 @@ def _rows(task: str, path: str) -> Iterator[dict]:
         raise UserError(str(error).replace("data.source.path", f"data.decontaminate.tasks.{task}")) from None
     for file in dict.fromkeys(files):
         with get_datafolder(root).open(file, "rb", compression="infer") as stream:
-            yield from pq.read_table(stream).to_pylist() if file.endswith(".parquet") else map(orjson.loads, stream)
+            try:
+                yield from (
+                    pq.read_table(stream).to_pylist() if file.endswith(".parquet") else map(orjson.loads, filter(bytes.strip, stream))
+                )
+            except ValueError as error:
+                raise UserError(f"data.decontaminate.tasks.{task}: {file} cannot be read ({error}); fetch it again") from None
 
 
 def _texts(value) -> Iterator[str]:
@@ -145,7 +150,7 @@ def _texts(value) -> Iterator[str]:
 
 
 def _problem_grams(text: str, ngram: int) -> Iterator[tuple[int, np.ndarray]]:
-    normalised = _normalised(text.encode("utf-8", "replace"))
+    normalised = _normalised(text.encode("utf-8", "replace"))[:_SEGMENT_BYTES]
     starts, ends, words = _word_hashes(normalised)
     n = ngram if len(words) >= ngram else _SHORT_NGRAM
     # "0 1 2 3 …" and "a b c d …" are in many problems and many honest documents.
@@ -161,9 +166,9 @@ def _first_of_each(pieces: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndar
 
 
 def _normalised(utf8: bytes) -> bytes:
-    """Lower-case words between single separators or more; everything that is no letter or digit separates."""
+    """Lower-case words between separators; everything that is no letter or digit separates."""
     if not utf8.isascii():
-        utf8 = re.sub(r"\W+", " ", utf8.decode().lower()).encode()
+        utf8 = re.sub(r"\W+", " ", utf8.decode("utf-8", "replace").lower()).encode()
     return utf8.translate(_LOWER_WORDS)
 
 

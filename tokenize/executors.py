@@ -3,7 +3,6 @@
 import copy
 import multiprocessing
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,9 +18,8 @@ from datatrove.pipeline.base import PipelineStep
 
 from retemper.pipeline.config import DataConfig
 from retemper.pipeline.errors import UserError
+from retemper.tokenize import plan as plans
 from retemper.tokenize.progress import PROCESSES, count_in, progress_bar, shared_counters
-
-_REASON = re.compile(r"^retemper\.pipeline\.errors\.UserError: (.+?)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -116,20 +114,15 @@ def _run_ray(stages: list[Stage], data: DataConfig, work: Path, progress: bool) 
         )
         executor.run()
         if failed := executor.get_incomplete_ranks(skip_completed=True):  # it only logs them
-            reasons = [found[1] for log in sorted(logs.glob("logs/*.log")) if (found := _REASON.search(log.read_text()))]
-            raise UserError(
-                reasons[0] if reasons else f"{len(failed)} of {stage.tasks} tasks of stage {stage.name} failed: see {logs}/logs"
-            )
+            raise UserError(plans.take_error(work) or f"{len(failed)} of {stage.tasks} tasks of stage {stage.name} failed: see {logs}")
     return True
 
 
 def _submit_slurm(stages: list[Stage], data: DataConfig, work: Path, progress: bool) -> bool:
     from datatrove.executor import SlurmPipelineExecutor
 
-    names = [f"{data.name}-{stage.name}" for stage in stages]
-    _refuse_queued(names)
     previous = None
-    for name, stage in zip(names, stages):
+    for stage in stages:
         previous = SlurmPipelineExecutor(
             stage.steps,
             tasks=stage.tasks,
@@ -138,7 +131,7 @@ def _submit_slurm(stages: list[Stage], data: DataConfig, work: Path, progress: b
             time=data.slurm.time,
             mem_per_cpu_gb=data.slurm.mem_per_cpu_gb,
             qos="",
-            job_name=name,
+            job_name=f"{data.name}-{stage.name}",
             env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',
             # A stage whose stage before failed would wait for ever.
             sbatch_args={"kill-on-invalid-dep": "yes"} | data.slurm.sbatch_args,
@@ -153,14 +146,15 @@ def _submit_slurm(stages: list[Stage], data: DataConfig, work: Path, progress: b
     return False
 
 
-def _refuse_queued(names: list[str]) -> None:
+def refuse_queued(data: DataConfig, work: Path) -> None:
+    """Raises UserError where this job waits in Slurm's queue or runs, and once where its last try failed, with the reason."""
     try:
-        queued = subprocess.run(
-            ["squeue", "--me", "-h", "-o", "%i %j %T", "--name", ",".join(names)], capture_output=True, text=True, check=True
-        )
+        queued = subprocess.run(["squeue", "--me", "-h", "-o", "%i %j %T"], capture_output=True, text=True, check=True).stdout.splitlines()
     except FileNotFoundError:
         raise UserError("data.executor=slurm, but there is no squeue here: run the command where jobs are submitted") from None
     except subprocess.CalledProcessError as error:
         raise UserError(f"squeue failed ({error.stderr.strip()}): is the cluster up?") from None
-    if queued.stdout:
-        raise UserError(f"this job is already queued or running; wait for it, or scancel it:\n{queued.stdout.rstrip()}")
+    if mine := [line for line in queued if line.split()[1].startswith(f"{data.name}-")]:
+        raise UserError("\n".join(["this job is already queued or running; wait for it, or scancel it:", *mine]))
+    if reason := plans.take_error(work):
+        raise UserError(f"the job stopped: {reason}\nOnce that is mended, run the same command again: it goes on from what is finished")

@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,15 +34,22 @@ class Finish(PipelineStep):
         self.data, self.work, self.tokenizer = data, work, tokenizer
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        with plans.told(self.work):
+            self._finish()
+        yield from ()
+
+    def _finish(self) -> None:
         plan, out = plans.load_plan(self.work), self.work / "out"
         parts, buckets = plans.all_parts_done(self.work, plan), _finished_buckets(self.work, plan)
         tokenizer = Tokenizer(self.tokenizer)
         splits = {split: _totals(counts) for split, counts in buckets.items()}
         if not splits[TRAIN]["samples"]:
+            dropped = _dropped(parts, splits)
             plans.remove(self.work)
             raise UserError(
-                f"data.source.path={self.data.source.path}: its documents fill no sample of {self.data.seq_length} tokens; "
-                "give more text or a smaller data.seq_length"
+                f"data.source.path={self.data.source.path}: its documents fill no sample of {self.data.seq_length} tokens (read: "
+                f"{_read(parts):,}; left out: {', '.join(f'{count:,} {reason}' for reason, count in dropped.items()) or 'none'}); "
+                "give more text, a smaller data.seq_length, or correct what left them out"
             )
         fingerprint = hashlib.sha256()
         for split, count in plan.buckets.items():
@@ -56,26 +65,34 @@ class Finish(PipelineStep):
         replace_file(out / MANIFEST, json.dumps(manifest, indent=2))
         _deliver(out, self.data.path)
         plans.remove(self.work)
-        yield from ()
 
 
 def read_manifest(path: str) -> dict | None:
-    """The manifest of a finished corpus whose shards are all there, local or remote; None where there is no such corpus."""
+    """The manifest of a corpus, local or remote; None where there is none, or one of something else."""
     folder = get_datafolder(path)
     folder.fs.invalidate_cache()  # object stores' listings are cached
     try:
         with folder.open(MANIFEST, "rb") as file:
             manifest = json.load(file)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and {"made_from", "fingerprint", "splits"} <= manifest.keys() else None
+
+
+def is_whole(path: str) -> bool:
+    """Whether every shard that a corpus's indexes name is there, in its size."""
+    folder = get_datafolder(path)
+    try:
         sizes = {name: info["size"] for name, info in folder.find("", detail=True).items()}
         for split in (TRAIN, HELDOUT):
             with folder.open(f"{split}/index.json", "rb") as file:
                 for shard in json.load(file)["shards"]:
                     data = shard["zip_data"] or shard["raw_data"]
                     if sizes.get(f"{split}/{data['basename']}") != data["bytes"]:
-                        return None
-    except FileNotFoundError:
-        return None
-    return manifest
+                        return False
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _finished_buckets(work: Path, plan: plans.Plan) -> dict[str, list[dict]]:
@@ -114,11 +131,6 @@ def _merge_indexes(folder: Path, count: int) -> bytes:
 
 
 def _manifest(data: DataConfig, plan: plans.Plan, parts: list[dict], splits: dict, tokenizer: Tokenizer) -> dict:
-    dropped: dict[str, int] = {}
-    for counts in [*(part["counts"] for part in parts), *splits.values()]:
-        for name, count in counts.items():
-            if name.startswith("dropped_"):
-                dropped[name] = dropped.get(name, 0) + count
     kept = (
         "documents",
         "samples",
@@ -139,8 +151,8 @@ def _manifest(data: DataConfig, plan: plans.Plan, parts: list[dict], splits: dic
         "packing": data.packing,
         "encoder": plan.encoder,
         "splits": {split: {name: counts[name] for name in kept} for split, counts in splits.items()},
-        "documents_read": sum(part["counts"].get("read", 0) for part in parts),
-        "dropped": {name.removeprefix("dropped_"): count for name, count in sorted(dropped.items()) if count},
+        "documents_read": _read(parts),
+        "dropped": _dropped(parts, splits),
         "broken_files": [file for part in parts for file in part.get("broken", [])],
         "source": {"root": plan.root, "files": plan.source_files, "bytes": plan.source_bytes},
         "versions": {name: version(name) for name in ("retemper", "datatrove", "mosaicml-streaming", "tokenizers", "gigatoken")},
@@ -148,6 +160,18 @@ def _manifest(data: DataConfig, plan: plans.Plan, parts: list[dict], splits: dic
     if data.decontaminate:
         manifest["decontamination"] = _decontamination(plan, parts)
     return manifest
+
+
+def _read(parts: list[dict]) -> int:
+    return sum(part["counts"].get("read", 0) for part in parts)
+
+
+def _dropped(parts: list[dict], splits: dict) -> dict[str, int]:
+    """reason -> documents, where there are any."""
+    dropped: Counter = Counter()
+    for counts in [*(part["counts"] for part in parts), *splits.values()]:
+        dropped.update({name.removeprefix("dropped_"): count for name, count in counts.items() if name.startswith("dropped_")})
+    return {reason: count for reason, count in sorted(dropped.items()) if count}
 
 
 def _decontamination(plan: plans.Plan, parts: list[dict]) -> dict:
@@ -162,20 +186,26 @@ def _decontamination(plan: plans.Plan, parts: list[dict]) -> dict:
 
 def _deliver(out: Path, path: str) -> None:
     """Give the finished folder its name, or upload it with the manifest last."""
-    if "://" not in path:
-        shutil.rmtree(path, ignore_errors=True)  # a corpus that lost shards
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            out.rename(path)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            incoming = Path(path + ".incoming")  # data.work_dir is on another file system
-            shutil.rmtree(incoming, ignore_errors=True)
-            shutil.copytree(out, incoming)
-            incoming.rename(path)
+    if "://" in path:
+        _upload(out, path)
         return
+    incoming = Path(path + ".incoming")
+    shutil.rmtree(incoming, ignore_errors=True)
+    try:
+        out.rename(incoming)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(out, incoming)  # data.work_dir is on another file system
+    if os.path.lexists(path):  # this corpus, when it had lost shards
+        shutil.rmtree(path)
+    incoming.rename(path)
+
+
+def _upload(out: Path, path: str) -> None:
     target = get_datafolder(path)
+    if target.exists(MANIFEST):
+        target.rm_file(MANIFEST)  # of this corpus, when it had lost shards: it must not stand over half of another
     files = sorted(file for file in out.rglob("*") if file.is_file() and file.name != MANIFEST)
     for file in [*files, out / MANIFEST]:
         name = str(file.relative_to(out))

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from retemper.tokenize.clean import Clean
 from retemper.tokenize.decontaminate import Decontaminate, Problems
 from retemper.tokenize.encode import Encode
 from retemper.tokenize.encoder import choose_encoder
-from retemper.tokenize.executors import Stage, run_stages
-from retemper.tokenize.finish import Finish, read_manifest
+from retemper.tokenize.executors import Stage, refuse_queued, run_stages
+from retemper.tokenize.finish import Finish, is_whole, read_manifest
 from retemper.tokenize.listing import list_parts, locate
 from retemper.tokenize.shards import Choose, WriteBucket
 from retemper.tokenize.sources import DocumentReader
@@ -33,17 +34,26 @@ def tokenize(data: DataConfig, *, progress: bool = True) -> dict | None:
     A finished corpus is left as it is, an unfinished one continued; either made from another configuration or tokenizer is
     refused. data.path appears only when it is complete. Raises UserError.
     """
+    if "://" not in data.path:
+        data = data.model_copy(update={"path": os.path.abspath(data.path)})
     tokenizer = Tokenizer(data.tokenizer)
     tokenizer.require(bos=data.bos, eos=data.eos)
     work = _work_folder(data)
+    _refuse_overlap(data, work)
     problems = Problems.read(data.decontaminate) if data.decontaminate else None
     made_from = _made_from(data, tokenizer, problems)
     if manifest := read_manifest(data.path):
         _refuse_changes(data.path, manifest["made_from"], made_from)
-        plans.remove(work)
-        return manifest
-    _refuse_foreign_folder(data)
+        if is_whole(data.path):
+            if work.exists():  # killed between the name and the tidying up
+                with _only_one(work):
+                    plans.remove(work)
+            return manifest
+    elif "://" not in data.path and os.path.lexists(data.path):
+        raise UserError(f"data.path={data.path} exists and is not a token corpus (no manifest.json of one): choose another folder")
     with _only_one(work):
+        if data.executor == "slurm":
+            refuse_queued(data, work)
         stages = _stages(data, work, tokenizer, problems, made_from)
         if not run_stages(stages, data, work, progress=progress and sys.stderr.isatty()):
             return None
@@ -62,7 +72,7 @@ def _stages(data: DataConfig, work: Path, tokenizer: Tokenizer, problems: Proble
     ]
     if problems:
         problems.save(work / "problems.npz")
-        steps.append(Decontaminate(work / "problems.npz", data.source.metadata_keys))
+        steps.append(Decontaminate(work / "problems.npz"))
     encode = Encode(tokenizer, plan.encoder["name"], bos=data.bos, eos=data.eos)
     return [
         Stage("encode", [ReadPart(work, reader), *steps[1:], encode, Spool(work, dtype, steps)], len(plan.parts)),
@@ -95,15 +105,28 @@ def _sample_texts(data: DataConfig, root: str, parts: list) -> list[str]:
 
 def _made_from(data: DataConfig, tokenizer: Tokenizer, problems: Problems | None) -> dict:
     made_from = {**data.model_dump(exclude=_WHERE), "tokenizer": tokenizer.sha256}
+    made_from |= {"bos": tokenizer.bos_id if data.bos else None, "eos": tokenizer.eos_id if data.eos else None}
     if problems:
         made_from["decontaminate"] |= {"problems": problems.counts, "sha256": problems.sha256}
     return made_from
 
 
 def _work_folder(data: DataConfig) -> Path:
-    if data.work_dir:
-        return Path(data.work_dir)
-    return Path((data.name if "://" in data.path else data.path) + ".partial")
+    """A folder of the job's own, which it removes at the end."""
+    name = data.path.rstrip("/").rpartition("/")[2] + ".partial"
+    return Path(data.work_dir or ("." if "://" in data.path else os.path.dirname(data.path)), name).resolve()
+
+
+def _refuse_overlap(data: DataConfig, work: Path) -> None:
+    """Raises UserError where the job would write into its own source, or its corpus into its intermediate files."""
+    source = Path(data.source.path).resolve()
+    written = [work] if "://" in data.path else [work, Path(data.path).resolve()]
+    if "://" not in data.source.path and any(source == path or source in path.parents for path in written):
+        raise UserError(
+            f"data.path={data.path} or data.work_dir lies in data.source.path={data.source.path}: choose a folder outside of it"
+        )
+    if len(written) == 2 and (written[1] in work.parents or work in written[1].parents):
+        raise UserError(f"data.work_dir={data.work_dir} and data.path={data.path} lie in each other: choose another work_dir")
 
 
 def _refuse_changes(folder: str, before: dict, after: dict) -> None:
@@ -112,12 +135,6 @@ def _refuse_changes(folder: str, before: dict, after: dict) -> None:
             "\n".join([f"{folder} was made from another configuration:", *(f"  - data.{change}" for change in changes)])
             + "\nChange it back, choose another data.path, or remove the folder"
         )
-
-
-def _refuse_foreign_folder(data: DataConfig) -> None:
-    path = Path(data.path)
-    if "://" not in data.path and path.exists() and not (path / "manifest.json").is_file():
-        raise UserError(f"data.path={path} exists but holds no manifest.json: it is not a token corpus; choose another folder")
 
 
 @contextlib.contextmanager

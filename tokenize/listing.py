@@ -1,19 +1,23 @@
 """The files a source names, wherever they lie, and the fixed parts they are worked on in."""
 
+import hashlib
 import importlib.util
 import os
 import re
+import stat
 import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from datatrove.io import get_datafolder
+from fsspec.utils import glob_translate
 
 from retemper.pipeline.config import SourceConfig
 from retemper.pipeline.errors import UserError
 
 # A part is what one task does and a restart repeats. Its size must not depend on how many tasks there are.
 PART_BYTES = 64 << 20
+_PART_FILES = 10_000
 _ROWS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".jsonl.bz2", ".jsonl.xz", ".parquet")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _HUB = re.compile(r"hf://(?P<kind>datasets/)?(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?P<rest>/.*)?")
@@ -44,7 +48,7 @@ def locate(source: SourceConfig) -> tuple[str, str]:
         path = _pinned(source) if source.path.startswith("hf://") else source.path
         folder, _, name = path.rpartition("/")
         return (folder, name) if path.endswith(_ROWS) else (path, glob)
-    folder = Path(source.path)
+    folder = Path(os.path.abspath(source.path))
     if not folder.exists():
         raise UserError(f"data.source.path={source.path}: {folder} does not exist; name a folder or file of documents")
     if folder.is_file():
@@ -63,15 +67,18 @@ def list_parts(source: SourceConfig, root: str, glob: str) -> list[list[FileRang
         raise UserError(
             f"data.source.path={source.path}: no file in {root} matches {glob} (data.source.glob); correct the path or the pattern"
         )
-    parts, gathered = [], []
+    parts, gathered, size = [], [], 0
     for file in files:
         if file.size > PART_BYTES // 4:  # its parts stay the same when other files come or go
             parts += [[piece] for piece in _ranges(file, source.kind)]
-        else:
-            if sum(piece.size for piece in gathered) + file.size > PART_BYTES:
-                parts.append(gathered)
-                gathered = []
-            gathered.append(file)
+            continue
+        gathered.append(file)
+        size += file.size
+        # Cut where the name says so, not where a sum is reached: a file that changes moves no other part's edges.
+        edge = hashlib.sha256(file.path.encode("utf-8", "surrogateescape")).digest()[0] < 32
+        if (edge and size > PART_BYTES // 4) or size > PART_BYTES or len(gathered) == _PART_FILES:
+            parts.append(gathered)
+            gathered, size = [], 0
     return [*parts, gathered] if gathered else parts
 
 
@@ -83,13 +90,15 @@ def _ranges(file: FileRange, kind: str) -> list[FileRange]:
 
 
 def _list_files(source: SourceConfig, root: str, glob: str) -> list[FileRange]:
-    folder = get_datafolder(root)
     try:
-        found = folder.glob(glob, detail=True)
-    except FileNotFoundError:
-        found = {}
+        found = get_datafolder(root).glob(glob, detail=True) if "://" in root else _walk(root, glob)
+    except FileNotFoundError as error:
+        if error.filename is None:  # an empty remote folder
+            found = {}
+        else:
+            raise UserError(f"data.source.path={source.path}: {error.filename} leads nowhere; mend the link or remove it") from None
     except PermissionError as error:
-        raise UserError(f"data.source.path={source.path}: {error}; check permissions and credentials") from None
+        raise UserError(f"data.source.path={source.path}: {error}; change its permissions, or check the credentials") from None
     files = []
     for path, info in sorted(found.items()):
         excluded = not set(source.exclude).isdisjoint(PurePosixPath(path).parts)
@@ -98,6 +107,29 @@ def _list_files(source: SourceConfig, root: str, glob: str) -> list[FileRange]:
             version = next((str(info[key]) for key in ("ETag", "etag", "blob_id", "mtime", "LastModified") if info.get(key)), "")
             files.append(FileRange(path, 0, info["size"], info["size"], version))
     return files
+
+
+def _walk(root: str, glob: str) -> dict[str, dict]:
+    """The files below a local folder that match, links followed: fsspec passes over links, and over folders it may not list."""
+    if (Path(root) / glob).is_file():
+        names = [glob]
+    else:
+        pattern, names, seen = re.compile(glob_translate(glob)), [], set()
+
+        def refuse(error: OSError):
+            raise error
+
+        for folder, folders, found in os.walk(root, onerror=refuse, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
+                folders.clear()
+                continue
+            seen.add(real)
+            names += [name for file in found if pattern.match(name := os.path.relpath(os.path.join(folder, file), root))]
+    stats = {name: os.stat(os.path.join(root, name)) for name in names}
+    return {
+        name: {"type": "file" if stat.S_ISREG(found.st_mode) else "other", "size": found.st_size, "mtime": found.st_mtime}
+        for name, found in stats.items()
+    }
 
 
 def _pinned(source: SourceConfig) -> str:

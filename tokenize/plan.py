@@ -8,10 +8,12 @@ work/out/                 the corpus to be
 A part's id is the hash of its inputs and of the settings, so that a finished part is found again or not at all.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,6 +85,24 @@ def make_plan(work: Path, made_from: dict, root: str, encoder: dict, parts: list
 
 # What happens after the spool does not touch a part.
 _PACKING_KEYS = ("name", "seq_length", "packing", "tokens", "compression", "allow_broken_files")
+
+
+@contextlib.contextmanager
+def told(work: Path):
+    """Leave the reason of a failure in error.txt: what a task on another machine raises is not seen where the job was started."""
+    try:
+        yield
+    except Exception as error:
+        replace_file(work / "error.txt", str(error) if isinstance(error, UserError) else traceback.format_exc())
+        raise
+
+
+def take_error(work: Path) -> str | None:
+    """The reason that a task left, which is then forgotten."""
+    path = work / "error.txt"
+    reason = path.read_text() if path.is_file() else None
+    path.unlink(missing_ok=True)
+    return reason
 
 
 def remove(work: Path) -> None:

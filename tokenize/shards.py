@@ -29,10 +29,11 @@ class Choose(PipelineStep):
         self.data, self.work, self.dtype = data, work, dtype
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        plan = plans.load_plan(self.work)
-        done = plans.all_parts_done(self.work, plan)
-        _refuse_broken([file for part in done for file in part.get("broken", [])], self.data)
-        plans.write_limits(self.work, self._samples_per_bucket(plan))
+        with plans.told(self.work):
+            plan = plans.load_plan(self.work)
+            done = plans.all_parts_done(self.work, plan)
+            _refuse_broken([file for part in done for file in part.get("broken", [])], self.data)
+            plans.write_limits(self.work, self._samples_per_bucket(plan))
         yield from ()
 
     def _samples_per_bucket(self, plan: plans.Plan) -> list[int | None]:
@@ -73,11 +74,12 @@ class WriteBucket(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         plan = plans.load_plan(self.work)
         split, number = plan.bucket_ids[rank]
-        if plans.bucket_done(self.work, plan, split, number) is None:
-            limit, folder = plans.read_limit(self.work, split, number), plans.bucket_folder(self.work, split, number)
-            counts = self._write(plan, split, number, limit, folder)
-            fingerprint = plan.bucket_fingerprint(split, number, limit)
-            plans.write_done(plans.bucket_marker(self.work, split, number), folder, {"fingerprint": fingerprint, "counts": counts})
+        with plans.told(self.work):
+            if plans.bucket_done(self.work, plan, split, number) is None:
+                limit, folder = plans.read_limit(self.work, split, number), plans.bucket_folder(self.work, split, number)
+                counts = self._write(plan, split, number, limit, folder)
+                fingerprint = plan.bucket_fingerprint(split, number, limit)
+                plans.write_done(plans.bucket_marker(self.work, split, number), folder, {"fingerprint": fingerprint, "counts": counts})
         yield from ()
 
     def _write(self, plan: plans.Plan, split: str, number: int, limit: int | None, folder: Path) -> dict[str, int]:

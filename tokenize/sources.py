@@ -21,7 +21,7 @@ from retemper.tokenize.listing import FileRange, list_parts, locate
 logger.disable("datatrove")
 
 # A longer record is no document: it is passed over without being held in memory.
-MAX_RECORD_BYTES = 1 << 29
+MAX_RECORD_BYTES = 1 << 28
 _PARQUET_ROWS = 64
 _BUFFER_BYTES = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -36,7 +36,7 @@ class DocumentReader(BaseDiskReader):
     """The documents of one part, as datatrove documents.
 
     Counts `read` records and `dropped_<reason>`; a damaged file is named in `broken` and costs nothing but its own rest.
-    Metadata: file (position in the part), position (byte offset of the line, row number), prompt_chars, and metadata_keys.
+    Metadata: file (position in the part), position (byte offset of the line, row number), prompt_chars, about (metadata_keys).
     """
 
     name = "📖 Documents"
@@ -108,10 +108,9 @@ class DocumentReader(BaseDiskReader):
             raise Rejected("no_text")
         prompt = _COLUMN.sub(lambda match: self._text(record.get(match[1])), self.source.prompt or "")
         text = self._text(record[self.source.text_key])
-        metadata = {key: record.get(key) for key in self.source.metadata_keys}
-        return Document(
-            prompt + text, f"{path}:{position}", metadata={"file": number, "position": position, "prompt_chars": len(prompt), **metadata}
-        )
+        about = {key: record.get(key) for key in self.source.metadata_keys}
+        metadata = {"file": number, "position": position, "prompt_chars": len(prompt), "about": about}
+        return Document(prompt + text, f"{path}:{position}", metadata=metadata)
 
     def _text(self, value) -> str:
         if isinstance(value, bytes):
@@ -130,7 +129,7 @@ class DocumentReader(BaseDiskReader):
             row = json.loads(self._decoded(line))
         except (ValueError, RecursionError):
             raise Rejected("malformed_json") from None
-        return {key: self._without_surrogates(value) for key, value in row.items()} if isinstance(row, dict) else row
+        return {key: self._without_surrogates(row.get(key)) for key in self.columns} if isinstance(row, dict) else row
 
     def _without_surrogates(self, value):
         if not isinstance(value, str) or not _SURROGATE.search(value):
@@ -146,7 +145,7 @@ class DocumentReader(BaseDiskReader):
                 text = _docstrings(text)
             except (SyntaxError, ValueError, RecursionError, MemoryError):
                 raise Rejected("not_python") from None
-        return {self.source.text_key: text}
+        return {self.source.text_key: self._without_surrogates(text)}
 
     def _decoded(self, content: bytes) -> str:
         try:
@@ -227,7 +226,7 @@ def _is_damage(error: Exception) -> bool:
     """Whether a file's content is at fault, and not the disk, the network or the program."""
     import pyarrow as pa
 
-    if isinstance(error, (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, pa.ArrowInvalid)):
+    if isinstance(error, (EOFError, UnicodeDecodeError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, pa.ArrowException)):
         return True
     return type(error) is OSError and error.errno is None  # bz2 and Arrow's decompressors
 

@@ -13,7 +13,7 @@ import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from retemper.tokenize.plan import Plan, load_plan, part_done, part_folder, part_inputs, write_done
+from retemper.tokenize.plan import Plan, load_plan, part_done, part_folder, part_inputs, told, write_done
 from retemper.tokenize.progress import advance
 from retemper.tokenize.sources import DocumentReader
 from retemper.tokenize.split import HELDOUT
@@ -31,11 +31,11 @@ RECORD = np.dtype(
         ("bytes", "<u8"),
     ]
 )
-_PIECE_TOKENS = 1 << 26
+_PIECE_TOKENS, _PIECE_DOCUMENTS = 1 << 26, 1 << 18
 
 
 class ReadPart(PipelineStep):
-    """The documents of the part that the task's rank stands for; nothing where that part is done."""
+    """The documents of the part that the task's rank stands for."""
 
     name, type = "📖 Part", "📖 - READER"
 
@@ -44,9 +44,7 @@ class ReadPart(PipelineStep):
         self.work, self.reader = work, reader
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        part = load_plan(self.work).parts[rank]
-        if part_done(self.work, part) is None:
-            yield from self.reader.read_part(part_inputs(self.work, part))
+        yield from self.reader.read_part(part_inputs(self.work, load_plan(self.work).parts[rank]))
 
 
 class Spool(PipelineStep):
@@ -60,8 +58,9 @@ class Spool(PipelineStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         part = load_plan(self.work).parts[rank]
-        if part_done(self.work, part) is None:
-            self._write_part(data, part)
+        with told(self.work):
+            if part_done(self.work, part) is None:
+                self._write_part(data, part)
         yield from ()
 
     def _write_part(self, data: DocumentsPipeline, part: str) -> None:
@@ -158,7 +157,7 @@ def _pieces(documents: DocumentsPipeline) -> Iterator[list[Document]]:
         new = sum(len(document.metadata["token_ids"]) for document in batch)
         tokens += new
         advance(documents=len(batch), tokens=new)
-        if tokens >= _PIECE_TOKENS:
+        if tokens >= _PIECE_TOKENS or len(piece) >= _PIECE_DOCUMENTS:
             yield piece
             piece, tokens = [], 0
     if piece:

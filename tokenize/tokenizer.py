@@ -30,7 +30,7 @@ class Tokenizer:
             raise UserError(f"{path} is no tokenizer that this version reads ({error}); save it again with transformers") from None
         # A document that spells out a special token holds text, not the token.
         self.backend.encode_special_tokens = True
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         self.vocab_size = self.backend.get_vocab_size()
         # The smallest type that holds every id.
         self.dtype = "uint16" if self.vocab_size <= 2**16 else "uint32"

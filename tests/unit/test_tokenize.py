@@ -151,13 +151,68 @@ def test_a_finished_corpus_that_lost_a_shard_is_made_again(workspace, documents,
     before = folder_hash(Path(corpus.path))
     for victim in ("train/00000/shard.00000.mds.zstd", "heldout/index.json", "manifest.json"):
         if victim == "manifest.json":
-            with pytest.raises(UserError, match="holds no manifest.json"):
+            with pytest.raises(UserError, match="is not a token corpus"):
                 (Path(corpus.path) / victim).unlink()
                 tokenize(corpus, progress=False)
         else:
             (Path(corpus.path) / victim).unlink()
             tokenize(corpus, progress=False)
             assert folder_hash(Path(corpus.path)) == before
+
+
+def test_nothing_of_anyone_elses_is_touched(workspace, documents, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("do not lose")
+    (mine / "manifest.json").write_text('{"name": "a web app"}')
+    with pytest.raises(UserError, match="is not a token corpus"):
+        tokenize(rows_config(workspace, documents, mine), progress=False)
+    for source, said in ((tmp_path / "nowhere", "does not exist"), (documents, None)):
+        corpus = rows_config(workspace, source, tmp_path / "out", work_dir=str(mine))
+        if said:
+            with pytest.raises(UserError, match=said):
+                tokenize(corpus, progress=False)
+        else:
+            tokenize(corpus, progress=False)
+    assert sorted(path.name for path in mine.iterdir()) == ["manifest.json", "thesis.txt"]
+    for path, work_dir in ((documents / "out", None), (tmp_path / "new", tmp_path / "new" / "work")):
+        with pytest.raises(UserError, match="outside of it|lie in each other"):
+            tokenize(rows_config(workspace, documents, path, work_dir=work_dir and str(work_dir)), progress=False)
+
+
+def test_a_path_may_end_in_a_slash_and_another_configuration_never_replaces_a_damaged_corpus(workspace, documents, tmp_path):
+    corpus = rows_config(workspace, documents, tmp_path / "out").model_copy(update={"path": f"{tmp_path}/out/"})
+    tokenize(corpus, progress=False)
+    (tmp_path / "out" / "train" / "index.json").unlink()
+    with pytest.raises(UserError, match="data.seed: 17 -> 18"):
+        tokenize(corpus.model_copy(update={"seed": 18}), progress=False)
+    tokenize(corpus, progress=False)
+    assert len(TokenShards(corpus.path, "train"))
+
+
+def test_links_are_followed_and_dangling_ones_named(workspace, documents, tmp_path):
+    source = tmp_path / "docs"
+    (source / "run[1]").mkdir(parents=True)
+    (source / "linked").symlink_to(documents)
+    (source / "again").symlink_to(source)  # a circle
+    (source / "run[1]" / "a.jsonl").symlink_to(documents / "a.jsonl")
+    corpus = rows_config(workspace, source, tmp_path / "out")
+    whole = [document.text for document in read_documents(rows_config(workspace, documents, tmp_path).source)]
+    first = [document.text for document in read_documents(corpus.source.model_copy(update={"path": str(source / "run[1]" / "a.jsonl")}))]
+    assert [document.text for document in read_documents(corpus.source)] == [*whole, *first]
+    (source / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="gone.jsonl leads nowhere"):
+        tokenize(corpus, progress=False)
+
+
+def test_columns_that_are_called_like_ours_stay_the_rows(workspace, documents, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"text {n} " * 50, "position": 7, "file": "x"}) + "\n" for n in range(9))
+    )
+    source = {"kind": "rows", "path": str(tmp_path / "rows.jsonl"), "metadata_keys": ["position", "file", "split"]}
+    corpus = rows_config(workspace, documents, tmp_path / "out", source=source, heldout_fraction=0.0)
+    assert tokenize(corpus, progress=False)["splits"]["train"]["documents"] == 9
+    assert len(documents_of(corpus.path)) == 9
 
 
 def test_a_second_job_on_the_same_corpus_is_refused(workspace, documents, tmp_path):
