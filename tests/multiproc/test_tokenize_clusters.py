@@ -11,6 +11,8 @@ import one_node_slurm
 import pytest
 from conftest import data_config
 
+pytestmark = pytest.mark.slow  # four minutes of Slurm's and Ray's own start
+
 JOB = Path(__file__).parent / "tokenize_job.py"
 
 
