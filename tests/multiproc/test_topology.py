@@ -14,7 +14,8 @@ LAYOUTS = {
     "pp2": ["parallel=pp2"],
     "dp2": ["parallel=dp2"],
 }
-LORA = ["method=lora", "method.lora.rank=4"]
+# At 5e-3 the adapters' gradient norm leaps from 0.3 to 1.1 in one step, and float32's rounding with it (NOTES.md).
+LORA = ["method=lora", "method.lora.rank=4", "optimizer.lr=1e-3"]
 
 
 @pytest.fixture(scope="module")
