@@ -19,7 +19,7 @@ from retemper.pipeline.errors import UserError
 PART_BYTES = 64 << 20
 _PART_FILES = 10_000
 _ROWS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".jsonl.bz2", ".jsonl.xz", ".parquet")
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _HUB = re.compile(r"hf://(?P<kind>datasets/)?(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?P<rest>/.*)?")
 
 
@@ -83,7 +83,7 @@ def list_parts(source: SourceConfig, root: str, glob: str) -> list[list[FileRang
 
 
 def _ranges(file: FileRange, kind: str) -> list[FileRange]:
-    whole = kind != "rows" or file.path.endswith(_COMPRESSED)
+    whole = kind != "rows" or file.path.endswith(COMPRESSED)
     count = 1 if whole else -(-file.size // PART_BYTES)
     edges = [file.size * index // count for index in range(count + 1)]
     return [FileRange(file.path, start, end, file.size, file.version) for start, end in zip(edges, edges[1:])]

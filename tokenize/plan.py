@@ -19,7 +19,7 @@ from pathlib import Path
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.run_folder import replace_file
-from retemper.tokenize.listing import FileRange
+from retemper.tokenize.listing import COMPRESSED, FileRange
 from retemper.tokenize.split import HELDOUT, TRAIN
 
 # Raised when the same inputs and settings give other bytes than before.
@@ -176,7 +176,7 @@ def all_parts_done(work: Path, plan: Plan) -> list[dict]:
 
 
 def _text_bytes(file: FileRange) -> int:
-    compressed = file.path.endswith((".gz", ".zst", ".bz2", ".xz", ".parquet"))
+    compressed = file.path.endswith((*COMPRESSED, ".parquet"))
     return (file.end - file.start) * (_EXPANSION if compressed else 1)
 
 
