@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from retemper.pipeline.config import Config
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import Config
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint import commit
-from retemper.pipeline.config import Config
 from retemper.pipeline.data.corpus import check_corpora
+from retemper.pipeline.schema import Config
 
 
 def preflight(config: Config) -> dict[str, str]:

@@ -4,10 +4,11 @@ import sys
 import time
 from collections.abc import Callable
 
-from retemper.pipeline.config import Config, load_config
+from retemper.pipeline.config import load_config
 from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.preflight import preflight
+from retemper.pipeline.schema import Config
 
 # What every rank finds, rank 0 says: the launcher ends the others once it has left. What one other rank finds, that
 # rank says after this time.

@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from retemper.pipeline.config import Config, changed_keys
+from retemper.pipeline.config import changed_keys
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import Config
 
 # What a restart may change: where and how the run computes, and what is watched, but not what it computes.
 _MAY_CHANGE = (

@@ -4,7 +4,7 @@ import logging
 import secrets
 import sys
 
-from retemper.pipeline.config import Config
+from retemper.pipeline.schema import Config
 
 
 class Tracker:

@@ -16,8 +16,8 @@ from pathlib import Path
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from retemper.pipeline.config import DataConfig
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import DataConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.progress import PROCESSES, count_in, progress_bar, shared_counters
 

@@ -14,9 +14,9 @@ from datatrove.data import DocumentsPipeline
 from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 
-from retemper.pipeline.config import DataConfig
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.run_folder import replace_file
+from retemper.pipeline.schema import DataConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.split import HELDOUT, TRAIN
 from retemper.tokenize.tokenizer import Tokenizer

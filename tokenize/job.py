@@ -7,8 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from retemper.pipeline.config import DataConfig, changed_keys
+from retemper.pipeline.config import changed_keys
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import DataConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.clean import Clean
 from retemper.tokenize.decontaminate import Decontaminate, Problems

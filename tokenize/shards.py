@@ -8,8 +8,8 @@ import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from retemper.pipeline.config import DataConfig
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import DataConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.pack import Piece, best_fit, concat
 from retemper.tokenize.progress import advance

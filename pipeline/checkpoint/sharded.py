@@ -14,10 +14,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.state import TrainState
-from retemper.pipeline.config import Config, changed_keys
+from retemper.pipeline.config import changed_keys
 from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero, is_main_process
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.model.lora import is_adapter
+from retemper.pipeline.schema import Config
 
 # Optimizer states that load at another TP, PP or DP; megatron's default cannot change the topology.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}

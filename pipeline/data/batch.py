@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from retemper.pipeline.config import Config
 from retemper.pipeline.data.corpus import TokenShards
 from retemper.pipeline.data.order import sample_ids
 from retemper.pipeline.distributed.topology import Topology
+from retemper.pipeline.schema import Config
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from retemper.pipeline.config import Config
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import Config
 
 
 def read_manifest(path: str | Path) -> dict:

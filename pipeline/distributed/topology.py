@@ -9,8 +9,8 @@ import sys
 import warnings
 from dataclasses import dataclass
 
-from retemper.pipeline.config import Config, ParallelConfig
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import Config, ParallelConfig
 
 
 @dataclass(frozen=True)

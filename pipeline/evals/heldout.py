@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from retemper.pipeline.config import Config
 from retemper.pipeline.data.batch import make_batch
 from retemper.pipeline.data.corpus import TokenShards
 from retemper.pipeline.data.order import sample_ids
 from retemper.pipeline.distributed.topology import Topology, from_last_stage
 from retemper.pipeline.model.forward import run_schedule
+from retemper.pipeline.schema import Config
 
 _CHOICE = 0  # the seed of the held-out choice: the same samples for every run that compares
 

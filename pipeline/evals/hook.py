@@ -3,9 +3,9 @@
 import json
 
 from retemper.pipeline import run_folder
-from retemper.pipeline.config import Config
 from retemper.pipeline.distributed.topology import Topology, from_rank_zero
 from retemper.pipeline.evals.heldout import heldout_scores
+from retemper.pipeline.schema import Config
 
 
 def evaluate(config: Config, topology: Topology, model, step: int) -> dict | None:

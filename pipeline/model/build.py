@@ -11,11 +11,11 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from retemper.pipeline.config import Config
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model import lora
 from retemper.pipeline.model.attention import SdpaAttention
 from retemper.pipeline.model.weights import init_weights
+from retemper.pipeline.schema import Config
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from retemper.pipeline.config import Config
 from retemper.pipeline.data.batch import Batch
+from retemper.pipeline.schema import Config
 
 
 def run_schedule(config: Config, model, batches: list[Batch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:

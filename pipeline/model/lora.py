@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from retemper.pipeline.config import LoraConfig
+from retemper.pipeline.schema import LoraConfig
 
 
 def use_adapters(layer: TransformerLayerSubmodules, lora: LoraConfig) -> None:

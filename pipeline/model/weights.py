@@ -6,8 +6,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors
 
-from retemper.pipeline.config import ModelConfig
 from retemper.pipeline.distributed.seeds import derive_seed
+from retemper.pipeline.schema import ModelConfig
 
 
 @torch.no_grad()

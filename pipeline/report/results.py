@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retemper.pipeline import run_folder
-from retemper.pipeline.config import Config, check_config
+from retemper.pipeline.config import check_config
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import Config
 
 
 @dataclass(frozen=True)

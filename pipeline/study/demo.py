@@ -7,10 +7,11 @@ from pathlib import Path
 from retemper.launch.torchrun import run_here
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.commit import META, committed_steps, folder_of
-from retemper.pipeline.config import Config, load_config
+from retemper.pipeline.config import load_config
 from retemper.pipeline.preflight import preflight
 from retemper.pipeline.report.page import write_report
 from retemper.pipeline.report.results import comparison, format_table, read_study, table
+from retemper.pipeline.schema import Config
 
 # The tokenizer is trained on every eighth file of each corpus.
 _SAMPLED_PART = 8

@@ -4,8 +4,8 @@ from tqdm import tqdm
 
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.state import TrainState
-from retemper.pipeline.config import Config
 from retemper.pipeline.evals.hook import format_scores
+from retemper.pipeline.schema import Config
 from retemper.pipeline.track import Tracker
 from retemper.pipeline.train.step import StepResult
 

@@ -4,12 +4,12 @@ import time
 
 from retemper.pipeline.checkpoint.sharded import Checkpointer
 from retemper.pipeline.checkpoint.state import TrainState
-from retemper.pipeline.config import Config
 from retemper.pipeline.data.batch import TrainingBatches
 from retemper.pipeline.distributed.seeds import seed_step
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.evals.hook import evaluate
 from retemper.pipeline.model.build import build_model, parameter_counts
+from retemper.pipeline.schema import Config
 from retemper.pipeline.train.log import Log
 from retemper.pipeline.train.optimizer import build_optimizer, build_schedule
 from retemper.pipeline.train.step import train_step

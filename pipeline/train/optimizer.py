@@ -3,7 +3,7 @@
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from retemper.pipeline.config import Config
+from retemper.pipeline.schema import Config
 
 
 def build_optimizer(config: Config, model) -> MegatronOptimizer:

@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from retemper.pipeline.config import Config
 from retemper.pipeline.data.batch import Batch
 from retemper.pipeline.distributed.topology import from_last_stage
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.model.forward import run_schedule
+from retemper.pipeline.schema import Config
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ python tokenize_job.py CONFIG_JSON PART_BYTES BUCKET_BYTES
 import json
 import sys
 
-from retemper.pipeline.config import DataConfig
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import DataConfig
 from retemper.tokenize import listing, plan
 from retemper.tokenize.job import tokenize
 

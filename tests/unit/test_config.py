@@ -3,8 +3,9 @@
 import pytest
 from conftest import overrides
 
-from retemper.pipeline.config import changed_keys, load_config, load_data_config, parse_tokens, preset_names
+from retemper.pipeline.config import changed_keys, load_config, load_data_config, preset_names
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import parse_tokens
 
 
 def problems(*changes: str, tmp="/nowhere") -> str:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from retemper.pipeline.config import DecontaminateConfig
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import DecontaminateConfig
 from retemper.tokenize import decontaminate
 from retemper.tokenize.decontaminate import Problems
 

@@ -19,7 +19,7 @@ from retemper.tokenize.tokenizer import Tokenizer
 JOB = """
 import json, sys, threading
 import psutil
-from retemper.pipeline.config import DataConfig
+from retemper.pipeline.schema import DataConfig
 from retemper.tokenize.job import tokenize
 
 peak, done = [0], threading.Event()

@@ -1,0 +1,256 @@
+"""The keys of a run and of a corpus: one strict schema, each field with what it means."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_tokens(value: Any) -> int:
+    """Read a token count: an integer, or a number with K, M, B or T (powers of 1000), as "0.25B"."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError("a token count is an integer, or a number with K, M, B or T, as 0.25B")
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE]\+?[0-9]+)?)\s*([KMBT]?)\s*", str(value))
+    if not match:
+        raise ValueError(f"{value!r} is no token count: write an integer, or a number with K, M, B or T, as 0.25B")
+    return round(float(match[1]) * _UNITS[match[2]])
+
+
+Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """A Llama-shaped decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt = Field(description="key/value heads; equal to num_attention_heads without GQA")
+    vocab_size: PositiveInt = Field(description="of the tokenizer; padding for tensor parallelism is added on top")
+    max_sequence_length: PositiveInt
+    rotary_base: float = 10000.0
+    norm_epsilon: float = 1e-5
+    init_std: float = Field(0.02, description="of the normal initialisation; output projections get 1/sqrt(2 layers) of it")
+    tie_embeddings: bool = False
+
+
+class SourceConfig(Section):
+    """Where documents come from."""
+
+    kind: Literal["rows", "text", "docstrings"] = Field(
+        description="rows: one document a row of jsonl (plain, .gz, .zst) or parquet; text: one a file; docstrings: one a Python module"
+    )
+    path: str = Field(
+        description="a folder or file, also s3://, gs://, hf://datasets/OWNER/NAME/FOLDER; stdlib: this Python's standard library; package:NAME an installed package"
+    )
+    revision: str = Field("main", description="of a hub source: branch, tag or commit; the commit it stands for is pinned and recorded")
+    glob: str | None = Field(None, description="which files below a folder; by default what the kind's name says")
+    exclude: list[str] = Field(default=[], description="names of files and folders left out")
+    text_key: str = Field("text", description="the column of rows that is trained on")
+    prompt: str | None = Field(
+        None, description="instruction pairs: what stands before the text, without loss; {column} is replaced by that column of the row"
+    )
+    metadata_keys: list[str] = Field(default=[], description="columns that reports quote beside a document")
+
+
+class CleanConfig(Section):
+    """What is left out of a corpus; every rule counts what it dropped."""
+
+    min_chars: Annotated[int, Field(ge=1)] = Field(1, description="shorter documents, surrounding whitespace aside, are dropped")
+    max_chars: PositiveInt | None = Field(None, description="longer documents are dropped; null keeps any length")
+    nul_bytes: bool = Field(True, description="drop documents with NUL characters")
+    generated: bool = Field(False, description="drop code that says in its first lines that a program wrote it")
+    minified: bool = Field(False, description="drop code with lines longer than 1000 characters, or 100 on average")
+    duplicates: bool = Field(True, description="keep one of the documents with the same content")
+    invalid_utf8: Literal["drop", "replace"] = Field("drop", description="replace puts U+FFFD where bytes are no UTF-8")
+
+
+class DecontaminateConfig(Section):
+    """Which evaluation problems must not be in the corpus: documents that share an n-gram of words with one are dropped."""
+
+    tasks: dict[str, str] = Field(
+        min_length=1, description="task name -> file or folder of its problems, jsonl or parquet, local or remote"
+    )
+    ngram: Annotated[int, Field(ge=4, le=64)] = Field(13, description="words, in lower case and without punctuation")
+
+
+class SlurmConfig(Section):
+    """What sbatch is told."""
+
+    partition: str
+    time: str = Field("24:00:00", description="limit of one job of the array")
+    mem_per_cpu_gb: PositiveInt = 4
+    sbatch_args: dict[str, str] = Field(default={}, description="further options, as account: physics")
+
+
+class DataConfig(Section):
+    """One corpus: the documents it is made of and the folder of token shards it becomes."""
+
+    name: str
+    path: str = Field(
+        description="folder of the token shards: written by `retemper tokenize`, also to s3:// and gs://; training reads local ones so far"
+    )
+    work_dir: str | None = Field(
+        None,
+        description="where the folder NAME.partial of intermediate files stands until the end; by default beside path, for a remote path here",
+    )
+    tokenizer: str = Field(description="folder of a transformers fast tokenizer, or its hub name, as owner/name@revision")
+    bos: bool = Field(False, description="begin each document with the tokenizer's begin-of-text")
+    eos: bool = Field(True, description="end each document with the tokenizer's end-of-text")
+    seq_length: PositiveInt = Field(description="tokens per sample")
+    packing: Literal["concat", "best_fit"] = Field(
+        "concat", description="concat: documents joined and cut at seq_length; best_fit: padded, no document cut unless it is longer"
+    )
+    tokens: Tokens | None = Field(None, description="training tokens, rounded down to whole samples; null takes all documents")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(17, description="of the order of documents, and so of the choice for `tokens`")
+    source: SourceConfig
+    clean: CleanConfig = CleanConfig()
+    decontaminate: DecontaminateConfig | None = None
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.02, description="documents kept out of training, chosen by content hash"
+    )
+    compression: Literal["zstd"] | None = Field(None, description="of the shards")
+    allow_broken_files: bool = Field(False, description="keep what could be read of damaged files instead of stopping at the end")
+    executor: Literal["local", "slurm", "ray"] = "local"
+    tasks: PositiveInt | None = Field(None, description="processes that tokenize at once; null takes every core")
+    slurm: SlurmConfig | None = None
+
+
+LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class LoraConfig(Section):
+    """Canonical low-rank adapters, one A and B for each linear layer, as peft has them."""
+
+    rank: PositiveInt
+    alpha: float = Field(gt=0, description="the update is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: list[LoraTarget] = Field(min_length=1)
+
+
+class MethodConfig(Section):
+    """Which weights train."""
+
+    name: Literal["full", "lora"]
+    lora: LoraConfig | None = None
+
+
+class ParallelConfig(Section):
+    """How one model and one batch are spread over ranks; world size is the product of the four sizes."""
+
+    tensor_parallel_size: PositiveInt = 1
+    pipeline_parallel_size: PositiveInt = 1
+    context_parallel_size: PositiveInt = 1
+    data_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        return self.model_parallel_size * self.data_parallel_size
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled weight decay; biases and norms are not decayed."""
+
+    lr: float = Field(gt=0, description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_grad: float = Field(1.0, ge=0, description="global gradient norm; 0 switches clipping off")
+
+
+class ScheduleConfig(Section):
+    """The learning rate over tokens. trapezoid: linear warm-up, constant, linear cooldown; cosine: warm-up, half cosine."""
+
+    name: Literal["trapezoid", "cosine"]
+    warmup_tokens: Tokens
+    cooldown_fraction: Fraction = Field(0.2, description="of train.tokens; the last part of the trapezoid")
+    min_lr_ratio: Fraction = Field(0.0, description="final learning rate as a fraction of the peak")
+
+
+class TrainConfig(Section):
+    """The amount and shape of training."""
+
+    tokens: Tokens = Field(description="length of the run; rounded down to whole steps")
+    global_batch_size: PositiveInt = Field(description="samples per optimizer step, over all ranks")
+    micro_batch_size: PositiveInt = Field(description="samples per forward pass of one rank")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
+    log_every_steps: PositiveInt = 10
+
+
+class CheckpointConfig(Section):
+    """When the run is saved, beside its end."""
+
+    save_every_steps: Annotated[int, Field(ge=0)] = Field(0, description="for restarts; 0 saves at milestones only")
+    milestones: list[Tokens] = Field(default=[], description="saved and evaluated")
+
+
+class EvalsConfig(Section):
+    """What is measured at each milestone."""
+
+    heldout: dict[str, str] = Field(default={}, description="domain name -> token-shard folder, for bits per byte")
+    max_samples: PositiveInt = Field(512, description="held-out samples read per domain")
+    micro_batch_size: PositiveInt = 16
+
+
+class TrackConfig(Section):
+    """Where metrics are mirrored; runs/<study>/<name>/metrics.jsonl is always written."""
+
+    wandb: Literal["offline", "online", "off"] = "offline"
+    project: str = "retemper"
+
+
+class Config(Section):
+    """One run."""
+
+    study: str = Field(pattern=r"^\w[\w.-]*$", description="the experiment this run belongs to; the W&B group")
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="of the run; its folder is runs_dir/study/name")
+    runs_dir: str = "runs"
+    init_from: str | None = Field(None, description="run folder whose newest checkpoint gives the initial weights")
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    evals: EvalsConfig
+    track: TrackConfig
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir, self.study, self.name)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.data.seq_length
+
+    @property
+    def steps(self) -> int:
+        return self.train.tokens // self.tokens_per_step
+
+    @property
+    def milestone_steps(self) -> list[int]:
+        """Steps after which a milestone's checkpoint is saved and evaluated; the last step is always one."""
+        return sorted({min(max(1, tokens // self.tokens_per_step), self.steps) for tokens in self.checkpoint.milestones} | {self.steps})
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(), indent=2)
