@@ -75,6 +75,38 @@ def _report(arguments) -> int:
     return 0
 
 
+def _data(arguments) -> int:
+    from retemper.pipeline.checkpoint.state import newest_state
+    from retemper.pipeline.config import load_config
+    from retemper.pipeline.data.corpus import check_corpora
+
+    options = {"step": None, "samples": 4}
+    overrides = []
+    for text in arguments.overrides:
+        key, _, value = text.partition("=")
+        if key not in options:
+            overrides.append(text)
+        elif not value.isdigit():
+            raise UserError(f"{text}: {key} is a whole number")
+        else:
+            options[key] = int(value)
+    config = load_config(overrides)
+    check_corpora(config)
+    began_at = newest_state(config.run_dir).data_began_at
+    if arguments.action == "verify":
+        from retemper.pipeline.data.ledger import verify
+
+        print(verify(config, began_at))
+        return 0
+    if options["step"] is None:
+        raise UserError("name the step to show, counted from 1: step=12")
+    from retemper.pipeline.data.show import show_step
+
+    for line in show_step(config, began_at, **options, colours=sys.stdout.isatty()):
+        print(line)
+    return 0
+
+
 def _demo(arguments) -> int:
     from retemper.pipeline.study.demo import run_demo
 
@@ -126,12 +158,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def add(name, function, summary, *examples, overrides=True):
+    def add(name, function, summary, *examples, actions=(), overrides=True):
         epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
         verb = verbs.add_parser(
             name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         verb.set_defaults(verb=function)
+        if actions:
+            verb.add_argument("action", choices=actions)
         if overrides:
             verb.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
         return verb
@@ -151,6 +185,12 @@ def _parser() -> argparse.ArgumentParser:
         "retemper train run=demo_full", "retemper train run=demo_lora parallel=dp2 method.lora.rank=4 name=lora-r4",
     )  # fmt: skip
     add("eval", _eval, "Score every checkpoint of a run that has no scores yet.", "retemper eval run=demo_full")
+    add(
+        "data", _data, "show: the text of a step's samples, with its sources and what counts in the loss. verify: prove from the ledger "
+        "(data.ledger=true) that no sample was skipped or repeated.",
+        "retemper data show run=demo_full step=12 samples=2", "retemper data verify run=demo_full",
+        actions=("show", "verify"),
+    )  # fmt: skip
     report = add(
         "report", _report, "Write report.html and PNG figures from the runs of a study.", "retemper report runs/demo", overrides=False
     )

@@ -167,6 +167,22 @@ def _data_conflicts(data: DataConfig):
         yield f"data.tokens={data.tokens} is less than one sample of data.seq_length={data.seq_length}"
     if "://" in data.path and not data.path.startswith(("s3://", "gs://")):
         yield f"data.path={data.path}: shards are written to a folder, s3:// or gs://"
+    yield from _mixture_conflicts(data)
+
+
+def _mixture_conflicts(data: DataConfig):
+    streams = data.mixture | ({"replay": data.replay} if data.replay else {})
+    for name in {data.name, "replay"} & data.mixture.keys():
+        yield f"data.mixture.{name}: that name is taken; give this corpus another"
+    for name, stream in streams.items():
+        samples = stream.fraction * data.mixture_window
+        if abs(samples - round(samples)) > 1e-6 or not round(samples):
+            yield (
+                f"the fraction {stream.fraction} of {name} is no whole number of samples of data.mixture_window={data.mixture_window}; "
+                "round it, or take a longer window"
+            )
+    if sum(stream.fraction for stream in streams.values()) >= 1:
+        yield "the fractions of data.mixture and data.replay leave nothing of the run's own corpus: their sum must be less than 1"
 
 
 def _conflicts(config: Config):

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from retemper.pipeline.config import load_config
 from retemper.pipeline.distributed import topology as topologies
@@ -15,7 +16,7 @@ from retemper.pipeline.schema import Config
 _SECONDS_FOR_RANK_ZERO = 5
 
 
-def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, dict[str, str]], None]) -> int:
+def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, dict[str, Any]], None]) -> int:
     """Load and check the config, start the process groups, call work(config, topology, fingerprints). Returns the exit code.
 
     Whatever the person got wrong is refused before any process group starts, and said once.

@@ -10,6 +10,8 @@ from retemper.pipeline.config import changed_keys
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema import Config
 
+METRICS, LEDGER, SKIPPED = "metrics.jsonl", "ledger", "skipped.jsonl"  # one line a step, or a part of one
+
 # What a restart may change: where and how the run computes, and what is watched, but not what it computes.
 _MAY_CHANGE = (
     "parallel.",
@@ -28,7 +30,13 @@ _MAY_CHANGE = (
     "data.slurm",
     "data.work_dir:",
     "data.source.",
+    "data.cache_dir:",
+    "data.bad_shards:",
+    "data.ledger:",
+    "data.allow_change:",
 )
+# What data.allow_change lets change beside them.
+_DATA_CHANGE = ("data.name:", "data.mixture", "data.replay")
 
 
 def check(config: Config) -> None:
@@ -36,7 +44,8 @@ def check(config: Config) -> None:
     path = config.run_dir / "config.json"
     if not path.is_file():
         return
-    changes = [c for c in changed_keys(json.loads(path.read_text()), json.loads(config.to_json())) if not c.startswith(_MAY_CHANGE)]
+    allowed = _MAY_CHANGE + (_DATA_CHANGE if config.data.allow_change else ())
+    changes = [c for c in changed_keys(json.loads(path.read_text()), json.loads(config.to_json())) if not c.startswith(allowed)]
     if changes:
         raise UserError(
             "\n".join([f"{config.run_dir} belongs to a run with another config:", *(f"  - {change}" for change in changes)])
@@ -45,25 +54,31 @@ def check(config: Config) -> None:
 
 
 def claim(config: Config, step: int) -> None:
-    """Write config.json, and drop metrics and scores after `step`, which the resumed run will measure again. Rank 0 only."""
+    """Write config.json, and drop what was noted after `step`, which the resumed run will note again. Rank 0 only."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(config.run_dir / "config.json", config.to_json())
-    kept = [json.dumps(record) + "\n" for record in read_metrics(config.run_dir) if record["step"] <= step]
-    replace_file(config.run_dir / "metrics.jsonl", "".join(kept))
+    for path in (config.run_dir / METRICS, config.run_dir / SKIPPED, *(config.run_dir / LEDGER).glob("*.jsonl")):
+        if path.is_file():
+            replace_file(path, "".join(json.dumps(record) + "\n" for record in _read_lines(path) if record["step"] <= step))
     for scored in read_scores(config.run_dir):
         if scored > step:
             shutil.rmtree(scores_path(config.run_dir, scored).parent)
 
 
-def append_metrics(run_dir: Path, record: dict) -> None:
-    """Add one line to metrics.jsonl."""
-    with open(run_dir / "metrics.jsonl", "a") as file:
+def append_line(path: Path, record: dict) -> None:
+    """Add one line to a file of one record a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict]:
-    """The records of metrics.jsonl; a line that a kill cut short is left out."""
-    path = run_dir / "metrics.jsonl"
+    """The records of metrics.jsonl."""
+    return _read_lines(run_dir / METRICS)
+
+
+def _read_lines(path: Path) -> Iterator[dict]:
+    """The records of a file; a line that a kill cut short is left out."""
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             yield json.loads(line)

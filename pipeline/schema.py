@@ -94,13 +94,11 @@ class SlurmConfig(Section):
     sbatch_args: dict[str, str] = Field(default={}, description="further options, as account: physics")
 
 
-class DataConfig(Section):
+class CorpusConfig(Section):
     """One corpus: the documents it is made of and the folder of token shards it becomes."""
 
     name: str
-    path: str = Field(
-        description="folder of the token shards: written by `retemper tokenize`, also to s3:// and gs://; training reads local ones so far"
-    )
+    path: str = Field(description="folder of the token shards, also s3:// and gs://: written by `retemper tokenize`, read by training")
     work_dir: str | None = Field(
         None,
         description="where the folder NAME.partial of intermediate files stands until the end; by default beside path, for a remote path here",
@@ -125,6 +123,30 @@ class DataConfig(Section):
     executor: Literal["local", "slurm", "ray"] = "local"
     tasks: PositiveInt | None = Field(None, description="processes that tokenize at once; null takes every core")
     slurm: SlurmConfig | None = None
+
+
+class StreamConfig(Section):
+    """A corpus mixed into the run's own."""
+
+    path: str = Field(description="folder of its token shards, also s3:// and gs://")
+    fraction: float = Field(gt=0, lt=1, description="of all training samples")
+
+
+class DataConfig(CorpusConfig):
+    """The corpus of a run, what is mixed into it, and how training reads them."""
+
+    mixture: dict[str, StreamConfig] = Field(default={}, description="further corpora by name; the run's own corpus takes the rest")
+    replay: StreamConfig | None = Field(None, description="a corpus like what the base model knew, against forgetting")
+    mixture_window: PositiveInt = Field(100, description="samples over which every corpus comes exactly at its fraction")
+    mask_documents: bool = Field(False, description="attention stays within a document, and positions begin anew in each")
+    cache_dir: str | None = Field(
+        None, description="node-local folder for shards fetched or unpacked; by default the run's folder, where a shared one works too"
+    )
+    bad_shards: Literal["stop", "skip"] = Field(
+        "stop", description="what a shard means that is damaged at its source: the end of the run, or its samples left out and recorded"
+    )
+    allow_change: bool = Field(False, description="let a run go on with other data than it began with; the switch is recorded")
+    ledger: bool = Field(False, description="record the samples of every step, for `retemper data verify`")
 
 
 LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]

@@ -122,3 +122,25 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here; set RETEMPER_SHARED_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def store():
+    """A real S3 endpoint on loopback with the empty bucket "corpora", behind a proxy that can be told to fail."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'retemper[s3]'")
+    server = pytest.importorskip("moto.server", reason="moto's server is not installed")
+    import boto3
+    from faulty_store import FaultyStore
+
+    endpoint = server.ThreadedMotoServer(port=0, verbose=False)
+    endpoint.start()
+    proxy = FaultyStore(*endpoint.get_host_and_port())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket="corpora")
+        yield proxy
+    proxy.close()
+    endpoint.stop()

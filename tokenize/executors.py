@@ -17,7 +17,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import DataConfig
+from retemper.pipeline.schema import CorpusConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.progress import PROCESSES, count_in, progress_bar, shared_counters
 
@@ -31,10 +31,10 @@ class Stage:
     tasks: int
 
 
-def run_stages(stages: list[Stage], data: DataConfig, work: Path, *, progress: bool) -> bool:
+def run_stages(stages: list[Stage], data: CorpusConfig, work: Path, *, progress: bool) -> bool:
     """Run the stages, or submit them. Returns whether they are done. Raises UserError."""
     shutil.rmtree(work / "logs", ignore_errors=True)  # of an earlier try: what it says of tasks is not true any more
-    run: Callable[[list[Stage], DataConfig, Path, bool], bool] = {"local": _run_local, "ray": _run_ray, "slurm": _submit_slurm}[
+    run: Callable[[list[Stage], CorpusConfig, Path, bool], bool] = {"local": _run_local, "ray": _run_ray, "slurm": _submit_slurm}[
         data.executor
     ]
     return run(stages, data, work, progress)
@@ -88,17 +88,17 @@ def _end_with_parent() -> None:
     os._exit(1)  # or a job started again would meet this one's last worker
 
 
-def _workers(data: DataConfig, stage: Stage) -> int:
+def _workers(data: CorpusConfig, stage: Stage) -> int:
     return min(data.tasks or len(os.sched_getaffinity(0)), stage.tasks)
 
 
-def _run_local(stages: list[Stage], data: DataConfig, work: Path, progress: bool) -> bool:
+def _run_local(stages: list[Stage], data: CorpusConfig, work: Path, progress: bool) -> bool:
     for stage in stages:
         _LocalExecutor(stage, _workers(data, stage), str(work / "logs" / stage.name), progress).run()
     return True
 
 
-def _run_ray(stages: list[Stage], data: DataConfig, work: Path, progress: bool) -> bool:
+def _run_ray(stages: list[Stage], data: CorpusConfig, work: Path, progress: bool) -> bool:
     try:
         import ray
     except ImportError:
@@ -118,7 +118,7 @@ def _run_ray(stages: list[Stage], data: DataConfig, work: Path, progress: bool) 
     return True
 
 
-def _submit_slurm(stages: list[Stage], data: DataConfig, work: Path, progress: bool) -> bool:
+def _submit_slurm(stages: list[Stage], data: CorpusConfig, work: Path, progress: bool) -> bool:
     from datatrove.executor import SlurmPipelineExecutor
 
     previous = None
@@ -146,7 +146,7 @@ def _submit_slurm(stages: list[Stage], data: DataConfig, work: Path, progress: b
     return False
 
 
-def refuse_queued(data: DataConfig, work: Path) -> None:
+def refuse_queued(data: CorpusConfig, work: Path) -> None:
     """Raises UserError where this job waits in Slurm's queue or runs, and once where its last try failed, with the reason."""
     try:
         queued = subprocess.run(["squeue", "--me", "-h", "-o", "%i %j %T"], capture_output=True, text=True, check=True).stdout.splitlines()

@@ -14,14 +14,13 @@ from datatrove.data import DocumentsPipeline
 from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 
+from retemper.pipeline.data.manifest import MANIFEST, READ_BY_TRAINING, read_listed, seal
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.run_folder import replace_file
-from retemper.pipeline.schema import DataConfig
+from retemper.pipeline.schema import CorpusConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.split import HELDOUT, TRAIN
 from retemper.tokenize.tokenizer import Tokenizer
-
-MANIFEST = "manifest.json"
 
 
 class Finish(PipelineStep):
@@ -29,7 +28,7 @@ class Finish(PipelineStep):
 
     name, type = "🏁 Finish", "💽 - WRITER"
 
-    def __init__(self, data: DataConfig, work: Path, tokenizer: str):
+    def __init__(self, data: CorpusConfig, work: Path, tokenizer: str):
         super().__init__()
         self.data, self.work, self.tokenizer = data, work, tokenizer
 
@@ -61,37 +60,27 @@ class Finish(PipelineStep):
         _write_lines(out / "contaminated.jsonl", [match for part in parts for match in part.get("matches", [])])
         np.save(out / "token_bytes.npy", tokenizer.token_bytes())
         manifest = _manifest(self.data, plan, parts, splits, tokenizer) | {"fingerprint": fingerprint.hexdigest()}
-        manifest["source"]["fingerprint"] = _sha256("".join(file["sha256"] for file in sources))
-        replace_file(out / MANIFEST, json.dumps(manifest, indent=2))
+        manifest["source"]["fingerprint"] = _sha256("".join(file["sha256"] for file in sources).encode())
+        manifest["files"] = {name: _sha256((out / name).read_bytes()) for name in READ_BY_TRAINING}
+        replace_file(out / MANIFEST, seal(manifest))
         _deliver(out, self.data.path)
         plans.remove(self.work)
 
 
-def read_manifest(path: str) -> dict | None:
-    """The manifest of a corpus, local or remote; None where there is none, or one of something else."""
+def is_whole(path: str, manifest: dict) -> bool:
+    """Whether what the manifest lists is unharmed, and every shard there in its size."""
     folder = get_datafolder(path)
     folder.fs.invalidate_cache()  # object stores' listings are cached
     try:
-        with folder.open(MANIFEST, "rb") as file:
-            manifest = json.load(file)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and {"made_from", "fingerprint", "splits"} <= manifest.keys() else None
-
-
-def is_whole(path: str) -> bool:
-    """Whether every shard that a corpus's indexes name is there, in its size."""
-    folder = get_datafolder(path)
-    try:
+        files = {name: read_listed(path, manifest, name) for name in READ_BY_TRAINING}
         sizes = {name: info["size"] for name, info in folder.find("", detail=True).items()}
-        for split in (TRAIN, HELDOUT):
-            with folder.open(f"{split}/index.json", "rb") as file:
-                for shard in json.load(file)["shards"]:
-                    data = shard["zip_data"] or shard["raw_data"]
-                    if sizes.get(f"{split}/{data['basename']}") != data["bytes"]:
-                        return False
-    except (FileNotFoundError, ValueError):
+    except (UserError, FileNotFoundError):
         return False
+    for split in (TRAIN, HELDOUT):
+        for shard in json.loads(files[f"{split}/index.json"])["shards"]:
+            data = shard["zip_data"] or shard["raw_data"]
+            if sizes.get(f"{split}/{data['basename']}") != data["bytes"]:
+                return False
     return True
 
 
@@ -130,7 +119,7 @@ def _merge_indexes(folder: Path, count: int) -> bytes:
     return content.digest()
 
 
-def _manifest(data: DataConfig, plan: plans.Plan, parts: list[dict], splits: dict, tokenizer: Tokenizer) -> dict:
+def _manifest(data: CorpusConfig, plan: plans.Plan, parts: list[dict], splits: dict, tokenizer: Tokenizer) -> dict:
     kept = (
         "documents",
         "samples",
@@ -219,5 +208,5 @@ def _write_lines(path: Path, records: list[dict]) -> None:
     replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

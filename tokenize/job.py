@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 
 from retemper.pipeline.config import changed_keys
+from retemper.pipeline.data.manifest import find_manifest
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import DataConfig
+from retemper.pipeline.schema import CorpusConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.clean import Clean
 from retemper.tokenize.decontaminate import Decontaminate, Problems
 from retemper.tokenize.encode import Encode
 from retemper.tokenize.encoder import choose_encoder
 from retemper.tokenize.executors import Stage, refuse_queued, run_stages
-from retemper.tokenize.finish import Finish, is_whole, read_manifest
+from retemper.tokenize.finish import Finish, is_whole
 from retemper.tokenize.listing import list_parts, locate
 from retemper.tokenize.shards import Choose, WriteBucket
 from retemper.tokenize.sources import DocumentReader
@@ -29,7 +30,7 @@ _WHERE = {"path", "work_dir", "executor", "tasks", "slurm"}
 _SAMPLE_PARTS, _SAMPLE_DOCUMENTS = 8, 16
 
 
-def tokenize(data: DataConfig, *, progress: bool = True) -> dict | None:
+def tokenize(data: CorpusConfig, *, progress: bool = True) -> dict | None:
     """Write data.path from data.source; returns its manifest, or None where the stages were handed to Slurm.
 
     A finished corpus is left as it is, an unfinished one continued; either made from another configuration or tokenizer is
@@ -43,9 +44,9 @@ def tokenize(data: DataConfig, *, progress: bool = True) -> dict | None:
     _refuse_overlap(data, work)
     problems = Problems.read(data.decontaminate) if data.decontaminate else None
     made_from = _made_from(data, tokenizer, problems)
-    if manifest := read_manifest(data.path):
+    if manifest := find_manifest(data.path):
         _refuse_changes(data.path, manifest["made_from"], made_from)
-        if is_whole(data.path):
+        if is_whole(data.path, manifest):
             if work.exists():  # killed between the name and the tidying up
                 with _only_one(work):
                     plans.remove(work)
@@ -58,10 +59,10 @@ def tokenize(data: DataConfig, *, progress: bool = True) -> dict | None:
         stages = _stages(data, work, tokenizer, problems, made_from)
         if not run_stages(stages, data, work, progress=progress and sys.stderr.isatty()):
             return None
-    return read_manifest(data.path)
+    return find_manifest(data.path)
 
 
-def _stages(data: DataConfig, work: Path, tokenizer: Tokenizer, problems: Problems | None, made_from: dict) -> list[Stage]:
+def _stages(data: CorpusConfig, work: Path, tokenizer: Tokenizer, problems: Problems | None, made_from: dict) -> list[Stage]:
     plan = _plan(data, work, tokenizer, made_from)
     dtype = tokenizer.dtype
     padding_id = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
@@ -83,7 +84,7 @@ def _stages(data: DataConfig, work: Path, tokenizer: Tokenizer, problems: Proble
     ]
 
 
-def _plan(data: DataConfig, work: Path, tokenizer: Tokenizer, made_from: dict) -> plans.Plan:
+def _plan(data: CorpusConfig, work: Path, tokenizer: Tokenizer, made_from: dict) -> plans.Plan:
     """The job's plan; one that was begun keeps its pinned revision and its encoder, and reads only the files that changed since."""
     before = plans.load_plan(work) if (work / "plan.json").is_file() else None
     root, glob = locate(data.source)
@@ -95,7 +96,7 @@ def _plan(data: DataConfig, work: Path, tokenizer: Tokenizer, made_from: dict) -
     return plans.make_plan(work, made_from, root, encoder, parts, data.heldout_fraction)
 
 
-def _sample_texts(data: DataConfig, root: str, parts: list) -> list[str]:
+def _sample_texts(data: CorpusConfig, root: str, parts: list) -> list[str]:
     reader = DocumentReader(data.source, root, replace_invalid=data.clean.invalid_utf8 == "replace")
     return [
         document.text[:100_000]
@@ -104,21 +105,21 @@ def _sample_texts(data: DataConfig, root: str, parts: list) -> list[str]:
     ]
 
 
-def _made_from(data: DataConfig, tokenizer: Tokenizer, problems: Problems | None) -> dict:
-    made_from = {**data.model_dump(exclude=_WHERE), "tokenizer": tokenizer.sha256}
+def _made_from(data: CorpusConfig, tokenizer: Tokenizer, problems: Problems | None) -> dict:
+    made_from = {**data.model_dump(include=CorpusConfig.model_fields.keys() - _WHERE), "tokenizer": tokenizer.sha256}
     made_from |= {"bos": tokenizer.bos_id if data.bos else None, "eos": tokenizer.eos_id if data.eos else None}
     if problems:
         made_from["decontaminate"] |= {"problems": problems.counts, "sha256": problems.sha256}
     return made_from
 
 
-def _work_folder(data: DataConfig) -> Path:
+def _work_folder(data: CorpusConfig) -> Path:
     """A folder of the job's own, which it removes at the end."""
     name = data.path.rstrip("/").rpartition("/")[2] + ".partial"
     return Path(data.work_dir or ("." if "://" in data.path else os.path.dirname(data.path)), name).resolve()
 
 
-def _refuse_overlap(data: DataConfig, work: Path) -> None:
+def _refuse_overlap(data: CorpusConfig, work: Path) -> None:
     """Raises UserError where the job would write into its own source, or its corpus into its intermediate files."""
     source = Path(data.source.path).resolve()
     written = [work] if "://" in data.path else [work, Path(data.path).resolve()]

@@ -9,7 +9,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import DataConfig
+from retemper.pipeline.schema import CorpusConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.pack import Piece, best_fit, concat
 from retemper.tokenize.progress import advance
@@ -24,7 +24,7 @@ class Choose(PipelineStep):
 
     name, type = "⚖ Choose", "🔻 - FILTER"
 
-    def __init__(self, data: DataConfig, work: Path, dtype: str):
+    def __init__(self, data: CorpusConfig, work: Path, dtype: str):
         super().__init__()
         self.data, self.work, self.dtype = data, work, dtype
 
@@ -64,7 +64,7 @@ class WriteBucket(PipelineStep):
 
     name, type = "💾 MDS shards", "💽 - WRITER"
 
-    def __init__(self, data: DataConfig, work: Path, dtype: str, padding_id: int):
+    def __init__(self, data: CorpusConfig, work: Path, dtype: str, padding_id: int):
         super().__init__()
         self.data, self.work, self.dtype, self.padding_id = data, work, dtype, padding_id
         self.columns = {"tokens": f"ndarray:{dtype}:{data.seq_length}", "lengths": "bytes", "documents": "bytes"}
@@ -112,7 +112,7 @@ class WriteBucket(PipelineStep):
         return sample
 
 
-def pack(bucket: Bucket, data: DataConfig, number: int) -> tuple[set[int], list[list[Piece]]]:
+def pack(bucket: Bucket, data: CorpusConfig, number: int) -> tuple[set[int], list[list[Piece]]]:
     """(documents left out because they must stay whole and are too long, the pieces of each sample)."""
     lengths = bucket.records["length"].astype(np.int64)
     too_long: set[int] = set()
@@ -157,7 +157,7 @@ def _counts(bucket: Bucket, samples: list, written: list, too_long: set[int], se
     }
 
 
-def _refuse_broken(broken: list[dict], data: DataConfig) -> None:
+def _refuse_broken(broken: list[dict], data: CorpusConfig) -> None:
     if broken and not data.allow_broken_files:
         files = "\n".join(f"  - {file['file']}: {file['error']} (after {file['records_read']:,} records)" for file in broken)
         raise UserError(

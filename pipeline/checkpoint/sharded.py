@@ -5,6 +5,7 @@ import queue
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -36,7 +37,7 @@ class Checkpointer:
     topology: Topology
     model: DistributedDataParallel
     optimizer: MegatronOptimizer | None  # None reads weights alone
-    fingerprints: dict[str, str]  # of the data, and of the checkpoint the run started from
+    fingerprints: dict[str, Any]  # of the data, and of the checkpoint the run started from
 
     def save(self, state: TrainState) -> None:
         """Commit a checkpoint after state.step steps. Every rank calls it."""
@@ -69,14 +70,24 @@ class Checkpointer:
         """Load this run's checkpoint after `step` steps (with LoRA: onto the base that restore loaded)."""
         folder = commit.folder_of(self.config.run_dir, step)
         meta = verified_meta(folder)
-        for name, value in self.fingerprints.items():
-            if meta["fingerprints"].get(name) != value:
-                raise UserError(f"{folder} was made with another {name} than this run's: restore the old one or choose another name")
+        state = TrainState.from_dict(meta["train_state"])
+        if changes := changed_keys(meta["fingerprints"], self.fingerprints):
+            self._allow(changes, folder)
+            state.data_changes.append({"step": step, "consumed_samples": state.consumed_samples, "difference": changes})
         loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder))
         self._fill_model(loaded["model"])
         if self.optimizer:
             self.optimizer.load_state_dict(loaded["optimizer"])
-        return TrainState.from_dict(meta["train_state"])
+        return state
+
+    def _allow(self, changes: list[str], folder: Path) -> None:
+        """Refuse what is not the data's, and that unless it is allowed."""
+        of_data = all(change.startswith(("data.", "tokenizer:")) for change in changes)
+        if of_data and self.config.data.allow_change:
+            return
+        listed = "\n".join(f"  - {change}" for change in changes)
+        advice = "restore the old one or choose another name" + ("; data.allow_change=true goes on with the new data" if of_data else "")
+        raise UserError(f"{folder} was made with other inputs than this run's:\n{listed}\nTo go on, {advice}")
 
     def _load_base(self) -> None:
         folder = commit.newest(Path(self.config.init_from))

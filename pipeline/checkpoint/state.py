@@ -1,6 +1,10 @@
 """How far a run is: all that a restart needs beside weights and optimizer."""
 
-from dataclasses import asdict, dataclass, fields
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from retemper.pipeline.checkpoint.commit import META, committed_steps, folder_of
 
 
 @dataclass
@@ -10,6 +14,17 @@ class TrainState:
     step: int = 0
     consumed_samples: int = 0
     seconds: float = 0.0  # spent in steps, over all restarts
+    data_changes: list[dict] = field(default_factory=list)  # step, consumed_samples and difference of every switch of the data
+
+    @property
+    def samples_of_data(self) -> int:
+        """Samples consumed of the present data: its position."""
+        return self.consumed_samples - self.data_began_at
+
+    @property
+    def data_began_at(self) -> int:
+        """Samples consumed before the present data came in."""
+        return self.data_changes[-1]["consumed_samples"] if self.data_changes else 0
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -23,3 +38,9 @@ class TrainState:
         if min(state.step, state.consumed_samples, state.seconds) < 0:
             raise ValueError(f"a train state counts from zero: {state}")
         return state
+
+
+def newest_state(run_dir: Path) -> TrainState:
+    """Of a run's newest committed checkpoint; at the start without one."""
+    steps = committed_steps(run_dir)
+    return TrainState.from_dict(json.loads((folder_of(run_dir, steps[-1]) / META).read_text())["train_state"]) if steps else TrainState()

@@ -4,6 +4,7 @@ import ctypes
 import datetime
 import logging
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -19,6 +20,7 @@ class Topology:
 
     rank: int
     world_size: int
+    local_world_size: int  # ranks of this node
     tensor_parallel_rank: int
     pipeline_parallel_rank: int
     data_parallel_rank: int
@@ -86,6 +88,7 @@ def start(parallel: ParallelConfig) -> Topology:
     return Topology(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
+        local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
@@ -124,6 +127,16 @@ def from_last_stage(values: list[float]) -> list[float]:
     return summed.tolist()
 
 
+def anywhere_in_model(flags: "np.ndarray") -> "np.ndarray":  # noqa: F821
+    """Which of the flags, bool (n,), are set on any tensor- or pipeline-parallel peer."""
+    import torch
+    from megatron.core import parallel_state
+
+    count = torch.from_numpy(flags.astype("int32")).to(_device(torch))
+    torch.distributed.all_reduce(count, group=parallel_state.get_model_parallel_group())
+    return count.cpu().numpy() > 0
+
+
 def barrier() -> None:
     """Wait for every rank."""
     import torch
@@ -141,14 +154,32 @@ def from_rank_zero(value):
 
 
 def _join(torch) -> None:
-    for variable, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+    for variable, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+        ("LOCAL_WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0"),
+    ):
         os.environ.setdefault(variable, value)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        _check_shared_memory(int(os.environ["LOCAL_WORLD_SIZE"]))
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=10))
+
+
+def _check_shared_memory(local_world_size: int, folder: str = "/dev/shm") -> None:
+    """NCCL's ranks of one node talk through shared memory, and a container has 64 MiB of it unless told: a bus error later on."""
+    needed, free = local_world_size * 64 << 20, shutil.disk_usage(folder).free
+    if local_world_size > 1 and free < needed:
+        raise UserError(
+            f"{folder} has {free >> 20} MiB free, {local_world_size} ranks on one node need {needed >> 20}: "
+            "start the container with --ipc=host or --shm-size=8g, or remove what earlier runs left there"
+        )
 
 
 def _device(torch):

@@ -1,15 +1,17 @@
 """Held-out loss in bits per byte, on the live sharded model. Shapes: B micro-batch, T sequence length."""
 
+import io
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from retemper.pipeline.data.batch import make_batch
-from retemper.pipeline.data.corpus import TokenShards
-from retemper.pipeline.data.order import sample_ids
+from retemper.pipeline.data.corpus import cache_folder
+from retemper.pipeline.data.manifest import read_listed
+from retemper.pipeline.data.order import Order, Stream
+from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.distributed.topology import Topology, from_last_stage
 from retemper.pipeline.model.forward import run_schedule
 from retemper.pipeline.schema import Config
@@ -25,22 +27,25 @@ def heldout_scores(config: Config, topology: Topology, model, domains: Iterable[
     different tokenizers compare; end-of-text, which stands for no bytes, does not count.
     """
     model.eval()
-    scores = {domain: _score(config, topology, model, config.evals.heldout[domain]) for domain in domains}
+    scores = {domain: _score(config, topology, model, domain) for domain in domains}
     model.train()
     return scores
 
 
-def _score(config: Config, topology: Topology, model, path: str) -> dict[str, float]:
-    shards = TokenShards(path, "heldout")
-    token_bytes = torch.from_numpy(np.load(Path(path, "token_bytes.npy"), allow_pickle=False)).to(topology.device)
+def _score(config: Config, topology: Topology, model, domain: str) -> dict[str, float]:
+    path = config.evals.heldout[domain]
+    shards = TokenShards(path, "heldout", cache_folder(config, f"heldout-{domain}"))
+    token_bytes = np.load(io.BytesIO(read_listed(path, shards.manifest, "token_bytes.npy")), allow_pickle=False)
+    token_bytes = torch.from_numpy(token_bytes).to(topology.device)
     samples = min(len(shards), config.evals.max_samples)
     # A fixed random choice: the first samples would be the first few documents by name.
-    chosen = sample_ids(_CHOICE, len(shards), 0, samples)
+    chosen = Order((Stream(_CHOICE, shards.shard_sizes, 1),)).batch(0, samples)
     mine = np.array_split(chosen, topology.data_parallel_size)[topology.data_parallel_rank]
     nats = tokens = bytes_ = 0.0
     for ids in _parts(mine, config.evals.micro_batch_size):
-        batch = make_batch(shards.tokens(ids), topology.device)
-        for output in run_schedule(config, model, [batch], forward_only=True):
+        samples_B = [shards.sample(int(id)) for id in ids]
+        batch = make_batch(samples_B, topology.device, mask_documents=config.data.mask_documents)
+        for output in run_schedule(model, [batch], forward_only=True):
             bytes_BT = token_bytes[batch.labels_BT] * batch.loss_mask_BT
             nats += (output["losses_BT"].double() * (bytes_BT > 0)).sum().item()
             tokens += (bytes_BT > 0).sum().item()

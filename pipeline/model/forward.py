@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from retemper.pipeline.data.batch import Batch
-from retemper.pipeline.schema import Config
 
 
-def run_schedule(config: Config, model, batches: list[Batch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
+def run_schedule(model, batches: list[Batch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
     """Forward, and unless forward_only backward, over micro-batches of one size.
 
     Returns for each micro-batch, on the last pipeline stage alone: loss (sum of nats), tokens (labels that count) and
@@ -20,15 +20,17 @@ def run_schedule(config: Config, model, batches: list[Batch], *, forward_only: b
         data_iterator=iter(batches),
         model=model,
         num_microbatches=len(batches),
-        seq_length=config.data.seq_length,
-        micro_batch_size=batches[0].tokens_BT.shape[0],
+        seq_length=batches[0].shape[1],
+        micro_batch_size=batches[0].shape[0],
         forward_only=forward_only,
     )
 
 
 def _forward_step(batches: Iterator[Batch], model):
     batch = next(batches)
-    output_BT = model(batch.tokens_BT, batch.position_ids_BT, attention_mask=None, labels=batch.labels_BT)
+    output_BT = model(
+        batch.tokens_BT, batch.position_ids_BT, attention_mask=None, labels=batch.labels_BT, packed_seq_params=_packed_seq_params(batch)
+    )
     return output_BT, lambda losses_BT: _loss(losses_BT, batch)
 
 
@@ -37,3 +39,10 @@ def _loss(losses_BT: torch.Tensor, batch: Batch):
     tokens = batch.loss_mask_BT.sum().int()
     # The schedule divides what it is given in place: what is reported is a copy.
     return loss, tokens, {"loss": loss.detach().clone(), "tokens": tokens.clone(), "losses_BT": losses_BT.detach()}
+
+
+def _packed_seq_params(batch: Batch) -> PackedSeqParams | None:
+    if batch.document_edges is None:
+        return None
+    edges, longest = batch.document_edges, batch.longest_document
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=longest, max_seqlen_kv=longest)

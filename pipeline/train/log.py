@@ -4,6 +4,7 @@ from tqdm import tqdm
 
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.state import TrainState
+from retemper.pipeline.data.reader import TrainingBatches
 from retemper.pipeline.evals.hook import format_scores
 from retemper.pipeline.schema import Config
 from retemper.pipeline.track import Tracker
@@ -11,10 +12,10 @@ from retemper.pipeline.train.step import StepResult
 
 
 class Log:
-    """Follows `state`, which the loop moves on; does nothing unless enabled."""
+    """Follows `state` and `batches`, which the loop moves on; does nothing unless enabled."""
 
-    def __init__(self, config: Config, state: TrainState, counts: tuple[int, int], *, enabled: bool):
-        self.config, self.state, self.enabled = config, state, enabled
+    def __init__(self, config: Config, state: TrainState, batches: TrainingBatches, counts: tuple[int, int], *, enabled: bool):
+        self.config, self.state, self.batches, self.enabled = config, state, batches, enabled
         if not enabled:
             return
         run_folder.claim(config, state.step)
@@ -26,7 +27,7 @@ class Log:
         )
         # disable=None: a bar on a terminal only.
         self.bar = tqdm(total=config.steps, initial=state.step, desc=label, unit="step", dynamic_ncols=True, disable=None)
-        self.mark = state.step, state.seconds
+        self.mark = state.step, state.seconds, batches.seconds_waited
 
     def step(self, result: StepResult) -> None:
         """Count one step, and report it where a report is due."""
@@ -35,8 +36,9 @@ class Log:
         self.bar.update()
         if self.state.step % self.config.train.log_every_steps and self.state.step != self.config.steps:
             return
-        steps, seconds = self.state.step - self.mark[0], self.state.seconds - self.mark[1]
-        self.mark = self.state.step, self.state.seconds
+        now = self.state.step, self.state.seconds, self.batches.seconds_waited
+        steps, seconds, waited = (after - before for after, before in zip(now, self.mark, strict=True))
+        self.mark = now
         record = {
             "step": self.state.step,
             "tokens": self.state.consumed_samples * self.config.data.seq_length,
@@ -44,8 +46,10 @@ class Log:
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens_per_second": steps * self.config.tokens_per_step / seconds,
+            "data_wait_fraction": waited / seconds,
         }
-        run_folder.append_metrics(self.config.run_dir, record)
+        record |= {f"epochs/{name}": epochs for name, epochs in self.batches.streams.epochs(self.state.samples_of_data).items()}
+        run_folder.append_line(self.config.run_dir / run_folder.METRICS, record)
         self.tracker.log(record)
         self.bar.write(
             f"step {record['step']:>6}  loss {record['loss']:.4f}  grad_norm {record['grad_norm']:.3f}  "

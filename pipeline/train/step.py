@@ -26,7 +26,7 @@ def train_step(config: Config, model, optimizer, schedule, batches: list[Batch])
     """
     model.zero_grad_buffer()
     optimizer.zero_grad()
-    outputs = run_schedule(config, model, batches, forward_only=False)
+    outputs = run_schedule(model, batches, forward_only=False)
     nats, tokens = from_last_stage([float(sum(output[key] for output in outputs)) for key in ("loss", "tokens")])
     _check_finite(config, "loss", nats)
     lr = optimizer.param_groups[0]["lr"]

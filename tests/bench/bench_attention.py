@@ -34,7 +34,8 @@ def main(overrides: list[str]) -> None:
         optimizer = build_optimizer(config, model)
         runs[name] = (model, optimizer, build_schedule(config, optimizer))
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (config.train.micro_batch_size, config.data.seq_length))
-    batches = [make_batch(tokens, place.device)] * (config.train.global_batch_size // config.train.micro_batch_size)
+    samples = [{"tokens": row, "lengths": np.array([len(row)])} for row in tokens]
+    batches = [make_batch(samples, place.device, mask_documents=False)] * (config.train.global_batch_size // config.train.micro_batch_size)
 
     def seconds(name: str) -> float:
         started = time.process_time()

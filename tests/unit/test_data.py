@@ -9,8 +9,8 @@ import pytest
 from conftest import SEQ_LENGTH, VOCAB_SIZE, data_config, overrides
 
 from retemper.pipeline.config import load_config
-from retemper.pipeline.data.corpus import TokenShards, check_corpora
-from retemper.pipeline.data.order import sample_ids
+from retemper.pipeline.data.corpus import check_corpora
+from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.errors import UserError
 from retemper.tokenize.job import tokenize
 from retemper.tokenize.sources import read_documents
@@ -125,19 +125,3 @@ def test_a_corpus_that_does_not_fit_the_run_is_refused(workspace):
         config = load_config(overrides(workspace, "x", change, "train.tokens=1B"))
         with pytest.raises(UserError, match=said):
             check_corpora(config)
-
-
-@pytest.mark.parametrize("num_samples", [1, 7, 100])
-def test_every_epoch_holds_every_sample_once(num_samples):
-    ids = sample_ids(3, num_samples, 0, 4 * num_samples).reshape(4, num_samples)
-    assert (np.sort(ids, axis=1) == np.arange(num_samples)).all()
-    if num_samples == 100:
-        assert not (ids[0] == ids[1]).all() and not (ids[0] == np.arange(100)).all()
-
-
-def test_the_order_does_not_depend_on_how_it_is_cut():
-    whole = sample_ids(3, 50, 0, 240)
-    for size in (1, 6, 48, 80):
-        parts = [sample_ids(3, 50, start, min(size, 240 - start)) for start in range(0, 240, size)]
-        assert (np.concatenate(parts) == whole).all()
-    assert not (sample_ids(4, 50, 0, 240) == whole).all()

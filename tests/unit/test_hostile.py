@@ -11,7 +11,7 @@ import pytest
 from conftest import data_config
 from hostile import write_hostile_corpus
 
-from retemper.pipeline.data.corpus import TokenShards
+from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.errors import UserError
 from retemper.tokenize.job import tokenize
 from retemper.tokenize.tokenizer import Tokenizer

@@ -23,8 +23,9 @@ def record(workspace, tmp_path, name, method, end):
     for step, (code, math) in ((0, (3.0, 2.0)), (10, end)):
         scores = {"code": {"bits_per_byte": code}, "math": {"bits_per_byte": math}}
         run_folder.replace_file(run_folder.scores_path(config.run_dir, step), json.dumps(scores))
-    run_folder.append_metrics(
-        config.run_dir, {"step": 10, "tokens": 5120, "loss": 2.5, "grad_norm": 1.0, "lr": 0.0, "tokens_per_second": 1234.0}
+    run_folder.append_line(
+        config.run_dir / run_folder.METRICS,
+        {"step": 10, "tokens": 5120, "loss": 2.5, "grad_norm": 1.0, "lr": 0.0, "tokens_per_second": 1234.0},
     )
     return config
 

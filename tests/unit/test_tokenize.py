@@ -15,7 +15,7 @@ import zstandard
 from conftest import SEQ_LENGTH, data_config
 
 from retemper.pipeline.config import load_data_config
-from retemper.pipeline.data.corpus import TokenShards
+from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.errors import UserError
 from retemper.tokenize import listing, plan
 from retemper.tokenize.job import tokenize
@@ -300,44 +300,24 @@ def test_decontamination_drops_reworded_problems_and_nothing_else(shared_data, t
     assert found["humaneval"]["problems"] == 164 and found["gsm8k"]["problems"] == 1319
 
 
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
-    """The name of an empty bucket on a real S3 endpoint on loopback."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'retemper[s3]'")
-    server = pytest.importorskip("moto.server", reason="moto's server is not installed")
-    import boto3
-
-    endpoint = server.ThreadedMotoServer(port=0, verbose=False)
-    endpoint.start()
-    host, port = endpoint.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="corpora")
-        yield "corpora"
-    endpoint.stop()
-
-
-def test_documents_and_shards_may_lie_in_s3(workspace, documents, tmp_path, bucket, small_parts, monkeypatch):
+def test_documents_and_shards_may_lie_in_s3(workspace, documents, tmp_path, store, small_parts, monkeypatch):
     import boto3
 
     monkeypatch.chdir(tmp_path)
     client = boto3.client("s3")
     for path in documents.iterdir():
-        client.upload_file(str(path), bucket, f"docs/{path.name}")
+        client.upload_file(str(path), "corpora", f"docs/{path.name}")
     local = tokenize(rows_config(workspace, documents, tmp_path / "local"), progress=False)
-    corpus = rows_config(workspace, documents, tmp_path / "unused").model_copy(update={"path": f"s3://{bucket}/shards"})
-    remote = corpus.model_copy(update={"source": corpus.source.model_copy(update={"path": f"s3://{bucket}/docs"})})
+    corpus = rows_config(workspace, documents, tmp_path / "unused").model_copy(update={"path": "s3://corpora/shards"})
+    remote = corpus.model_copy(update={"source": corpus.source.model_copy(update={"path": "s3://corpora/docs"})})
     manifest = tokenize(remote, progress=False)
     assert manifest["fingerprint"] == local["fingerprint"] and manifest["splits"] == local["splits"]
     assert not list(tmp_path.glob("*.partial"))
-    shards = [item["Key"].removeprefix("shards/") for item in client.list_objects_v2(Bucket=bucket, Prefix="shards/train")["Contents"]]
+    shards = [item["Key"].removeprefix("shards/") for item in client.list_objects_v2(Bucket="corpora", Prefix="shards/train")["Contents"]]
     assert sorted(shards) == sorted(str(path.relative_to(tmp_path / "local")) for path in (tmp_path / "local" / "train").rglob("*.*"))
     assert tokenize(remote, progress=False) == manifest  # finished: nothing is read again
-    one_file = corpus.source.model_copy(update={"path": f"s3://{bucket}/docs/d.parquet"})
+    one_file = corpus.source.model_copy(update={"path": "s3://corpora/docs/d.parquet"})
     assert [document.text for document in read_documents(one_file)] == pq.read_table(documents / "d.parquet")["text"].to_pylist()
-    client.delete_object(Bucket=bucket, Key="shards/train/00000/shard.00000.mds.zstd")
+    client.delete_object(Bucket="corpora", Key="shards/train/00000/shard.00000.mds.zstd")
     assert tokenize(remote, progress=False) == manifest  # made again
-    assert client.head_object(Bucket=bucket, Key="shards/train/00000/shard.00000.mds.zstd")["ContentLength"] > 0
+    assert client.head_object(Bucket="corpora", Key="shards/train/00000/shard.00000.mds.zstd")["ContentLength"] > 0

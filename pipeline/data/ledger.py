@@ -1,0 +1,113 @@
+"""What every step really read, one file a rank; and the proof from it that no sample was skipped or repeated."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from retemper.pipeline import run_folder
+from retemper.pipeline.data.reader import StepData, Streams
+from retemper.pipeline.distributed.topology import Topology
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import Config
+
+_SHOWN_PROBLEMS = 10
+
+
+class Ledger:
+    """Notes the samples of each step of this rank, with data.ledger; those left out for a bad shard always."""
+
+    def __init__(self, config: Config, topology: Topology):
+        self.config, self.topology = config, topology
+        self._first_of_model = topology.is_first_stage and topology.tensor_parallel_rank == 0
+        self._reads = topology.is_first_stage or topology.is_last_stage
+
+    def record(self, step: int, data: StepData) -> None:
+        """Note what the step numbered `step`, counted from 1, was made of."""
+        folder, place = self.config.run_dir, self.topology
+        if self.config.data.ledger and self._reads:
+            peers = {"data_parallel_rank": place.data_parallel_rank, "data_parallel_size": place.data_parallel_size}
+            line = {"step": step, **peers, "ids": data.ids.tolist()}
+            run_folder.append_line(folder / run_folder.LEDGER / f"rank-{place.rank:05d}.jsonl", line)
+        if self._first_of_model and data.skipped.any():
+            run_folder.append_line(folder / run_folder.SKIPPED, {"step": step, "ids": data.ids[data.skipped].tolist()})
+
+
+def verify(config: Config, began_at: int) -> str:
+    """Check a run's ledger: every step from 1 on, ranks of one model alike, no sample twice or missing, the order as it must be.
+
+    began_at: samples consumed before the data of `config` came in; of steps before that only the ranks are compared.
+    Returns what was found, for the terminal. Raises UserError with the first problems.
+    """
+    steps = _steps(config.run_dir)
+    if not steps:
+        raise UserError(f"{config.run_dir / run_folder.LEDGER} is empty: train with data.ledger=true from the start, then verify")
+    streams, batch_size = Streams(config), config.train.global_batch_size
+    problems, counted = [], [np.zeros(0, np.int64)]
+    for step in range(1, max(steps) + 1):
+        ids, problem = _global_batch(steps.get(step, {}))
+        consumed = (step - 1) * batch_size - began_at
+        if not problem and consumed >= 0:
+            counted.append(ids)
+            problem = _difference(ids, streams.order.batch(consumed, batch_size))
+        if problem:
+            problems.append(f"step {step}: {problem}")
+    counts = np.bincount(np.concatenate(counted), minlength=sum(len(shards) for shards in streams.shards.values()))
+    lines, first = [], 0
+    for name, epoch in streams.epochs(max(steps) * batch_size - began_at).items():
+        size = len(streams.shards[name])
+        times = counts[first : first + size]
+        first += size
+        if times.min() < int(epoch) or times.max() > np.ceil(epoch):
+            problems.append(f"{name}: after {epoch:.2f} epochs some sample was read {times.min()} times, another {times.max()} times")
+        lines.append(f"{name}: {int(times.sum()):,} samples read, {epoch:.3f} epochs, each of {size:,} {_range(times)}")
+    if problems:
+        more = [f"  and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
+        shown = [f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
+        raise UserError("\n".join([f"{config.run_dir}: the ledger is not what it must be:", *shown, *more]))
+    return "\n".join([f"{max(steps):,} steps of {batch_size} samples: nothing skipped, nothing repeated, the order as configured", *lines])
+
+
+def _range(times: np.ndarray) -> str:
+    low, high = int(times.min()), int(times.max())
+    return f"{low} times" if low == high else f"{low} or {high} times"
+
+
+def _steps(run_dir: Path) -> dict[int, dict[tuple[int, int], list[list[int]]]]:
+    """step -> (data-parallel rank, size) -> ids, once for each rank that noted them."""
+    steps: dict = defaultdict(lambda: defaultdict(list))
+    for entry in _entries(run_dir):
+        steps[entry["step"]][entry["data_parallel_rank"], entry["data_parallel_size"]].append(entry["ids"])
+    return steps
+
+
+def _entries(run_dir: Path) -> Iterator[dict]:
+    for path in sorted((run_dir / run_folder.LEDGER).glob("rank-*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                raise UserError(f"{path} has a damaged line: the ledger proves nothing") from None
+
+
+def _global_batch(parts: dict[tuple[int, int], list[list[int]]]) -> tuple[np.ndarray, str | None]:
+    """(the ids of a step, rank after rank; what is wrong with them)."""
+    sizes = {size for _, size in parts}
+    ranks = sorted(rank for rank, _ in parts)
+    if len(sizes) != 1 or ranks != list(range(*sizes)):
+        return np.zeros(0, np.int64), f"data-parallel ranks {ranks} noted it, of {sorted(sizes) or 'none'}"
+    for (rank, _), noted in sorted(parts.items()):
+        if any(ids != noted[0] for ids in noted):
+            return np.zeros(0, np.int64), f"the ranks of one model read different samples at data-parallel rank {rank}"
+    return np.concatenate([np.array(noted[0], np.int64) for _, noted in sorted(parts.items())]), None
+
+
+def _difference(ids: np.ndarray, expected: np.ndarray) -> str | None:
+    if np.array_equal(ids, expected):
+        return None
+    missing, extra = np.setdiff1d(expected, ids), np.setdiff1d(ids, expected)
+    if len(missing) or len(extra):
+        return f"{len(missing)} samples are missing (as {missing[:3].tolist()}), {len(extra)} do not belong there (as {extra[:3].tolist()})"
+    return "the right samples at other ranks than the order says"

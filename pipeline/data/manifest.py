@@ -1,0 +1,52 @@
+"""The manifest of a token corpus: what `retemper tokenize` writes last, and everything reads first. Local or remote."""
+
+import hashlib
+import json
+
+from retemper.pipeline.data import store
+from retemper.pipeline.errors import UserError
+
+MANIFEST = "manifest.json"
+# What training reads beside the manifest and the shards; the manifest holds their hashes.
+READ_BY_TRAINING = ("train/index.json", "heldout/index.json", "token_bytes.npy")
+
+
+def seal(manifest: dict) -> str:
+    """The text of manifest.json: a hash over all else comes last."""
+    return json.dumps(manifest | {"sha256": _hash_of(manifest)}, indent=2)
+
+
+def find_manifest(path: str) -> dict | None:
+    """The manifest of the corpus at `path`; None where nothing of that name is there, or something else.
+
+    Raises UserError where it is damaged.
+    """
+    try:
+        manifest = json.loads(store.read(f"{path}/{MANIFEST}"))
+    except (store.Missing, ValueError):
+        return None
+    if not isinstance(manifest, dict) or not {"made_from", "fingerprint", "splits"} <= manifest.keys():
+        return None
+    if manifest.pop("sha256", None) != _hash_of(manifest):
+        raise UserError(f"{path}/{MANIFEST} is damaged, or of another version of retemper: remove {path} and tokenize again")
+    return manifest
+
+
+def read_manifest(path: str) -> dict:
+    """The manifest of the corpus at `path`. Raises UserError where there is none or it is damaged."""
+    if manifest := find_manifest(path):
+        return manifest
+    raise UserError(f"{path} holds no token corpus (it has no {MANIFEST} of one): make it with `retemper tokenize`")
+
+
+def read_listed(path: str, manifest: dict, name: str) -> bytes:
+    """A file beside the manifest, one of READ_BY_TRAINING. Raises UserError where it is not the one that was written."""
+    for _attempt in range(2):
+        content = store.read(f"{path}/{name}")
+        if hashlib.sha256(content).hexdigest() == manifest["files"][name]:
+            return content
+    raise UserError(f"{path}/{name} is damaged: run the `retemper tokenize` command that made {path} again")
+
+
+def _hash_of(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,164 @@
+"""The batches of one rank, read ahead of training."""
+
+import shutil
+import sys
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from retemper.pipeline.data.batch import Batch, make_batch
+from retemper.pipeline.data.corpus import cache_folder, samples_per_window, stream_paths
+from retemper.pipeline.data.order import LANES, Order, Stream
+from retemper.pipeline.data.shards import BadShard, TokenShards
+from retemper.pipeline.distributed.seeds import derive_seed
+from retemper.pipeline.distributed.topology import Topology, anywhere_in_model
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import Config
+
+_STEPS_AHEAD = 4  # read while a step computes, so that the next shards are there before they are needed
+_OPENED_AT_ONCE = 8  # shards of a step that are fetched and hashed together
+
+
+class Streams:
+    """The training streams of a run, opened, and the order in which their samples come."""
+
+    def __init__(self, config: Config):
+        self.shards = {name: TokenShards(path, "train", cache_folder(config, name)) for name, path in stream_paths(config).items()}
+        shares = samples_per_window(config)
+        self.order = Order(
+            tuple(
+                Stream(derive_seed(config.train.seed, "stream", name), shards.shard_sizes, shares[name])
+                for name, shards in self.shards.items()
+            )
+        )
+        self._ends = np.cumsum([len(shards) for shards in self.shards.values()])
+
+    def locate(self, id: int) -> tuple[str, int]:
+        """(stream, sample of it) that an id of the order stands for."""
+        number = int(np.searchsorted(self._ends, id, side="right"))
+        name = list(self.shards)[number]
+        return name, int(id - self._ends[number] + len(self.shards[name]))
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each stream has been read after `samples` of the order."""
+        return dict(zip(self.shards, self.order.epochs(samples), strict=True))
+
+
+@dataclass(frozen=True)
+class StepData:
+    """This rank's part of one global batch: ids of its samples, and the micro-batches that hold them in that order."""
+
+    ids: np.ndarray
+    skipped: np.ndarray  # bool, which of them are left out of the loss because their shard is bad
+    micro_batches: list[Batch]
+
+
+class TrainingBatches:
+    """Iterates over the steps of one rank from a number of consumed samples on; a context manager, which ends the reading."""
+
+    def __init__(self, config: Config, topology: Topology, consumed_samples: int):
+        self.config, self.topology, self.consumed_samples = config, topology, consumed_samples
+        self.seconds_waited = 0.0
+        self._reads = config.data.mask_documents or topology.is_first_stage or topology.is_last_stage
+        self.streams = Streams(config)
+        _check_disk(config, topology, self.streams)
+        self._readers = ThreadPoolExecutor(_STEPS_AHEAD, "step-reader")
+        self._openers = ThreadPoolExecutor(_OPENED_AT_ONCE, "shard-opener")
+        self._ahead: deque[Future[StepData]] = deque()
+        for _ in range(_STEPS_AHEAD):
+            self._read_ahead()
+
+    def __enter__(self) -> "TrainingBatches":
+        return self
+
+    def __exit__(self, *_error) -> None:
+        for executor in (self._readers, self._openers):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def __iter__(self) -> "TrainingBatches":
+        return self
+
+    def __next__(self) -> StepData:
+        """The next step's data. Raises BadShard where a shard is bad at its source, UserError where a store gives none."""
+        started = time.perf_counter()
+        data = self._ahead.popleft().result()
+        self._read_ahead()
+        if self.config.data.bad_shards == "skip":
+            data = self._agree(data)
+        self.seconds_waited += time.perf_counter() - started
+        return data
+
+    def _read_ahead(self) -> None:
+        self._ahead.append(self._readers.submit(self._read, self.consumed_samples))
+        self.consumed_samples += self.config.train.global_batch_size
+
+    def _read(self, consumed_samples: int) -> StepData:
+        ids = self.streams.order.batch(consumed_samples, self.config.train.global_batch_size)
+        mine = np.split(ids, self.topology.data_parallel_size)[self.topology.data_parallel_rank]
+        return self._step_data(mine, np.zeros(len(mine), bool))
+
+    def _step_data(self, ids: np.ndarray, skipped: np.ndarray) -> StepData:
+        micro_batch_size, seq_length = self.config.train.micro_batch_size, self.config.data.seq_length
+        parts = range(0, len(ids), micro_batch_size)
+        mask_documents = self.config.data.mask_documents
+        if not self._reads:
+            return StepData(ids, skipped, [Batch((micro_batch_size, seq_length)) for _ in parts])
+        samples, skipped = self._samples(ids, skipped)
+        batches = [
+            make_batch(samples[part : part + micro_batch_size], self.topology.device, mask_documents=mask_documents) for part in parts
+        ]
+        return StepData(ids, skipped, batches)
+
+    def _samples(self, ids: np.ndarray, skipped: np.ndarray) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+        places = [self.streams.locate(int(id)) for id in ids]
+        wanted = {(name, self.streams.shards[name].shard_of(sample)) for name, sample in places}
+        bad = set(self._openers.map(self._bad_shard, sorted(wanted)))
+        skipped = skipped | [(name, self.streams.shards[name].shard_of(sample)) in bad for name, sample in places]
+        return [
+            _left_out(self.config.data.seq_length) if skip else self.streams.shards[name].sample(sample)
+            for (name, sample), skip in zip(places, skipped, strict=True)
+        ], skipped
+
+    def _bad_shard(self, place: tuple[str, int]) -> tuple[str, int] | None:
+        """Open a shard; returns its place where it is bad and may be skipped."""
+        name, number = place
+        shards = self.streams.shards[name]
+        known = number in shards.bad
+        try:
+            shards.open(number)
+        except BadShard as error:
+            if self.config.data.bad_shards == "stop":
+                raise
+            if not known:
+                print(f"rank {self.topology.rank} skips a shard: {error}", file=sys.stderr, flush=True)
+            return place
+        return None
+
+    def _agree(self, data: StepData) -> StepData:
+        """Leave out what any rank of the model could not read: its ranks must see the same samples."""
+        skipped = anywhere_in_model(data.skipped)
+        return data if (skipped == data.skipped).all() else self._step_data(data.ids, skipped)
+
+
+def _left_out(seq_length: int) -> dict[str, np.ndarray]:
+    """A sample that is all prompt: nothing of it counts."""
+    return {"tokens": np.zeros(seq_length, np.int64)} | dict.fromkeys(("lengths", "prompt_lengths"), np.array([seq_length]))
+
+
+def _check_disk(config: Config, topology: Topology, streams: Streams) -> None:
+    """Refuse a cache that cannot hold what this node reads: the shards of its data-parallel ranks' lanes."""
+    ranks_here = min(topology.data_parallel_size, topology.local_world_size)
+    part = min(1.0, ranks_here / topology.data_parallel_size + 1 / LANES)
+    for name, shards in streams.shards.items():
+        needed, folder = int(part * shards.bytes_to_fetch), cache_folder(config, name)
+        if not needed:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        if needed > (free := shutil.disk_usage(folder).free):
+            raise UserError(
+                f"{folder} has {free >> 30} GiB free, but this node will keep {needed >> 30} GiB of {name}'s shards there: "
+                "set data.cache_dir to a larger disk of each node"
+            )

@@ -1,0 +1,61 @@
+"""The samples of a step as text: where each document comes from, and which tokens count in the loss."""
+
+import itertools
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from retemper.pipeline.data import store
+from retemper.pipeline.data.batch import labels_T
+from retemper.pipeline.data.reader import Streams
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import Config
+
+_FILE_SHIFT = np.uint64(40)  # of a document's number: the source file above, the position in it below (tokenize/shards.py)
+
+
+def show_step(config: Config, began_at: int, step: int, samples: int, *, colours: bool) -> Iterator[str]:
+    """Lines for the terminal: the first `samples` samples of the step numbered `step`, counted from 1.
+
+    What has no loss is dim, or without colours in ⟦ ⟧. began_at: samples consumed before the data of `config` came in.
+    """
+    consumed = (step - 1) * config.train.global_batch_size - began_at
+    if step < 1 or consumed < 0:
+        raise UserError(f"step={step}: this data is read from step {began_at // config.train.global_batch_size + 1} on")
+    from retemper.tokenize.tokenizer import Tokenizer
+
+    streams, tokenizer = Streams(config), Tokenizer(config.data.tokenizer)
+    sources = {name: _sources(shards.path) for name, shards in streams.shards.items()}
+    for id in streams.order.batch(consumed, config.train.global_batch_size)[:samples]:
+        name, number = streams.locate(int(id))
+        shards = streams.shards[name]
+        sample = shards.sample(number)
+        counted_T = labels_T(sample, mask_documents=config.data.mask_documents)
+        padding = len(counted_T) - int(sample["lengths"].sum())
+        yield (
+            f"── step {step} · sample {id} · {name} {number}, shard {shards.shard_of(number)} · {int(counted_T.sum())} of {len(counted_T)} tokens with loss"
+            + (f", {padding} padding" if padding else "")
+        )
+        for document, tokens_T, counts_T in _pieces(sample, counted_T):
+            yield f"▸ document {document:#018x}, {sources[name](document)}, {len(tokens_T)} tokens"
+            yield "".join(_marked(tokenizer, tokens_T, counts_T, colours=colours))
+
+
+def _sources(path: str):
+    """document -> file:position, from the corpus's list of sources."""
+    files = [json.loads(line)["path"] for line in store.read(f"{path}/sources.jsonl").splitlines()]
+    return lambda document: f"{files[int(document >> _FILE_SHIFT)]}:{int(document & ((np.uint64(1) << _FILE_SHIFT) - np.uint64(1)))}"
+
+
+def _pieces(sample: dict[str, np.ndarray], counted_T: np.ndarray) -> Iterator[tuple[np.uint64, np.ndarray, np.ndarray]]:
+    ends = np.cumsum(sample["lengths"], dtype=np.int64)
+    for document, start, end in zip(sample["documents"], ends - sample["lengths"], ends, strict=True):
+        yield document, sample["tokens"][start:end], counted_T[start:end]
+
+
+def _marked(tokenizer, tokens_T: np.ndarray, counts_T: np.ndarray, *, colours: bool) -> Iterator[str]:
+    before, after = ("\x1b[2m", "\x1b[0m") if colours else ("⟦", "⟧")
+    for counts, run in itertools.groupby(zip(tokens_T.tolist(), counts_T.tolist(), strict=True), key=lambda pair: pair[1]):
+        text = tokenizer.backend.decode([token for token, _ in run], skip_special_tokens=False)
+        yield text if counts else f"{before}{text}{after}"

@@ -1,0 +1,190 @@
+"""Shards from a disk and from a store, whole, damaged, slow and gone: right samples, or an error that names the file."""
+
+import hashlib
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import data_config
+
+from retemper.pipeline.data import store as stores
+from retemper.pipeline.data.manifest import find_manifest, seal
+from retemper.pipeline.data.shards import BadShard, TokenShards
+from retemper.pipeline.errors import UserError
+from retemper.tokenize import plan
+from retemper.tokenize.job import tokenize
+
+REMOTE = "s3://corpora/faults"
+
+
+@pytest.fixture(scope="module")
+def client(store):
+    import boto3
+
+    return boto3.client("s3")
+
+
+@pytest.fixture(scope="module")
+def corpus(workspace, tmp_path_factory, client) -> Path:
+    """A corpus of many small shards, compressed; a copy of it lies in the store at REMOTE."""
+    import email
+
+    folder = tmp_path_factory.mktemp("faults") / "corpus"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_BUCKET_BYTES", 25_000)
+        source = {"kind": "text", "path": str(Path(email.__file__).parent), "glob": "**/*.py"}
+        tokenize(data_config(workspace, "faults", path=str(folder), source=source, compression="zstd", tasks=1), progress=False)
+    for name, content in files(folder).items():
+        client.put_object(Bucket="corpora", Key=f"faults/{name}", Body=content)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def content(path: str | Path, cache: Path | None = None) -> str:
+    """A hash of all samples of the training split."""
+    shards = TokenShards(path, "train", cache)
+    return hashlib.sha256(shards.tokens(np.arange(len(shards))).tobytes()).hexdigest()
+
+
+def damage(content: bytes, kind: str, rng: random.Random) -> bytes | None:
+    if kind == "deleted":
+        return None
+    place = rng.randrange(len(content))
+    return (
+        content[:place] if kind == "cut off" else content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
+    )
+
+
+def test_a_store_gives_what_the_disk_gives_and_the_cache_spares_it(corpus, tmp_path, store):
+    assert content(REMOTE, tmp_path) == content(corpus, tmp_path / "unpacked") == content(corpus)
+    assert not list(corpus.rglob("*.mds")), "a corpus is not written to"
+    store.set("counted", of="shard")
+    assert content(REMOTE, tmp_path) == content(corpus) and not store.asked
+    store.set(None)
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_damages_none_of_them_silent(corpus, tmp_path, client, count):
+    """Whatever is flipped, cut off or deleted, in the store or in the cache: the right samples, or an error within a minute."""
+    rng, whole, right, outcomes = random.Random(5), files(corpus), content(corpus), {}
+    shards = [name for name in whole if name.startswith("train/") and ".mds" in name]
+    assert len(shards) >= 8
+    cache = tmp_path / "cache"
+    for _number in range(count):
+        kind = rng.choice(["flipped", "cut off", "deleted"])
+        place = rng.choice(["store", "cached", "index"])
+        content(REMOTE, cache)  # what is missing or was damaged before is there again
+        shard = rng.choice(shards)
+        name = "train/index.json" if place == "index" else shard
+        if place == "cached":
+            victim = cache / shard.removesuffix(".zstd")
+            damaged = damage(victim.read_bytes(), kind, rng)
+            victim.unlink()
+            if damaged is not None:
+                victim.write_bytes(damaged)
+        else:
+            (cache / shard.removesuffix(".zstd")).unlink()
+            damaged = damage(whole[name], kind, rng)
+            client.delete_object(Bucket="corpora", Key=f"faults/{name}")
+            if damaged is not None:
+                client.put_object(Bucket="corpora", Key=f"faults/{name}", Body=damaged)
+        started = time.monotonic()
+        try:
+            outcome = "right" if content(REMOTE, cache) == right else "SILENT"
+        except UserError as error:
+            outcome = "refused"
+            assert name in str(error), error
+        assert time.monotonic() - started < 60
+        client.put_object(Bucket="corpora", Key=f"faults/{name}", Body=whole[name])
+        outcomes.setdefault(place, []).append(outcome)
+    print("\n", {place: {outcome: found.count(outcome) for outcome in set(found)} for place, found in outcomes.items()})
+    assert set(outcomes["cached"]) == {"right"}
+    assert set(outcomes["store"]) == set(outcomes["index"]) == {"refused"}
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut off", "deleted"])
+def test_a_damaged_shard_on_a_disk_is_named_and_never_removed(corpus, workspace, tmp_path, kind):
+    local = copy_of(workspace / "data" / "code", tmp_path / "local")
+    victim = next((local / "train").rglob("*.mds"))
+    damaged = damage(victim.read_bytes(), kind, random.Random(1))
+    victim.unlink()
+    if damaged is not None:
+        victim.write_bytes(damaged)
+    with pytest.raises(BadShard, match=f"{victim} is missing or damaged"):
+        content(local, tmp_path / "cache")
+    assert victim.exists() == (kind != "deleted")
+
+
+def test_a_store_that_recovers_is_waited_for(corpus, tmp_path, store):
+    right = content(corpus)
+    for number, (fault, times) in enumerate([("fails", 2), ("breaks off", 1), ("slow", 3)]):
+        store.set(fault, of="shard.", times=times)
+        started = time.monotonic()
+        assert content(REMOTE, tmp_path / str(number)) == right
+        assert time.monotonic() - started > (1 if fault != "slow" else 0.2) and store.asked >= times
+    store.set(None)
+
+
+@pytest.mark.parametrize("fault", ["fails", "breaks off"])
+def test_a_store_that_does_not_recover_ends_the_run(corpus, tmp_path, store, monkeypatch, fault):
+    monkeypatch.setattr(stores, "_PATIENCE_SECONDS", 2)
+    store.set(fault, of="shard.")
+    with pytest.raises(UserError, match=r"shard\.00000\.mds\.zstd could not be read for \d s .*goes on from the last checkpoint"):
+        content(REMOTE, tmp_path)
+    store.set(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["fails", "hangs", "breaks off"])
+def test_the_end_comes_within_a_minute(corpus, tmp_path, store, fault):
+    store.set(fault, of="shard.")
+    started = time.monotonic()
+    with pytest.raises(UserError, match="could not be read"):
+        content(REMOTE, tmp_path)
+    seconds = time.monotonic() - started
+    store.set(None)
+    print(f"\n{fault}: {seconds:.0f} s")
+    assert 15 < seconds < 60
+
+
+def copy_of(corpus: Path, folder: Path) -> Path:
+    for name, whole in files(corpus).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(whole)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        *(
+            ({"raw_data": {"basename": name, "bytes": 1, "hashes": {"sha256": ""}}}, "it names the shard")
+            for name in ("../../escape.mds", "/etc/passwd", "00000/../../x.mds", "a\\b.mds", "00000/shard.00000.mds/../x")
+        ),
+        ({"column_encodings": ["bytes", "pkl", "bytes"]}, "unsafe type"),
+        ({"samples": None}, "do not trust it"),
+    ],
+)
+def test_an_index_that_would_do_harm_is_refused_though_its_hash_is_right(corpus, tmp_path, change, said):
+    forged = copy_of(corpus, tmp_path / "forged")
+    index = json.loads((forged / "train" / "index.json").read_text())
+    index["shards"][0] |= change
+    (forged / "train" / "index.json").write_text(json.dumps(index))
+    manifest = find_manifest(str(forged))
+    manifest["files"]["train/index.json"] = hashlib.sha256((forged / "train" / "index.json").read_bytes()).hexdigest()
+    (forged / "manifest.json").write_text(seal(manifest))
+    with pytest.raises(UserError, match=f"not written by `retemper tokenize`, do not trust it: .*{said}" if "trust" not in said else said):
+        TokenShards(forged, "train")
+
+
+def test_a_damaged_manifest_is_refused(corpus, tmp_path):
+    path = copy_of(corpus, tmp_path / "copied") / "manifest.json"
+    path.write_text(path.read_text().replace('"vocab_size": 300', '"vocab_size": 301'))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        TokenShards(path.parent, "train")
