@@ -90,6 +90,8 @@ def _data(arguments) -> int:
             raise UserError(f"{text}: {key} is a whole number")
         else:
             options[key] = int(value)
+    if arguments.action == "show" and options["step"] is None:
+        raise UserError("name the step to show, counted from 1: step=12")
     config = load_config(overrides)
     check_corpora(config)
     began_at = newest_state(config.run_dir).data_began_at
@@ -98,8 +100,6 @@ def _data(arguments) -> int:
 
         print(verify(config, began_at))
         return 0
-    if options["step"] is None:
-        raise UserError("name the step to show, counted from 1: step=12")
     from retemper.pipeline.data.show import show_step
 
     for line in show_step(config, began_at, **options, colours=sys.stdout.isatty()):

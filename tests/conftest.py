@@ -93,9 +93,9 @@ def run_command(arguments: list[str], cwd: Path = ROOT, timeout: int = 300, **op
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, **options)
 
 
-def launch(world_size: int, cases: list[dict], timeout: int = 420) -> None:
-    """Run training cases one after another on the same real ranks under torchrun (tests/multiproc/cases.py)."""
-    script = Path(__file__).parent / "multiproc" / "cases.py"
+def launch(world_size: int, cases: list[dict], script: str = "cases.py", timeout: int = 900) -> None:
+    """Run cases one after another on the same real ranks under torchrun: tests/multiproc/cases.py trains them."""
+    script = Path(__file__).parent / "multiproc" / script
     command = [
         sys.executable,
         "-m",
@@ -122,6 +122,28 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here; set RETEMPER_SHARED_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(workspace) -> Path:
+    """The folder of a corpus of instruction pairs, several whole ones a sample, with padding: real functions, asked for by name."""
+    import ast
+    import email
+
+    from retemper.tokenize.job import tokenize
+
+    rows = []
+    for path in sorted(Path(email.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is None:
+                rows.append({"ask": node.name, "answer": ast.unparse(node.body)[:60]})
+    folder = workspace / "pairs"
+    folder.mkdir()
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "rows", "path": str(folder), "text_key": "answer", "prompt": "Write {ask}:\n"}
+    corpus = data_config(workspace, "pairs", source=source, packing="best_fit")
+    tokenize(corpus, progress=False)
+    return Path(corpus.path)
 
 
 @pytest.fixture(scope="session")

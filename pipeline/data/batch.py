@@ -28,38 +28,33 @@ def make_batch(samples: list[dict[str, np.ndarray]], device: torch.device, *, ma
 
     With mask_documents a document sees itself alone: its first token is no label, and its positions begin at 0.
     """
-    tokens_BT = np.stack([sample["tokens"] for sample in samples]).astype(np.int64)
-    counts_BT = np.stack([labels_T(sample, mask_documents=mask_documents) for sample in samples])
-    lengths = [_with_padding(sample) for sample in samples]
-    if mask_documents:
-        tokens_BT, counts_BT = tokens_BT.reshape(1, -1), counts_BT.reshape(1, -1)
-    else:
-        lengths = [np.array([tokens_BT.shape[1]])] * len(samples)
-    positions_BT = np.concatenate([np.arange(length) for sample in lengths for length in sample]).reshape(tokens_BT.shape)
-    tokens_BT = torch.from_numpy(tokens_BT).to(device)
-    edges = np.concatenate([[0], *lengths]).cumsum().astype(np.int32)
-    return Batch(
-        tuple(tokens_BT.shape),
-        tokens_BT,
-        tokens_BT.roll(-1, dims=1),
-        torch.from_numpy(np.roll(counts_BT, -1, axis=1)).to(device, torch.float32),
-        torch.from_numpy(positions_BT).to(device),
-        torch.from_numpy(edges).to(device) if mask_documents else None,
-        int(np.diff(edges).max()),
-    )
+    count, seq_length = len(samples), len(samples[0]["tokens"])
+    shape = (1, count * seq_length) if mask_documents else (count, seq_length)
+    tokens = np.empty(count * seq_length + 1, np.int64)  # labels are the tokens one place on: the same memory
+    tokens[-1] = 0
+    loss_mask_BT = np.zeros((count, seq_length), np.float32)
+    for row, sample in enumerate(samples):
+        tokens[row * seq_length : (row + 1) * seq_length] = sample["tokens"]
+        mark_labels(loss_mask_BT[row, :-1], sample, mask_documents=mask_documents)
+    tokens = torch.from_numpy(tokens).to(device)
+    batch = tokens[:-1].view(shape), tokens[1:].view(shape), torch.from_numpy(loss_mask_BT).to(device).view(shape)
+    if not mask_documents:
+        return Batch(shape, *batch, torch.arange(seq_length, device=device).expand(shape))
+    lengths = np.concatenate([_with_padding(sample) for sample in samples])
+    edges = np.concatenate([[0], lengths.cumsum()])
+    positions = torch.from_numpy(np.arange(count * seq_length) - np.repeat(edges[:-1], lengths)).to(device)
+    return Batch(shape, *batch, positions.view(shape), torch.from_numpy(edges.astype(np.int32)).to(device), int(lengths.max()))
 
 
-def labels_T(sample: dict[str, np.ndarray], *, mask_documents: bool) -> np.ndarray:
-    """Whether each token counts as a label, bool (T,): never the first of a sample, nor padding, nor a prompt."""
-    counts_T = np.zeros(len(sample["tokens"]), bool)
-    ends = np.cumsum(sample["lengths"], dtype=np.int64)
-    counts_T[1 : ends[-1]] = True
-    starts = ends - sample["lengths"]
-    if mask_documents:
-        counts_T[starts] = False
-    for start, length in zip(starts, sample.get("prompt_lengths", ()), strict=False):
-        counts_T[start : start + length] = False
-    return counts_T
+def mark_labels(mask: np.ndarray, sample: dict[str, np.ndarray], *, mask_documents: bool) -> None:
+    """Set what counts among the tokens of a sample after its first, in a mask of zeros (T - 1,): neither padding nor prompt."""
+    lengths = sample["lengths"].tolist()
+    prompts = sample["prompt_lengths"].tolist() if "prompt_lengths" in sample else [0] * len(lengths)
+    start = 0
+    for length, prompt in zip(lengths, prompts, strict=True):
+        first = max(1, start + max(prompt, int(mask_documents)))
+        mask[first - 1 : start + length - 1] = 1
+        start += length
 
 
 def _with_padding(sample: dict[str, np.ndarray]) -> np.ndarray:

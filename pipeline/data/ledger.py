@@ -70,6 +70,16 @@ def verify(config: Config, began_at: int) -> str:
     return "\n".join([f"{max(steps):,} steps of {batch_size} samples: nothing skipped, nothing repeated, the order as configured", *lines])
 
 
+def read_ledger(run_dir: Path) -> dict[int, np.ndarray]:
+    """step -> ids of its global batch, rank after rank. Raises UserError where ranks disagree or are missing."""
+    batches = {}
+    for step, parts in sorted(_steps(run_dir).items()):
+        batches[step], problem = _global_batch(parts)
+        if problem:
+            raise UserError(f"{run_dir}: step {step}: {problem}")
+    return batches
+
+
 def _range(times: np.ndarray) -> str:
     low, high = int(times.min()), int(times.max())
     return f"{low} times" if low == high else f"{low} or {high} times"

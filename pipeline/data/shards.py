@@ -79,8 +79,7 @@ class TokenShards:
         Raises BadShard.
         """
         number = self.shard_of(id)
-        sample = self.open(number)[id - self._ends[number] + self._readers[number].samples]
-        return {name: np.frombuffer(value, _PIECES[name]) if name in _PIECES else value for name, value in sample.items()}
+        return self.open(number).get_item(id - self._ends[number] + self._readers[number].samples)
 
     def open(self, number: int) -> "_Reader":
         """A shard, fetched, unpacked and checked where it was not open. Raises BadShard."""
@@ -156,13 +155,27 @@ class TokenShards:
 
 
 class _Reader(MDSReader):
-    """streaming's reader of one shard, on a file that stays open."""
+    """streaming's reader of one shard, on a file that stays open and columns known beforehand.
+
+    streaming's opens the file and parses the columns' types for every sample, which is most of its time (NOTES.md).
+    """
 
     def on(self, file: BinaryIO) -> "_Reader":
         opened = copy.copy(self)
         opened._file = file
         opened._offsets = np.frombuffer(os.pread(file.fileno(), 4 * (self.samples + 1), 4), np.uint32).tolist()
+        opened._columns = self.columns()
         return opened
+
+    def columns(self) -> list[tuple[str, np.dtype, int | None]]:
+        """(name, type of its values, bytes where they are fixed) of each. Raises ValueError where they are not those of tokens."""
+        columns = []
+        for name, encoding, size in zip(self.column_names, self.column_encodings, self.column_sizes, strict=True):
+            kind = re.fullmatch(r"ndarray:(uint16|uint32):\d+", encoding) if name == "tokens" else None
+            if not kind and (name not in _PIECES or encoding != "bytes"):
+                raise ValueError(f"it has a column {name} of type {encoding}")
+            columns.append((name, np.dtype(kind[1] if kind else _PIECES[name]), size))
+        return columns
 
     def get_sample_data(self, idx: int) -> bytes:
         begin, end = self._offsets[idx : idx + 2]
@@ -170,6 +183,16 @@ class _Reader(MDSReader):
         if len(data) != end - begin:
             raise UserError(f"{self._file.name} was cut off while it was read: start again, and it is fetched anew")
         return data
+
+    def decode_sample(self, data: bytes) -> dict[str, np.ndarray]:
+        """MDS holds the sizes of the columns that vary, as uint32, and then all columns."""
+        varying = sum(size is None for _, _, size in self._columns)
+        sizes, place, sample = iter(np.frombuffer(data, "<u4", varying).tolist()), 4 * varying, {}
+        for name, kind, size in self._columns:
+            size = next(sizes) if size is None else size
+            sample[name] = np.frombuffer(data, kind, size // kind.itemsize, place)
+            place += size
+        return sample
 
 
 def _checked(place: Path, reader: _Reader) -> BinaryIO | None:
@@ -189,7 +212,7 @@ def _readers(index: bytes, source: str) -> list[_Reader]:
     try:
         readers = [_Reader.from_json("", "", shard) for shard in json.loads(index)["shards"]]
         for reader in readers:
-            reader.validate(allow_unsafe_types=False)
+            reader.columns()
             if reader.samples < 1:
                 raise ValueError(f"it has a shard of {reader.samples} samples")
             names = [data.basename for data in (reader.raw_data, reader.zip_data) if data]

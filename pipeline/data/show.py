@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from retemper.pipeline.data import store
-from retemper.pipeline.data.batch import labels_T
+from retemper.pipeline.data.batch import mark_labels
 from retemper.pipeline.data.reader import Streams
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema import Config
@@ -27,11 +27,12 @@ def show_step(config: Config, began_at: int, step: int, samples: int, *, colours
 
     streams, tokenizer = Streams(config), Tokenizer(config.data.tokenizer)
     sources = {name: _sources(shards.path) for name, shards in streams.shards.items()}
-    for id in streams.order.batch(consumed, config.train.global_batch_size)[:samples]:
-        name, number = streams.locate(int(id))
+    ids = streams.order.batch(consumed, config.train.global_batch_size)[:samples]
+    for id, (name, number) in zip(ids.tolist(), streams.locate(ids), strict=True):
         shards = streams.shards[name]
         sample = shards.sample(number)
-        counted_T = labels_T(sample, mask_documents=config.data.mask_documents)
+        counted_T = np.zeros(len(sample["tokens"]), bool)
+        mark_labels(counted_T[1:], sample, mask_documents=config.data.mask_documents)
         padding = len(counted_T) - int(sample["lengths"].sum())
         yield (
             f"── step {step} · sample {id} · {name} {number}, shard {shards.shard_of(number)} · {int(counted_T.sum())} of {len(counted_T)} tokens with loss"

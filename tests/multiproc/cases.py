@@ -1,10 +1,12 @@
 """One rank that trains a list of cases, megatron's groups built anew for each. Started by conftest.launch under torchrun.
 
-A case: {"overrides": [...], "stop_after": step or null, "fault": name or null}. Its results are its run folder.
+A case: {"overrides": [...]}, and "stop_after": a step, "fault": a name, or "copy_of": the folder of a run that it goes on
+with. Its results are its run folder.
 """
 
 import contextlib
 import json
+import shutil
 import sys
 from unittest import mock
 
@@ -25,6 +27,9 @@ def main(cases: list[dict]) -> None:
         config = load_config(case["overrides"])
         fingerprints = preflight(config)
         place = topology.start(config.parallel)
+        if "copy_of" in case and place.rank == 0:
+            shutil.copytree(case["copy_of"], config.run_dir)
+        topology.barrier()
         with FAULTS[case.get("fault")]():
             try:
                 with interruption(loop, case.get("stop_after")):
@@ -70,10 +75,35 @@ def lost_optimizer_state():
     return mock.patch.object(Checkpointer, "load", forgetful)
 
 
+def lost_data_position():
+    """A restart that reads the data from its beginning."""
+    from retemper.pipeline.checkpoint.state import TrainState
+
+    return mock.patch.object(TrainState, "samples_of_data", 0)
+
+
+def another_seed():
+    """A restart that shuffles anew."""
+    from retemper.pipeline.data import reader
+
+    return mock.patch.object(reader, "derive_seed", lambda *parts: 1)
+
+
+def lost_random_state():
+    """A restart whose dropout masks begin anew."""
+    from retemper.pipeline.train import loop
+
+    seed_step = loop.seed_step
+    return mock.patch.object(loop, "seed_step", lambda seed, step, place: seed_step(seed + 1, step, place))
+
+
 FAULTS = {
     None: contextlib.nullcontext,
     "unreduced_adapter_gradient": unreduced_adapter_gradient,
     "lost_optimizer_state": lost_optimizer_state,
+    "lost_data_position": lost_data_position,
+    "another_seed": another_seed,
+    "lost_random_state": lost_random_state,
 }
 
 

@@ -12,8 +12,9 @@ from conftest import ROOT, overrides, run_command
 
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
+from retemper.pipeline.data.ledger import read_ledger
 
-SAVE = ["parallel=tp2", "checkpoint.save_every_steps=5"]
+SAVE = ["parallel=tp2", "checkpoint.save_every_steps=5", "data.ledger=true"]
 
 
 def records(workspace, name):
@@ -49,6 +50,28 @@ def test_the_same_command_continues_a_killed_run(killed_and_continued, workspace
     straight, killed = records(workspace, "straight"), records(workspace, "killed")
     for key in ("step", "tokens", "loss", "grad_norm", "lr"):
         assert [record[key] for record in killed] == [record[key] for record in straight], key
+
+
+def test_the_ledger_proves_what_was_read_and_shows_what_was_not(killed_and_continued, workspace):
+    folder = workspace / "runs" / "test" / "killed"
+    straight, killed = read_ledger(workspace / "runs" / "test" / "straight"), read_ledger(folder)
+    assert list(killed) == list(range(1, 11)) and all((killed[step] == straight[step]).all() for step in straight)
+    verify = ["data", "verify", *overrides(workspace, "killed", *SAVE)]
+    result = run_command(verify)
+    assert result.returncode == 0 and "10 steps of 8 samples: nothing skipped, nothing repeated" in result.stdout, result.stderr
+    notes = sorted((folder / "ledger").glob("*.jsonl"))
+    assert len(notes) == 2
+    whole = {note: note.read_text().splitlines(keepends=True) for note in notes}
+    for change, said in (
+        (lambda lines: lines[:3] + lines[4:], "step 4: data-parallel ranks [] noted it"),
+        (lambda lines: [*lines[:3], lines[2].replace('"step": 3', '"step": 4'), *lines[4:]], "step 4: 8 samples are missing"),
+    ):
+        for note in notes:
+            note.write_text("".join(change(whole[note])))
+        result = run_command(verify)
+        assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr, result.stderr
+    for note in notes:
+        note.write_text("".join(whole[note]))
 
 
 def test_a_run_folder_of_another_config_is_refused_with_the_keys(killed_and_continued, workspace):

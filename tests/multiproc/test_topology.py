@@ -1,12 +1,14 @@
 """The oracle: the same numbers on one rank and on two, however they share the work; and after every restart."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import launch, overrides
 
 from retemper.pipeline import run_folder
 from retemper.pipeline.config import load_config
+from retemper.pipeline.data.ledger import read_ledger
 
 LAYOUTS = {
     "tp2": ["parallel=tp2"],
@@ -18,35 +20,57 @@ LAYOUTS = {
 LORA = ["method=lora", "method.lora.rank=4", "optimizer.lr=1e-3"]
 
 
+# What a restart must bring back beside weights and optimizer: the data position, the seed, the random state of dropout.
+RESTART_FAULTS = ["lost_data_position", "another_seed", "lost_random_state"]
+
+
 @pytest.fixture(scope="module")
-def runs(workspace):
+def runs(workspace, pairs):
     """Every run of this module, trained by one launch of one rank and one launch of two."""
     base = f"init_from={workspace / 'runs' / 'test' / 'base'}"
 
-    def case(name, *changes, stop_after=None, fault=None):
+    def case(name, *changes, **how):
         continued = [] if name == "base" else [base]
         corpus = "math" if name == "base" else "code"
-        return {"overrides": overrides(workspace, name, *continued, *changes, corpus=corpus), "stop_after": stop_after, "fault": fault}
+        return {"overrides": overrides(workspace, name, *continued, *changes, corpus=corpus)} | how
+
+    def interrupted(name, *changes):
+        return case(name, *changes, *LAYOUTS["tp2"], "checkpoint.save_every_steps=5", stop_after=7)
+
+    def restarted(after, name, *changes, **how):
+        """Go on with a copy of the interrupted run `name`, in runs/after-…"""
+        where = [f"runs_dir={workspace / 'runs' / f'after-{after}'}", "checkpoint.save_every_steps=5"]
+        return case(name, *changes, *where, copy_of=str(workspace / "runs" / "test" / name), **how)
 
     methods = {"full": [], "lora": LORA}
+    masked = [f"data.path={pairs}", "data.name=pairs", "data.mask_documents=true", "init_from=null"]  # prompts and padding without loss
     tied = ["model.tie_embeddings=true", "init_from=null"]  # first and last stage share a weight
-    launch(1, [case("base"), case("tied-single", *tied), *(case(f"{method}-single", *changes) for method, changes in methods.items())])
-    save = "checkpoint.save_every_steps=5"
+    launch(
+        1,
+        [
+            case("base"),
+            case("tied-single", *tied),
+            case("masked-single", *masked),
+            *(case(f"{method}-single", *changes) for method, changes in methods.items()),
+        ],
+    )
     cases = [case(f"{method}-{layout}", *changes, *LAYOUTS[layout]) for method, changes in methods.items() for layout in LAYOUTS]
     cases += [case(f"tied-{layout}", *tied, *LAYOUTS[layout]) for layout in ("tp2", "pp2")]
+    cases += [case(f"masked-{layout}", *masked, *LAYOUTS[layout]) for layout in LAYOUTS]
     cases += [case("lora-fault", *LORA, *LAYOUTS["tp2"], fault="unreduced_adapter_gradient")]
     for method, changes in methods.items():
-        for then in ("tp2", "pp2"):
-            name = f"{method}-tp2-then-{then}"
-            cases += [case(name, *changes, *LAYOUTS["tp2"], save, stop_after=7), case(name, *changes, *LAYOUTS[then], save)]
-    forgets = case("full-forgets", *LAYOUTS["tp2"], save, stop_after=7)
-    cases += [forgets, forgets | {"stop_after": None, "fault": "lost_optimizer_state"}]
+        cases += [interrupted(f"{method}-cut", *changes)]
+        cases += [restarted(then, f"{method}-cut", *changes, *LAYOUTS[then]) for then in ("tp2", "pp2")]
+    cases += [restarted("forgetting", "full-cut", *LAYOUTS["tp2"], fault="lost_optimizer_state")]
+    dropout = [*LORA, "method.lora.dropout=0.1", "data.ledger=true"]
+    cases += [case("dropout", *dropout, *LAYOUTS["tp2"]), interrupted("dropout-cut", *dropout)]
+    cases += [restarted(fault, "dropout-cut", *dropout, *LAYOUTS["tp2"], fault=fault) for fault in (None, *RESTART_FAULTS)]
     launch(2, cases)
     return workspace / "runs" / "test"
 
 
-def curve(runs, name: str, key: str) -> list[float]:
-    records = list(run_folder.read_metrics(runs / name))
+def curve(run: Path, key: str) -> list[float]:
+    records = list(run_folder.read_metrics(run))
     assert [record["step"] for record in records] == list(range(1, 11))
     return [record[key] for record in records]
 
@@ -55,13 +79,24 @@ def curve(runs, name: str, key: str) -> list[float]:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_first_ten_losses_agree_with_one_rank(runs, method, layout):
     for key in ("loss", "grad_norm"):
-        assert curve(runs, f"{method}-{layout}", key) == pytest.approx(curve(runs, f"{method}-single", key), rel=1e-5), key
+        assert curve(runs / f"{method}-{layout}", key) == pytest.approx(curve(runs / f"{method}-single", key), rel=1e-5), key
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 def test_tied_embeddings_agree_with_one_rank(runs, layout):
     for key in ("loss", "grad_norm"):
-        assert curve(runs, f"tied-{layout}", key) == pytest.approx(curve(runs, "tied-single", key), rel=1e-5), key
+        assert curve(runs / f"tied-{layout}", key) == pytest.approx(curve(runs / "tied-single", key), rel=1e-5), key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masked_documents_and_prompts_agree_with_one_rank(runs, layout):
+    for key in ("loss", "grad_norm"):
+        assert curve(runs / f"masked-{layout}", key) == pytest.approx(curve(runs / "masked-single", key), rel=1e-5), key
+
+
+def test_a_masked_document_has_the_losses_it_has_alone(workspace, pairs):
+    changes = [f"data.path={pairs}", "data.name=pairs", "data.mask_documents=true"]
+    launch(1, [{"overrides": overrides(workspace, "alone", *changes, "train.micro_batch_size=4")}], "documents.py")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -81,11 +116,11 @@ def test_both_methods_learn(runs):
 
 
 def test_lora_starts_from_the_base(runs):
-    assert curve(runs, "lora-tp2", "loss")[0] == pytest.approx(curve(runs, "full-tp2", "loss")[0], rel=1e-6)
+    assert curve(runs / "lora-tp2", "loss")[0] == pytest.approx(curve(runs / "full-tp2", "loss")[0], rel=1e-6)
 
 
 def test_the_oracle_sees_an_unreduced_adapter_gradient(runs):
-    broken, right = curve(runs, "lora-fault", "grad_norm"), curve(runs, "lora-single", "grad_norm")
+    broken, right = curve(runs / "lora-fault", "grad_norm"), curve(runs / "lora-single", "grad_norm")
     # B is zero at first, so A's gradient, the one left unreduced, is zero until it has moved.
     assert broken[-1] != pytest.approx(right[-1], rel=1e-5)
 
@@ -93,17 +128,39 @@ def test_the_oracle_sees_an_unreduced_adapter_gradient(runs):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_restart_repeats_the_uninterrupted_run_to_the_last_bit(runs, method):
     for key in ("loss", "grad_norm", "lr"):
-        assert curve(runs, f"{method}-tp2-then-tp2", key) == curve(runs, f"{method}-tp2", key), key
+        assert curve(runs.parent / "after-tp2" / "test" / f"{method}-cut", key) == curve(runs / f"{method}-tp2", key), key
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_restart_at_another_topology_goes_on_with_the_same_losses(runs, method):
-    assert curve(runs, f"{method}-tp2-then-pp2", "loss") == pytest.approx(curve(runs, f"{method}-tp2", "loss"), rel=1e-5)
+    assert curve(runs.parent / "after-pp2" / "test" / f"{method}-cut", "loss") == pytest.approx(
+        curve(runs / f"{method}-tp2", "loss"), rel=1e-5
+    )
 
 
 def test_the_oracle_sees_a_lost_optimizer_state(runs):
-    assert curve(runs, "full-forgets", "loss")[:5] == curve(runs, "full-tp2", "loss")[:5]
-    assert curve(runs, "full-forgets", "loss")[-1] != pytest.approx(curve(runs, "full-tp2", "loss")[-1], rel=1e-5)
+    assert curve(runs.parent / "after-forgetting" / "test" / "full-cut", "loss")[:5] == curve(runs / "full-tp2", "loss")[:5]
+    assert curve(runs.parent / "after-forgetting" / "test" / "full-cut", "loss")[-1] != pytest.approx(
+        curve(runs / "full-tp2", "loss")[-1], rel=1e-5
+    )
+
+
+def test_a_restart_with_dropout_repeats_every_bit_and_the_ledger(runs):
+    assert curve(runs.parent / "after-None" / "test" / "dropout-cut", "loss") == curve(runs / "dropout", "loss")
+    straight, restarted = read_ledger(runs / "dropout"), read_ledger(runs.parent / "after-None" / "test" / "dropout-cut")
+    assert list(straight) == list(restarted) == list(range(1, 11))
+    assert all((straight[step] == restarted[step]).all() for step in straight)
+
+
+@pytest.mark.parametrize("fault", RESTART_FAULTS)
+def test_the_oracle_sees_what_a_restart_left_out(runs, fault):
+    straight, broken = curve(runs / "dropout", "loss"), curve(runs.parent / f"after-{fault}" / "test" / "dropout-cut", "loss")
+    assert broken[:5] == straight[:5] and broken[5:] != pytest.approx(straight[5:], rel=1e-5)
+    same_samples = [
+        (read_ledger(runs / "dropout")[step] == read_ledger(runs.parent / f"after-{fault}" / "test" / "dropout-cut")[step]).all()
+        for step in range(6, 11)
+    ]
+    assert all(same_samples) == (fault == "lost_random_state")
 
 
 def test_a_lora_checkpoint_holds_adapters_alone(runs):
@@ -123,4 +180,4 @@ def test_the_warmup_and_cooldown_are_the_closed_form(runs, workspace):
     def lr(tokens):
         return peak * min(tokens / warmup, 1.0, (total - tokens) / cooldown)
 
-    assert curve(runs, "full-tp2", "lr") == pytest.approx([lr(step * config.tokens_per_step) for step in range(10)], rel=1e-9)
+    assert curve(runs / "full-tp2", "lr") == pytest.approx([lr(step * config.tokens_per_step) for step in range(10)], rel=1e-9)

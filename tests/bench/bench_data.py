@@ -1,0 +1,186 @@
+"""The reader of training batches: samples/s beside streaming's own and a raw memmap, the first batch far into 20B tokens, waits.
+
+    python tests/bench/bench_data.py [reader] [resume] [waits]      (all three by default; about five minutes)
+
+reader: 32,768 samples of 4096 tokens on this disk, one process, interleaved. resume: an index of 20B tokens whose shards
+are one and the same file. waits: 100 steps of the demo's model, every step's wait for data.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+SEQ_LENGTH, SAMPLES_PER_SHARD, BATCH_SIZE = 4096, 8000, 512
+
+
+def main(parts: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts or ["reader", "resume", "waits"]:
+            {"reader": bench_reader, "resume": bench_resume, "waits": bench_waits}[part](Path(folder))
+
+
+def synthetic_corpus(path: Path, shards: int) -> None:
+    """A corpus in retemper's format: one shard of random tokens in documents of a thousand, under as many names as asked."""
+    import hashlib
+
+    from streaming import MDSWriter
+
+    from retemper.pipeline.data.manifest import READ_BY_TRAINING, seal
+
+    rng = np.random.default_rng(0)
+    columns = {"tokens": f"ndarray:uint16:{SEQ_LENGTH}", "lengths": "bytes", "documents": "bytes"}
+    lengths, documents = np.array([1024] * 4, "<u4").tobytes(), np.arange(4, dtype="<u8").tobytes()
+    folder = path / "train" / "00000"
+    with MDSWriter(columns=columns, out=str(folder), hashes=["sha256"], size_limit=1 << 30) as writer:
+        for _ in range(SAMPLES_PER_SHARD):
+            tokens = rng.integers(0, 32000, SEQ_LENGTH, np.uint16)
+            writer.write({"tokens": tokens, "lengths": lengths, "documents": documents})
+    (shard,) = json.loads((folder / "index.json").read_text())["shards"]
+    listed = []
+    for number in range(shards):
+        name = f"{number:05d}/shard.00000.mds"
+        listed.append(shard | {"raw_data": shard["raw_data"] | {"basename": name}})
+        if number:
+            (path / "train" / f"{number:05d}").mkdir()
+            os.link(folder / "shard.00000.mds", path / "train" / name)
+    for split, found in (("train", listed), ("heldout", [])):
+        (path / split).mkdir(exist_ok=True)
+        (path / split / "index.json").write_text(json.dumps({"version": 2, "shards": found}))
+    np.save(path / "token_bytes.npy", np.ones(32000, np.int32))
+    manifest = {
+        "name": "synthetic",
+        "made_from": {},
+        "fingerprint": "synthetic",
+        "splits": {"train": {"samples": shards * SAMPLES_PER_SHARD}},
+    }
+    manifest |= {"vocab_size": 32000, "seq_length": SEQ_LENGTH, "tokenizer_sha256": ""}
+    manifest["files"] = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in READ_BY_TRAINING}
+    (path / "manifest.json").write_text(seal(manifest))
+
+
+def config_of(path: Path):
+    from retemper.pipeline.config import load_config
+
+    data = [f"data.path={path}", "data.name=synthetic", "data.tokenizer=none", "data.source.path=none", f"data.seq_length={SEQ_LENGTH}"]
+    train = [
+        f"train.global_batch_size={BATCH_SIZE}",
+        "train.micro_batch_size=8",
+        "train.tokens=1T",
+        "schedule.warmup_tokens=0",
+        "optimizer.lr=1e-4",
+    ]
+    return load_config(["study=bench", "name=bench", f"runs_dir={path.parent / 'runs'}", "model=llama2_7b", *data, *train])
+
+
+def one_rank():
+    import torch
+
+    from retemper.pipeline.distributed.topology import Topology
+
+    return Topology(0, 1, 1, 0, 0, 0, 1, True, True, torch.device("cpu"))
+
+
+def bench_reader(folder: Path, rounds: int = 5, steps: int = 12) -> None:
+    import torch
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
+
+    from retemper.pipeline.data.reader import Streams, TrainingBatches
+
+    path = folder / "reader"
+    synthetic_corpus(path, shards=4)
+    config = config_of(path)
+    streams = Streams(config)
+    (shards,) = streams.shards.values()
+    np.concatenate([shards.tokens(np.arange(0, len(shards)))]).astype(np.uint16).tofile(path / "tokens.bin")
+    raw = np.memmap(path / "tokens.bin", np.uint16, "r").reshape(-1, SEQ_LENGTH)
+    batches = iter(TrainingBatches(config, one_rank(), 0))
+    for _ in range(8):
+        next(batches)  # shards opened
+
+    def ours():
+        for _ in range(steps):
+            next(batches)
+
+    def memmap():
+        for step in range(steps):
+            torch.from_numpy(raw[streams.order.batch(step * BATCH_SIZE, BATCH_SIZE)].astype(np.int64))
+
+    def streaming(workers):
+        dataset = StreamingDataset(local=str(path / "train"), shuffle=True, batch_size=8, allow_unsafe_types=False)
+        loader = iter(DataLoader(dataset, batch_size=8, num_workers=workers))
+        for _ in range(BATCH_SIZE // 8):
+            next(loader)
+
+        def read():
+            for _ in range(steps * BATCH_SIZE // 8):
+                batch = next(loader)
+            assert batch["tokens"].shape == (8, SEQ_LENGTH)
+
+        return read
+
+    def rate(read) -> float:
+        started = time.perf_counter()
+        read()
+        return steps * BATCH_SIZE / (time.perf_counter() - started)
+
+    rates: dict[str, list[float]] = {"retemper": [], "memmap": [], "streaming, 0 workers": [], "streaming, 2 workers": []}
+    for _ in range(rounds):
+        for name, read in (("retemper", ours), ("memmap", memmap)):
+            rates[name].append(rate(read))
+        for workers in (0, 2):
+            rates[f"streaming, {workers} workers"].append(rate(streaming(workers)))
+    median = {name: statistics.median(found) for name, found in rates.items()}
+    for name, found in rates.items():
+        print(
+            f"reader  {name:22} {median[name]:9,.0f} samples/s  (rounds {min(found):,.0f} to {max(found):,.0f}); retemper / it {median['retemper'] / median[name]:.2f}"
+        )
+
+
+FIRST_BATCH = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from bench_data import config_of, one_rank
+from retemper.pipeline.data.reader import TrainingBatches
+config, rank = config_of(Path(sys.argv[2])), one_rank()
+started = time.perf_counter()
+next(TrainingBatches(config, rank, int(sys.argv[3])))
+print(time.perf_counter() - started, int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 1024)
+import os; os._exit(0)
+"""
+
+
+def bench_resume(folder: Path) -> None:
+    path = folder / "resume"
+    synthetic_corpus(path, shards=611)  # 20.02B tokens
+    for consumed in (0, 10**7):
+        command = [sys.executable, "-c", FIRST_BATCH, str(Path(__file__).parent), str(path), str(consumed)]
+        seconds, peak = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+        print(f"resume  first batch of {BATCH_SIZE} at sample {consumed:>10,}: {seconds:.1f} s, {peak:,.0f} MiB at most")
+
+
+def bench_waits(folder: Path) -> None:
+    from retemper.pipeline import run_folder
+    from retemper.pipeline.config import load_config
+    from retemper.pipeline.study.demo import _prepare_data
+
+    overrides = ["run=demo_base", f"runs_dir={folder / 'waits'}", "parallel=single", "track.wandb=off", "train.log_every_steps=1"]
+    overrides += ["train.tokens=409600", "evals.heldout={}", "checkpoint.milestones=[]"]
+    config = load_config(overrides)
+    _prepare_data([config, load_config(["run=demo_full", f"runs_dir={folder / 'waits'}"])])
+    subprocess.run([sys.executable, "-m", "retemper.pipeline.cli", "train", *overrides], check=True, stdout=subprocess.DEVNULL)
+    waits = sorted(record["data_wait_fraction"] for record in run_folder.read_metrics(config.run_dir))
+    late = waits[-max(1, len(waits) // 100)]
+    print(f"waits   {len(waits)} steps: mean {statistics.mean(waits):.3%} of a step, p99 {late:.3%}, worst {waits[-1]:.3%}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,120 @@
+"""Which labels count, where positions begin, and what attention sees."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import overrides, run_command
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retemper.pipeline.config import load_config
+from retemper.pipeline.data.batch import make_batch
+from retemper.pipeline.data.shards import TokenShards
+from retemper.pipeline.errors import UserError
+from retemper.tokenize.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def samples(draw, length: int = 24):
+    """A sample of pieces of documents, some with prompts, and perhaps padding."""
+    lengths, room = [], length
+    while room and (not lengths or draw(st.booleans())):
+        lengths.append(draw(st.integers(1, room)))
+        room -= lengths[-1]
+    sample = {"tokens": np.arange(length, dtype=np.uint16), "lengths": np.array(lengths, np.uint32)}
+    if draw(st.booleans()):
+        sample["prompt_lengths"] = np.array([draw(st.integers(0, piece)) for piece in lengths], np.uint32)
+    return sample
+
+
+@settings(deadline=None)
+@given(st.lists(samples(), min_size=1, max_size=3), st.booleans())
+def test_masks_positions_and_edges_are_what_the_pieces_say(drawn, mask_documents):
+    batch = make_batch(drawn, CPU, mask_documents=mask_documents)
+    expected_mask, expected_positions, edges = [], [], [0]
+    for sample in drawn:
+        total = len(sample["tokens"])
+        pieces = [
+            (int(length), int(prompt)) for length, prompt in zip(sample["lengths"], sample.get("prompt_lengths", [0] * total), strict=False)
+        ]
+        counts, positions = [], []
+        for length, prompt in pieces:
+            counts += [index >= prompt and not (mask_documents and index == 0) for index in range(length)]
+            positions += range(length)
+            edges.append(edges[-1] + length)
+        padding = total - len(counts)
+        counts += [False] * padding
+        positions += range(padding)
+        edges += [edges[-1] + padding] if padding else []
+        expected_mask += [*counts[1:], False]
+        expected_positions += positions if mask_documents else range(total)
+    assert batch.loss_mask_BT.flatten().tolist() == expected_mask
+    assert batch.position_ids_BT.flatten().tolist() == expected_positions
+    assert batch.tokens_BT.flatten().tolist() == np.concatenate([sample["tokens"] for sample in drawn]).tolist()
+    counted = batch.loss_mask_BT.bool()
+    assert (batch.labels_BT[counted] == batch.tokens_BT[counted] + 1).all()
+    if mask_documents:
+        assert batch.document_edges.tolist() == edges and batch.shape == (1, 24 * len(drawn))
+        assert batch.longest_document == int(np.diff(edges).max())
+    else:
+        assert batch.document_edges is None and batch.shape == (len(drawn), 24)
+
+
+@pytest.mark.filterwarnings("ignore")  # of megatron-core's imports
+def test_attention_over_documents_is_that_of_a_block_diagonal_mask():
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from retemper.pipeline.model.attention import SdpaAttention
+
+    torch.manual_seed(1)
+    edges = torch.tensor([0, 5, 6, 19, 32], dtype=torch.int32)
+    query, key, value = (torch.randn(32, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    attention = SdpaAttention(type("Settings", (), {"attention_dropout": 0.0})())
+    got = attention(query, key, value, packed_seq_params=PackedSeqParams(qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges))
+    document = torch.bucketize(torch.arange(32), edges[1:].long(), right=True)
+    mask = (document[:, None] == document) & torch.ones(32, 32).tril().bool()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(0, 1), key.repeat_interleave(2, 1).transpose(0, 1), value.repeat_interleave(2, 1).transpose(0, 1), attn_mask=mask
+    )
+    torch.testing.assert_close(got, expected.transpose(0, 1).flatten(1))
+
+
+def test_instruction_pairs_carry_loss_on_the_response_alone(workspace, pairs):
+    tokenizer, shards = Tokenizer(workspace / "data" / "tokenizer"), TokenShards(pairs, "train")
+    answers = {json.loads(line)["answer"] for line in (workspace / "pairs" / "pairs.jsonl").read_text().splitlines()}
+    for mask_documents in (False, True):
+        batch = make_batch([shards.sample(id) for id in range(8)], CPU, mask_documents=mask_documents)
+        text = tokenizer.backend.decode(batch.labels_BT[batch.loss_mask_BT.bool()].tolist(), skip_special_tokens=False)
+        *found, rest = text.split("<|endoftext|>")
+        assert len(found) > 8 and rest == "" and set(found) <= answers
+
+
+def test_data_show_prints_the_step_with_its_sources(workspace, pairs):
+    changes = [f"data.path={pairs}", "data.name=pairs", "data.mask_documents=true"]
+    result = run_command(["data", "show", *overrides(workspace, "shown", *changes), "step=3", "samples=2"])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("── step 3 · sample ") == 2 and "pairs.jsonl:" in result.stdout
+    assert "⟦Write " in result.stdout and "return" in result.stdout
+    for arguments, said in ((["step=0"], "read from step 1 on"), ([], "step=12"), (["step=x"], "whole number")):
+        result = run_command(["data", "show", *overrides(workspace, "shown", *changes), *arguments])
+        assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["data.replay.path=x", "data.replay.fraction=0.005"], "no whole number of samples of data.mixture_window=100"),
+        (["data.replay.path=x", "data.replay.fraction=0.5", "data.mixture.m.path=y", "data.mixture.m.fraction=0.5"], "leave nothing"),
+        (["data.mixture.replay.path=y", "data.mixture.replay.fraction=0.5"], "that name is taken"),
+        (["data.replay.path=x", "data.replay.fraction=0.05"], "x holds no token corpus"),
+    ],
+)
+def test_mixtures_that_cannot_be_are_refused(workspace, change, said):
+    from retemper.pipeline.data.corpus import check_corpora
+
+    with pytest.raises(UserError, match=said):
+        check_corpora(load_config(overrides(workspace, "mixed", *change)))
