@@ -104,9 +104,13 @@ def stop(*, leave: bool = True) -> None:
     import torch
     from megatron.core import parallel_state
 
-    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_model_parallel()  # forgets its groups, but leaves them and their threads running
     if leave:
         torch.distributed.destroy_process_group()
+        return
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
 
 
 def from_last_stage(values: list[float]) -> list[float]:
