@@ -47,9 +47,11 @@ def check(config: Config) -> None:
     allowed = _MAY_CHANGE + (_DATA_CHANGE if config.data.allow_change else ())
     changes = [c for c in changed_keys(json.loads(path.read_text()), json.loads(config.to_json())) if not c.startswith(allowed)]
     if changes:
+        of_data = all(change.startswith(_DATA_CHANGE) for change in changes)
         raise UserError(
             "\n".join([f"{config.run_dir} belongs to a run with another config:", *(f"  - {change}" for change in changes)])
             + "\nChange the keys back to continue it, or set another name"
+            + ("; data.allow_change=true continues it with the new data" if of_data else "")
         )
 
 

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import overrides, run_command
+from conftest import overrides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retemper.pipeline.cli import main
 from retemper.pipeline.config import load_config
 from retemper.pipeline.data.batch import make_batch
 from retemper.pipeline.data.shards import TokenShards
@@ -93,15 +94,15 @@ def test_instruction_pairs_carry_loss_on_the_response_alone(workspace, pairs):
         assert len(found) > 8 and rest == "" and set(found) <= answers
 
 
-def test_data_show_prints_the_step_with_its_sources(workspace, pairs):
+def test_data_show_prints_the_step_with_its_sources(workspace, pairs, capsys):
     changes = [f"data.path={pairs}", "data.name=pairs", "data.mask_documents=true"]
-    result = run_command(["data", "show", *overrides(workspace, "shown", *changes), "step=3", "samples=2"])
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("── step 3 · sample ") == 2 and "pairs.jsonl:" in result.stdout
-    assert "⟦Write " in result.stdout and "return" in result.stdout
+    assert main(["data", "show", *overrides(workspace, "shown", *changes), "step=3", "samples=2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("── step 3 · sample ") == 2 and "pairs.jsonl:" in shown
+    assert "⟦Write " in shown and "return" in shown
     for arguments, said in ((["step=0"], "read from step 1 on"), ([], "step=12"), (["step=x"], "whole number")):
-        result = run_command(["data", "show", *overrides(workspace, "shown", *changes), *arguments])
-        assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr
+        assert main(["data", "show", *overrides(workspace, "shown", *changes), *arguments]) == 1
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

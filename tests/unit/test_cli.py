@@ -112,8 +112,8 @@ def test_the_readmes_commands_run(workspace, tmp_path):
             check = ["make", "--dry-run", "-C", str(ROOT), command.split()[1]]
         elif command.startswith(". "):
             continue  # the activation; this test runs in the environment already
-        elif command.startswith(("retemper train ", "retemper eval ", "torchrun ")):
-            keys = [word for word in command.split() if "=" in word and not word.startswith("--")]
+        elif command.startswith(("retemper train ", "retemper eval ", "retemper data ", "torchrun ")):
+            keys = [word for word in command.split() if "=" in word and not word.startswith(("--", "step=", "samples="))]
             check = ["retemper", "config", *keys]
         elif command.startswith("retemper tokenize "):
             load_data_config(command.split()[2:])

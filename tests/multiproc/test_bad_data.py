@@ -1,0 +1,94 @@
+"""Real ranks that meet a bad shard in the middle of a run, other data on a restart, and the machine they leave behind."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from conftest import data_config, overrides, run_command
+
+from retemper.pipeline import run_folder
+from retemper.pipeline.checkpoint.commit import META, folder_of
+from retemper.pipeline.cli import main
+from retemper.pipeline.config import load_config
+from retemper.pipeline.data.ledger import read_ledger
+from retemper.pipeline.data.reader import Streams
+from retemper.tokenize import plan
+from retemper.tokenize.job import tokenize
+
+
+@pytest.fixture(scope="module")
+def shards(workspace) -> Path:
+    """A corpus of several shards, of which the first step reads some only."""
+    import email
+
+    path = workspace / "data" / "shards"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_BUCKET_BYTES", 25_000)
+        source = {"kind": "text", "path": str(Path(email.__file__).parent), "glob": "**/*.py"}
+        tokenize(data_config(workspace, "shards", path=str(path), source=source, tasks=1), progress=False)
+    return path
+
+
+def command(workspace, name: str, path: Path, *changes: str) -> list[str]:
+    return overrides(workspace, name, f"data.path={path}", "data.name=shards", "parallel=tp2", "data.ledger=true", *changes)
+
+
+def damaged_copy(shards: Path, copy: Path, workspace) -> tuple[Path, list[int]]:
+    """A copy with one flipped bit in a shard that ten steps read, though not in the first; (that shard, its ids)."""
+    shutil.copytree(shards, copy)
+    config = load_config(command(workspace, "x", copy))
+    streams = Streams(config)
+    (opened,) = streams.shards.values()
+    first = {opened.shard_of(int(id)) for id in streams.order.batch(0, 8)}
+    later = {opened.shard_of(int(id)) for id in streams.order.batch(8, 72)}
+    number = min(later - first)
+    victim = sorted((copy / "train").rglob("*.mds"))[number]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 4
+    victim.write_bytes(content)
+    return victim, [id for id in range(len(opened)) if opened.shard_of(id) == number]
+
+
+def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(workspace, shards, tmp_path):
+    victim, bad = damaged_copy(shards, tmp_path / "copy", workspace)
+    before = set(os.listdir("/dev/shm"))
+    started = time.monotonic()
+    result = run_command(["train", *command(workspace, "bad", tmp_path / "copy")])
+    assert result.returncode != 0 and f"{victim} is missing or damaged" in result.stderr and "Traceback" not in result.stderr
+    print(f"\nended after {time.monotonic() - started:.0f} s, start included")
+    result = run_command(["train", *command(workspace, "skips", tmp_path / "copy", "data.bad_shards=skip")])
+    assert result.returncode == 0 and f"skips a shard: {victim}" in result.stderr, result.stderr[-3000:]
+    run = workspace / "runs" / "test" / "skips"
+    skipped = [json.loads(line) for line in (run / run_folder.SKIPPED).read_text().splitlines()]
+    order = Streams(load_config(command(workspace, "skips", tmp_path / "copy"))).order
+    expected = {step: sorted(set(order.batch((step - 1) * 8, 8).tolist()) & set(bad)) for step in range(1, 11)}
+    assert {line["step"]: sorted(line["ids"]) for line in skipped} == {step: ids for step, ids in expected.items() if ids}
+    assert len(list(run_folder.read_metrics(run))) == 10
+    assert set(os.listdir("/dev/shm")) <= before, "nothing is left in shared memory"
+
+
+def test_other_data_on_a_restart_is_refused_with_the_difference_or_recorded(workspace, shards, capsys):
+    save = ["checkpoint.save_every_steps=5", "train.tokens=6K"]  # 11 steps
+    assert run_command(["train", *command(workspace, "changes", shards, *save)]).returncode == 0
+    run = workspace / "runs" / "test" / "changes"
+    shutil.rmtree(folder_of(run, 11))
+    replay = [f"data.replay.path={workspace / 'data' / 'math'}", "data.replay.fraction=0.25"]
+    other = command(workspace, "changes", workspace / "data" / "code", *save)
+    assert main(["train", *command(workspace, "changes", shards, *save, *replay)]) == 1
+    said = capsys.readouterr().err
+    assert "data.replay: null -> " in said and "data.allow_change=true" in said
+    result = run_command(["train", *other])
+    assert result.returncode == 1 and "data.streams.shards: " in result.stderr and "data.allow_change=true" in result.stderr, result.stderr
+    changed = command(workspace, "changes", shards, *save, *replay, "data.allow_change=true")
+    result = run_command(["train", *changed])
+    assert result.returncode == 0, result.stderr[-3000:]
+    (change,) = json.loads((folder_of(run, 11) / META).read_text())["train_state"]["data_changes"]
+    assert (change["step"], change["consumed_samples"]) == (10, 80) and "data.streams.replay: null -> " in change["difference"][0]
+    ledger = read_ledger(run)
+    assert list(ledger) == list(range(1, 12))
+    assert (ledger[11] == Streams(load_config(changed)).order.batch(0, 8)).all()
+    assert main(["data", "verify", *changed]) == 0
+    assert "11 steps" in capsys.readouterr().out
