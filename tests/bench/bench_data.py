@@ -1,9 +1,9 @@
 """The reader of training batches: samples/s beside streaming's own and a raw memmap, the first batch far into 20B tokens, waits.
 
-    python tests/bench/bench_data.py [reader] [resume] [waits]      (all three by default; about five minutes)
+    python tests/bench/bench_data.py [reader] [resume] [peers] [waits]      (all by default; about five minutes)
 
 reader: 32,768 samples of 4096 tokens on this disk, one process, interleaved. resume: an index of 20B tokens whose shards
-are one and the same file. waits: 100 steps of the demo's model, every step's wait for data.
+are one and the same file. peers: two ranks that read the same micro-batch, or one that broadcasts it. waits: 100 steps of the demo's model, every step's wait for data.
 """
 
 import json
@@ -21,9 +21,10 @@ SEQ_LENGTH, SAMPLES_PER_SHARD, BATCH_SIZE = 4096, 8000, 512
 
 
 def main(parts: list[str]) -> None:
+    benches = {"reader": bench_reader, "resume": bench_resume, "peers": bench_peers, "waits": bench_waits}
     with tempfile.TemporaryDirectory() as folder:
-        for part in parts or ["reader", "resume", "waits"]:
-            {"reader": bench_reader, "resume": bench_resume, "waits": bench_waits}[part](Path(folder))
+        for part in parts or benches:
+            benches[part](Path(folder))
 
 
 def synthetic_corpus(path: Path, shards: int) -> None:
@@ -165,6 +166,51 @@ def bench_resume(folder: Path) -> None:
         command = [sys.executable, "-c", FIRST_BATCH, str(Path(__file__).parent), str(path), str(consumed)]
         seconds, peak = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
         print(f"resume  first batch of {BATCH_SIZE} at sample {consumed:>10,}: {seconds:.1f} s, {peak:,.0f} MiB at most")
+
+
+PEERS = """
+import sys, time, statistics
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import numpy as np, torch
+import torch.distributed as dist
+from bench_data import SEQ_LENGTH
+from retemper.pipeline.data.batch import make_batch
+from retemper.pipeline.data.shards import TokenShards
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+shards, rank, times = TokenShards(sys.argv[2], "train"), dist.get_rank(), {"read": [], "broadcast": []}
+batch = lambda ids: make_batch([shards.sample(int(id)) for id in ids], torch.device("cpu"), mask_documents=False)
+for step in range(220):
+    ids = np.random.default_rng(step).integers(0, len(shards), 8)
+    for way in times:
+        dist.barrier()
+        started = time.perf_counter()
+        if way == "read" or rank == 0:
+            found = batch(ids)
+            tokens, mask = found.tokens_BT, found.loss_mask_BT
+        else:
+            tokens, mask = torch.empty(8, SEQ_LENGTH, dtype=torch.int64), torch.empty(8, SEQ_LENGTH)
+        if way == "broadcast":
+            dist.broadcast(tokens, 0)
+            dist.broadcast(mask, 0)
+        dist.barrier()
+        times[way].append(time.perf_counter() - started)
+if rank == 0:
+    print(*(1000 * statistics.median(found[20:]) for found in times.values()))
+"""
+
+
+def bench_peers(folder: Path) -> None:
+    path = folder / "peers"
+    synthetic_corpus(path, shards=1)
+    (folder / "peers.py").write_text(PEERS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(folder / "peers.py")]
+    result = subprocess.run([*command, str(Path(__file__).parent), str(path)], capture_output=True, text=True, check=True)
+    read, broadcast = map(float, result.stdout.split())
+    print(
+        f"peers   micro-batch of 8 on two ranks: read by both {read:.2f} ms, read by one and broadcast {broadcast:.2f} ms (with barriers)"
+    )
 
 
 def bench_waits(folder: Path) -> None:

@@ -2,17 +2,23 @@
 
 import hashlib
 import json
+import os
 import random
+import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import data_config
+import torch
+from conftest import data_config, overrides
 
+from retemper.pipeline.config import load_config
 from retemper.pipeline.data import store as stores
 from retemper.pipeline.data.manifest import find_manifest, seal
+from retemper.pipeline.data.reader import TrainingBatches
 from retemper.pipeline.data.shards import BadShard, TokenShards
+from retemper.pipeline.distributed.topology import Topology, _check_shared_memory
 from retemper.pipeline.errors import UserError
 from retemper.tokenize import plan
 from retemper.tokenize.job import tokenize
@@ -188,3 +194,28 @@ def test_a_damaged_manifest_is_refused(corpus, tmp_path):
     path.write_text(path.read_text().replace('"vocab_size": 300', '"vocab_size": 301'))
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         TokenShards(path.parent, "train")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk takes root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_too_small_for_the_cache_is_refused_before_anything_is_fetched(workspace, corpus, small_disk):
+    config = load_config(overrides(workspace, "small", f"data.path={corpus}", "data.name=faults", f"data.cache_dir={small_disk}"))
+    rank = Topology(0, 1, 1, 0, 0, 0, 1, True, True, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"set data\.cache_dir to a larger disk"):
+        TrainingBatches(config, rank, 0)
+    assert not [path for path in small_disk.rglob("*") if path.is_file()]
+
+
+def test_too_little_shared_memory_is_refused_where_ranks_share_a_node(small_disk):
+    _check_shared_memory(1, small_disk)
+    with pytest.raises(UserError, match="8 ranks on one node need 512: start the container with --ipc=host"):
+        _check_shared_memory(8, small_disk)
