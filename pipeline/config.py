@@ -181,7 +181,7 @@ def _mixture_conflicts(data: DataConfig):
                 f"the fraction {stream.fraction} of {name} is no whole number of samples of data.mixture_window={data.mixture_window}; "
                 "round it, or take a longer window"
             )
-    if sum(stream.fraction for stream in streams.values()) >= 1:
+    if sum(round(stream.fraction * data.mixture_window) for stream in streams.values()) >= data.mixture_window:
         yield "the fractions of data.mixture and data.replay leave nothing of the run's own corpus: their sum must be less than 1"
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config import changed_keys, load_config
 from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.preflight import preflight
@@ -27,12 +27,20 @@ def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, 
         topologies.check_world_size(config)
         fingerprints = preflight(config)
         topology = topologies.start(config.parallel)
+        _refuse_other_inputs(topology.rank, fingerprints)
         work(config, topology, fingerprints)
     except (UserError, OSError) as error:
         _say(error)
         return 1
     topologies.stop()
     return 0
+
+
+def _refuse_other_inputs(rank: int, fingerprints: dict[str, Any]) -> None:
+    """A path may lead to other files on another node."""
+    if changes := changed_keys(topologies.from_rank_zero(fingerprints), fingerprints):
+        listed = "\n".join(f"  - {change}" for change in changes)
+        raise UserError(f"rank {rank} has other inputs than rank 0:\n{listed}\nGive every node the same data.path, tokenizer and init_from")
 
 
 def _say(error: Exception) -> None:

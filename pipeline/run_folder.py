@@ -10,7 +10,7 @@ from retemper.pipeline.config import changed_keys
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema import Config
 
-METRICS, LEDGER, SKIPPED = "metrics.jsonl", "ledger", "skipped.jsonl"  # one line a step, or a part of one
+METRICS, LEDGER, SKIPPED = "metrics.jsonl", "ledger", "skipped"  # one line a step; the latter two are folders of a file a rank
 
 # What a restart may change: where and how the run computes, and what is watched, but not what it computes.
 _MAY_CHANGE = (
@@ -35,8 +35,6 @@ _MAY_CHANGE = (
     "data.ledger:",
     "data.allow_change:",
 )
-# What data.allow_change lets change beside them.
-_DATA_CHANGE = ("data.name:", "data.mixture", "data.replay")
 
 
 def check(config: Config) -> None:
@@ -44,27 +42,36 @@ def check(config: Config) -> None:
     path = config.run_dir / "config.json"
     if not path.is_file():
         return
-    allowed = _MAY_CHANGE + (_DATA_CHANGE if config.data.allow_change else ())
-    changes = [c for c in changed_keys(json.loads(path.read_text()), json.loads(config.to_json())) if not c.startswith(allowed)]
+    changes = [c for c in changed_keys(json.loads(path.read_text()), json.loads(config.to_json())) if not c.startswith(_MAY_CHANGE)]
+    if config.data.allow_change:
+        changes = [change for change in changes if not _is_of_data(change)]
     if changes:
-        of_data = all(change.startswith(_DATA_CHANGE) for change in changes)
         raise UserError(
             "\n".join([f"{config.run_dir} belongs to a run with another config:", *(f"  - {change}" for change in changes)])
             + "\nChange the keys back to continue it, or set another name"
-            + ("; data.allow_change=true continues it with the new data" if of_data else "")
+            + ("; data.allow_change=true continues it with the new data" if all(map(_is_of_data, changes)) else "")
         )
+
+
+def _is_of_data(change: str) -> bool:
+    """Whether data.allow_change covers it; samples of another length would change what a step is."""
+    return change.startswith("data.") and not change.startswith("data.seq_length:")
 
 
 def claim(config: Config, step: int) -> None:
     """Write config.json, and drop what was noted after `step`, which the resumed run will note again. Rank 0 only."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(config.run_dir / "config.json", config.to_json())
-    for path in (config.run_dir / METRICS, config.run_dir / SKIPPED, *(config.run_dir / LEDGER).glob("*.jsonl")):
-        if path.is_file():
-            replace_file(path, "".join(json.dumps(record) + "\n" for record in _read_lines(path) if record["step"] <= step))
+    for path in (config.run_dir / METRICS, *noted(config.run_dir, LEDGER), *noted(config.run_dir, SKIPPED)):
+        replace_file(path, "".join(json.dumps(record) + "\n" for record in read_lines(path) if record["step"] <= step))
     for scored in read_scores(config.run_dir):
         if scored > step:
             shutil.rmtree(scores_path(config.run_dir, scored).parent)
+
+
+def noted(run_dir: Path, name: str) -> list[Path]:
+    """The files of all ranks in LEDGER or SKIPPED."""
+    return sorted((run_dir / name).glob("rank-*.jsonl"))
 
 
 def append_line(path: Path, record: dict) -> None:
@@ -76,10 +83,10 @@ def append_line(path: Path, record: dict) -> None:
 
 def read_metrics(run_dir: Path) -> Iterator[dict]:
     """The records of metrics.jsonl."""
-    return _read_lines(run_dir / METRICS)
+    return read_lines(run_dir / METRICS)
 
 
-def _read_lines(path: Path) -> Iterator[dict]:
+def read_lines(path: Path) -> Iterator[dict]:
     """The records of a file; a line that a kill cut short is left out."""
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:

@@ -22,6 +22,7 @@ def parse_tokens(value: Any) -> int:
 
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # becomes part of paths
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -97,7 +98,7 @@ class SlurmConfig(Section):
 class CorpusConfig(Section):
     """One corpus: the documents it is made of and the folder of token shards it becomes."""
 
-    name: str
+    name: Name
     path: str = Field(description="folder of the token shards, also s3:// and gs://: written by `retemper tokenize`, read by training")
     work_dir: str | None = Field(
         None,
@@ -135,12 +136,12 @@ class StreamConfig(Section):
 class DataConfig(CorpusConfig):
     """The corpus of a run, what is mixed into it, and how training reads them."""
 
-    mixture: dict[str, StreamConfig] = Field(default={}, description="further corpora by name; the run's own corpus takes the rest")
+    mixture: dict[Name, StreamConfig] = Field(default={}, description="further corpora by name; the run's own corpus takes the rest")
     replay: StreamConfig | None = Field(None, description="a corpus like what the base model knew, against forgetting")
     mixture_window: PositiveInt = Field(100, description="samples over which every corpus comes exactly at its fraction")
     mask_documents: bool = Field(False, description="attention stays within a document, and positions begin anew in each")
     cache_dir: str | None = Field(
-        None, description="node-local folder for shards fetched or unpacked; by default the run's folder, where a shared one works too"
+        None, description="folder of each node's own disk for shards fetched or unpacked, kept after the run; by default the run's folder"
     )
     bad_shards: Literal["stop", "skip"] = Field(
         "stop", description="what a shard means that is damaged at its source: the end of the run, or its samples left out and recorded"
@@ -227,7 +228,7 @@ class CheckpointConfig(Section):
 class EvalsConfig(Section):
     """What is measured at each milestone."""
 
-    heldout: dict[str, str] = Field(default={}, description="domain name -> token-shard folder, for bits per byte")
+    heldout: dict[Name, str] = Field(default={}, description="domain name -> token-shard folder, for bits per byte")
     max_samples: PositiveInt = Field(512, description="held-out samples read per domain")
     micro_batch_size: PositiveInt = 16
 
@@ -242,8 +243,8 @@ class TrackConfig(Section):
 class Config(Section):
     """One run."""
 
-    study: str = Field(pattern=r"^\w[\w.-]*$", description="the experiment this run belongs to; the W&B group")
-    name: str = Field(pattern=r"^\w[\w.-]*$", description="of the run; its folder is runs_dir/study/name")
+    study: Name = Field(description="the experiment this run belongs to; the W&B group")
+    name: Name = Field(description="of the run; its folder is runs_dir/study/name")
     runs_dir: str = "runs"
     init_from: str | None = Field(None, description="run folder whose newest checkpoint gives the initial weights")
     model: ModelConfig

@@ -14,7 +14,8 @@ from datatrove.data import DocumentsPipeline
 from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 
-from retemper.pipeline.data.manifest import MANIFEST, READ_BY_TRAINING, read_listed, seal
+from retemper.pipeline.data.manifest import MANIFEST, READ_BY_TRAINING, Damaged, read_listed, seal
+from retemper.pipeline.data.store import Missing
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.run_folder import replace_file
 from retemper.pipeline.schema import CorpusConfig
@@ -74,7 +75,7 @@ def is_whole(path: str, manifest: dict) -> bool:
     try:
         files = {name: read_listed(path, manifest, name) for name in READ_BY_TRAINING}
         sizes = {name: info["size"] for name, info in folder.find("", detail=True).items()}
-    except (UserError, FileNotFoundError):
+    except (Missing, Damaged, FileNotFoundError):
         return False
     for split in (TRAIN, HELDOUT):
         for shard in json.loads(files[f"{split}/index.json"])["shards"]:

@@ -1,6 +1,6 @@
 """Samples to tensors: labels, the loss mask, positions and document boundaries. Shapes: B micro-batch, T sequence length."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,8 +22,15 @@ class Batch:
     document_edges: torch.Tensor | None = None
     longest_document: int = 0
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`, copied without waiting for what it computes."""
+        if device.type == "cpu":
+            return self
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()})
 
-def make_batch(samples: list[dict[str, np.ndarray]], device: torch.device, *, mask_documents: bool) -> Batch:
+
+def make_batch(samples: list[dict[str, np.ndarray]], *, mask_documents: bool) -> Batch:
     """Next-token prediction within each sample, of what is neither padding nor prompt.
 
     With mask_documents a document sees itself alone: its first token is no label, and its positions begin at 0.
@@ -36,14 +43,14 @@ def make_batch(samples: list[dict[str, np.ndarray]], device: torch.device, *, ma
     for row, sample in enumerate(samples):
         tokens[row * seq_length : (row + 1) * seq_length] = sample["tokens"]
         mark_labels(loss_mask_BT[row, :-1], sample, mask_documents=mask_documents)
-    tokens = torch.from_numpy(tokens).to(device)
-    batch = tokens[:-1].view(shape), tokens[1:].view(shape), torch.from_numpy(loss_mask_BT).to(device).view(shape)
+    tokens = torch.from_numpy(tokens)
+    batch = tokens[:-1].view(shape), tokens[1:].view(shape), torch.from_numpy(loss_mask_BT).view(shape)
     if not mask_documents:
-        return Batch(shape, *batch, torch.arange(seq_length, device=device).expand(shape))
+        return Batch(shape, *batch, torch.arange(seq_length).expand(shape))
     lengths = np.concatenate([_with_padding(sample) for sample in samples])
     edges = np.concatenate([[0], lengths.cumsum()])
-    positions = torch.from_numpy(np.arange(count * seq_length) - np.repeat(edges[:-1], lengths)).to(device)
-    return Batch(shape, *batch, positions.view(shape), torch.from_numpy(edges.astype(np.int32)).to(device), int(lengths.max()))
+    positions = torch.from_numpy(np.arange(count * seq_length) - np.repeat(edges[:-1], lengths))
+    return Batch(shape, *batch, positions.view(shape), torch.from_numpy(edges.astype(np.int32)), int(lengths.max()))
 
 
 def mark_labels(mask: np.ndarray, sample: dict[str, np.ndarray], *, mask_documents: bool) -> None:

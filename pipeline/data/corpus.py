@@ -10,8 +10,9 @@ from retemper.pipeline.schema import Config, StreamConfig
 
 
 def stream_paths(config: Config) -> dict[str, str]:
-    """Name -> folder of every training stream, the run's own corpus first."""
-    return {config.data.name: config.data.path} | {name: stream.path for name, stream in _mixed_in(config).items()}
+    """Name -> folder of every training stream, by name: the order of samples follows this one."""
+    mixed_in = {name: stream.path for name, stream in _mixed_in(config).items()}
+    return dict(sorted(({config.data.name: config.data.path} | mixed_in).items()))
 
 
 def samples_per_window(config: Config) -> dict[str, int]:

@@ -26,13 +26,13 @@ class Ledger:
 
     def record(self, step: int, data: StepData) -> None:
         """Note what the step numbered `step`, counted from 1, was made of."""
-        folder, place = self.config.run_dir, self.topology
+        folder, place, file = self.config.run_dir, self.topology, f"rank-{self.topology.rank:05d}.jsonl"
         if self.config.data.ledger and self._reads:
             peers = {"data_parallel_rank": place.data_parallel_rank, "data_parallel_size": place.data_parallel_size}
             line = {"step": step, **peers, "ids": data.ids.tolist()}
-            run_folder.append_line(folder / run_folder.LEDGER / f"rank-{place.rank:05d}.jsonl", line)
+            run_folder.append_line(folder / run_folder.LEDGER / file, line)
         if self._first_of_model and data.skipped.any():
-            run_folder.append_line(folder / run_folder.SKIPPED, {"step": step, "ids": data.ids[data.skipped].tolist()})
+            run_folder.append_line(folder / run_folder.SKIPPED / file, {"step": step, "ids": data.ids[data.skipped].tolist()})
 
 
 def verify(config: Config, began_at: int) -> str:
@@ -63,6 +63,9 @@ def verify(config: Config, began_at: int) -> str:
         if times.min() < int(epoch) or times.max() > np.ceil(epoch):
             problems.append(f"{name}: after {epoch:.2f} epochs some sample was read {times.min()} times, another {times.max()} times")
         lines.append(f"{name}: {int(times.sum()):,} samples read, {epoch:.3f} epochs, each of {size:,} {_range(times)}")
+    notes = [record for path in run_folder.noted(config.run_dir, run_folder.SKIPPED) for record in run_folder.read_lines(path)]
+    if skipped := sum(len(record["ids"]) for record in notes):
+        lines.append(f"{skipped:,} of them had no loss, their shards were bad ({config.run_dir / run_folder.SKIPPED})")
     if problems:
         more = [f"  and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
         shown = [f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
@@ -94,7 +97,7 @@ def _steps(run_dir: Path) -> dict[int, dict[tuple[int, int], list[list[int]]]]:
 
 
 def _entries(run_dir: Path) -> Iterator[dict]:
-    for path in sorted((run_dir / run_folder.LEDGER).glob("rank-*.jsonl")):
+    for path in run_folder.noted(run_dir, run_folder.LEDGER):
         for line in path.read_text().splitlines():
             try:
                 yield json.loads(line)

@@ -11,22 +11,30 @@ MANIFEST = "manifest.json"
 READ_BY_TRAINING = ("train/index.json", "heldout/index.json", "token_bytes.npy")
 
 
+class Damaged(UserError):
+    """A file is not the one that was written."""
+
+
 def seal(manifest: dict) -> str:
     """The text of manifest.json: a hash over all else comes last."""
     return json.dumps(manifest | {"sha256": _hash_of(manifest)}, indent=2)
 
 
 def find_manifest(path: str) -> dict | None:
-    """The manifest of the corpus at `path`; None where nothing of that name is there, or something else.
+    """The manifest of the corpus at `path`; None where there is no file of its name.
 
-    Raises UserError where it is damaged.
+    Raises UserError where it is damaged, or of something else.
     """
     try:
         manifest = json.loads(store.read(f"{path}/{MANIFEST}"))
-    except (store.Missing, ValueError):
+    except store.Missing:
         return None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        manifest = None
     if not isinstance(manifest, dict) or not {"made_from", "fingerprint", "splits"} <= manifest.keys():
-        return None
+        raise UserError(f"{path} is not a token corpus (its {MANIFEST} is none of one, or damaged): choose another folder, or remove it")
     if manifest.pop("sha256", None) != _hash_of(manifest):
         raise UserError(f"{path}/{MANIFEST} is damaged, or of another version of retemper: remove {path} and tokenize again")
     return manifest
@@ -45,7 +53,7 @@ def read_listed(path: str, manifest: dict, name: str) -> bytes:
         content = store.read(f"{path}/{name}")
         if hashlib.sha256(content).hexdigest() == manifest["files"][name]:
             return content
-    raise UserError(f"{path}/{name} is damaged: run the `retemper tokenize` command that made {path} again")
+    raise Damaged(f"{path}/{name} is damaged: run the `retemper tokenize` command that made {path} again")
 
 
 def _hash_of(manifest: dict) -> str:

@@ -44,8 +44,10 @@ class Order:
         for number, stream in enumerate(self.streams):
             mine = streams == number
             epochs, offsets = np.divmod(positions[mine], stream.samples)
-            orders = [_epoch(stream.seed, epoch, stream.shard_sizes)[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
-            ids[mine] = first + np.concatenate([np.empty(0, np.int64), *orders])
+            orders = self._orders_of(number, np.unique(epochs).tolist())
+            ids[mine] = first + np.concatenate(
+                [np.empty(0, np.int64), *(order[offsets[epochs == epoch]] for epoch, order in orders.items())]
+            )
             lanes[mine] = (offsets % _lanes(stream.samples)) / _lanes(stream.samples)
             first += stream.samples
         return ids[np.argsort(lanes, kind="stable")]
@@ -56,6 +58,16 @@ class Order:
         whole, rest = divmod(consumed_samples, len(pattern))
         begun = np.bincount(pattern[:rest], minlength=len(self.streams))
         return [(whole * stream.per_window + int(count)) / stream.samples for stream, count in zip(self.streams, begun, strict=True)]
+
+    def _orders_of(self, number: int, epochs: list[int]) -> dict[int, np.ndarray]:
+        """epoch -> order of a stream; those of its latest batch are kept, which is two where an epoch ends."""
+        kept, stream = self._latest.get(number, {}), self.streams[number]
+        self._latest[number] = {epoch: kept[epoch] if epoch in kept else _epoch(stream.seed, epoch, stream.shard_sizes) for epoch in epochs}
+        return self._latest[number]
+
+    @functools.cached_property
+    def _latest(self) -> dict[int, dict[int, np.ndarray]]:
+        return {}
 
     def _places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each sample the stream, and the number of that stream's samples before it."""
@@ -78,7 +90,6 @@ def _lanes(samples: int) -> int:
     return min(LANES, samples)
 
 
-@functools.lru_cache(maxsize=8)
 def _epoch(seed: int, epoch: int, shard_sizes: tuple[int, ...]) -> np.ndarray:
     """A permutation of all samples, lanes taking turns.
 
@@ -91,9 +102,11 @@ def _epoch(seed: int, epoch: int, shard_sizes: tuple[int, ...]) -> np.ndarray:
     dealt = np.argsort(_random(seed, 0).random_raw(len(sizes)), kind="stable")
     ends = np.cumsum(sizes[dealt])
     bits = _random(seed, 1 + int(epoch))
-    lanes = []
-    for lane in range(_lanes(total)):
-        begin, end = (total * edge // _lanes(total) for edge in (lane, lane + 1))
+    count = _lanes(total)
+    rounds = total // count  # lanes take turns; their lengths differ by one at most
+    order, last = np.empty(total, np.uint32 if total < 2**32 else np.int64), rounds * count
+    for lane in range(count):
+        begin, end = (total * edge // count for edge in (lane, lane + 1))
         cuts = np.unique(np.concatenate([[begin, end], ends[(ends > begin) & (ends < end)]]))
         spans = np.argsort(bits.random_raw(len(cuts) - 1), kind="stable")
         shards = np.searchsorted(ends, cuts[:-1], side="right")[spans]
@@ -103,11 +116,11 @@ def _epoch(seed: int, epoch: int, shard_sizes: tuple[int, ...]) -> np.ndarray:
         uniform = (bits.random_raw(end - begin) >> np.uint64(11)) * 2.0**-53
         places = np.repeat(low, lengths) + np.repeat(high - low, lengths) * uniform
         ids = np.repeat(firsts - (after - lengths), lengths) + np.arange(end - begin)
-        lanes.append(ids[np.argsort(places, kind="stable")])
-    rounds = total // len(lanes)  # the lanes' lengths differ by one at most
-    turns = np.stack([lane[:rounds] for lane in lanes], axis=1).ravel()
-    order = np.concatenate([turns, *(lane[rounds:] for lane in lanes)])
-    return order.astype(np.uint32) if total < 2**32 else order
+        ids = ids[np.argsort(places, kind="stable")]
+        order[lane : rounds * count : count] = ids[:rounds]
+        order[last : last + len(ids) - rounds] = ids[rounds:]
+        last += len(ids) - rounds
+    return order
 
 
 def _random(seed: int, stage: int) -> np.random.Philox:

@@ -1,11 +1,12 @@
 """The batches of one rank, read ahead of training."""
 
+import itertools
 import shutil
 import sys
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -59,8 +60,11 @@ class StepData:
 class TrainingBatches:
     """Iterates over the steps of one rank from a number of consumed samples on; a context manager, which ends the reading."""
 
-    def __init__(self, config: Config, topology: Topology, consumed_samples: int):
-        self.config, self.topology, self.consumed_samples = config, topology, consumed_samples
+    def __init__(self, config: Config, topology: Topology, consumed_samples: int, steps: int):
+        """The `steps` steps of this data that follow `consumed_samples` of its samples. Raises UserError where a disk is too small."""
+        self.config, self.topology = config, topology
+        batch_size = config.train.global_batch_size
+        self._steps = iter(range(consumed_samples, consumed_samples + steps * batch_size, batch_size))
         self.seconds_waited = 0.0
         self._reads = config.data.mask_documents or topology.is_first_stage or topology.is_last_stage
         self.streams = Streams(config)
@@ -68,8 +72,8 @@ class TrainingBatches:
         self._reader = ThreadPoolExecutor(1, "step-reader")  # more of them wait for each other: 6,000 samples/s against 14,000
         self._openers = ThreadPoolExecutor(_OPENED_AT_ONCE, "shard-opener")
         self._ahead: deque[Future[StepData]] = deque()
-        for _ in range(_STEPS_AHEAD):
-            self._read_ahead()
+        for consumed in itertools.islice(self._steps, _STEPS_AHEAD):
+            self._read_ahead(consumed)
 
     def __enter__(self) -> "TrainingBatches":
         return self
@@ -83,44 +87,41 @@ class TrainingBatches:
 
     def __next__(self) -> StepData:
         """The next step's data. Raises BadShard where a shard is bad at its source, UserError where a store gives none."""
+        if not self._ahead:
+            raise StopIteration
         started = time.perf_counter()
         data = self._ahead.popleft().result()
-        self._read_ahead()
+        for consumed in itertools.islice(self._steps, 1):
+            self._read_ahead(consumed)
         if self.config.data.bad_shards == "skip":
             data = self._agree(data)
+        data = replace(data, micro_batches=[batch.to(self.topology.device) for batch in data.micro_batches])
         self.seconds_waited += time.perf_counter() - started
         return data
 
-    def _read_ahead(self) -> None:
-        self._ahead.append(self._reader.submit(self._read, self.consumed_samples))
-        self.consumed_samples += self.config.train.global_batch_size
+    def _read_ahead(self, consumed_samples: int) -> None:
+        self._ahead.append(self._reader.submit(self._read, consumed_samples))
 
     def _read(self, consumed_samples: int) -> StepData:
         ids = self.streams.order.batch(consumed_samples, self.config.train.global_batch_size)
         mine = np.split(ids, self.topology.data_parallel_size)[self.topology.data_parallel_rank]
-        return self._step_data(mine, np.zeros(len(mine), bool))
-
-    def _step_data(self, ids: np.ndarray, skipped: np.ndarray) -> StepData:
-        micro_batch_size, seq_length = self.config.train.micro_batch_size, self.config.data.seq_length
-        parts = range(0, len(ids), micro_batch_size)
-        mask_documents = self.config.data.mask_documents
+        size, mask_documents = self.config.train.micro_batch_size, self.config.data.mask_documents
+        parts = range(0, len(mine), size)
         if not self._reads:
-            return StepData(ids, skipped, [Batch((micro_batch_size, seq_length)) for _ in parts])
-        samples, skipped = self._samples(ids, skipped)
-        batches = [
-            make_batch(samples[part : part + micro_batch_size], self.topology.device, mask_documents=mask_documents) for part in parts
-        ]
-        return StepData(ids, skipped, batches)
+            return StepData(mine, np.zeros(len(mine), bool), [Batch((size, self.config.data.seq_length)) for _ in parts])
+        samples, skipped = self._samples(mine)
+        return StepData(mine, skipped, [make_batch(samples[part : part + size], mask_documents=mask_documents) for part in parts])
 
-    def _samples(self, ids: np.ndarray, skipped: np.ndarray) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+    def _samples(self, ids: np.ndarray) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+        """The samples, and which of them are stand-ins for those of a bad shard, bool (n,)."""
         shards, places = self.streams.shards, self.streams.locate(ids)
         wanted = [(name, shards[name].shard_of(sample)) for name, sample in places]
         bad = set(self._openers.map(self._bad_shard, sorted(set(wanted))))
-        skipped = skipped | [shard in bad for shard in wanted]
+        skipped = [shard in bad for shard in wanted]
         return [
             _left_out(self.config.data.seq_length) if skip else shards[name].sample(sample)
             for (name, sample), skip in zip(places, skipped, strict=True)
-        ], skipped
+        ], np.array(skipped)
 
     def _bad_shard(self, place: tuple[str, int]) -> tuple[str, int] | None:
         """Open a shard; returns its place where it is bad and may be skipped."""
@@ -138,9 +139,13 @@ class TrainingBatches:
         return None
 
     def _agree(self, data: StepData) -> StepData:
-        """Leave out what any rank of the model could not read: its ranks must see the same samples."""
+        """Leave out of the loss what any rank of the model could not read."""
         skipped = anywhere_in_model(data.skipped)
-        return data if (skipped == data.skipped).all() else self._step_data(data.ids, skipped)
+        if self._reads:
+            for number in np.flatnonzero(skipped):
+                part, row = divmod(int(number), self.config.train.micro_batch_size)
+                data.micro_batches[part].loss_mask_BT.view(-1, self.config.data.seq_length)[row] = 0
+        return replace(data, skipped=skipped)
 
 
 def _left_out(seq_length: int) -> dict[str, np.ndarray]:
@@ -150,15 +155,16 @@ def _left_out(seq_length: int) -> dict[str, np.ndarray]:
 
 def _check_disk(config: Config, topology: Topology, streams: Streams) -> None:
     """Refuse a cache that cannot hold what this node reads: the shards of its data-parallel ranks' lanes."""
-    ranks_here = min(topology.data_parallel_size, topology.local_world_size)
-    part = min(1.0, ranks_here / topology.data_parallel_size + 1 / LANES)
-    for name, shards in streams.shards.items():
-        needed, folder = int(part * shards.bytes_to_fetch), cache_folder(config, name)
-        if not needed:
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        if needed > (free := shutil.disk_usage(folder).free):
-            raise UserError(
-                f"{folder} has {free >> 30} GiB free, but this node will keep {needed >> 30} GiB of {name}'s shards there: "
-                "set data.cache_dir to a larger disk of each node"
-            )
+    ranks_here = -(-topology.local_world_size // config.parallel.tensor_parallel_size)
+    # The default cache is one that nodes may share, and holds what all of them read.
+    part = min(1.0, ranks_here / topology.data_parallel_size + 1 / LANES) if config.data.cache_dir else 1.0
+    needed = int(part * sum(shards.bytes_to_fetch for shards in streams.shards.values()))
+    if not needed:
+        return
+    folder = cache_folder(config, config.data.name).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise UserError(
+            f"{folder} has {free >> 20} MiB free, but about {needed >> 20} MiB of shards will be kept there: "
+            "set data.cache_dir to a larger disk of each node"
+        )

@@ -1,6 +1,7 @@
 """Samples of a split by id, through mosaicml-streaming's MDS reader; every shard is checked against its hash when it is opened."""
 
 import bisect
+import contextlib
 import copy
 import fcntl
 import hashlib
@@ -8,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -25,7 +27,7 @@ from retemper.pipeline.errors import UserError
 _PIECES = {"lengths": "<u4", "documents": "<u8", "prompt_lengths": "<u4"}
 # What `retemper tokenize` calls its shards. A name of an index becomes a path: nothing else is taken.
 _NAMES = re.compile(r"\d{5}/shard\.\d{5}\.mds(\.zstd)?")
-_MOST_OPEN = 256  # shards of one split, each a file descriptor; ranks that read every lane hold about four of each open
+_MOST_OPEN = 64  # shards of one split, each a file descriptor; a rank that reads every lane has about four of each in use
 
 
 class BadShard(UserError):
@@ -47,7 +49,7 @@ class TokenShards:
         self._readers = _readers(read_listed(self.path, self.manifest, f"{split}/index.json"), self.source)
         self._ends = list(itertools.accumulate(reader.samples for reader in self._readers))
         self._open: dict[int, _Reader] = {}
-        self.bad: dict[int, BadShard] = {}  # found so: they are not tried again
+        self.bad: dict[int, str] = {}  # found so, and what was said: they are not tried again
         self._lock = threading.Lock()
         self._opening = [threading.Lock() for _ in self._readers]
 
@@ -89,7 +91,7 @@ class TokenShards:
             if reader := self._opened(number):
                 return reader
             if number in self.bad:
-                raise self.bad[number]
+                raise BadShard(self.bad[number])
             reader = self._readers[number].on(self._whole(number))
             with self._lock:
                 self._open[number] = reader
@@ -119,7 +121,8 @@ class TokenShards:
             raise self._bad(number, place)
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(place.with_name(place.name + ".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks of this node fetch it too; a killed one lets go
+            with contextlib.suppress(OSError):  # file systems without locks: it is fetched twice, no harm
+                fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks of this node fetch it too; a killed one lets go
             for _attempt in range(2):
                 if file := _checked(place, reader):
                     return file
@@ -142,16 +145,19 @@ class TokenShards:
                 content = decompress(reader.compression, content)
             except Exception:  # each compression has its own; the check that follows tells
                 content = b""
-        temporary = place.with_name(place.name + ".tmp")
+        mine = f"{place.name}.{socket.gethostname()}"  # locks may not reach other nodes
+        for left in place.parent.glob(f"{mine}.*.tmp"):  # by a killed rank
+            left.unlink(missing_ok=True)
+        temporary = place.with_name(f"{mine}.{os.getpid()}.tmp")
         temporary.write_bytes(content)
         temporary.replace(place)
 
     def _bad(self, number: int, file: Path | str) -> BadShard:
-        self.bad[number] = BadShard(
+        self.bad[number] = (
             f"{file} is missing or damaged: remove it, make it again with the `retemper tokenize` command of {self.path}, and go on; "
             "or leave its samples out with data.bad_shards=skip"
         )
-        return self.bad[number]
+        return BadShard(self.bad[number])
 
 
 class _Reader(MDSReader):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from retemper.pipeline.data.reader import Streams
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema import Config
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a document must not steer the terminal
 _FILE_SHIFT = np.uint64(40)  # of a document's number: the source file above, the position in it below (tokenize/shards.py)
 
 
@@ -59,4 +61,5 @@ def _marked(tokenizer, tokens_T: np.ndarray, counts_T: np.ndarray, *, colours: b
     before, after = ("\x1b[2m", "\x1b[0m") if colours else ("⟦", "⟧")
     for counts, run in itertools.groupby(zip(tokens_T.tolist(), counts_T.tolist(), strict=True), key=lambda pair: pair[1]):
         text = tokenizer.backend.decode([token for token, _ in run], skip_special_tokens=False)
+        text = _CONTROLS.sub(lambda control: repr(control[0])[1:-1], text)
         yield text if counts else f"{before}{text}{after}"

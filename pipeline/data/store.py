@@ -1,5 +1,6 @@
 """Files of a corpus, local or remote, read whole; a remote store gets time to recover."""
 
+import random
 import time
 
 from fsspec import AbstractFileSystem
@@ -38,7 +39,7 @@ def read(path: str) -> bytes:
                     f"{path} could not be read for {time.monotonic() - began:.0f} s ({type(error).__name__}: {error}); "
                     "when the store is well again, the same command goes on from the last checkpoint"
                 ) from None
-        time.sleep(wait)
+        time.sleep(wait * random.uniform(0.5, 1))  # ranks that failed together do not ask again together
         wait *= 2
 
 

@@ -44,7 +44,7 @@ def _score(config: Config, topology: Topology, model, domain: str) -> dict[str, 
     nats = tokens = bytes_ = 0.0
     for ids in _parts(mine, config.evals.micro_batch_size):
         samples_B = [shards.sample(int(id)) for id in ids]
-        batch = make_batch(samples_B, topology.device, mask_documents=config.data.mask_documents)
+        batch = make_batch(samples_B, mask_documents=config.data.mask_documents).to(topology.device)
         for output in run_schedule(model, [batch], forward_only=True):
             bytes_BT = token_bytes[batch.labels_BT] * batch.loss_mask_BT
             nats += (output["losses_BT"].double() * (bytes_BT > 0)).sum().item()
@@ -52,8 +52,8 @@ def _score(config: Config, topology: Topology, model, domain: str) -> dict[str, 
             bytes_ += bytes_BT.sum().item()
     nats, tokens, bytes_ = from_last_stage([nats, tokens, bytes_])
     return {
-        "bits_per_byte": nats / math.log(2) / bytes_,
-        "loss": nats / tokens,
+        "bits_per_byte": nats / math.log(2) / max(bytes_, 1),
+        "loss": nats / max(tokens, 1),
         "tokens": int(tokens),
         "bytes": int(bytes_),
         "samples": samples,

@@ -29,7 +29,7 @@ def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> T
     state = checkpointer.restore()
     schedule.step(state.consumed_samples * config.data.seq_length)
     ledger = Ledger(config, topology)
-    with TrainingBatches(config, topology, state.samples_of_data) as batches:
+    with TrainingBatches(config, topology, state.samples_of_data, config.steps - state.step) as batches:
         log = Log(config, state, batches, parameter_counts(model), enabled=topology.rank == 0)
         seed_step(config.train.seed, state.step, topology)
         if state.step in (0, *config.milestone_steps):  # the start of the run, or a milestone whose evaluation was cut short

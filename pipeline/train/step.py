@@ -33,7 +33,7 @@ def train_step(config: Config, model, optimizer, schedule, batches: list[Batch])
     _, grad_norm, _ = optimizer.step()
     _check_finite(config, "gradient norm", float(grad_norm))
     schedule.step(config.tokens_per_step)
-    return StepResult(nats / tokens, float(grad_norm), lr)
+    return StepResult(nats / max(tokens, 1), float(grad_norm), lr)
 
 
 def _check_finite(config: Config, name: str, value: float) -> None:

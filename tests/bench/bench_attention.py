@@ -35,7 +35,7 @@ def main(overrides: list[str]) -> None:
         runs[name] = (model, optimizer, build_schedule(config, optimizer))
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (config.train.micro_batch_size, config.data.seq_length))
     samples = [{"tokens": row, "lengths": np.array([len(row)])} for row in tokens]
-    batches = [make_batch(samples, place.device, mask_documents=False)] * (config.train.global_batch_size // config.train.micro_batch_size)
+    batches = [make_batch(samples, mask_documents=False)] * (config.train.global_batch_size // config.train.micro_batch_size)
 
     def seconds(name: str) -> float:
         started = time.process_time()

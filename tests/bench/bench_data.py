@@ -102,7 +102,7 @@ def bench_reader(folder: Path, rounds: int = 5, steps: int = 12) -> None:
     (shards,) = streams.shards.values()
     np.concatenate([shards.tokens(np.arange(0, len(shards)))]).astype(np.uint16).tofile(path / "tokens.bin")
     raw = np.memmap(path / "tokens.bin", np.uint16, "r").reshape(-1, SEQ_LENGTH)
-    batches = iter(TrainingBatches(config, one_rank(), 0))
+    batches = iter(TrainingBatches(config, one_rank(), 0, 10**6))
     for _ in range(8):
         next(batches)  # shards opened
 
@@ -153,7 +153,7 @@ from bench_data import config_of, one_rank
 from retemper.pipeline.data.reader import TrainingBatches
 config, rank = config_of(Path(sys.argv[2])), one_rank()
 started = time.perf_counter()
-next(TrainingBatches(config, rank, int(sys.argv[3])))
+next(TrainingBatches(config, rank, int(sys.argv[3]), 10))
 print(time.perf_counter() - started, int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 1024)
 import os; os._exit(0)
 """
@@ -180,7 +180,7 @@ from retemper.pipeline.data.shards import TokenShards
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 shards, rank, times = TokenShards(sys.argv[2], "train"), dist.get_rank(), {"read": [], "broadcast": []}
-batch = lambda ids: make_batch([shards.sample(int(id)) for id in ids], torch.device("cpu"), mask_documents=False)
+batch = lambda ids: make_batch([shards.sample(int(id)) for id in ids], mask_documents=False)
 for step in range(220):
     ids = np.random.default_rng(step).integers(0, len(shards), 8)
     for way in times:

@@ -35,7 +35,7 @@ def compare(config, place) -> None:
 
     @torch.no_grad()
     def losses(samples, *, mask_documents):
-        batch = make_batch(samples, place.device, mask_documents=mask_documents)
+        batch = make_batch(samples, mask_documents=mask_documents)
         (output,) = run_schedule(model, [batch], forward_only=True)
         return output["losses_BT"].flatten()
 

@@ -52,7 +52,7 @@ def damaged_copy(shards: Path, copy: Path, workspace) -> tuple[Path, list[int]]:
     return victim, [id for id in range(len(opened)) if opened.shard_of(id) == number]
 
 
-def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(workspace, shards, tmp_path):
+def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(workspace, shards, tmp_path, capsys):
     victim, bad = damaged_copy(shards, tmp_path / "copy", workspace)
     before = set(os.listdir("/dev/shm"))
     started = time.monotonic()
@@ -62,11 +62,14 @@ def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(workspace
     result = run_command(["train", *command(workspace, "skips", tmp_path / "copy", "data.bad_shards=skip")])
     assert result.returncode == 0 and f"skips a shard: {victim}" in result.stderr, result.stderr[-3000:]
     run = workspace / "runs" / "test" / "skips"
-    skipped = [json.loads(line) for line in (run / run_folder.SKIPPED).read_text().splitlines()]
+    (note,) = run_folder.noted(run, run_folder.SKIPPED)
+    skipped = list(run_folder.read_lines(note))
     order = Streams(load_config(command(workspace, "skips", tmp_path / "copy"))).order
     expected = {step: sorted(set(order.batch((step - 1) * 8, 8).tolist()) & set(bad)) for step in range(1, 11)}
     assert {line["step"]: sorted(line["ids"]) for line in skipped} == {step: ids for step, ids in expected.items() if ids}
     assert len(list(run_folder.read_metrics(run))) == 10
+    assert main(["data", "verify", *command(workspace, "skips", tmp_path / "copy")]) == 0
+    assert f"{sum(len(line['ids']) for line in skipped)} of them had no loss" in capsys.readouterr().out
     assert set(os.listdir("/dev/shm")) <= before, "nothing is left in shared memory"
 
 

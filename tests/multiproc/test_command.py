@@ -28,6 +28,7 @@ def killed_and_continued(workspace):
     straight = run_command(["train", *overrides(workspace, "straight", *SAVE)])
     assert straight.returncode == 0, straight.stderr[-3000:]
     command = [str(Path(sys.executable).parent / "retemper"), "train", *overrides(workspace, "killed", *SAVE)]
+    shared_memory = set(os.listdir("/dev/shm"))
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder = workspace / "runs" / "test" / "killed"
     deadline = time.monotonic() + 120
@@ -38,6 +39,7 @@ def killed_and_continued(workspace):
     process.wait()
     psutil.wait_procs(ranks, timeout=20)
     assert len(ranks) >= 2 and not any(rank.is_running() for rank in ranks)
+    assert set(os.listdir("/dev/shm")) <= shared_memory, "a killed run leaves nothing that its restart could meet"
     left = committed_steps(folder)
     continued = run_command(["train", *overrides(workspace, "killed", *SAVE)])
     assert continued.returncode == 0, continued.stderr[-3000:]

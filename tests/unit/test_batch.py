@@ -16,8 +16,6 @@ from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.errors import UserError
 from retemper.tokenize.tokenizer import Tokenizer
 
-CPU = torch.device("cpu")
-
 
 @st.composite
 def samples(draw, length: int = 24):
@@ -35,7 +33,7 @@ def samples(draw, length: int = 24):
 @settings(deadline=None)
 @given(st.lists(samples(), min_size=1, max_size=3), st.booleans())
 def test_masks_positions_and_edges_are_what_the_pieces_say(drawn, mask_documents):
-    batch = make_batch(drawn, CPU, mask_documents=mask_documents)
+    batch = make_batch(drawn, mask_documents=mask_documents)
     expected_mask, expected_positions, edges = [], [], [0]
     for sample in drawn:
         total = len(sample["tokens"])
@@ -88,7 +86,7 @@ def test_instruction_pairs_carry_loss_on_the_response_alone(workspace, pairs):
     tokenizer, shards = Tokenizer(workspace / "data" / "tokenizer"), TokenShards(pairs, "train")
     answers = {json.loads(line)["answer"] for line in (workspace / "pairs" / "pairs.jsonl").read_text().splitlines()}
     for mask_documents in (False, True):
-        batch = make_batch([shards.sample(id) for id in range(8)], CPU, mask_documents=mask_documents)
+        batch = make_batch([shards.sample(id) for id in range(8)], mask_documents=mask_documents)
         text = tokenizer.backend.decode(batch.labels_BT[batch.loss_mask_BT.bool()].tolist(), skip_special_tokens=False)
         *found, rest = text.split("<|endoftext|>")
         assert len(found) > 8 and rest == "" and set(found) <= answers

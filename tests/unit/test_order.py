@@ -102,7 +102,7 @@ def test_ranks_of_one_model_read_the_same_and_all_together_the_batch(workspace, 
     read: dict[int, list[np.ndarray]] = {}
     for rank in range(int(np.prod(sizes))):
         topology = place(rank, sizes)
-        with TrainingBatches(config, topology, consumed) as batches:
+        with TrainingBatches(config, topology, consumed, 2) as batches:
             steps = [data for data, _ in zip(batches, range(2), strict=False)]
         read.setdefault(topology.data_parallel_rank, []).append(np.stack([data.ids for data in steps]))
         for data in steps:
@@ -121,7 +121,7 @@ def test_the_tokens_are_those_of_the_ids(workspace):
     streams = Streams(config)
     (shards,) = streams.shards.values()
     for rank in range(2):
-        with TrainingBatches(config, place(rank, (1, 1, 2, 1)), 80) as batches:
+        with TrainingBatches(config, place(rank, (1, 1, 2, 1)), 80, 3) as batches:
             for data in itertools.islice(batches, 3):
                 tokens = np.concatenate([batch.tokens_BT.numpy() for batch in data.micro_batches])
                 assert (tokens == shards.tokens(data.ids)).all()
