@@ -163,6 +163,11 @@ def _data_conflicts(data: DataConfig):
         yield "data.executor=slurm needs data.slurm.partition=NAME"
     if data.source.prompt is not None and data.source.kind != "rows":
         yield f"data.source.prompt takes columns of rows, but data.source.kind={data.source.kind}"
+    if "\\n" in (data.source.prompt or ""):
+        yield (
+            "data.source.prompt holds a backslash and an n, which is no line break: "
+            "on the command line write $'data.source.prompt=\"Q: {ask}\\nA: \"', with the dollar before the quotes"
+        )
     if data.tokens is not None and data.tokens < data.seq_length:
         yield f"data.tokens={data.tokens} is less than one sample of data.seq_length={data.seq_length}"
     if "://" in data.path and not data.path.startswith(("s3://", "gs://")):

@@ -49,7 +49,7 @@ class Finish(PipelineStep):
             raise UserError(
                 f"data.source.path={self.data.source.path}: its documents fill no sample of {self.data.seq_length} tokens (read: "
                 f"{_read(parts):,}; left out: {', '.join(f'{count:,} {reason}' for reason, count in dropped.items()) or 'none'}); "
-                "give more text, a smaller data.seq_length, or correct what left them out"
+                + _advice(self.data, dropped, _read(parts))
             )
         fingerprint = hashlib.sha256()
         for split, count in plan.buckets.items():
@@ -66,6 +66,13 @@ class Finish(PipelineStep):
         replace_file(out / MANIFEST, seal(manifest))
         _deliver(out, self.data.path)
         plans.remove(self.work)
+
+
+def _advice(data: CorpusConfig, dropped: dict[str, int], read: int) -> str:
+    if dropped.get("no_text") == read > 0:
+        columns = f", and {{…}} of data.source.prompt={data.source.prompt!r} other columns" if data.source.prompt else ""
+        return f"no record has text: data.source.text_key={data.source.text_key} names its column{columns}; correct them"
+    return "give more text, a smaller data.seq_length, or correct what left them out"
 
 
 def is_whole(path: str, manifest: dict) -> bool:

@@ -26,7 +26,7 @@ from retemper.tokenize.spool import ReadPart, Spool
 from retemper.tokenize.tokenizer import Tokenizer
 
 # What may differ from run to run: where the job works, not what it makes.
-_WHERE = {"path", "work_dir", "executor", "tasks", "slurm"}
+_WHERE = {"path", "work_dir", "executor", "tasks", "slurm", "allow_broken_files"}
 _SAMPLE_PARTS, _SAMPLE_DOCUMENTS = 8, 16
 
 

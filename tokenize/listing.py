@@ -65,7 +65,8 @@ def list_parts(source: SourceConfig, root: str, glob: str) -> list[list[FileRang
     files = _list_files(source, root, glob)
     if not files:
         raise UserError(
-            f"data.source.path={source.path}: no file in {root} matches {glob} (data.source.glob); correct the path or the pattern"
+            f"data.source.path={source.path}: no file in {root} matches {glob} that data.source.kind={source.kind} reads; "
+            "correct data.source.path or data.source.glob, or set data.source.kind=text for a tree of text files"
         )
     parts, gathered, size = [], [], 0
     for file in files:

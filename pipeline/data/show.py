@@ -22,6 +22,8 @@ def show_step(config: Config, began_at: int, step: int, samples: int, *, colours
 
     What has no loss is dim, or without colours in ⟦ ⟧. began_at: samples consumed before the data of `config` came in.
     """
+    if step > config.steps:
+        raise UserError(f"step={step}: the run has {config.steps} steps")
     consumed = (step - 1) * config.train.global_batch_size - began_at
     if step < 1 or consumed < 0:
         raise UserError(f"step={step}: this data is read from step {began_at // config.train.global_batch_size + 1} on")

@@ -25,6 +25,10 @@ class Log:
             f"{label}: method={config.method.name}, {counts[0]:,} trainable and {counts[1]:,} frozen parameters on this rank, from step {state.step}",
             flush=True,
         )
+        if state.data_changes and state.data_changes[-1]["step"] == state.step:
+            print("\n".join([f"{label}: other data from here on:", *state.data_changes[-1]["difference"]]), flush=True)
+        if state.step >= config.steps:
+            print(f"{label}: complete, {config.steps} steps", flush=True)
         # disable=None: a bar on a terminal only.
         self.bar = tqdm(total=config.steps, initial=state.step, desc=label, unit="step", dynamic_ncols=True, disable=None)
         self.mark = state.step, state.seconds, batches.seconds_waited

@@ -116,7 +116,9 @@ def test_the_readmes_commands_run(workspace, tmp_path):
             keys = [word for word in command.split() if "=" in word and not word.startswith(("--", "step=", "samples="))]
             check = ["retemper", "config", *keys]
         elif command.startswith("retemper tokenize "):
-            load_data_config(command.split()[2:])
+            words = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True).stdout
+            data = load_data_config(words.split("\0")[2:-1])
+            assert data.source.prompt is None or "\n" in data.source.prompt
             continue
         elif command.startswith("retemper report "):
             check = ["retemper", "report", "--help"]
