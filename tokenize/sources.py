@@ -15,7 +15,7 @@ from datatrove.pipeline.readers.base import BaseDiskReader
 from loguru import logger
 
 from retemper.pipeline.schema import SourceConfig
-from retemper.tokenize.listing import FileRange, list_parts, locate
+from retemper.tokenize.listing import COMPRESSED, FileRange, list_parts, locate
 
 # datatrove logs every file it opens; the progress bar and the manifest's counts say what matters.
 logger.disable("datatrove")
@@ -219,7 +219,22 @@ def _decompressed(folder, path: str):
         stream = pa.CompressedInputStream(folder.open(path, "rb"), "zstd")
     else:
         stream = folder.open(path, "rb", compression="infer")
-    return io.BufferedReader(stream, _BUFFER_BYTES)
+    return io.BufferedReader(_Piecewise(stream) if path.endswith(COMPRESSED) else stream, _BUFFER_BYTES)
+
+
+class _Piecewise(io.RawIOBase):
+    """A decompressing stream read a piece at a time: where it breaks off, what came before is not lost with the full buffer."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        piece = self._stream.read1(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
 
 
 def _is_damage(error: Exception) -> bool:

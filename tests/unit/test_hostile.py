@@ -1,6 +1,10 @@
 """Documents in = documents out + rejected by reason, exactly, whatever the world sends."""
 
+import bz2
+import gzip
 import json
+import lzma
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -8,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from conftest import data_config
 from hostile import write_hostile_corpus
 
@@ -102,3 +107,18 @@ def test_damaged_files_are_all_named_before_anything_is_built(workspace, tmp_pat
     for name in damaged:  # mended: the same command goes on
         (tmp_path / "docs" / name).unlink()
     assert tokenize(corpus, progress=False)["broken_files"] == []
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "xz"])
+def test_what_a_file_that_breaks_off_holds_before_is_kept(workspace, tmp_path, suffix):
+    lines = [json.dumps({"text": f"{number} {random.Random(number).randbytes(20_000).hex()}"}) + "\n" for number in range(40)]
+    compress = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}[suffix]
+    whole = compress("".join(lines).encode())
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / f"cut.jsonl.{suffix}").write_bytes(whole[: len(whole) * 7 // 10])
+    source = {"kind": "rows", "path": str(tmp_path / "docs")}
+    corpus = data_config(workspace, "cut", path=str(tmp_path / "out"), source=source, heldout_fraction=0.0, tasks=1)
+    with pytest.raises(UserError, match="data.allow_broken_files=true"):
+        tokenize(corpus, progress=False)
+    manifest = tokenize(corpus.model_copy(update={"allow_broken_files": True}), progress=False)
+    assert manifest["broken_files"][0]["records_read"] == manifest["documents_read"] > (0 if suffix == "bz2" else 20)
