@@ -73,6 +73,7 @@ def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(workspace
     assert set(os.listdir("/dev/shm")) <= before, "nothing is left in shared memory"
 
 
+@pytest.mark.slow
 def test_other_data_on_a_restart_is_refused_with_the_difference_or_recorded(workspace, shards, capsys):
     save = ["checkpoint.save_every_steps=5", "train.tokens=6K"]  # 11 steps
     assert run_command(["train", *command(workspace, "changes", shards, *save)]).returncode == 0
