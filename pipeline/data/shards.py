@@ -145,10 +145,8 @@ class TokenShards:
                 content = decompress(reader.compression, content)
             except Exception:  # each compression has its own; the check that follows tells
                 content = b""
-        mine = f"{place.name}.{socket.gethostname()}"  # locks may not reach other nodes
-        for left in place.parent.glob(f"{mine}.*.tmp"):  # by a killed rank
-            left.unlink(missing_ok=True)
-        temporary = place.with_name(f"{mine}.{os.getpid()}.tmp")
+        # A name of this rank's own: locks may not reach other nodes, and some file systems have none.
+        temporary = place.with_name(f"{place.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         temporary.write_bytes(content)
         temporary.replace(place)
 

@@ -100,7 +100,7 @@ def bench_reader(folder: Path, rounds: int = 5, steps: int = 12) -> None:
     config = config_of(path)
     streams = Streams(config)
     (shards,) = streams.shards.values()
-    np.concatenate([shards.tokens(np.arange(0, len(shards)))]).astype(np.uint16).tofile(path / "tokens.bin")
+    shards.tokens(np.arange(len(shards))).astype(np.uint16).tofile(path / "tokens.bin")
     raw = np.memmap(path / "tokens.bin", np.uint16, "r").reshape(-1, SEQ_LENGTH)
     batches = iter(TrainingBatches(config, one_rank(), 0, 10**6))
     for _ in range(8):
