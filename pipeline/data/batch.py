@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from retemper.pipeline.data.mds import Samples
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -30,41 +32,56 @@ class Batch:
         return replace(self, **{name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
-def make_batch(samples: list[dict[str, np.ndarray]], *, mask_documents: bool) -> Batch:
-    """Next-token prediction within each sample, of what is neither padding nor prompt.
+def make_batches(samples: Samples, micro_batch_size: int, *, mask_documents: bool) -> list[Batch]:
+    """Micro-batches of next-token prediction within each sample, of what is neither padding nor prompt.
 
     With mask_documents a document sees itself alone: its first token is no label, and its positions begin at 0.
     """
-    count, seq_length = len(samples), len(samples[0]["tokens"])
-    shape = (1, count * seq_length) if mask_documents else (count, seq_length)
-    tokens = np.empty(count * seq_length + 1, np.int64)  # labels are the tokens one place on: the same memory
-    tokens[-1] = 0
-    loss_mask_BT = np.zeros((count, seq_length), np.float32)
-    for row, sample in enumerate(samples):
-        tokens[row * seq_length : (row + 1) * seq_length] = sample["tokens"]
-        mark_labels(loss_mask_BT[row, :-1], sample, mask_documents=mask_documents)
-    tokens = torch.from_numpy(tokens)
-    batch = tokens[:-1].view(shape), tokens[1:].view(shape), torch.from_numpy(loss_mask_BT).view(shape)
+    lengths, learned = learned_tokens(samples, mask_documents=mask_documents)
+    size = micro_batch_size * samples.seq_length
+    # Labels, and which of them count, are what stands one place on: the same memory.
+    parts = zip(*(torch.from_numpy(flat).split(size) for flat in (samples.tokens[:-1], samples.tokens[1:], learned[1:])), strict=True)
     if not mask_documents:
-        return Batch(shape, *batch, torch.arange(seq_length).expand(shape))
-    lengths = np.concatenate([_with_padding(sample) for sample in samples])
-    edges = np.concatenate([[0], lengths.cumsum()])
-    positions = torch.from_numpy(np.arange(count * seq_length) - np.repeat(edges[:-1], lengths))
-    return Batch(shape, *batch, positions.view(shape), torch.from_numpy(edges.astype(np.int32)), int(lengths.max()))
+        return [_of_samples(samples.seq_length, part) for part in parts]
+    batch_ends = np.arange(size, len(samples) * samples.seq_length, size)
+    lengths_of_batch = np.split(lengths, np.searchsorted(lengths.cumsum(), batch_ends, "right"))
+    return [_of_documents(*pair) for pair in zip(lengths_of_batch, parts, strict=True)]
 
 
-def mark_labels(mask: np.ndarray, sample: dict[str, np.ndarray], *, mask_documents: bool) -> None:
-    """Set what counts among the tokens of a sample after its first, in a mask of zeros (T - 1,): neither padding nor prompt."""
-    lengths = sample["lengths"].tolist()
-    prompts = sample["prompt_lengths"].tolist() if "prompt_lengths" in sample else [0] * len(lengths)
-    start = 0
-    for length, prompt in zip(lengths, prompts, strict=True):
-        first = max(1, start + max(prompt, int(mask_documents)))
-        mask[first - 1 : start + length - 1] = 1
-        start += length
+def learned_tokens(samples: Samples, *, mask_documents: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The lengths of the pieces of documents, one sample after the other, and for each token, float32, 1 where it is learned.
+
+    Padding is a piece of its own. One more token, not learned, stands at the end.
+    """
+    lengths = samples.values("lengths").astype(np.int64)
+    prompts = samples.values("prompt_lengths").astype(np.int64)
+    ends = np.cumsum([len(pieces) for pieces in samples.pieces["lengths"]]) // samples.values("lengths").itemsize
+    padding = samples.seq_length - np.add.reduceat(lengths, np.append(0, ends[:-1]))
+    lengths, prompts = (np.insert(pieces, ends, padding) for pieces in (lengths, prompts))  # padding is all prompt
+    lengths, prompts = lengths[lengths > 0], prompts[lengths > 0]
+    starts = lengths.cumsum() - lengths
+    learned = np.ones(len(samples.tokens), np.float32)
+    learned[:: samples.seq_length] = 0  # nothing before them foretells them
+    if mask_documents:
+        learned[starts] = 0
+    learned[_ranges(starts, prompts)] = 0
+    return lengths, learned
 
 
-def _with_padding(sample: dict[str, np.ndarray]) -> np.ndarray:
-    """Lengths of the pieces of documents; padding is a piece of its own."""
-    padding = len(sample["tokens"]) - int(sample["lengths"].sum())
-    return np.append(sample["lengths"], padding)[: None if padding else -1]
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """All numbers from each start on, as many as its length."""
+    return np.arange(lengths.sum()) + np.repeat(starts - (lengths.cumsum() - lengths), lengths)
+
+
+def _of_samples(seq_length: int, part: tuple[torch.Tensor, ...]) -> Batch:
+    tokens_BT, labels_BT, loss_mask_BT = (flat.view(-1, seq_length) for flat in part)
+    return Batch(tokens_BT.shape, tokens_BT, labels_BT, loss_mask_BT, torch.arange(seq_length).expand_as(tokens_BT))
+
+
+def _of_documents(lengths: np.ndarray, part: tuple[torch.Tensor, ...]) -> Batch:
+    tokens_BT, labels_BT, loss_mask_BT = (flat.view(1, -1) for flat in part)
+    edges = np.append(0, lengths.cumsum())
+    positions = torch.from_numpy(_ranges(np.zeros_like(lengths), lengths)).view(1, -1)
+    return Batch(
+        tokens_BT.shape, tokens_BT, labels_BT, loss_mask_BT, positions, torch.from_numpy(edges.astype(np.int32)), int(lengths.max())
+    )

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from retemper.pipeline.data.batch import Batch, make_batch
+from retemper.pipeline.data.batch import Batch, make_batches
 from retemper.pipeline.data.corpus import cache_folder, samples_per_window, stream_paths
+from retemper.pipeline.data.mds import Samples
 from retemper.pipeline.data.order import LANES, Order, Stream
 from retemper.pipeline.data.shards import BadShard, TokenShards
 from retemper.pipeline.distributed.seeds import derive_seed
@@ -37,11 +38,11 @@ class Streams:
         )
         self._ends = np.cumsum([len(shards) for shards in self.shards.values()])
 
-    def locate(self, ids: np.ndarray) -> list[tuple[str, int]]:
-        """(stream, sample of it) that each id of the order stands for."""
-        names, numbers = list(self.shards), np.searchsorted(self._ends, ids, side="right")
-        samples = ids - np.concatenate([[0], self._ends])[numbers]
-        return [(names[number], sample) for number, sample in zip(numbers.tolist(), samples.tolist(), strict=True)]
+    def located(self, ids: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """stream -> which of the ids of the order stand for its samples, and which samples those are."""
+        numbers = np.searchsorted(self._ends, ids, side="right")
+        rows = {name: np.flatnonzero(numbers == number) for number, name in enumerate(self.shards)}
+        return {name: (rows[name], ids[rows[name]] - end + len(self.shards[name])) for name, end in zip(rows, self._ends, strict=True)}
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each stream has been read after `samples` of the order."""
@@ -106,25 +107,30 @@ class TrainingBatches:
         ids = self.streams.order.batch(consumed_samples, self.config.train.global_batch_size)
         mine = np.split(ids, self.topology.data_parallel_size)[self.topology.data_parallel_rank]
         size, mask_documents = self.config.train.micro_batch_size, self.config.data.mask_documents
-        parts = range(0, len(mine), size)
         if not self._reads:
-            return StepData(mine, np.zeros(len(mine), bool), [Batch((size, self.config.data.seq_length)) for _ in parts])
+            return StepData(mine, np.zeros(len(mine), bool), [Batch((size, self.config.data.seq_length))] * (len(mine) // size))
         samples, skipped = self._samples(mine)
-        return StepData(mine, skipped, [make_batch(samples[part : part + size], mask_documents=mask_documents) for part in parts])
+        return StepData(mine, skipped, make_batches(samples, size, mask_documents=mask_documents))
 
-    def _samples(self, ids: np.ndarray) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
-        """The samples, and which of them are stand-ins for those of a bad shard, bool (n,)."""
-        shards, places = self.streams.shards, self.streams.locate(ids)
-        wanted = [(name, shards[name].shard_of(sample)) for name, sample in places]
-        bad = set(self._openers.map(self._bad_shard, sorted(set(wanted))))
-        skipped = [shard in bad for shard in wanted]
-        return [
-            _left_out(self.config.data.seq_length) if skip else shards[name].sample(sample)
-            for (name, sample), skip in zip(places, skipped, strict=True)
-        ], np.array(skipped)
+    def _samples(self, ids: np.ndarray) -> tuple[Samples, np.ndarray]:
+        """The samples, and which of them are left out because their shard is bad, bool (n,)."""
+        located = self.streams.located(ids)
+        wanted = {
+            (name, number) for name, (_, numbers) in located.items() for number in self.streams.shards[name].shards_of(numbers).tolist()
+        }
+        list(self._openers.map(self._open, sorted(wanted)))
+        samples, skipped = Samples(len(ids), self.config.data.seq_length), np.zeros(len(ids), bool)
+        for name, (rows, numbers) in located.items():
+            shards = self.streams.shards[name]
+            bad = np.isin(shards.shards_of(numbers), list(shards.bad))
+            skipped[rows[bad]] = True
+            shards.read(numbers[~bad], samples, rows[~bad])
+        for row in np.flatnonzero(skipped).tolist():
+            samples.leave_out(row)
+        return samples, skipped
 
-    def _bad_shard(self, place: tuple[str, int]) -> tuple[str, int] | None:
-        """Open a shard; returns its place where it is bad and may be skipped."""
+    def _open(self, place: tuple[str, int]) -> None:
+        """Open a shard of a stream. Raises BadShard where it is bad and may not be skipped."""
         name, number = place
         shards = self.streams.shards[name]
         known = number in shards.bad
@@ -135,8 +141,6 @@ class TrainingBatches:
                 raise
             if not known:
                 print(f"rank {self.topology.rank} skips a shard: {error}", file=sys.stderr, flush=True)
-            return place
-        return None
 
     def _agree(self, data: StepData) -> StepData:
         """Leave out of the loss what any rank of the model could not read."""
@@ -146,11 +150,6 @@ class TrainingBatches:
                 part, row = divmod(int(number), self.config.train.micro_batch_size)
                 data.micro_batches[part].loss_mask_BT.view(-1, self.config.data.seq_length)[row] = 0
         return replace(data, skipped=skipped)
-
-
-def _left_out(seq_length: int) -> dict[str, np.ndarray]:
-    """A sample that is all prompt: nothing of it counts."""
-    return {"tokens": np.zeros(seq_length, np.uint16)} | dict.fromkeys(("lengths", "prompt_lengths"), np.array([seq_length]))
 
 
 def _check_disk(config: Config, topology: Topology, streams: Streams) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from retemper.pipeline.data import store
-from retemper.pipeline.data.batch import mark_labels
+from retemper.pipeline.data.batch import learned_tokens
+from retemper.pipeline.data.mds import Samples
 from retemper.pipeline.data.reader import Streams
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema import Config
@@ -32,14 +33,15 @@ def show_step(config: Config, began_at: int, step: int, samples: int, *, colours
     streams, tokenizer = Streams(config), Tokenizer(config.data.tokenizer)
     sources = {name: _sources(shards.path) for name, shards in streams.shards.items()}
     ids = streams.order.batch(consumed, config.train.global_batch_size)[:samples]
-    for id, (name, number) in zip(ids.tolist(), streams.locate(ids), strict=True):
+    places = {row: (name, number) for name, found in streams.located(ids).items() for row, number in zip(*found, strict=True)}
+    for row, id in enumerate(ids):
+        name, number = places[row]
         shards = streams.shards[name]
-        sample = shards.sample(number)
-        counted_T = np.zeros(len(sample["tokens"]), bool)
-        mark_labels(counted_T[1:], sample, mask_documents=config.data.mask_documents)
-        padding = len(counted_T) - int(sample["lengths"].sum())
+        sample, [shard] = shards.samples(np.array([number])), shards.shards_of(np.array([number]))
+        counted_T = learned_tokens(sample, mask_documents=config.data.mask_documents)[1][:-1].astype(bool)
+        padding = len(counted_T) - int(sample.values("lengths").sum())
         yield (
-            f"── step {step} · sample {id} · {name} {number}, shard {shards.shard_of(number)} · {int(counted_T.sum())} of {len(counted_T)} tokens with loss"
+            f"── step {step} · sample {id} · {name} {number}, shard {shard} · {int(counted_T.sum())} of {len(counted_T)} tokens with loss"
             + (f", {padding} padding" if padding else "")
         )
         for document, tokens_T, counts_T in _pieces(sample, counted_T):
@@ -53,10 +55,11 @@ def _sources(path: str):
     return lambda document: f"{files[int(document >> _FILE_SHIFT)]}:{int(document & ((np.uint64(1) << _FILE_SHIFT) - np.uint64(1)))}"
 
 
-def _pieces(sample: dict[str, np.ndarray], counted_T: np.ndarray) -> Iterator[tuple[np.uint64, np.ndarray, np.ndarray]]:
-    ends = np.cumsum(sample["lengths"], dtype=np.int64)
-    for document, start, end in zip(sample["documents"], ends - sample["lengths"], ends, strict=True):
-        yield document, sample["tokens"][start:end], counted_T[start:end]
+def _pieces(sample: Samples, counted_T: np.ndarray) -> Iterator[tuple[np.uint64, np.ndarray, np.ndarray]]:
+    lengths = sample.values("lengths")
+    ends = np.cumsum(lengths, dtype=np.int64)
+    for document, start, end in zip(sample.values("documents"), ends - lengths, ends, strict=True):
+        yield document, sample.tokens[start:end], counted_T[start:end]
 
 
 def _marked(tokenizer, tokens_T: np.ndarray, counts_T: np.ndarray, *, colours: bool) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from retemper.pipeline.data.batch import make_batch
+from retemper.pipeline.data.batch import make_batches
 from retemper.pipeline.data.corpus import cache_folder
 from retemper.pipeline.data.manifest import read_listed
 from retemper.pipeline.data.order import Order, Stream
@@ -43,8 +43,8 @@ def _score(config: Config, topology: Topology, model, domain: str) -> dict[str, 
     mine = np.array_split(chosen, topology.data_parallel_size)[topology.data_parallel_rank]
     nats = tokens = bytes_ = 0.0
     for ids in _parts(mine, config.evals.micro_batch_size):
-        samples_B = [shards.sample(int(id)) for id in ids]
-        batch = make_batch(samples_B, mask_documents=config.data.mask_documents).to(topology.device)
+        [batch] = make_batches(shards.samples(ids), len(ids), mask_documents=config.data.mask_documents)
+        batch = batch.to(topology.device)
         for output in run_schedule(model, [batch], forward_only=True):
             bytes_BT = token_bytes[batch.labels_BT] * batch.loss_mask_BT
             nats += (output["losses_BT"].double() * (bytes_BT > 0)).sum().item()

@@ -20,7 +20,8 @@ def main(overrides: list[str]) -> None:
     place = topology.start(config.parallel)
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    from retemper.pipeline.data.batch import make_batch
+    from retemper.pipeline.data.batch import make_batches
+    from retemper.pipeline.data.mds import Samples
     from retemper.pipeline.distributed.seeds import seed_step
     from retemper.pipeline.model import build
     from retemper.pipeline.train.optimizer import build_optimizer, build_schedule
@@ -33,9 +34,11 @@ def main(overrides: list[str]) -> None:
         model = build.build_model(config, place)
         optimizer = build_optimizer(config, model)
         runs[name] = (model, optimizer, build_schedule(config, optimizer))
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (config.train.micro_batch_size, config.data.seq_length))
-    samples = [{"tokens": row, "lengths": np.array([len(row)])} for row in tokens]
-    batches = [make_batch(samples, mask_documents=False)] * (config.train.global_batch_size // config.train.micro_batch_size)
+    samples = Samples(config.train.global_batch_size, config.data.seq_length)
+    samples.tokens[:-1] = np.random.default_rng(0).integers(0, config.model.vocab_size, len(samples.tokens) - 1)
+    samples.pieces["lengths"] = [np.uint32(config.data.seq_length).tobytes()] * len(samples)
+    samples.pieces["prompt_lengths"] = [np.uint32(0).tobytes()] * len(samples)
+    batches = make_batches(samples, config.train.micro_batch_size, mask_documents=False)
 
     def seconds(name: str) -> float:
         started = time.process_time()

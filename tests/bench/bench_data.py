@@ -100,7 +100,7 @@ def bench_reader(folder: Path, rounds: int = 5, steps: int = 12) -> None:
     config = config_of(path)
     streams = Streams(config)
     (shards,) = streams.shards.values()
-    shards.tokens(np.arange(len(shards))).astype(np.uint16).tofile(path / "tokens.bin")
+    shards.samples(np.arange(len(shards))).tokens_NT.astype(np.uint16).tofile(path / "tokens.bin")
     raw = np.memmap(path / "tokens.bin", np.uint16, "r").reshape(-1, SEQ_LENGTH)
     batches = iter(TrainingBatches(config, one_rank(), 0, 10**6))
     for _ in range(8):
@@ -175,12 +175,12 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np, torch
 import torch.distributed as dist
 from bench_data import SEQ_LENGTH
-from retemper.pipeline.data.batch import make_batch
+from retemper.pipeline.data.batch import make_batches
 from retemper.pipeline.data.shards import TokenShards
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 shards, rank, times = TokenShards(sys.argv[2], "train"), dist.get_rank(), {"read": [], "broadcast": []}
-batch = lambda ids: make_batch([shards.sample(int(id)) for id in ids], mask_documents=False)
+batch = lambda ids: make_batches(shards.samples(ids), 8, mask_documents=False)[0]
 for step in range(220):
     ids = np.random.default_rng(step).integers(0, len(shards), 8)
     for way in times:

@@ -22,7 +22,8 @@ def main(cases: list[dict]) -> None:
 
 
 def compare(config, place) -> None:
-    from retemper.pipeline.data.batch import make_batch
+    from retemper.pipeline.data.batch import make_batches
+    from retemper.pipeline.data.mds import Samples
     from retemper.pipeline.data.shards import TokenShards
     from retemper.pipeline.distributed.seeds import seed_step
     from retemper.pipeline.model.build import build_model
@@ -31,25 +32,31 @@ def compare(config, place) -> None:
     seed_step(config.train.seed, 0, place)
     model = build_model(config, place)
     shards = TokenShards(config.data.path, "train")
-    samples = [shards.sample(id) for id in range(4)]
+    samples = shards.samples(np.arange(4))
 
     @torch.no_grad()
     def losses(samples, *, mask_documents):
-        batch = make_batch(samples, mask_documents=mask_documents)
+        [batch] = make_batches(samples, len(samples), mask_documents=mask_documents)
         (output,) = run_schedule(model, [batch], forward_only=True)
         return output["losses_BT"].flatten()
 
+    def loss_of_one(tokens):
+        sample = Samples(1, len(tokens))
+        sample.leave_out(0)
+        sample.tokens_NT[0] = tokens
+        return losses(sample, mask_documents=False)
+
     together = losses(samples, mask_documents=True)
     alone, labelled = [], []
-    for sample in samples:
-        padding = len(sample["tokens"]) - int(sample["lengths"].sum())
-        for tokens in np.split(sample["tokens"], np.cumsum(sample["lengths"]))[: len(sample["lengths"])]:
-            alone.append(losses([{"tokens": tokens, "lengths": np.array([len(tokens)])}], mask_documents=False))
+    for row, tokens_T in enumerate(samples.tokens_NT):
+        *documents, padding = np.split(tokens_T, samples.values("lengths", row).cumsum())
+        for tokens in documents:
+            alone.append(loss_of_one(tokens))
             labelled += [True] * (len(tokens) - 1) + [False]  # the last has another document's token for its label
-        alone.append(torch.zeros(padding))
-        labelled += [False] * padding
+        alone.append(torch.zeros(len(padding)))
+        labelled += [False] * len(padding)
     labelled = torch.tensor(labelled)
-    assert labelled.sum() > 100 and max(len(sample["lengths"]) for sample in samples) > 1
+    assert labelled.sum() > 100 and len(samples.values("lengths")) > len(samples)
     torch.testing.assert_close(together[labelled], torch.cat(alone)[labelled], rtol=1e-5, atol=1e-6)
     unmasked = losses(samples, mask_documents=False)
     assert not torch.allclose(unmasked[labelled], together[labelled], rtol=1e-3), "without the mask documents see each other"

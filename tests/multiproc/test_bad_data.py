@@ -6,6 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import data_config, overrides, run_command
 
@@ -42,14 +43,14 @@ def damaged_copy(shards: Path, copy: Path, workspace) -> tuple[Path, list[int]]:
     config = load_config(command(workspace, "x", copy))
     streams = Streams(config)
     (opened,) = streams.shards.values()
-    first = {opened.shard_of(int(id)) for id in streams.order.batch(0, 8)}
-    later = {opened.shard_of(int(id)) for id in streams.order.batch(8, 72)}
+    first = set(opened.shards_of(streams.order.batch(0, 8)).tolist())
+    later = set(opened.shards_of(streams.order.batch(8, 72)).tolist())
     number = min(later - first)
     victim = sorted((copy / "train").rglob("*.mds"))[number]
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 4
     victim.write_bytes(content)
-    return victim, [id for id in range(len(opened)) if opened.shard_of(id) == number]
+    return victim, np.flatnonzero(opened.shards_of(np.arange(len(opened))) == number).tolist()
 
 
 def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(workspace, shards, tmp_path, capsys):

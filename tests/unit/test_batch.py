@@ -11,37 +11,43 @@ from hypothesis import strategies as st
 
 from retemper.pipeline.cli import main
 from retemper.pipeline.config import load_config
-from retemper.pipeline.data.batch import make_batch
+from retemper.pipeline.data.batch import make_batches
+from retemper.pipeline.data.mds import Samples
 from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.errors import UserError
 from retemper.tokenize.tokenizer import Tokenizer
 
 
 @st.composite
-def samples(draw, length: int = 24):
-    """A sample of pieces of documents, some with prompts, and perhaps padding."""
+def pieces(draw, length: int = 24):
+    """(length, prompt length) of the pieces of documents of a sample; what they leave over is padding."""
     lengths, room = [], length
     while room and (not lengths or draw(st.booleans())):
         lengths.append(draw(st.integers(1, room)))
         room -= lengths[-1]
-    sample = {"tokens": np.arange(length, dtype=np.uint16), "lengths": np.array(lengths, np.uint32)}
-    if draw(st.booleans()):
-        sample["prompt_lengths"] = np.array([draw(st.integers(0, piece)) for piece in lengths], np.uint32)
-    return sample
+    return [(piece, draw(st.integers(0, piece))) for piece in lengths]
 
 
 @settings(deadline=None)
-@given(st.lists(samples(), min_size=1, max_size=3), st.booleans())
-def test_masks_positions_and_edges_are_what_the_pieces_say(drawn, mask_documents):
-    batch = make_batch(drawn, mask_documents=mask_documents)
+@given(st.lists(pieces(), min_size=1, max_size=5), st.integers(1, 5), st.booleans())
+def test_masks_positions_and_edges_are_what_the_pieces_say(drawn, micro_batch_size, mask_documents):
+    total = 24
+    samples = Samples(len(drawn), total)
+    samples.tokens[:-1] = np.arange(len(drawn) * total)
+    for row, found in enumerate(drawn):
+        for column, values in zip(("lengths", "prompt_lengths"), zip(*found, strict=True), strict=True):
+            samples.pieces[column][row] = np.array(values, np.uint32).tobytes()
+    batches = make_batches(samples, micro_batch_size, mask_documents=mask_documents)
+    parts = [drawn[row : row + micro_batch_size] for row in range(0, len(drawn), micro_batch_size)]
+    for number, (batch, part) in enumerate(zip(batches, parts, strict=True)):
+        check_batch(batch, part, number * micro_batch_size * total, total, mask_documents)
+
+
+def check_batch(batch, drawn, first_token, total, mask_documents):
     expected_mask, expected_positions, edges = [], [], [0]
-    for sample in drawn:
-        total = len(sample["tokens"])
-        pieces = [
-            (int(length), int(prompt)) for length, prompt in zip(sample["lengths"], sample.get("prompt_lengths", [0] * total), strict=False)
-        ]
+    for found in drawn:
         counts, positions = [], []
-        for length, prompt in pieces:
+        for length, prompt in found:
             counts += [index >= prompt and not (mask_documents and index == 0) for index in range(length)]
             positions += range(length)
             edges.append(edges[-1] + length)
@@ -53,14 +59,14 @@ def test_masks_positions_and_edges_are_what_the_pieces_say(drawn, mask_documents
         expected_positions += positions if mask_documents else range(total)
     assert batch.loss_mask_BT.flatten().tolist() == expected_mask
     assert batch.position_ids_BT.flatten().tolist() == expected_positions
-    assert batch.tokens_BT.flatten().tolist() == np.concatenate([sample["tokens"] for sample in drawn]).tolist()
+    assert batch.tokens_BT.flatten().tolist() == list(range(first_token, first_token + len(drawn) * total))
     counted = batch.loss_mask_BT.bool()
     assert (batch.labels_BT[counted] == batch.tokens_BT[counted] + 1).all()
     if mask_documents:
-        assert batch.document_edges.tolist() == edges and batch.shape == (1, 24 * len(drawn))
+        assert batch.document_edges.tolist() == edges and batch.shape == (1, total * len(drawn))
         assert batch.longest_document == int(np.diff(edges).max())
     else:
-        assert batch.document_edges is None and batch.shape == (len(drawn), 24)
+        assert batch.document_edges is None and batch.shape == (len(drawn), total)
 
 
 @pytest.mark.filterwarnings("ignore")  # of megatron-core's imports
@@ -86,7 +92,7 @@ def test_instruction_pairs_carry_loss_on_the_response_alone(workspace, pairs):
     tokenizer, shards = Tokenizer(workspace / "data" / "tokenizer"), TokenShards(pairs, "train")
     answers = {json.loads(line)["answer"] for line in (workspace / "pairs" / "pairs.jsonl").read_text().splitlines()}
     for mask_documents in (False, True):
-        batch = make_batch([shards.sample(id) for id in range(8)], mask_documents=mask_documents)
+        [batch] = make_batches(shards.samples(np.arange(8)), 8, mask_documents=mask_documents)
         text = tokenizer.backend.decode(batch.labels_BT[batch.loss_mask_BT.bool()].tolist(), skip_special_tokens=False)
         *found, rest = text.split("<|endoftext|>")
         assert len(found) > 8 and rest == "" and set(found) <= answers

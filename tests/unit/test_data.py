@@ -21,7 +21,7 @@ from retemper.tokenize.tokenizer import Tokenizer
 def decoded(workspace, corpus: str, split: str) -> str:
     shards = TokenShards(workspace / "data" / corpus, split)
     tokenizer = Tokenizer(workspace / "data" / "tokenizer")
-    return tokenizer.backend.decode(shards.tokens(np.arange(len(shards))).flatten().tolist(), skip_special_tokens=False)
+    return tokenizer.backend.decode(shards.samples(np.arange(len(shards))).tokens_NT.flatten().tolist(), skip_special_tokens=False)
 
 
 def test_shards_decode_to_the_documents(workspace):
@@ -53,7 +53,7 @@ def test_difficult_text_comes_back_exactly(workspace, tmp_path):
     manifest = tokenize(corpus, progress=False)
     tokenizer = Tokenizer(corpus.tokenizer)
     shards = TokenShards(corpus.path, "train")
-    ids = shards.tokens(np.arange(len(shards))).flatten().tolist()
+    ids = shards.samples(np.arange(len(shards))).tokens_NT.flatten().tolist()
     assert set(tokenizer.backend.decode(ids, skip_special_tokens=False).split("<|endoftext|>")) == {*hard, ""}
     assert manifest["splits"]["train"]["bytes"] == sum(len(text.encode()) for text in hard)
 

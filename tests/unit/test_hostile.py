@@ -72,11 +72,11 @@ def decoded(corpus) -> list[str]:
     """The documents of a corpus, put together from their pieces by document number."""
     shards, tokenizer = TokenShards(corpus.path, "train"), Tokenizer(corpus.tokenizer)
     pieces: dict[int, list] = {}
-    for index in range(len(shards)):
-        sample, position = shards.sample(index), 0
-        for length, document in zip(sample["lengths"], sample["documents"]):
-            pieces.setdefault(int(document), []).append(sample["tokens"][position : position + length])
-            position += length
+    samples = shards.samples(np.arange(len(shards)))
+    for row, tokens in enumerate(samples.tokens_NT):
+        ends = samples.values("lengths", row).cumsum()
+        for document, piece in zip(samples.values("documents", row), np.split(tokens, ends)):
+            pieces.setdefault(int(document), []).append(piece)
     texts = []
     for parts in pieces.values():
         # Cut in order, but samples are shuffled: only the last piece ends in end-of-text, and full ones are all of one document.

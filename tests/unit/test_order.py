@@ -124,4 +124,4 @@ def test_the_tokens_are_those_of_the_ids(workspace):
         with TrainingBatches(config, place(rank, (1, 1, 2, 1)), 80, 3) as batches:
             for data in itertools.islice(batches, 3):
                 tokens = np.concatenate([batch.tokens_BT.numpy() for batch in data.micro_batches])
-                assert (tokens == shards.tokens(data.ids)).all()
+                assert (tokens == shards.samples(data.ids).tokens_NT).all()

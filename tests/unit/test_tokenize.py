@@ -63,7 +63,7 @@ def folder_hash(folder: Path) -> str:
 
 def documents_of(path: str, split: str = "train") -> set[int]:
     shards = TokenShards(path, split)
-    return {int(document) for index in range(len(shards)) for document in shards.sample(index)["documents"]}
+    return set(shards.samples(np.arange(len(shards))).values("documents").tolist())
 
 
 def test_the_same_bytes_for_one_two_and_five_tasks(workspace, documents, tmp_path, small_parts):
@@ -111,7 +111,7 @@ def test_the_seed_moves_documents_but_not_the_held_out_ones(workspace, documents
     for corpus in paths:
         tokenize(corpus, progress=False)
     first, second = (TokenShards(corpus.path, "train") for corpus in paths)
-    assert not np.array_equal(first.tokens(np.arange(5)), second.tokens(np.arange(5)))
+    assert not np.array_equal(first.samples(np.arange(5)).tokens, second.samples(np.arange(5)).tokens)
     assert documents_of(paths[0].path, "heldout") == documents_of(paths[1].path, "heldout")
 
 
@@ -250,17 +250,16 @@ def test_a_preset_runs_on_a_local_copy(preset, shared_data, tmp_path):
     if data.source.prompt is None:
         return
     assert 0 < train["padding_fraction"] < 0.05 and train["cut_documents"] == 0
-    for sample in map(shards.sample, range(len(shards))):
-        position = 0
-        for length, prompt in zip(sample["lengths"], sample["prompt_lengths"]):
-            ids = sample["tokens"][position : position + length]
+    samples = shards.samples(np.arange(len(shards)))
+    for row, tokens in enumerate(samples.tokens_NT):
+        *pieces, padding = np.split(tokens, samples.values("lengths", row).cumsum())
+        for ids, prompt in zip(pieces, samples.values("prompt_lengths", row)):
             text = tokenizer.backend.decode(ids[:-1].tolist(), skip_special_tokens=False)
             response = tokenizer.backend.decode(ids[prompt:-1].tolist(), skip_special_tokens=False)
             assert ids[-1] == tokenizer.eos_id and text.endswith(response)
             assert text.startswith("Below is an instruction") and text.partition("### Response:\n")[2] in rows
             assert response in rows or response.lstrip("\n") in rows
-            position += int(length)
-        assert (sample["tokens"][position:] == tokenizer.eos_id).all()
+        assert (padding == tokenizer.eos_id).all()
 
 
 def test_decontamination_drops_reworded_problems_and_nothing_else(shared_data, tmp_path):

@@ -1,0 +1,127 @@
+"""Shards of mosaicml-streaming's MDS format, version 2, with the columns that `retemper tokenize` writes.
+
+streaming's own reader opens the file and parses the columns' types for every sample, which is most of its time, and importing
+it takes a rank 7 seconds and 400 MB (NOTES.md); tests/unit/test_mds.py holds this one to it.
+"""
+
+import os
+import re
+import struct
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+from retemper.pipeline.errors import UserError
+
+# Columns that hold a value for each piece of a document in the sample (tokenize/shards.py writes them; pairs alone have prompts).
+_PIECES = {"lengths": "<u4", "documents": "<u8", "prompt_lengths": "<u4"}
+# What `retemper tokenize` calls its shards. A name of an index becomes a path: nothing else is taken.
+_NAMES = re.compile(r"\d{5}/shard\.\d{5}\.mds")
+
+
+class Samples:
+    """The contents of some samples, N of T tokens.
+
+    tokens: int64 (N * T + 1,), a zero after the last, so that tokens[1:] are the labels of tokens[:-1].
+    pieces: lengths, documents and prompt_lengths -> for each sample what it has of that column, as little-endian bytes.
+    """
+
+    def __init__(self, count: int, seq_length: int):
+        """Samples yet to be read."""
+        self.seq_length = seq_length
+        self.tokens = np.empty(count * seq_length + 1, np.int64)
+        self.tokens[-1] = 0
+        self.pieces = {column: [b""] * count for column in _PIECES}
+
+    def __len__(self) -> int:
+        return len(self.pieces["lengths"])
+
+    @property
+    def tokens_NT(self) -> np.ndarray:
+        return self.tokens[:-1].reshape(-1, self.seq_length)
+
+    def leave_out(self, row: int) -> None:
+        """Make a sample a prompt from end to end: nothing of it is learned."""
+        whole = np.array([self.seq_length], _PIECES["lengths"]).tobytes()
+        self.tokens_NT[row] = 0
+        for column, held in {"lengths": whole, "documents": b"", "prompt_lengths": whole}.items():
+            self.pieces[column][row] = held
+
+    def values(self, column: str, row: int | None = None) -> np.ndarray:
+        """The values of a column of pieces, of one sample or of all, one after the other."""
+        held = self.pieces[column]
+        return np.frombuffer(b"".join(held) if row is None else held[row], _PIECES[column])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard as an index describes it. name: relative to the split's folder, uncompressed; stored_as: what lies at the source."""
+
+    name: str
+    stored_as: str
+    bytes: int  # uncompressed
+    sha256: str  # of the uncompressed file
+    samples: int
+    columns: tuple[tuple[str, np.dtype, int | None], ...]  # name, type of its values, bytes where they are fixed
+
+    @classmethod
+    def from_index(cls, entry: dict) -> "Shard":
+        """Raises ValueError (or TypeError, KeyError, AttributeError where it has another form) for what `retemper tokenize` does not write."""
+        if (entry["version"], entry["format"]) != (2, "mds"):
+            raise ValueError(f"it is of format {entry['format']}, version {entry['version']}")
+        raw, stored = entry["raw_data"], entry["zip_data"] or entry["raw_data"]
+        name, compression = raw["basename"], entry["compression"]
+        if not _NAMES.fullmatch(name) or stored["basename"] != name + (".zstd" if compression else ""):
+            raise ValueError(f"it names the shard {name!r}, stored as {stored['basename']!r}")
+        if compression and compression.partition(":")[0] != "zstd":
+            raise ValueError(f"{name} is compressed by {compression}")
+        if entry["samples"] < 1:
+            raise ValueError(f"it has a shard of {entry['samples']} samples")
+        if "sha256" not in raw["hashes"]:
+            raise ValueError(f"it has no sha256 of {name}")
+        described = zip(entry["column_names"], entry["column_encodings"], entry["column_sizes"], strict=True)
+        columns = tuple((column, _type_of(column, encoding), size) for column, encoding, size in described)
+        return cls(name, stored["basename"], raw["bytes"], raw["hashes"]["sha256"], entry["samples"], columns)
+
+    @property
+    def is_compressed(self) -> bool:
+        return self.stored_as != self.name
+
+
+def _type_of(column: str, encoding: str) -> np.dtype:
+    if column in _PIECES and encoding == "bytes":
+        return np.dtype(_PIECES[column])
+    if column == "tokens" and (kind := re.fullmatch(r"ndarray:(uint16|uint32):\d+", encoding)):
+        return np.dtype(kind[1])
+    raise ValueError(f"it has a column {column} of type {encoding}")
+
+
+class ShardFile:
+    """The samples of an open, uncompressed shard. Threads may read at once."""
+
+    def __init__(self, shard: Shard, file: BinaryIO):
+        self._shard, self._file = shard, file
+        # The file: the number of samples, where each begins and the last ends (uint32), the columns as JSON, the samples.
+        self._offsets = np.frombuffer(os.pread(file.fileno(), 4 * (shard.samples + 1), 4), "<u4").tolist()
+        self._sizes = struct.Struct(f"<{sum(size is None for _, _, size in shard.columns)}I")
+
+    def read(self, numbers: list[int], into: Samples, rows: list[int]) -> None:
+        """The samples of these numbers into those rows. A sample: the sizes of the columns that vary (uint32), then all columns."""
+        file, offsets, columns, tokens_NT = self._file.fileno(), self._offsets, self._shard.columns, into.tokens_NT
+        has_prompts = any(column == "prompt_lengths" for column, _, _ in columns)
+        for row, number in zip(rows, numbers, strict=True):
+            begin, end = offsets[number], offsets[number + 1]
+            data = os.pread(file, end - begin, begin)
+            if len(data) != end - begin:
+                raise UserError(f"{self._file.name} was cut off while it was read: start again, and it is fetched anew")
+            sizes, place = iter(self._sizes.unpack_from(data)), self._sizes.size
+            for column, kind, size in columns:
+                size = next(sizes) if size is None else size
+                if column == "tokens":
+                    tokens_NT[row] = np.frombuffer(data, kind, into.seq_length, place)
+                else:
+                    into.pieces[column][row] = data[place : place + size]
+                place += size
+            if not has_prompts:
+                into.pieces["prompt_lengths"][row] = bytes(len(into.pieces["lengths"][row]))  # zeros
