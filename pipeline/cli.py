@@ -58,6 +58,25 @@ def _eval(arguments) -> int:
     return _launch_here("retemper.pipeline.evals", arguments.overrides)
 
 
+def _import(arguments) -> int:
+    import json
+
+    from retemper.launch.torchrun import run_here
+    from retemper.pipeline.config import load_parallel
+
+    options = {name: getattr(arguments, name) for name in ("folder", "run", "trust", "overrides")}
+    return run_here("retemper.pipeline.huggingface", ["import", json.dumps(options)], load_parallel(arguments.overrides).world_size)
+
+
+def _export(arguments) -> int:
+    import json
+
+    from retemper.launch.torchrun import run_here
+
+    options = {name: getattr(arguments, name) for name in ("run", "folder", "step", "adapter", "base", "tokenizer")}
+    return run_here("retemper.pipeline.huggingface", ["export", json.dumps(options)], 1)
+
+
 def _launch_here(module: str, overrides: list[str]) -> int:
     from retemper.launch.torchrun import run_here
     from retemper.pipeline.config import load_config
@@ -158,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def add(name, function, summary, *examples, actions=(), overrides=True):
+    def add(name, function, summary, *examples, actions=(), positionals=(), overrides=True):
         epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
         verb = verbs.add_parser(
             name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,6 +185,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.set_defaults(verb=function)
         if actions:
             verb.add_argument("action", choices=actions)
+        for positional in positionals:
+            verb.add_argument(positional)
         if overrides:
             verb.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
         return verb
@@ -184,6 +205,23 @@ def _parser() -> argparse.ArgumentParser:
         "train", _train, "Train one run on this machine; on a cluster, torchrun -m retemper.pipeline.train takes the same keys.",
         "retemper train run=demo_full", "retemper train run=demo_lora parallel=dp2 method.lora.rank=4 name=lora-r4",
     )  # fmt: skip
+    imported = add(
+        "import", _import, "Make a transformers folder the base of runs: a checkpoint to name in init_from, its logits compared with transformers'.",
+        "retemper import Llama-2-7b-hf/ runs/models/llama2-7b", "retemper train init_from=runs/models/llama2-7b method=lora …",
+        "retemper import Llama-3.1-70B/ runs/models/llama3-70b parallel.tensor_parallel_size=8", positionals=("folder", "run"),
+    )  # fmt: skip
+    imported.add_argument("--trust", metavar="NAME", help="the folder's name, to read a folder that brings Python code; it is not run")
+    export = add(
+        "export", _export, "Write a checkpoint as files that stock transformers load, or an adapter for peft, compared before it is called done.",
+        "retemper export runs/demo/full exported/", "retemper export runs/paper/lora adapter/ --adapter --step 500",
+        positionals=("run", "folder"), overrides=False,
+    )  # fmt: skip
+    export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    export.add_argument("--adapter", action="store_true", help="the adapters alone, for peft (default: merged into the model)")
+    export.add_argument(
+        "--base", metavar="FOLDER", help="with --adapter: the transformers folder of the base (default: where it was imported from)"
+    )
+    export.add_argument("--tokenizer", metavar="FOLDER", help="for a model that was never imported (default: the run's data.tokenizer)")
     add("eval", _eval, "Score every checkpoint of a run that has no scores yet.", "retemper eval run=demo_full")
     add(
         "data", _data, "show: the text of a step's samples, with its sources and what counts in the loss. verify: prove from the ledger "

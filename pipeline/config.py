@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config, DataConfig, Section
+from retemper.pipeline.schema import Config, DataConfig, ModelSetup, ParallelConfig, Section
 
 
 def load_config(overrides: list[str]) -> Config:
@@ -20,7 +20,16 @@ def load_config(overrides: list[str]) -> Config:
     Raises UserError with every problem in one message: unknown keys (nearest valid key named), ill-typed values,
     and topologies that cannot be.
     """
-    return check_config(_compose(overrides))
+    raw = _compose(overrides)
+    if raw.get("init_from") and not any(text.startswith("model") for text in overrides):
+        raw["model"] = _model_of_base(raw)
+    return check_config(raw)
+
+
+def _model_of_base(raw: dict[str, Any]) -> dict[str, Any]:
+    """A run has the model that it begins from."""
+    path = Path(raw["init_from"], "config.json")
+    return json.loads(path.read_text())["model"] if path.is_file() else raw["model"]
 
 
 def load_data_config(overrides: list[str]) -> DataConfig:
@@ -33,6 +42,23 @@ def load_data_config(overrides: list[str]) -> DataConfig:
     if problems := list(_data_conflicts(data)):
         raise _report(problems)
     return data
+
+
+def load_parallel(overrides: list[str]) -> ParallelConfig:
+    """The parallel section alone. Raises UserError."""
+    if strange := [text for text in overrides if not text.startswith("parallel")]:
+        raise UserError(f"{strange[0]}: only parallel=… and parallel.… are given here")
+    try:
+        return ParallelConfig.model_validate(_compose(overrides)["parallel"])
+    except ValidationError as error:
+        raise _report([_describe(problem, "parallel.") for problem in error.errors()]) from None
+
+
+def check_setup(setup: ModelSetup) -> ModelSetup:
+    """Check a model against its layout. Raises UserError."""
+    if problems := list(_setup_conflicts(setup)):
+        raise _report(problems)
+    return setup
 
 
 def to_yaml(config: Config) -> str:
@@ -190,26 +216,37 @@ def _mixture_conflicts(data: DataConfig):
         yield "the fractions of data.mixture and data.replay leave nothing of the run's own corpus: their sum must be less than 1"
 
 
-def _conflicts(config: Config):
-    """Yield every rule between keys that the config breaks."""
-    yield from _data_conflicts(config.data)
-    model, parallel, train, method = config.model, config.parallel, config.train, config.method
-    tp, pp, dp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
+def _setup_conflicts(config: ModelSetup):
+    """Yield every rule between a model and its layout that is broken."""
+    model, parallel, method = config.model, config.parallel, config.method
+    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         if getattr(model, key) % tp:
             yield f"parallel.tensor_parallel_size={tp} does not divide model.{key}={getattr(model, key)}"
     if model.num_layers % pp:
         yield f"parallel.pipeline_parallel_size={pp} does not divide model.num_layers={model.num_layers}"
-    if model.hidden_size % model.num_attention_heads:
+    if model.head_size is None and model.hidden_size % model.num_attention_heads:
         yield f"model.num_attention_heads={model.num_attention_heads} does not divide model.hidden_size={model.hidden_size}"
-    elif model.hidden_size // model.num_attention_heads % 2:
-        yield f"model.hidden_size / model.num_attention_heads = {model.hidden_size // model.num_attention_heads} is odd; rotary positions need an even head size"
+    elif model.kv_channels % 2:
+        yield f"the head size is {model.kv_channels} (model.head_size, or hidden_size / num_attention_heads); rotary positions need an even one"
     if model.num_attention_heads % model.num_query_groups:
         yield f"model.num_query_groups={model.num_query_groups} does not divide model.num_attention_heads={model.num_attention_heads}"
     if parallel.context_parallel_size > 1:
         yield "parallel.context_parallel_size > 1 needs Transformer Engine's attention, which build_model does not use yet; set it to 1"
     if parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel=true needs parallel.tensor_parallel_size > 1"
+    if method.name == "lora" and method.lora is None:
+        yield "method.name=lora needs method.lora (rank, alpha, targets); take the preset method=lora"
+    if method.name == "full" and method.lora is not None:
+        yield "method.name=full trains every weight, but method.lora is set; take the preset method=lora or set method.lora=null"
+
+
+def _conflicts(config: Config):
+    """Yield every rule between keys that the config breaks."""
+    yield from _data_conflicts(config.data)
+    yield from _setup_conflicts(config)
+    model, parallel, train, method = config.model, config.parallel, config.train, config.method
+    tp, dp = parallel.tensor_parallel_size, parallel.data_parallel_size
     if parallel.sequence_parallel and config.data.seq_length % tp:
         yield f"parallel.tensor_parallel_size={tp} does not divide data.seq_length={config.data.seq_length}, as sequence_parallel asks"
     if train.global_batch_size % (train.micro_batch_size * dp):
@@ -226,9 +263,5 @@ def _conflicts(config: Config):
     for tokens in config.checkpoint.milestones:
         if tokens > train.tokens:
             yield f"checkpoint.milestones: {tokens} is beyond train.tokens={train.tokens}"
-    if method.name == "lora" and method.lora is None:
-        yield "method.name=lora needs method.lora (rank, alpha, targets); take the preset method=lora"
-    if method.name == "full" and method.lora is not None:
-        yield "method.name=full trains every weight, but method.lora is set; take the preset method=lora or set method.lora=null"
     if method.name == "lora" and config.init_from is None:
         yield "method.name=lora adapts a pretrained model: set init_from to the run folder of one"

@@ -9,7 +9,7 @@ from retemper.pipeline.config import changed_keys, load_config
 from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.preflight import preflight
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema import Config, ModelSetup
 
 # What every rank finds, rank 0 says: the launcher ends the others once it has left. What one other rank finds, that
 # rank says after this time.
@@ -17,18 +17,29 @@ _SECONDS_FOR_RANK_ZERO = 5
 
 
 def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, dict[str, Any]], None]) -> int:
-    """Load and check the config, start the process groups, call work(config, topology, fingerprints). Returns the exit code.
+    """Load and check the config, start the process groups, call work(config, topology, fingerprints). Returns the exit code."""
+
+    def prepare() -> tuple[Config, dict[str, Any]]:
+        config = load_config(overrides)
+        topologies.check_world_size(config)
+        return config, preflight(config)
+
+    return run_prepared(prepare, work)
+
+
+def run_prepared[Setup: ModelSetup](
+    prepare: Callable[[], tuple[Setup, dict[str, Any]]], work: Callable[[Setup, topologies.Topology, dict[str, Any]], None]
+) -> int:
+    """prepare() checks the input and gives a setup and fingerprints; then work(setup, topology, fingerprints). Returns the exit code.
 
     Whatever the person got wrong is refused before any process group starts, and said once.
     """
     topologies.follow_launcher()
     try:
-        config = load_config(overrides)
-        topologies.check_world_size(config)
-        fingerprints = preflight(config)
-        topology = topologies.start(config.parallel)
-        _refuse_other_inputs(topology.rank, fingerprints)
-        work(config, topology, fingerprints)
+        setup, prepared = prepare()
+        topology = topologies.start(setup.parallel)
+        _refuse_other_inputs(topology.rank, prepared)
+        work(setup, topology, prepared)
     except (UserError, OSError) as error:
         _say(error)
         return 1

@@ -30,8 +30,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
+class RopeScaling(Section):
+    """How rotary frequencies are stretched for longer sequences than the model was first trained on."""
+
+    kind: Literal["linear", "llama3"] = Field(description="linear: all divided by factor; llama3: the slow ones, as Llama 3.1 does")
+    factor: float = Field(gt=0)
+    low_freq_factor: float = Field(1.0, gt=0)
+    high_freq_factor: float = Field(4.0, gt=0)
+    original_max_sequence_length: PositiveInt = 8192
+
+
 class ModelConfig(Section):
-    """A Llama-shaped decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases."""
+    """A Llama-shaped decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention."""
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
@@ -40,10 +50,19 @@ class ModelConfig(Section):
     num_query_groups: PositiveInt = Field(description="key/value heads; equal to num_attention_heads without GQA")
     vocab_size: PositiveInt = Field(description="of the tokenizer; padding for tensor parallelism is added on top")
     max_sequence_length: PositiveInt
+    head_size: PositiveInt | None = Field(None, description="by default hidden_size / num_attention_heads")
+    qkv_bias: bool = Field(False, description="of the query, key and value projections, as Qwen 2 has it")
+    qk_norm: bool = Field(False, description="RMSNorm of each head's query and key, as Qwen 3 has it")
     rotary_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_epsilon: float = 1e-5
     init_std: float = Field(0.02, description="of the normal initialisation; output projections get 1/sqrt(2 layers) of it")
     tie_embeddings: bool = False
+
+    @property
+    def kv_channels(self) -> int:
+        """Features of one head."""
+        return self.head_size or self.hidden_size // self.num_attention_heads
 
 
 class SourceConfig(Section):
@@ -213,8 +232,6 @@ class TrainConfig(Section):
     tokens: Tokens = Field(description="length of the run; rounded down to whole steps")
     global_batch_size: PositiveInt = Field(description="samples per optimizer step, over all ranks")
     micro_batch_size: PositiveInt = Field(description="samples per forward pass of one rank")
-    precision: Literal["fp32", "bf16"] = "bf16"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
     log_every_steps: PositiveInt = 10
 
 
@@ -240,17 +257,30 @@ class TrackConfig(Section):
     project: str = "retemper"
 
 
-class Config(Section):
+class ModelSetup(Section):
+    """A model on its ranks: all that building it needs to know."""
+
+    model: ModelConfig
+    method: MethodConfig
+    parallel: ParallelConfig
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(17, description="of initial weights, data order and dropout")
+
+    @classmethod
+    def of(cls, config: dict[str, Any], parallel: ParallelConfig, **changes: Any) -> "ModelSetup":
+        """The model of a dumped config in another layout."""
+        kept = {name: config[name] for name in ModelSetup.model_fields}
+        return cls(**kept | {"parallel": parallel} | changes)
+
+
+class Config(ModelSetup):
     """One run."""
 
     study: Name = Field(description="the experiment this run belongs to; the W&B group")
     name: Name = Field(description="of the run; its folder is runs_dir/study/name")
     runs_dir: str = "runs"
     init_from: str | None = Field(None, description="run folder whose newest checkpoint gives the initial weights")
-    model: ModelConfig
     data: DataConfig
-    method: MethodConfig
-    parallel: ParallelConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     train: TrainConfig

@@ -11,6 +11,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from retemper.pipeline.checkpoint import commit
@@ -22,11 +23,27 @@ from retemper.pipeline.model.lora import is_adapter
 from retemper.pipeline.schema import Config
 
 # Optimizer states that load at another TP, PP or DP; megatron's default cannot change the topology.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
 # megatron hands results of its writer through a queue of a freshly spawned process, which imports torch again: 10 s
 # a save. A synchronous save stays in this process, where a plain queue does.
 filesystem_async._results_queue = queue.Queue()
+
+
+def write_checkpoint(run_dir: Path, step: int, sharded_state: dict, meta: dict, topology: Topology) -> None:
+    """Commit a sharded state dictionary as the checkpoint after `step` steps. Every rank calls it. Raises UserError on a full disk."""
+    temporary = Path(from_rank_zero(str(commit.begin(run_dir, step)) if topology.rank == 0 else None))
+    try:
+        dist_checkpointing.save(sharded_state, str(temporary))
+    except CheckpointException as error:  # raised on every rank alike
+        free = shutil.disk_usage(temporary).free >> 20
+        raise UserError(
+            f"{temporary} could not be written with {free} MiB free there ({_reason(error)}); the checkpoints before it are kept"
+        ) from None
+    barrier()
+    if topology.rank == 0:
+        commit.commit(run_dir, step, meta)
+    barrier()
 
 
 @dataclass(frozen=True)
@@ -41,20 +58,8 @@ class Checkpointer:
 
     def save(self, state: TrainState) -> None:
         """Commit a checkpoint after state.step steps. Every rank calls it."""
-        run_dir = self.config.run_dir
-        temporary = Path(from_rank_zero(str(commit.begin(run_dir, state.step)) if self.topology.rank == 0 else None))
-        try:
-            dist_checkpointing.save(self._sharded_state(is_loading=False), str(temporary))
-        except CheckpointException as error:  # raised on every rank alike
-            free = shutil.disk_usage(temporary).free >> 20
-            raise UserError(
-                f"{temporary} could not be written with {free} MiB free there ({_reason(error)}); the checkpoints before it are kept"
-            ) from None
-        barrier()
-        if self.topology.rank == 0:
-            meta = {"train_state": state.to_dict(), "fingerprints": self.fingerprints, "config": self.config.model_dump()}
-            commit.commit(run_dir, state.step, meta)
-        barrier()
+        meta = {"train_state": state.to_dict(), "fingerprints": self.fingerprints, "config": self.config.model_dump()}
+        write_checkpoint(self.config.run_dir, state.step, self._sharded_state(is_loading=False), meta, self.topology)
 
     def restore(self) -> TrainState:
         """Load this run's newest committed checkpoint; without one, the weights of init_from. Every rank calls it.
@@ -111,7 +116,7 @@ class Checkpointer:
         model_state = self._trained_state()
         if not self.optimizer:
             return {"model": model_state}
-        optimizer_state = self.optimizer.sharded_state_dict({"model": model_state}, is_loading=is_loading, metadata=dict(_METADATA))
+        optimizer_state = self.optimizer.sharded_state_dict({"model": model_state}, is_loading=is_loading, metadata=dict(METADATA))
         return {"model": model_state, "optimizer": optimizer_state}
 
     def _trained_state(self) -> dict:
@@ -121,12 +126,12 @@ class Checkpointer:
         return {key: value for key, value in state.items() if is_adapter(key)}
 
     def _model_state(self) -> dict:
-        return self.model.sharded_state_dict(metadata=dict(_METADATA))
+        return unwrap_model(self.model).sharded_state_dict(metadata=dict(METADATA))
 
     def _fill_model(self, tensors: dict) -> None:
         unknown = tensors.keys() - self._model_state().keys()
         assert not unknown, f"weights that fit nowhere: {unknown}"
-        self.model.load_state_dict(tensors, strict=False)
+        unwrap_model(self.model).load_state_dict(tensors, strict=False)
 
 
 def _reason(error: CheckpointException) -> str:

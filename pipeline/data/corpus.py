@@ -60,9 +60,9 @@ def _mixed_in(config: Config) -> dict[str, StreamConfig]:
 
 
 def _mismatches(config: Config, name: str, manifest: dict, own: dict):
-    if manifest["vocab_size"] != config.model.vocab_size:
+    if manifest["vocab_size"] > config.model.vocab_size:
         yield (
-            f"{name}: the tokenizer of corpus {manifest['name']} has {manifest['vocab_size']} tokens, model.vocab_size is {config.model.vocab_size}"
+            f"{name}: the tokenizer of corpus {manifest['name']} has {manifest['vocab_size']} tokens, model.vocab_size is only {config.model.vocab_size}"
         )
     if manifest["seq_length"] != config.data.seq_length:
         yield (

@@ -32,8 +32,7 @@ class Streams:
         shares = samples_per_window(config)
         self.order = Order(
             tuple(
-                Stream(derive_seed(config.train.seed, "stream", name), shards.shard_sizes, shares[name])
-                for name, shards in self.shards.items()
+                Stream(derive_seed(config.seed, "stream", name), shards.shard_sizes, shares[name]) for name, shards in self.shards.items()
             )
         )
         self._ends = np.cumsum([len(shards) for shards in self.shards.values()])

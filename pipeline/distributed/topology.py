@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config, ParallelConfig
+from retemper.pipeline.schema import ModelSetup, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def follow_launcher() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def check_world_size(config: Config) -> None:
+def check_world_size(config: ModelSetup) -> None:
     """Refuse, before any process group starts, a launch whose rank count is not the config's. Raises UserError."""
     needed, got = config.parallel.world_size, launched_world_size() or 1
     if needed != got:

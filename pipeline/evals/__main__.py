@@ -21,7 +21,7 @@ def score_checkpoints(config, topology, fingerprints) -> None:
     model = build_model(config, topology)
     checkpointer = Checkpointer(config, topology, model, None, fingerprints)
     checkpointer.restore()
-    seed_step(config.train.seed, 0, topology)
+    seed_step(config.seed, 0, topology)
     scored = 0
     for step in from_rank_zero(commit.committed_steps(config.run_dir)):
         checkpointer.load(step)

@@ -15,7 +15,7 @@ from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model import lora
 from retemper.pipeline.model.attention import SdpaAttention
 from retemper.pipeline.model.weights import init_weights
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema import ModelSetup, RopeScaling
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -36,8 +36,21 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def build_model(config: Config, topology: Topology) -> DistributedDataParallel:
+def build_model(config: ModelSetup, topology: Topology) -> DistributedDataParallel:
     """This rank's stage and shard, initialised, on its device, with only the method's parameters trainable."""
+    model = build_layers(config, topology)
+    init_weights(model, config.model, config.seed)
+    if config.method.name == "lora":
+        lora.freeze_base(model)
+    model.to(topology.device)
+    if model.config.bf16:
+        model = Float16Module(model.config, model)
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    return DistributedDataParallel(model.config, ddp, model)
+
+
+def build_layers(config: ModelSetup, topology: Topology) -> GPTModel:
+    """This rank's stage and shard, its parameters as memory had them; on the device of torch.device's context."""
     transformer = transformer_config(config)
     model = GPTModel(
         config=transformer,
@@ -50,26 +63,36 @@ def build_model(config: Config, topology: Topology) -> DistributedDataParallel:
         position_embedding_type="rope",
         rotary_base=config.model.rotary_base,
     )
-    init_weights(model, config.model, config.train.seed)
-    if config.method.name == "lora":
-        lora.freeze_base(model)
-    model.to(topology.device)
-    if transformer.bf16:
-        model = Float16Module(transformer, model)
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    return DistributedDataParallel(transformer, ddp, model)
+    model.rotary_pos_emb.inv_freq = _scaled(model.rotary_pos_emb.inv_freq, config.model.rope_scaling)
+    return model
 
 
-def transformer_config(config: Config) -> TransformerConfig:
+def _scaled(inv_freq: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor:
+    """Rotary frequencies as transformers' modeling_rope_utils scales them; megatron-core has Llama 3.1's constants alone."""
+    if scaling is None:
+        return inv_freq
+    stretched = inv_freq / scaling.factor
+    if scaling.kind == "linear":
+        return stretched
+    wavelength = 2 * math.pi / inv_freq
+    context, low, high = scaling.original_max_sequence_length, scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((context / wavelength - low) / (high - low)).clamp(0, 1)  # 1 for the fast ones, 0 for the slow ones
+    return (1 - kept) * stretched + kept * inv_freq
+
+
+def transformer_config(config: ModelSetup) -> TransformerConfig:
     """megatron-core's view of the run."""
     model, parallel = config.model, config.parallel
-    bf16 = config.train.precision == "bf16"
+    bf16 = config.precision == "bf16"
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
@@ -105,10 +128,12 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
     return counts[True], counts[False]
 
 
-def _block_spec(config: Config, transformer: TransformerConfig) -> TransformerBlockSubmodules:
+def _block_spec(config: ModelSetup, transformer: TransformerConfig) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_submodules(normalization="RMSNorm")
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     layer.self_attention.submodules.core_attention = SdpaAttention
+    if config.model.qk_norm:
+        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
     if config.method.name == "lora":
         lora.use_adapters(layer, config.method.lora)
     layers = transformer.num_layers // transformer.pipeline_model_parallel_size

@@ -51,14 +51,18 @@ def is_adapter(name: str) -> bool:
     return name.endswith((".lora_A", ".lora_B"))
 
 
+def scale_of(lora: LoraConfig) -> float:
+    """What an update B·A is multiplied by."""
+    return lora.alpha / lora.rank
+
+
 class _Adapter(torch.nn.Module):
     """lora_A (R, I) and lora_B (O, R) of one linear layer."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, config):
         super().__init__()
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.lora_A = torch.nn.Parameter(torch.empty(rank, in_features, dtype=config.params_dtype, device=device))
-        self.lora_B = torch.nn.Parameter(torch.empty(out_features, rank, dtype=config.params_dtype, device=device))
+        self.lora_A = torch.nn.Parameter(torch.empty(rank, in_features, dtype=config.params_dtype))
+        self.lora_B = torch.nn.Parameter(torch.empty(out_features, rank, dtype=config.params_dtype))
 
 
 class _Dropout(torch.nn.Module):
@@ -80,7 +84,7 @@ class _LoraColumnLinear(ColumnParallelLinear):
 
     def __init__(self, *args, lora: LoraConfig, targets: list[str], **kwargs):
         super().__init__(*args, **kwargs)
-        self.scale = lora.alpha / lora.rank
+        self.scale = scale_of(lora)
         self.dropout = _Dropout(lora.dropout, sharded_input=self.sequence_parallel)
         self.adapters = torch.nn.ModuleDict(
             {name: _Adapter(self.input_size, self.output_sizes()[name], lora.rank, self.config) for name in targets}
@@ -115,7 +119,7 @@ class _LoraColumnLinear(ColumnParallelLinear):
         return torch.nn.functional.linear(hidden_SBR, adapter.lora_B) * self.scale
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        sharded_axis = {"weight": 0} | {f"adapters.{name}.lora_B": 0 for name in self.adapters}
+        sharded_axis = {"weight": 0, "bias": 0} | {f"adapters.{name}.lora_B": 0 for name in self.adapters}
         return _sharded(self, sharded_axis, prefix, sharded_offsets, metadata)
 
 
@@ -155,7 +159,7 @@ class LoraRowLinear(RowParallelLinear):
 
     def __init__(self, *args, lora: LoraConfig, targets: list[str], **kwargs):
         super().__init__(*args, **kwargs)
-        self.scale = lora.alpha / lora.rank
+        self.scale = scale_of(lora)
         self.dropout = _Dropout(lora.dropout, sharded_input=True)
         (target,) = targets
         adapter = _Adapter(self.input_size_per_partition, self.output_size, lora.rank, self.config)

@@ -31,12 +31,12 @@ def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> T
     ledger = Ledger(config, topology)
     with TrainingBatches(config, topology, state.samples_of_data, config.steps - state.step) as batches:
         log = Log(config, state, batches, parameter_counts(model), enabled=topology.rank == 0)
-        seed_step(config.train.seed, state.step, topology)
+        seed_step(config.seed, state.step, topology)
         if state.step in (0, *config.milestone_steps):  # the start of the run, or a milestone whose evaluation was cut short
             log.scores(evaluate(config, topology, model, state.step))
         while state.step < config.steps:
             started = time.perf_counter()
-            seed_step(config.train.seed, state.step, topology)
+            seed_step(config.seed, state.step, topology)
             data = next(batches)
             result = train_step(config, model, optimizer, schedule, data.micro_batches)
             state.step += 1

@@ -19,7 +19,7 @@ def build_optimizer(config: Config, model) -> MegatronOptimizer:
             adam_beta2=settings.beta2,
             adam_eps=settings.eps,
             clip_grad=settings.clip_grad,
-            bf16=config.train.precision == "bf16",
+            bf16=config.precision == "bf16",
             use_distributed_optimizer=True,
         ),
         [model],

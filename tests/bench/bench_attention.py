@@ -27,7 +27,7 @@ def main(overrides: list[str]) -> None:
     from retemper.pipeline.train.optimizer import build_optimizer, build_schedule
     from retemper.pipeline.train.step import train_step
 
-    seed_step(config.train.seed, 0, place)
+    seed_step(config.seed, 0, place)
     runs = {}
     for name, attention in (("fused", build.SdpaAttention), ("megatron", DotProductAttention)):
         build.SdpaAttention = attention

@@ -29,7 +29,7 @@ def compare(config, place) -> None:
     from retemper.pipeline.model.build import build_model
     from retemper.pipeline.model.forward import run_schedule
 
-    seed_step(config.train.seed, 0, place)
+    seed_step(config.seed, 0, place)
     model = build_model(config, place)
     shards = TokenShards(config.data.path, "train")
     samples = shards.samples(np.arange(4))

@@ -59,7 +59,7 @@ FLOORS = [
     {"checkpoint", "evals"},
     {"preflight"},
     {"ranks"},
-    {"train", "report"},
+    {"train", "report", "huggingface"},
     {"study"},
     {"cli"},
 ]

@@ -1,0 +1,116 @@
+"""One rank of `retemper import` or `retemper export`: `python -m retemper.pipeline.huggingface import '{"folder": …}'`."""
+
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.config import check_setup, load_parallel
+from retemper.pipeline.distributed import topology as topologies
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.ranks import run_prepared
+from retemper.pipeline.schema import MethodConfig, ModelSetup, ParallelConfig
+
+
+def main(verb: str, options: dict[str, Any]) -> int:
+    return run_prepared(*{"import": importing, "export": exporting}[verb](**options))
+
+
+def importing(folder: str, run: str, trust: str | None, overrides: list[str]):
+    """What run_prepared needs to make a transformers folder the base of runs."""
+    import torch
+
+    from retemper.pipeline.huggingface.folder import Weights
+    from retemper.tokenize.tokenizer import Tokenizer
+
+    source, target = Path(folder), Path(run)
+    weights = None
+
+    def prepare():
+        nonlocal weights
+        _refuse_existing(target)
+        weights = Weights(source, trusted=trust == source.resolve().name)
+        bf16 = all(weights.dtype(name) == torch.bfloat16 for name in weights.names)
+        method, parallel = MethodConfig(name="full"), load_parallel(overrides)
+        setup = check_setup(ModelSetup(model=weights.model, method=method, parallel=parallel, precision="bf16" if bf16 else "fp32"))
+        topologies.check_world_size(setup)
+        return setup, {"tokenizer": Tokenizer(source).sha256}
+
+    def work(setup, topology, fingerprints):
+        from retemper.pipeline.huggingface.load import ORIGIN, import_weights
+        from retemper.pipeline.huggingface.streamed import StreamedModel
+        from retemper.pipeline.huggingface.verify import summary, verify
+
+        with _whole_or_nothing(target, topology) as partial:
+            import_weights(weights, setup, topology, fingerprints["tokenizer"], partial)
+            topologies.stop(leave=False)
+            topology = topologies.start(ParallelConfig(data_parallel_size=topology.world_size))
+            streamed = StreamedModel(partial, 0, topology)
+            if topology.rank == 0:
+                verify(streamed, source, None, partial / ORIGIN, rounded=False)
+        if topology.rank == 0:
+            print(f"{target}: {weights.model.num_layers} layers from {source}, for init_from={target}\n{summary(target / ORIGIN)}")
+
+    return prepare, work
+
+
+def exporting(run: str, folder: str, step: int | None, adapter: bool, base: str | None, tokenizer: str | None):
+    """What run_prepared needs to write a checkpoint for transformers or peft."""
+    run_dir, target = Path(run), Path(folder)
+
+    def prepare():
+        _refuse_existing(target)
+        chosen = commit.folder_of(run_dir, step) if step is not None else commit.newest(run_dir)
+        if not (chosen / commit.META).is_file():
+            raise UserError(f"{chosen} is no checkpoint; {run_dir} has those after the steps {commit.committed_steps(run_dir)}")
+        return ModelSetup.of(json.loads((chosen / commit.META).read_text())["config"], ParallelConfig()), {
+            "checkpoint": commit.fingerprint(chosen)
+        }
+
+    def work(_setup, topology, _fingerprints):
+        from retemper.pipeline.huggingface import export
+        from retemper.pipeline.huggingface.streamed import StreamedModel
+        from retemper.pipeline.huggingface.verify import summary, verify
+
+        streamed = StreamedModel(run_dir, step, topology)
+        with _whole_or_nothing(target, topology) as partial:
+            if adapter:
+                reference = export.reference_of(streamed, base)
+                export.export_adapter(streamed, partial, str(reference))
+                verify(streamed, reference, partial, partial, rounded=False)
+            else:
+                rounded = export.export_model(streamed, partial, Path(tokenizer) if tokenizer else None)
+                verify(streamed, partial, None, partial, rounded=rounded)
+        print(f"{target}: {streamed.folder} {'as a peft adapter' if adapter else 'for transformers'}\n{summary(target)}")
+
+    return prepare, work
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"{target} exists already: remove it, or name another folder")
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(target: Path, topology: topologies.Topology) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` at the end; after an error nothing is left of it."""
+    partial = target.with_name(target.name + ".partial")
+    if topology.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    topologies.barrier()
+    try:
+        yield partial
+        if topology.rank == 0:
+            partial.rename(target)
+    finally:
+        if topology.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], json.loads(sys.argv[2])))

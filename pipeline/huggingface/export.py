@@ -1,0 +1,169 @@
+"""A checkpoint as files that stock transformers and peft load. Tensors pass through memory one output file at a time."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.huggingface.config import config_of
+from retemper.pipeline.huggingface.folder import TOKENIZER_FILES
+from retemper.pipeline.huggingface.load import ORIGIN, SOURCE
+from retemper.pipeline.huggingface.names import LINEAR, Shard, tensor_shapes
+from retemper.pipeline.huggingface.streamed import StreamedModel
+from retemper.pipeline.model.lora import is_adapter, scale_of
+
+_FILE_BYTES = 5 * 10**9  # as transformers cuts its shards
+
+
+def export_model(streamed: StreamedModel, target: Path, tokenizer: Path | None) -> bool:
+    """Write the whole model, with LoRA the adapters merged into it in fp32. Returns whether the weights had to be rounded.
+
+    target: an empty folder. tokenizer: the folder of one, for a model that was never imported.
+    """
+    origin = origin_of(streamed)
+    source = json.loads((origin / SOURCE).read_text()) if origin else {}
+    dtype_of_run = {"fp32": "float32", "bf16": "bfloat16"}[streamed.meta["config"]["precision"]]
+    dtypes = source.get("dtypes") or dict.fromkeys(tensor_shapes(streamed.setup.model), dtype_of_run)
+    rounded = False
+
+    def typed() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal rounded
+        for name, tensor in _tensors(streamed):
+            written = tensor.to(getattr(torch, dtypes[name]))
+            rounded |= not torch.equal(written.float(), tensor)
+            yield name, written
+
+    _write_index(_write_tensors(typed(), target), target)
+    if origin:
+        _copy(("config.json", "generation_config.json"), origin, target)
+    else:
+        (target / "config.json").write_text(json.dumps(config_of(streamed.setup.model, dtype_of_run), indent=2))
+    _copy(TOKENIZER_FILES, origin or tokenizer or Path(streamed.meta["config"]["data"]["tokenizer"]), target)
+    return rounded
+
+
+def export_adapter(streamed: StreamedModel, target: Path, base: str) -> None:
+    """Write the adapters alone, as peft has them. base: the name or folder of the model they belong to."""
+    lora = streamed.setup.method.lora
+    tensors = {f"base_model.model.{name}.weight": tensor.contiguous() for name, tensor in _adapters(streamed)}
+    save_file(tensors, target / "adapter_model.safetensors", {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": [LINEAR[name].rpartition(".")[2] for name in lora.targets],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (target / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    if origin := origin_of(streamed):
+        _copy(TOKENIZER_FILES, origin, target)
+
+
+def reference_of(streamed: StreamedModel, base: str | None) -> Path:
+    """The transformers folder of the base that adapters stand on. Raises UserError where none is known."""
+    if streamed.setup.method.name != "lora":
+        raise UserError(f"{streamed.folder} is of full training and holds no adapters: leave out --adapter")
+    origin = origin_of(streamed)
+    folder = Path(base or (json.loads((origin / SOURCE).read_text())["folder"] if origin else ""))
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"the adapters' base {streamed.base_dir} is no transformers folder that is here: name it with --base FOLDER, "
+            f"or make one: retemper export {streamed.base_dir} FOLDER"
+        )
+    return folder
+
+
+def origin_of(streamed: StreamedModel) -> Path | None:
+    """What an import kept of the transformers folder that this model descends from; None where it descends from none."""
+    folder, config = streamed.folder, streamed.meta["config"]
+    while not (folder.parent.parent / ORIGIN / SOURCE).is_file():
+        if not config["init_from"]:
+            return None
+        folder = commit.newest(Path(config["init_from"]))
+        config = json.loads((folder / commit.META).read_text())["config"]
+    return folder.parent.parent / ORIGIN
+
+
+def _tensors(streamed: StreamedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """(transformers' name, tensor in fp32) of the whole model, layer by layer."""
+    shard, shapes = Shard(streamed.setup.model), tensor_shapes(streamed.setup.model)
+    layers: dict[str, list[str]] = {}
+    for name in streamed.names:
+        layers.setdefault(".".join(name.split(".")[:3]), []).append(name)
+    for names in layers.values():
+        loaded, tensors = streamed.load(names), {}
+        for name, parameter in loaded.items():
+            if is_adapter(name):
+                continue
+            for block in shard.blocks(name, parameter.shape):
+                tensor = tensors.setdefault(block.name, torch.empty(shapes[block.name]))
+                tensor[block.there] = parameter[block.here]
+        for module, (lora_A, lora_B) in _pairs(loaded).items():
+            tensors[f"{module}.weight"] += scale_of(streamed.setup.method.lora) * (lora_B @ lora_A)
+        yield from tensors.items()
+
+
+def _adapters(streamed: StreamedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    for module, (lora_A, lora_B) in _pairs(streamed.load(filter(is_adapter, streamed.names))).items():
+        yield from ((f"{module}.lora_A", lora_A), (f"{module}.lora_B", lora_B))
+
+
+def _pairs(loaded: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """transformers' linear module -> its A and B."""
+    pairs = {}
+    for name in loaded:
+        if name.endswith(".lora_A"):
+            _, _, layer, *_, target, _ = name.split(".")
+            pairs[f"model.layers.{layer}.{LINEAR[target]}"] = loaded[name], loaded[name.removesuffix("A") + "B"]
+    return pairs
+
+
+def _write_tensors(tensors: Iterator[tuple[str, torch.Tensor]], target: Path) -> list[dict[str, Any]]:
+    """Numbered files of at most _FILE_BYTES, or of one tensor that is larger; returns name -> bytes of each."""
+    files, held, size = [], {}, 0
+
+    def write() -> None:
+        save_file(held, target / f"{len(files):05d}.safetensors", {"format": "pt"})
+        files.append({name: tensor.nbytes for name, tensor in held.items()})
+
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > _FILE_BYTES:
+            write()
+            held, size = {}, 0
+        held[name] = tensor.contiguous()
+        size += tensor.nbytes
+    write()
+    return files
+
+
+def _write_index(files: list[dict[str, int]], target: Path) -> None:
+    """Give the files the names that transformers expects."""
+    if len(files) == 1:
+        (target / "00000.safetensors").rename(target / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(files):
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (target / f"{number:05d}.safetensors").rename(target / file)
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(sum(names.values()) for names in files)
+    (target / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    )
+
+
+def _copy(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,96 @@
+"""The proof beside an import or an export: logits of stock transformers and peft against the megatron model's, on real text."""
+
+import heapq
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.huggingface.streamed import StreamedModel
+
+PROOF = "verified.json"
+_TEXT = Path(heapq.__file__)  # English and Python, there wherever Python is
+_POSITIONS = 512
+_TOLERANCE = 1e-4  # of the largest logit, fp32 on both sides
+_ROUNDED_TOLERANCE = 0.05  # RMS over RMS, where weights were rounded to fewer bits than the run computed with
+
+
+def verify(streamed: StreamedModel, folder: Path, adapter: Path | None, proof: Path, *, rounded: bool) -> None:
+    """Compare, and write the figures into `proof`. One rank calls it.
+
+    rounded: the folder holds fewer bits of the weights than the checkpoint. Raises UserError where the logits differ.
+    """
+    tokens_BT = _tokens(folder, streamed.setup.model.max_sequence_length)
+    ours = streamed.logits(tokens_BT).float()
+    theirs = _reference(folder, adapter)(tokens_BT).float()
+    figures = _compare(ours, theirs, rounded)
+    (proof / PROOF).write_text(json.dumps(figures, indent=2))
+    if not figures["equal"]:
+        raise UserError(
+            f"{adapter or folder} and {streamed.folder} are not the same model: logits differ by up to {figures['max_abs_difference']:.2g} "
+            f"at a largest logit of {figures['largest_logit']:.3g}. {proof / PROOF} has the figures; please report it with config.json"
+        )
+
+
+def summary(proof: Path) -> str:
+    """One line of the figures."""
+    figures = json.loads((proof / PROOF).read_text())
+    return (
+        f"verified against transformers {figures['transformers']}: logits of {figures['positions']} positions differ by at most "
+        f"{figures['max_abs_difference']:.1e}, the largest is {figures['largest_logit']:.1f}; the same next token at {figures['same_argmax']:.1%}"
+    )
+
+
+def _compare(ours: torch.Tensor, theirs: torch.Tensor, rounded: bool) -> dict[str, Any]:
+    import transformers
+
+    difference, largest = (ours - theirs).abs(), theirs.abs().max().item()
+    relative_rms = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
+    equal = relative_rms <= _ROUNDED_TOLERANCE if rounded else difference.max().item() <= _TOLERANCE * max(1.0, largest)
+    return {
+        "equal": equal,
+        "text": _TEXT.name,
+        "positions": ours.shape[1],
+        "max_abs_difference": difference.max().item(),
+        "relative_rms_difference": relative_rms,
+        "largest_logit": largest,
+        "same_argmax": (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item(),
+        "weights_rounded": rounded,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _tokens(folder: Path, max_sequence_length: int) -> torch.Tensor:
+    import tokenizers
+
+    ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(_TEXT.read_text(), add_special_tokens=False).ids
+    return torch.tensor(ids[: min(_POSITIONS, max_sequence_length)])[None]
+
+
+def _reference(folder: Path, adapter: Path | None):
+    """Stock transformers' model, on disk where it would fill more than half of the free memory."""
+    import psutil
+    import transformers
+
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) or sum(path.stat().st_size for path in folder.glob("*.bin"))
+    offload = {}
+    if 2 * weights > psutil.virtual_memory().available / 2:  # in fp32
+        offload = {"device_map": {"": "disk"}, "offload_folder": tempfile.mkdtemp()}
+    transformers.utils.logging.set_verbosity_error()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **offload
+    ).eval()
+    if adapter:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, adapter)
+
+    @torch.no_grad()
+    def logits(tokens_BT: torch.Tensor) -> torch.Tensor:
+        return model(tokens_BT).logits
+
+    return logits

@@ -1,0 +1,38 @@
+"""One rank that imports, trains and exports in turn, megatron's groups built anew for each. Started by conftest.launch.
+
+A case: {"import": options} or {"export": options} as `retemper import` and `export` have them, or {"train": overrides}.
+"""
+
+import json
+import sys
+
+from retemper.pipeline.config import load_config
+from retemper.pipeline.distributed import topology
+from retemper.pipeline.preflight import preflight
+
+
+def main(cases: list[dict]) -> None:
+    topology.prepare_megatron()
+    from retemper.pipeline.huggingface.__main__ import exporting, importing
+
+    verbs = {"import": importing, "export": exporting, "train": training}
+    for case in cases:
+        ((verb, options),) = case.items()
+        prepare, work = verbs[verb](**options)
+        setup, fingerprints = prepare()
+        work(setup, topology.start(setup.parallel), fingerprints)
+        topology.stop(leave=False)
+
+
+def training(overrides: list[str]):
+    from retemper.pipeline.train.loop import train
+
+    def prepare():
+        config = load_config(overrides)
+        return config, preflight(config)
+
+    return prepare, train
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
