@@ -237,6 +237,8 @@ def _setup_conflicts(config: ModelSetup):
         yield "parallel.sequence_parallel=true needs parallel.tensor_parallel_size > 1"
     if method.name == "lora" and method.lora is None:
         yield "method.name=lora needs method.lora (rank, alpha, targets); take the preset method=lora"
+    if method.lora and method.lora.dora and method.lora.dropout:
+        yield "method.lora.dora=true takes no method.lora.dropout: a row's norm stands for the whole input; set one of them to its default"
     if method.name == "full" and method.lora is not None:
         yield "method.name=full trains every weight, but method.lora is set; take the preset method=lora or set method.lora=null"
 

@@ -170,6 +170,17 @@ class DataConfig(CorpusConfig):
 
 
 LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+_TARGETS: dict[str, list[LoraTarget]] = {"attention": ["q", "k", "v", "o"], "mlp": ["gate", "up", "down"]}
+_TARGETS["all"] = _TARGETS["attention"] + _TARGETS["mlp"]
+
+
+def _listed(targets: Any) -> Any:
+    """all, attention and mlp as the layers that they are."""
+    if isinstance(targets, str):
+        if targets not in _TARGETS:
+            raise ValueError(f"targets are all, attention, mlp, or a list as [q,v]; got {targets!r}")
+        return _TARGETS[targets]
+    return targets
 
 
 class LoraConfig(Section):
@@ -178,7 +189,13 @@ class LoraConfig(Section):
     rank: PositiveInt
     alpha: float = Field(gt=0, description="the update is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: list[LoraTarget] = Field(min_length=1)
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    dora: bool = Field(False, description="train the norm of each weight row apart from its direction")
+    pissa: bool = Field(False, description="begin with the principal part of each weight instead of zero")
+    lr_ratio: float = Field(1.0, ge=1, description="learning rate of B over that of A, as LoRA+ has it")
+    targets: Annotated[list[LoraTarget], BeforeValidator(_listed)] = Field(
+        min_length=1, description="all, attention (q, k, v, o), mlp (gate, up, down), or a list of them, as [q,v]"
+    )
 
 
 class MethodConfig(Section):

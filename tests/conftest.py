@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Real evaluation files, tokenizer and weights, which the project never copies in.
+SHARED_DATA = Path(os.environ.get("RETEMPER_SHARED_DATA", ROOT.parent / "shared" / "data"))
 VOCAB_SIZE = 300  # no multiple of 128: the vocabulary is padded
 SEQ_LENGTH = 64
 
@@ -117,11 +119,10 @@ def launch(world_size: int, cases: list[dict], script: str = "cases.py", timeout
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real evaluation files, tokenizer and weights: $RETEMPER_SHARED_DATA, or ../shared/data beside the checkout."""
-    folder = Path(os.environ.get("RETEMPER_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not here; set RETEMPER_SHARED_DATA")
-    return folder
+    """SHARED_DATA, or a skip where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is not here; set RETEMPER_SHARED_DATA")
+    return SHARED_DATA
 
 
 @pytest.fixture(scope="session")

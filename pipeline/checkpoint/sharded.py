@@ -19,7 +19,7 @@ from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.config import changed_keys
 from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero, is_main_process
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.model.lora import is_adapter
+from retemper.pipeline.model.lora import begin_at_base, is_adapter
 from retemper.pipeline.schema import Config
 
 # Optimizer states that load at another TP, PP or DP; megatron's default cannot change the topology.
@@ -109,6 +109,7 @@ class Checkpointer:
             raise UserError(f"init_from={self.config.init_from}: {folder} was trained with another tokenizer than {self.config.data.path}")
         weights = {key: value for key, value in self._model_state().items() if not is_adapter(key)}
         self._fill_model(dist_checkpointing.load({"model": weights}, str(folder))["model"])
+        begin_at_base(self.model)
         if self.optimizer:
             self.optimizer.reload_model_params()
 

@@ -1,6 +1,7 @@
 """A checkpoint as files that stock transformers and peft load. Tensors pass through memory one output file at a time."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from retemper.pipeline.huggingface.folder import TOKENIZER_FILES
 from retemper.pipeline.huggingface.load import ORIGIN, SOURCE
 from retemper.pipeline.huggingface.names import LINEAR, Shard, tensor_shapes
 from retemper.pipeline.huggingface.streamed import StreamedModel
-from retemper.pipeline.model.lora import is_adapter, scale_of
+from retemper.pipeline.model.lora import is_adapter, joined_factors, scale_of
 
 _FILE_BYTES = 5 * 10**9  # as transformers cuts its shards
 
@@ -50,16 +51,23 @@ def export_model(streamed: StreamedModel, target: Path, tokenizer: Path | None) 
 
 def export_adapter(streamed: StreamedModel, target: Path, base: str) -> None:
     """Write the adapters alone, as peft has them. base: the name or folder of the model they belong to."""
-    lora = streamed.setup.method.lora
-    tensors = {f"base_model.model.{name}.weight": tensor.contiguous() for name, tensor in _adapters(streamed)}
+    lora, tensors = streamed.setup.method.lora, {}
+    for module, adapter in _adapters(streamed.load(filter(is_adapter, streamed.names))).items():
+        for name, tensor in zip(("lora_A", "lora_B"), joined_factors(adapter), strict=True):
+            tensors[f"base_model.model.{module}.{name}.weight"] = tensor.contiguous()
+        if lora.dora:
+            tensors[f"base_model.model.{module}.lora_magnitude_vector"] = adapter["lora_magnitude"]
     save_file(tensors, target / "adapter_model.safetensors", {"format": "pt"})
+    rank = lora.rank * (1 + lora.pissa)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "r": rank,
+        "lora_alpha": scale_of(lora) * (math.sqrt(rank) if lora.rslora else rank),
         "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
         "target_modules": [LINEAR[name].rpartition(".")[2] for name in lora.targets],
         "bias": "none",
         "fan_in_fan_out": False,
@@ -109,24 +117,26 @@ def _tensors(streamed: StreamedModel) -> Iterator[tuple[str, torch.Tensor]]:
             for block in shard.blocks(name, parameter.shape):
                 tensor = tensors.setdefault(block.name, torch.empty(shapes[block.name]))
                 tensor[block.there] = parameter[block.here]
-        for module, (lora_A, lora_B) in _pairs(loaded).items():
-            tensors[f"{module}.weight"] += scale_of(streamed.setup.method.lora) * (lora_B @ lora_A)
+        for module, adapter in _adapters(loaded).items():
+            tensors[f"{module}.weight"] = _merged(tensors[f"{module}.weight"], adapter, scale_of(streamed.setup.method.lora))
         yield from tensors.items()
 
 
-def _adapters(streamed: StreamedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    for module, (lora_A, lora_B) in _pairs(streamed.load(filter(is_adapter, streamed.names))).items():
-        yield from ((f"{module}.lora_A", lora_A), (f"{module}.lora_B", lora_B))
+def _merged(weight: torch.Tensor, adapter: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+    A_RI, B_OR = joined_factors(adapter)
+    merged = weight + scale * (B_OR @ A_RI)
+    if "lora_magnitude" in adapter:
+        merged *= (adapter["lora_magnitude"] / merged.norm(dim=1))[:, None]
+    return merged
 
 
-def _pairs(loaded: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """transformers' linear module -> its A and B."""
-    pairs = {}
-    for name in loaded:
-        if name.endswith(".lora_A"):
-            _, _, layer, *_, target, _ = name.split(".")
-            pairs[f"model.layers.{layer}.{LINEAR[target]}"] = loaded[name], loaded[name.removesuffix("A") + "B"]
-    return pairs
+def _adapters(loaded: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """transformers' linear module -> the parameters of its adapter."""
+    adapters: dict[str, dict[str, torch.Tensor]] = {}
+    for name in filter(is_adapter, loaded):
+        _, _, layer, *_, target, parameter = name.split(".")
+        adapters.setdefault(f"model.layers.{layer}.{LINEAR[target]}", {})[parameter] = loaded[name]
+    return adapters
 
 
 def _write_tensors(tensors: Iterator[tuple[str, torch.Tensor]], target: Path) -> list[dict[str, Any]]:

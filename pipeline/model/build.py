@@ -64,7 +64,22 @@ def build_layers(config: ModelSetup, topology: Topology) -> GPTModel:
         rotary_base=config.model.rotary_base,
     )
     model.rotary_pos_emb.inv_freq = _scaled(model.rotary_pos_emb.inv_freq, config.model.rope_scaling)
+    if topology.is_last_stage:
+        _silence_padding(model.output_layer, config.model.vocab_size, topology.tensor_parallel_rank)
     return model
+
+
+def _silence_padding(output_layer: torch.nn.Module, vocab_size: int, tensor_parallel_rank: int) -> None:
+    """Take the vocabulary's padding out of the softmax: with megatron-core alone each row of it adds e^0 to every denominator."""
+    rows = output_layer.output_size_per_partition
+    held = min(rows, max(0, vocab_size - tensor_parallel_rank * rows))
+
+    def silence(_layer, _inputs, output):
+        logits_SBV, _bias = output
+        logits_SBV[..., held:] = -math.inf
+
+    if held < rows:
+        output_layer.register_forward_hook(silence)
 
 
 def _scaled(inv_freq: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor:

@@ -39,7 +39,7 @@ def _whole_tensor(tensor: ShardedTensor, config: ModelConfig, seed: int) -> torc
     name = tensor.key
     if name.endswith("norm_weight") or name.endswith("norm.weight"):
         return torch.ones(shape)
-    if name.endswith(("lora_B", ".bias")):
+    if name.endswith((".lora_B", ".bias", "_initial", ".lora_magnitude")):  # the latter two follow from the base's weights
         return torch.zeros(shape)
     if name.endswith("lora_A"):
         # Kaiming uniform with a = sqrt(5), as peft: the bound is 1 / sqrt(in_features).

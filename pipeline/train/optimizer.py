@@ -1,6 +1,6 @@
 """megatron-core's distributed optimizer and learning-rate schedule, from the config. The schedule counts tokens."""
 
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from retemper.pipeline.schema import Config
@@ -9,21 +9,23 @@ from retemper.pipeline.schema import Config
 def build_optimizer(config: Config, model) -> MegatronOptimizer:
     """AdamW over the trainable parameters of one model, its states sharded over data-parallel ranks."""
     settings = config.optimizer
-    return get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.lr * config.schedule.min_lr_ratio,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.eps,
-            clip_grad=settings.clip_grad,
-            bf16=config.precision == "bf16",
-            use_distributed_optimizer=True,
-        ),
-        [model],
+    megatron = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.lr * config.schedule.min_lr_ratio,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.precision == "bf16",
+        use_distributed_optimizer=True,
     )
+    overrides = get_standard_config_overrides(megatron)
+    if config.method.lora and config.method.lora.lr_ratio > 1:  # LoRA+ (arXiv 2402.12354)
+        ratio = config.method.lora.lr_ratio
+        overrides[ParamKey(name="*.lora_B")] = {"max_lr": megatron.lr * ratio, "min_lr": megatron.min_lr * ratio}
+    return get_megatron_optimizer(megatron, [model], overrides)
 
 
 def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -29,7 +29,7 @@ def train_step(config: Config, model, optimizer, schedule, batches: list[Batch])
     outputs = run_schedule(model, batches, forward_only=False)
     nats, tokens = from_last_stage([float(sum(output[key] for output in outputs)) for key in ("loss", "tokens")])
     _check_finite(config, "loss", nats)
-    lr = optimizer.param_groups[0]["lr"]
+    lr = min(group["lr"] for group in optimizer.param_groups)  # LoRA+ gives B a higher one
     _, grad_norm, _ = optimizer.step()
     _check_finite(config, "gradient norm", float(grad_norm))
     schedule.step(config.tokens_per_step)

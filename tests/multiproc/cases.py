@@ -59,6 +59,43 @@ def unreduced_adapter_gradient():
     return mock.patch.object(lora, "copy_to_tensor_model_parallel_region", lambda tensor, group: tensor)
 
 
+def unmarked_adapter_factor():
+    """mcore-bridge #173: under sequence parallelism the replicated factor's gradient is that of one part of the sequence."""
+    from retemper.pipeline.model.lora import is_adapter
+    from retemper.pipeline.train import loop
+
+    def build_model(config, place, build_model=loop.build_model):
+        model = build_model(config, place)
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.sequence_parallel = False
+        return model
+
+    return mock.patch.object(loop, "build_model", build_model)
+
+
+def adapters_initialised_by_layout():
+    """Megatron-Bridge #5840: A is drawn differently for every tensor-parallel size."""
+    from retemper.pipeline.model import build
+
+    def init_weights(model, config, seed, init_weights=build.init_weights):
+        init_weights(model, config, seed + model.config.tensor_model_parallel_size)
+
+    return mock.patch.object(build, "init_weights", init_weights)
+
+
+def adapter_shards_lost_at_save():
+    """Megatron-Bridge #2240: the checkpoint takes the sharded factor of one rank for the whole."""
+    from retemper.pipeline.model import lora
+
+    sharded = lora._sharded
+
+    def as_if_replicated(layer, sharded_axis, *rest):
+        return sharded(layer, {name: axis for name, axis in sharded_axis.items() if "adapters" not in name}, *rest)
+
+    return mock.patch.object(lora, "_sharded", as_if_replicated)
+
+
 def lost_optimizer_state():
     """A restart that forgets Adam's moments."""
     from retemper.pipeline.checkpoint.sharded import Checkpointer
@@ -100,6 +137,9 @@ def lost_random_state():
 FAULTS = {
     None: contextlib.nullcontext,
     "unreduced_adapter_gradient": unreduced_adapter_gradient,
+    "unmarked_adapter_factor": unmarked_adapter_factor,
+    "adapters_initialised_by_layout": adapters_initialised_by_layout,
+    "adapter_shards_lost_at_save": adapter_shards_lost_at_save,
     "lost_optimizer_state": lost_optimizer_state,
     "lost_data_position": lost_data_position,
     "another_seed": another_seed,

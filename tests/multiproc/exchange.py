@@ -21,6 +21,7 @@ def main(cases: list[dict]) -> None:
         prepare, work = verbs[verb](**options)
         setup, fingerprints = prepare()
         work(setup, topology.start(setup.parallel), fingerprints)
+        topology.barrier()  # one rank alone compares with transformers
         topology.stop(leave=False)
 
 

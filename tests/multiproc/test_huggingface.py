@@ -1,13 +1,21 @@
 """Weights from transformers and back, and training beside transformers and peft: the same logits, losses and weights."""
 
+import email
 import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch
+from conftest import SHARED_DATA, data_config, launch, overrides
 from safetensors.torch import load_file
+
+from retemper.pipeline import run_folder
+from retemper.pipeline.config import load_config
+from retemper.pipeline.data.reader import Streams
+from retemper.pipeline.huggingface.names import LINEAR
+from retemper.pipeline.schema import Config
+from retemper.tokenize.job import tokenize
 
 # What every random model has, and what tells the families apart. 300 tokens: no multiple of 128.
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -42,24 +50,15 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def imported(folder: Path, run: Path, *changes: str) -> dict:
-    return {"import": {"folder": str(folder), "run": str(run), "trust": None, "overrides": list(changes)}}
-
-
-def exported(run: Path, folder: Path, *, step=None, adapter=False) -> dict:
-    options = {"run": str(run), "folder": str(folder), "step": step, "adapter": adapter, "base": None, "tokenizer": None}
-    return {"export": options}
-
-
 @pytest.fixture(scope="module")
 def folders(workspace) -> dict[str, Path]:
-    """Of every family, of one in half precision, and of random shapes."""
+    """Of every family, in half precision, of random shapes, and really pretrained."""
     tokenizer, root = workspace / "data" / "tokenizer", workspace / "transformers"
     made = {name: save_random(root / name, family, changes, tokenizer) for name, (family, changes) in FAMILIES.items()}
     made["bf16"] = save_random(root / "bf16", "Qwen2", {}, tokenizer, torch.bfloat16)
     made["fp16"] = save_random(root / "fp16", "Llama", {}, tokenizer, torch.float16)
     draw = random.Random(7)
-    for number in range(4):
+    for number in range(2):
         groups, per_group = draw.choice([2, 4]), draw.choice([1, 2, 3])
         changes = {"num_key_value_heads": groups, "num_attention_heads": groups * per_group, "head_dim": 2 * draw.randint(2, 12)}
         changes |= {"hidden_size": 8 * draw.randint(3, 12), "intermediate_size": 2 * draw.randint(5, 90)}
@@ -71,6 +70,8 @@ def folders(workspace) -> dict[str, Path]:
         made[f"random-{number}"] = save_random(
             root / f"random-{number}", draw.choice(["Llama", "Qwen2", "Qwen3"]), changes, tokenizer, seed=number
         )
+    if (SHARED_DATA / "stories260K").is_dir():
+        made["stories260K"] = SHARED_DATA / "stories260K"
     return made
 
 
@@ -78,29 +79,164 @@ LAYOUTS = {"tp2": ["parallel=tp2"], "pp2": ["parallel=pp2"]}
 STAGED = ("llama2", "llama3", "qwen3")  # under pp2 too: separate and tied head, norms of queries and keys
 
 
+LORA = ["method=lora", "method.lora.rank=4", "method.lora.alpha=16"]
+VARIANTS = {
+    "dora": ["method.lora.dora=true"],
+    "pissa": ["method.lora.pissa=true"],
+    "rslora": ["method.lora.rslora=true", "method.lora.lr_ratio=4"],
+}
+METHODS = {"full": [], "lora": LORA} | {name: [*LORA, *changes] for name, changes in VARIANTS.items()}
+# Every variant from the base with biases, which DoRA must leave out of what it scales.
+TRAINED = [(base, method) for base in ("stories260K", "qwen2", "qwen3") for method in ("full", "lora")]
+TRAINED += [("qwen2", name) for name in VARIANTS]
+# One step that moves nothing: the checkpoint after it holds the adapters as they began.
+STILL = ["optimizer.lr=1e-30", f"train.tokens={8 * 64}", "schedule.warmup_tokens=0"]
+
+
+class Exchange:
+    """All that two ranks import and train, and one rank exports, gathered so that each starts once."""
+
+    def __init__(self, workspace: Path, folders: dict[str, Path], corpora: dict[str, list[str]]):
+        self.workspace, self.folders, self.corpora = workspace, folders, corpora
+        self.on_two, self.on_one = [], []
+        pairs = [(name, "tp2") for name in folders] + [(name, "pp2") for name in STAGED]
+        self.round_trips = {pair: self._round_trip(*pair) for pair in pairs}
+        self.trained = {(name, method): self._train(name, method) for name, method in TRAINED if name in folders}
+        launch(2, self.on_two, "exchange.py")
+        launch(1, self.on_one, "exchange.py")
+
+    def _round_trip(self, name: str, layout: str) -> tuple[Path, Path]:
+        """The base that a folder is imported as, and what is exported from that."""
+        base, out = (self.workspace / where / f"{name}-{layout}" for where in ("bases", "exported"))
+        self.on_two.append({"import": {"folder": str(self.folders[name]), "run": str(base), "trust": None, "overrides": LAYOUTS[layout]}})
+        self._export(base, out)
+        return base, out
+
+    def _train(self, name: str, method: str) -> tuple[Config, Path]:
+        """Ten steps under TP2; the run's config, and the model or adapter exported from it."""
+        config, out = self._run(name, method, f"{name}-{method}")
+        if method != "full":
+            self._run(name, method, f"{name}-{method}-still", *STILL)
+            self._export(config.run_dir, beside(out, "merged"))
+        return config, out
+
+    def _run(self, name: str, method: str, run: str, *changes: str) -> tuple[Config, Path]:
+        base = self.round_trips[name, "tp2"][0]
+        where = ["parallel=tp2", f"init_from={base}", "optimizer.weight_decay=0.1", "optimizer.lr=1e-3", *self.corpora.get(name, [])]
+        asked = overrides(self.workspace, run, *where, *METHODS[method], *changes)
+        command = [text for text in asked if not text.startswith("model.")]  # the base's model
+        self.on_two.append({"train": {"overrides": command}})
+        out = self.workspace / "trained" / run
+        self._export(self.workspace / "runs" / "test" / run, out, adapter=method != "full")
+        return load_config(asked), out
+
+    def _export(self, run: Path, folder: Path, *, adapter: bool = False) -> None:
+        options = {"run": str(run), "folder": str(folder), "step": None, "adapter": adapter, "base": None, "tokenizer": None}
+        self.on_one.append({"export": options})
+
+
 @pytest.fixture(scope="module")
-def exchanged(workspace, folders) -> dict[tuple[str, str], tuple[Path, Path]]:
-    """(folder, layout of two ranks) -> the base it was imported as, and what one rank exported from that."""
-    pairs = [(name, "tp2") for name in folders] + [(name, "pp2") for name in STAGED]
-    made = {pair: tuple(workspace / where / "-".join(pair) for where in ("imported", "exported")) for pair in pairs}
-    launch(2, [imported(folders[name], run, *LAYOUTS[layout]) for (name, layout), (run, _) in made.items()], "exchange.py")
-    launch(1, [exported(run, out) for run, out in made.values()], "exchange.py")
-    return made
+def exchange(workspace, folders) -> Exchange:
+    corpora = {}
+    if "stories260K" in folders:
+        tokenizer = str(folders["stories260K"])
+        corpus = data_config(workspace, "stories", documents=Path(email.__file__).parent, tokenizer=tokenizer, bos=True)
+        tokenize(corpus, progress=False)
+        heldout = [f"evals.heldout.{name}={corpus.path}" for name in ("code", "math")]
+        corpora["stories260K"] = [f"data.path={corpus.path}", "data.name=stories", f"data.tokenizer={tokenizer}", "data.bos=true", *heldout]
+    return Exchange(workspace, folders, corpora)
 
 
-def test_every_import_and_export_is_proved_by_stock_transformers(exchanged):
-    for run, out in exchanged.values():
+def test_every_import_and_export_is_proved_by_stock_transformers(exchange):
+    for run, out in exchange.round_trips.values():
         for proof in (run / "huggingface", out):
             figures = json.loads((proof / "verified.json").read_text())
             assert figures["positions"] >= 128 and figures["max_abs_difference"] < 1e-4 * max(1, figures["largest_logit"])
             assert figures["equal"] and not figures["weights_rounded"]
 
 
-def test_a_round_trip_changes_no_byte(exchanged, folders):
-    for (name, _), (_, out) in exchanged.items():
-        before, after = tensors_of(folders[name]), tensors_of(out)
+def test_a_round_trip_changes_no_byte(exchange):
+    for (name, _), (_, out) in exchange.round_trips.items():
+        before, after = tensors_of(exchange.folders[name]), tensors_of(out)
         assert before.keys() == after.keys()
         for tensor in before:
             assert before[tensor].dtype == after[tensor].dtype and before[tensor].equal(after[tensor]), (out, tensor)
         for file in ("config.json", "generation_config.json", "tokenizer.json"):
-            assert (folders[name] / file).read_bytes() == (out / file).read_bytes()
+            assert (exchange.folders[name] / file).read_bytes() == (out / file).read_bytes()
+
+
+def beside(out: Path, what: str) -> Path:
+    return out.with_name(f"{out.name}-{what}")
+
+
+def train_with_transformers(config, model: torch.nn.Module, lrs: list[float]) -> list[float]:
+    """The losses of plain torch on the run's samples: AdamW, gradients clipped, nothing of ours but the order of the data."""
+    streams = Streams(config)
+    (shards,) = streams.shards.values()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ratio = config.method.lora.lr_ratio if config.method.lora else 1.0
+    groups = [
+        {"params": [parameter], "weight_decay": 0.1 if parameter.ndim > 1 else 0, "ratio": ratio if "lora_B" in name else 1.0}
+        for name, parameter in trained.items()
+    ]
+    settings, losses = config.optimizer, []
+    optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps)
+    for step, lr in enumerate(lrs):
+        ids = streams.order.batch(step * config.train.global_batch_size, config.train.global_batch_size)
+        tokens_BT = torch.from_numpy(shards.samples(ids).tokens_NT)
+        loss = model(input_ids=tokens_BT, labels=tokens_BT).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip_grad)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["ratio"]
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(("name", "method"), TRAINED)
+def test_ten_steps_are_those_of_transformers_and_peft(exchange, name, method):
+    if name not in exchange.folders:
+        pytest.skip(f"{SHARED_DATA} is not here; set RETEMPER_SHARED_DATA")
+    import peft
+    import transformers
+
+    config, out = exchange.trained[name, method]
+    model = transformers.AutoModelForCausalLM.from_pretrained(exchange.folders[name], dtype=torch.float32)
+    if method == "pissa":  # peft's own, for ours is exported beside the base's weights as they were
+        modules = [module.rpartition(".")[2] for module in LINEAR.values()]
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=16, target_modules=modules, init_lora_weights="pissa"))
+    elif method != "full":
+        model = peft.PeftModel.from_pretrained(model, beside(out, "still"), is_trainable=True)
+    records = list(run_folder.read_metrics(config.run_dir))
+    losses = train_with_transformers(config, model, [record["lr"] for record in records])
+    assert len(losses) == 10 and [record["loss"] for record in records] == pytest.approx(losses, rel=1e-4)
+    if method == "pissa":
+        return
+    theirs = peft.get_peft_model_state_dict(model) if method != "full" else model.state_dict()
+    ours = tensors_of(out)
+    assert ours.keys() == theirs.keys() - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+    moved = 0.0
+    for tensor in ours:
+        assert (ours[tensor] - theirs[tensor]).norm() <= 1e-4 * theirs[tensor].norm(), tensor
+        before = tensors_of(beside(out, "still") if method != "full" else exchange.folders[name])[tensor]
+        moved = max(moved, ((ours[tensor] - before).norm() / ours[tensor].norm()).item())
+    assert moved > 1e-3
+
+
+def test_merged_and_alone_the_adapters_give_the_same_logits(exchange):
+    import peft
+    import transformers
+
+    for (name, method), (_, out) in exchange.trained.items():
+        if method == "full":
+            continue
+        merged = transformers.AutoModelForCausalLM.from_pretrained(beside(out, "merged"), dtype=torch.float32)
+        base = transformers.AutoModelForCausalLM.from_pretrained(exchange.folders[name], dtype=torch.float32)
+        tokens = torch.arange(100)[None]
+        with torch.no_grad():
+            plain, expected = base(tokens).logits, peft.PeftModel.from_pretrained(base, out)(tokens).logits
+            got = merged(tokens).logits
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+        assert (plain - expected).abs().max() > 1e-2, "the adapters change nothing"

@@ -1,0 +1,137 @@
+"""The oracle of full training and every kind of LoRA: initial weights, gradients and weight changes of one rank at every layout.
+
+A checkpoint does not know its layout, and holds Adam's first moment: after one step that is the gradient.
+"""
+
+import pytest
+import torch
+from conftest import launch, overrides
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from retemper.pipeline import run_folder
+from retemper.pipeline.checkpoint.commit import folder_of
+
+TWO_RANKS = {
+    "tp2": ["parallel=tp2"],
+    "tp2sp": ["parallel=tp2", "parallel.sequence_parallel=true"],
+    "pp2": ["parallel=pp2"],
+    "dp2": ["parallel=dp2"],
+}
+FOUR_RANKS = {"tp2pp2": ["parallel=tp2", "parallel.pipeline_parallel_size=2"]}
+LAYOUTS = TWO_RANKS | FOUR_RANKS
+METHODS = {"full": []} | {
+    f"r{rank}-{targets}": ["method=lora", f"method.lora.rank={rank}", f"method.lora.targets={targets}"]
+    for rank in (4, 16)
+    for targets in ("all", "attention", "mlp")
+}
+VARIANTS = {name: [*METHODS["r4-all"], f"method.lora.{name}=true"] for name in ("dora", "pissa")}
+VARIANTS["rslora-plus"] = [*METHODS["r4-all"], "method.lora.rslora=true", "method.lora.lr_ratio=4"]
+# Each launch of four ranks on two cores takes its time: what is left out here runs with the slow tests.
+PAIRS = [(method, layout) for method in METHODS for layout in TWO_RANKS]
+PAIRS += [(method, layout) for method in VARIANTS for layout in ("tp2sp", "pp2")] + [("full", "tp2pp2"), ("r4-all", "tp2pp2")]
+SLOW_PAIRS = [(method, layout) for method in METHODS | VARIANTS for layout in LAYOUTS if (method, layout) not in PAIRS]
+# Fault -> the layout that shows it.
+FAULTS = {"unmarked_adapter_factor": "tp2sp", "adapters_initialised_by_layout": "tp2", "adapter_shards_lost_at_save": "tp2"}
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def case(workspace):
+    """A run of five steps, with checkpoints after the first and the last."""
+
+    def make(method, name, *changes, **how):
+        # The first step's rate is zero: the checkpoint after it has initial weights beside the first gradient. With eps as large
+        # as a gradient Adam does not make the sign of a rounding error into a step.
+        asked = [f"train.tokens={STEPS * 8 * 64}", f"checkpoint.milestones=[{8 * 64}]", "evals.heldout={}", "optimizer.eps=1e-3"]
+        asked += ["study=oracle", "train.micro_batch_size=4", *(METHODS | VARIANTS)[method]]
+        if name != "full-base":
+            asked.append(f"init_from={workspace / 'runs' / 'oracle' / 'full-base'}")
+        return {"overrides": overrides(workspace, name, *asked, *changes)} | how
+
+    return make
+
+
+def launch_pairs(case, pairs, *more) -> None:
+    launch(2, [case(method, f"{method}-{layout}", *LAYOUTS[layout]) for method, layout in pairs if layout in TWO_RANKS] + list(more))
+    launch(4, [case(method, f"{method}-{layout}", *LAYOUTS[layout]) for method, layout in pairs if layout in FOUR_RANKS])
+
+
+@pytest.fixture(scope="module")
+def runs(workspace, case):
+    """Every method on one rank, PAIRS, and FAULTS."""
+    launch(1, [case("full", "full-base"), *(case(method, f"{method}-single") for method in METHODS | VARIANTS)])
+    launch_pairs(case, PAIRS, *(case("r4-all", fault, *LAYOUTS[layout], fault=fault) for fault, layout in FAULTS.items()))
+    return workspace / "runs" / "oracle"
+
+
+@pytest.fixture(scope="module")
+def slow_runs(case, runs):
+    launch_pairs(case, SLOW_PAIRS)
+    return runs
+
+
+def tensors(run, step: int) -> dict[str, torch.Tensor]:
+    """Weights and optimizer states of a checkpoint, whole."""
+    folder = folder_of(run, step)
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {key: torch.empty(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    load(state, checkpoint_id=folder, no_dist=True)
+    return state
+
+
+def differences(run, reference) -> list[str]:
+    """What differs by more than 1e-5 of the reference: losses, initial weights, gradients, and how far weights moved.
+
+    Initial weights that are drawn differ by no bit; those that DoRA and PiSSA compute from the base may round differently.
+    """
+    first, last, first_expected, last_expected = tensors(run, 1), tensors(run, STEPS), tensors(reference, 1), tensors(reference, STEPS)
+    if first.keys() != first_expected.keys() or any(first[key].shape != first_expected[key].shape for key in first):
+        return ["names or shapes"]
+    losses, expected = ([record["loss"] for record in run_folder.read_metrics(where)] for where in (run, reference))
+    found = [] if losses == pytest.approx(expected, rel=1e-5) else ["losses"]
+    for key in first:
+        if "exp_avg_sq" in key:
+            continue
+        held = 0.0
+        if "exp_avg" in key:
+            compared = {f"first gradient, {key}": (first[key], first_expected[key]), f"gradients, {key}": (last[key], last_expected[key])}
+        else:
+            held = 2**-24 * first[key].norm()  # what float32 can say of a weight: half a unit in the last place
+            compared = {f"change of {key}": (last[key] - first[key], last_expected[key] - first_expected[key])}
+            if "dora" in run.name or "pissa" in run.name:
+                compared[f"initial {key}"] = first[key], first_expected[key]
+            elif not first[key].equal(first_expected[key]):
+                found.append(f"initial {key}")
+        found += [name for name, (got, wanted) in compared.items() if (got - wanted).norm() > 1e-5 * wanted.norm() + held]
+    return found
+
+
+@pytest.mark.parametrize(("method", "layout"), PAIRS)
+def test_every_layout_trains_as_one_rank_does(runs, method, layout):
+    assert differences(runs / f"{method}-{layout}", runs / f"{method}-single") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "layout"), SLOW_PAIRS)
+def test_every_other_pair_does_too(slow_runs, method, layout):
+    assert differences(slow_runs / f"{method}-{layout}", slow_runs / f"{method}-single") == []
+
+
+@pytest.mark.parametrize("method", METHODS | VARIANTS)
+def test_everything_that_trains_moves(runs, method):
+    first, last = tensors(runs / f"{method}-single", 1), tensors(runs / f"{method}-single", STEPS)
+    weights = [key for key in first if not key.startswith("optimizer.")]
+    assert weights and all(((last[key] - first[key]).norm() > 0) != key.endswith("_initial") for key in weights)
+    assert all((".lora_" in key) == (method != "full") for key in weights)
+
+
+@pytest.mark.parametrize("method", METHODS | VARIANTS)
+def test_every_method_begins_at_the_base(runs, method):
+    first, base = (next(run_folder.read_metrics(runs / f"{name}-single"))["loss"] for name in (method, "full"))
+    assert first == pytest.approx(base, rel=1e-6)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_oracle_sees_the_bugs_of_others(runs, fault):
+    assert differences(runs / fault, runs / "r4-all-single")
