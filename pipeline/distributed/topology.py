@@ -133,6 +133,16 @@ def from_last_stage(values: list[float]) -> list[float]:
     return summed.tolist()
 
 
+def sum_over_stages(counts: list[int]) -> list[int]:
+    """Whole numbers summed over the pipeline stages of a model."""
+    import torch
+    from megatron.core import parallel_state
+
+    summed = torch.tensor(counts, dtype=torch.int64, device=_device(torch))
+    torch.distributed.all_reduce(summed, group=parallel_state.get_pipeline_model_parallel_group())
+    return summed.tolist()
+
+
 def anywhere_in_model(flags: "np.ndarray") -> "np.ndarray":  # noqa: F821
     """Which of the flags, bool (n,), are set on any tensor- or pipeline-parallel peer."""
     import torch

@@ -10,8 +10,9 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import unwrap_model
 
-from retemper.pipeline.distributed.topology import Topology
+from retemper.pipeline.distributed.topology import Topology, sum_over_stages
 from retemper.pipeline.model import lora
 from retemper.pipeline.model.attention import SdpaAttention
 from retemper.pipeline.model.weights import init_weights
@@ -42,6 +43,7 @@ def build_model(config: ModelSetup, topology: Topology) -> DistributedDataParall
     init_weights(model, config.model, config.seed)
     if config.method.name == "lora":
         lora.freeze_base(model)
+    lora.check_what_trains({name: parameter.requires_grad for name, parameter in model.named_parameters()}, config.method.lora)
     model.to(topology.device)
     if model.config.bf16:
         model = Float16Module(model.config, model)
@@ -135,12 +137,15 @@ def transformer_config(config: ModelSetup) -> TransformerConfig:
     )
 
 
-def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, frozen) elements held by this rank."""
+def parameter_counts(model: torch.nn.Module, tensor_parallel_size: int) -> tuple[int, int]:
+    """(trainable, frozen) elements of the whole model, the vocabulary's padding among them. Every rank calls it."""
     counts = {True: 0, False: 0}
-    for parameter in model.parameters():
-        counts[parameter.requires_grad] += parameter.numel()
-    return counts[True], counts[False]
+    for name, parameter in unwrap_model(model).named_parameters():
+        if name == "output_layer.weight" and getattr(parameter, "shared_embedding", False):
+            continue  # the last stage's copy of the first's embedding
+        parts = tensor_parallel_size if getattr(parameter, "tensor_model_parallel", False) else 1
+        counts[parameter.requires_grad] += parameter.numel() * parts
+    return tuple(sum_over_stages([counts[True], counts[False]]))
 
 
 def _block_spec(config: ModelSetup, transformer: TransformerConfig) -> TransformerBlockSubmodules:

@@ -47,6 +47,20 @@ def freeze_base(model: torch.nn.Module) -> None:
         parameter.requires_grad_(is_adapter(name) and not name.endswith("_initial"))
 
 
+def check_what_trains(trainable: dict[str, bool], lora: LoraConfig | None) -> None:
+    """Refuse a model of which something else trains than its method says: LoRA never becomes full training, nor the reverse.
+
+    trainable: parameter -> whether it trains, of layers that every target stands on.
+    """
+    if lora is None:
+        assert all(trainable.values()), f"full training, but frozen: {[name for name in trainable if not trainable[name]]}"
+        return
+    training = {name for name, trains in trainable.items() if trains}
+    assert all(map(is_adapter, training)), f"LoRA, but not of adapters alone: {sorted(name for name in training if not is_adapter(name))}"
+    missing = set(lora.targets) - {name.split(".")[-2] for name in training}
+    assert not missing, f"the targets {sorted(missing)} stand on no layer"
+
+
 @torch.no_grad()
 def begin_at_base(model: torch.nn.Module) -> None:
     """Set what of the adapters begins as a function of the base's weights, once those are loaded."""

@@ -22,7 +22,7 @@ class Log:
         self.tracker = Tracker(config)
         label = f"{config.study}/{config.name}"
         print(
-            f"{label}: method={config.method.name}, {counts[0]:,} trainable and {counts[1]:,} frozen parameters on this rank, from step {state.step}",
+            f"{label}: method={config.method.name}, {counts[0]:,} trainable and {counts[1]:,} frozen parameters, from step {state.step}",
             flush=True,
         )
         if state.data_changes and state.data_changes[-1]["step"] == state.step:

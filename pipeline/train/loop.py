@@ -30,7 +30,8 @@ def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> T
     schedule.step(state.consumed_samples * config.data.seq_length)
     ledger = Ledger(config, topology)
     with TrainingBatches(config, topology, state.samples_of_data, config.steps - state.step) as batches:
-        log = Log(config, state, batches, parameter_counts(model), enabled=topology.rank == 0)
+        counts = parameter_counts(model, config.parallel.tensor_parallel_size)
+        log = Log(config, state, batches, counts, enabled=topology.rank == 0)
         seed_step(config.seed, state.step, topology)
         if state.step in (0, *config.milestone_steps):  # the start of the run, or a milestone whose evaluation was cut short
             log.scores(evaluate(config, topology, model, state.step))

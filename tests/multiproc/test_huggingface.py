@@ -4,6 +4,7 @@ import email
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,3 +241,18 @@ def test_merged_and_alone_the_adapters_give_the_same_logits(exchange):
             got = merged(tokens).logits
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
         assert (plain - expected).abs().max() > 1e-2, "the adapters change nothing"
+
+
+def test_a_model_larger_than_the_memory_is_compared_layer_by_layer(folders, monkeypatch):
+    import psutil
+    import transformers
+
+    from retemper.pipeline.huggingface import verify
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=600_000))
+    model = verify._reference(folders["llama2"], None)
+    assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folders["llama2"], dtype=torch.float32)
+    tokens = torch.arange(100)[None]
+    with torch.no_grad():
+        assert model(tokens).logits.equal(whole(tokens).logits)

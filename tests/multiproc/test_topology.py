@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import launch, overrides
+from conftest import launch, overrides, run_command
 
 from retemper.pipeline import run_folder
 from retemper.pipeline.config import load_config
@@ -170,6 +170,11 @@ def test_a_lora_checkpoint_holds_adapters_alone(runs):
     assert size("lora-tp2") < size("full-tp2") / 2
     meta = json.loads((runs / "lora-tp2" / "checkpoints" / "step-00000010" / "meta.json").read_text())
     assert set(meta["fingerprints"]) == {"data", "tokenizer", "base"}
+
+
+def test_adapters_of_another_base_are_refused(runs, workspace):
+    result = run_command(["train", *overrides(workspace, "lora-single", f"init_from={runs / 'full-single'}", *LORA, corpus="code")])
+    assert result.returncode == 1 and "was made with other inputs than this run's:\n  - base: " in result.stderr
 
 
 def test_the_warmup_and_cooldown_are_the_closed_form(runs, workspace):
