@@ -172,6 +172,7 @@ def test_a_lora_checkpoint_holds_adapters_alone(runs):
     assert set(meta["fingerprints"]) == {"data", "tokenizer", "base"}
 
 
+@pytest.mark.slow
 def test_adapters_of_another_base_are_refused(runs, workspace):
     result = run_command(["train", *overrides(workspace, "lora-single", f"init_from={runs / 'full-single'}", *LORA, corpus="code")])
     assert result.returncode == 1 and "was made with other inputs than this run's:\n  - base: " in result.stderr
