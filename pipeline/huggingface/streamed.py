@@ -29,7 +29,7 @@ class StreamedModel:
     def __init__(self, run_dir: Path, step: int | None, topology: Topology):
         """step: of the checkpoint, by default the newest. Raises UserError where it, or its base, is missing, damaged or another."""
         folder = commit.folder_of(run_dir, step) if step is not None else commit.newest(run_dir)
-        self.folder, self.meta = folder, verified_meta(folder)
+        self.folder, self.meta, self.device = folder, verified_meta(folder), topology.device
         parallel = ParallelConfig(data_parallel_size=topology.data_parallel_size)
         self.setup = ModelSetup.of(self.meta["config"], parallel, precision="fp32")
         self.base_dir = Path(self.meta["config"]["init_from"]) if self.setup.method.name == "lora" else None
@@ -48,24 +48,23 @@ class StreamedModel:
         loaded = {name: torch.zeros(self.model.get_parameter(name).shape) for name in names}  # what stands in no file is padding
         for folder, of_adapters in ((self._base, False), (self.folder, True)):
             wanted = {name: tensor for name, tensor in loaded.items() if is_adapter(name) == of_adapters}
-            _read(folder, [shard for name, tensor in wanted.items() for shard in self._shards(name, tensor)])
+            _read(folder, [pair for name, tensor in wanted.items() for pair in self._shards(name, tensor)])
         return loaded
 
-    def _shards(self, name: str, into: torch.Tensor) -> list[ShardedTensor]:
-        """How the checkpoint knows a parameter; megatron-core stores gate and up, one parameter, as two shards."""
+    def _shards(self, name: str, into: torch.Tensor) -> list[tuple[ShardedTensor, torch.Tensor]]:
+        """How the checkpoint knows a parameter, and the part of it that each shard is: megatron-core stores gate and up as two."""
         state = {name: self._sharded[name]}
         apply_factories(state)
         sharded = state[name] if isinstance(state[name], list) else [state[name]]
-        for shard, part in zip(sharded, into.chunk(len(sharded)), strict=True):
-            shard.data = part
-        return sharded
+        return list(zip(sharded, into.chunk(len(sharded)), strict=True))
 
     @torch.no_grad()
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Logits of the vocabulary without its padding, (B, T, V), with one layer in memory at a time."""
+        """Logits of the vocabulary without its padding, (B, T, V) on the CPU, with one layer in memory at a time."""
         with _loaded_on_demand(self):
-            positions = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
-            return self.model(tokens_BT, positions, attention_mask=None)[..., : self.setup.model.vocab_size]
+            tokens_BT = tokens_BT.to(self.device)
+            positions = torch.arange(tokens_BT.shape[1], device=self.device).expand_as(tokens_BT)
+            return self.model(tokens_BT, positions, attention_mask=None)[..., : self.setup.model.vocab_size].cpu()
 
     def _base_folder(self) -> Path:
         base = commit.newest(self.base_dir)
@@ -75,15 +74,16 @@ class StreamedModel:
         return base
 
 
-def _read(folder: Path, shards: list[ShardedTensor]) -> None:
-    """Fill shards from a checkpoint. megatron-core loads all of a stacked tensor's layers or none: this is torch's reader under it."""
+def _read(folder: Path, shards: list[tuple[ShardedTensor, torch.Tensor]]) -> None:
+    """Fill tensors from a checkpoint. megatron-core loads all of a stacked tensor's layers or none: this is torch's reader under it."""
     reader, tensors, items = FileSystemReader(folder), {}, []
-    stored = reader.read_metadata().state_dict_metadata
-    for shard in shards:
+    metadata = reader.read_metadata()
+    for shard, into in shards:
         offset, size = torch.Size(shard.global_offset), torch.Size([*(1,) * shard.prepend_axis_num, *shard.local_shape])
-        tensors[shard.key, offset] = shard.data.view(size)
-        items += create_read_items_for_chunk_list(shard.key, stored[shard.key], [ChunkStorageMetadata(offset, size)])
-    reader.set_up_storage_reader(reader.read_metadata(), is_coordinator=True)
+        tensors[shard.key, offset] = into.view(size)
+        stored = metadata.state_dict_metadata[shard.key]
+        items += create_read_items_for_chunk_list(shard.key, stored, [ChunkStorageMetadata(offset, size)])
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
     reader.read_data(LoadPlan(items), _Into(tensors)).wait()
 
 
@@ -108,7 +108,7 @@ def _loaded_on_demand(streamed: StreamedModel) -> Iterator[None]:
     model, hooks = streamed.model, []
 
     def load(part: torch.nn.Module, names: dict[str, str]) -> None:
-        part.to_empty(device="cpu")
+        part.to_empty(device=streamed.device)
         for name, value in streamed.load(names).items():
             part.get_parameter(names[name]).copy_(value)
 

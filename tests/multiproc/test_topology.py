@@ -43,7 +43,13 @@ def runs(workspace, pairs):
         return case(name, *changes, *where, copy_of=str(workspace / "runs" / "test" / name), **how)
 
     methods = {"full": [], "lora": LORA}
-    masked = [f"data.path={pairs}", "data.name=pairs", "data.mask_documents=true", "init_from=null"]  # prompts and padding without loss
+    masked = [
+        f"data.path={pairs}",
+        "data.name=pairs",
+        "data.mask_documents=true",
+        "init_from=null",
+        "optimizer.lr=1e-3",
+    ]  # prompts and padding without loss
     tied = ["model.tie_embeddings=true", "init_from=null"]  # first and last stage share a weight
     launch(
         1,
@@ -51,6 +57,7 @@ def runs(workspace, pairs):
             case("base"),
             case("tied-single", *tied),
             case("masked-single", *masked),
+            case("lora-learns", *LORA, "optimizer.lr=5e-3"),
             *(case(f"{method}-single", *changes) for method, changes in methods.items()),
         ],
     )
@@ -110,7 +117,7 @@ def test_heldout_scores_agree_with_one_rank(runs, method, layout):
 
 
 def test_both_methods_learn(runs):
-    for name, domain in (("base", "math"), ("full-single", "code"), ("lora-single", "code")):
+    for name, domain in (("base", "math"), ("full-single", "code"), ("lora-learns", "code")):
         scores = run_folder.read_scores(runs / name)
         assert scores[10][domain]["bits_per_byte"] < scores[0][domain]["bits_per_byte"], name
 

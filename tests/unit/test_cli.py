@@ -11,9 +11,10 @@ import pytest
 import yaml
 from conftest import ROOT, run_command
 
+from retemper.pipeline.cli import _parse
 from retemper.pipeline.config import load_data_config
 
-VERBS = ["tokenize", "train", "eval", "report", "demo", "config", "launch"]
+VERBS = ["tokenize", "import", "train", "eval", "export", "data", "report", "demo", "config", "launch"]
 
 
 @pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)], ids=lambda verb: "".join(verb) or "retemper")
@@ -119,6 +120,9 @@ def test_the_readmes_commands_run(workspace, tmp_path):
             words = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True).stdout
             data = load_data_config(words.split("\0")[2:-1])
             assert data.source.prompt is None or "\n" in data.source.prompt
+            continue
+        elif command.startswith(("retemper import ", "retemper export ")):
+            assert _parse(command.split()[1:]).folder
             continue
         elif command.startswith("retemper report "):
             check = ["retemper", "report", "--help"]

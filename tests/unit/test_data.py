@@ -117,7 +117,7 @@ def test_an_unreadable_folder_is_named(workspace, tmp_path):
 
 def test_a_corpus_that_does_not_fit_the_run_is_refused(workspace):
     for change, said in (
-        ("model.vocab_size=512", f"has {VOCAB_SIZE} tokens, model.vocab_size is 512"),
+        ("model.vocab_size=200", f"has {VOCAB_SIZE} tokens, model.vocab_size is only 200"),
         ("data.seq_length=32", f"samples of {SEQ_LENGTH} tokens, data.seq_length is 32"),
         ("train.global_batch_size=100000", "fewer than one batch"),
         (f"data.path={workspace}", "holds no token corpus"),
