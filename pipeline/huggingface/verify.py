@@ -84,5 +84,11 @@ def _reference(folder: Path, adapter: Path | None):
     if adapter:
         import peft
 
+        # peft would write the base's files anew, beside an adapter, to a path it makes of theirs.
+        if "disk" in model.hf_device_map.values():
+            raise UserError(
+                f"{folder} does not fit in half of this machine's free memory, and peft reads no base from disk: use a larger one"
+            )
+
         model = peft.PeftModel.from_pretrained(model, adapter)
     return model
