@@ -219,20 +219,21 @@ def _mixture_conflicts(data: DataConfig):
 def _setup_conflicts(config: ModelSetup):
     """Yield every rule between a model and its layout that is broken."""
     model, parallel, method = config.model, config.parallel, config.method
-    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    tp, pp, vpp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         if getattr(model, key) % tp:
             yield f"parallel.tensor_parallel_size={tp} does not divide model.{key}={getattr(model, key)}"
-    if model.num_layers % pp:
-        yield f"parallel.pipeline_parallel_size={pp} does not divide model.num_layers={model.num_layers}"
+    if model.num_layers % (pp * vpp):
+        sizes = f"parallel.pipeline_parallel_size={pp}" + (f" × parallel.virtual_pipeline_parallel_size={vpp}" if vpp > 1 else "")
+        yield f"{sizes} does not divide model.num_layers={model.num_layers}"
+    if vpp > 1 and pp == 1:
+        yield f"parallel.virtual_pipeline_parallel_size={vpp} needs parallel.pipeline_parallel_size > 1"
     if model.head_size is None and model.hidden_size % model.num_attention_heads:
         yield f"model.num_attention_heads={model.num_attention_heads} does not divide model.hidden_size={model.hidden_size}"
     elif model.kv_channels % 2:
         yield f"the head size is {model.kv_channels} (model.head_size, or hidden_size / num_attention_heads); rotary positions need an even one"
     if model.num_attention_heads % model.num_query_groups:
         yield f"model.num_query_groups={model.num_query_groups} does not divide model.num_attention_heads={model.num_attention_heads}"
-    if parallel.context_parallel_size > 1:
-        yield "parallel.context_parallel_size > 1 needs Transformer Engine's attention, which build_model does not use yet; set it to 1"
     if parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel=true needs parallel.tensor_parallel_size > 1"
     if method.name == "lora" and method.lora is None:
@@ -248,13 +249,27 @@ def _conflicts(config: Config):
     yield from _data_conflicts(config.data)
     yield from _setup_conflicts(config)
     model, parallel, train, method = config.model, config.parallel, config.train, config.method
-    tp, dp = parallel.tensor_parallel_size, parallel.data_parallel_size
-    if parallel.sequence_parallel and config.data.seq_length % tp:
-        yield f"parallel.tensor_parallel_size={tp} does not divide data.seq_length={config.data.seq_length}, as sequence_parallel asks"
+    tp, cp, dp = parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.data_parallel_size
+    parts = (tp if parallel.sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
+    if config.data.seq_length % parts:
+        yield (
+            f"data.seq_length={config.data.seq_length} is not divisible by the {parts} parts that "
+            f"{'2 × parallel.context_parallel_size' if cp > 1 else 'parallel.tensor_parallel_size'}"
+            f"{' × parallel.tensor_parallel_size' if cp > 1 and parallel.sequence_parallel else ''} makes of it"
+        )
+    if cp > 1 and config.data.mask_documents:
+        yield "data.mask_documents=true does not go with parallel.context_parallel_size > 1; set one of them to its default"
     if train.global_batch_size % (train.micro_batch_size * dp):
         yield (
             f"train.global_batch_size={train.global_batch_size} is not divisible by train.micro_batch_size × "
             f"parallel.data_parallel_size = {train.micro_batch_size} × {dp}"
+        )
+    elif parallel.virtual_pipeline_parallel_size > 1 and (batches := train.global_batch_size // (train.micro_batch_size * dp)) % (
+        pp := parallel.pipeline_parallel_size
+    ):
+        yield (
+            f"{batches} micro-batches a step are not divisible by parallel.pipeline_parallel_size={pp}, as virtual_pipeline_parallel_size "
+            "asks: change train.global_batch_size or train.micro_batch_size"
         )
     if config.data.seq_length > model.max_sequence_length:
         yield f"data.seq_length={config.data.seq_length} exceeds model.max_sequence_length={model.max_sequence_length}"

@@ -210,9 +210,18 @@ class ParallelConfig(Section):
 
     tensor_parallel_size: PositiveInt = 1
     pipeline_parallel_size: PositiveInt = 1
-    context_parallel_size: PositiveInt = 1
+    virtual_pipeline_parallel_size: PositiveInt = Field(
+        1, description="stages that each pipeline rank holds, interleaved for a shorter bubble"
+    )
+    context_parallel_size: PositiveInt = Field(1, description="ranks that share the tokens of every sequence")
     data_parallel_size: PositiveInt = 1
-    sequence_parallel: bool = False
+    sequence_parallel: bool = Field(
+        False, description="tensor-parallel ranks share the tokens where they would repeat work: norms, residuals"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations computed again in the backward pass instead of kept: selective those of feed-forward layers, full all",
+    )
 
     @property
     def model_parallel_size(self) -> int:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -95,26 +98,61 @@ def run_command(arguments: list[str], cwd: Path = ROOT, timeout: int = 300, **op
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, **options)
 
 
-def launch(world_size: int, cases: list[dict], script: str = "cases.py", timeout: int = 900) -> None:
-    """Run cases one after another on the same real ranks under torchrun: tests/multiproc/cases.py trains them."""
-    script = Path(__file__).parent / "multiproc" / script
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-        "--local-addr=127.0.0.1",
-    ]
-    result = subprocess.run(
-        [*command, f"--nproc-per-node={world_size}", str(script), json.dumps(cases)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    said_by_ranks = [line for line in result.stderr.splitlines() if line.startswith("[rank") or line.startswith("error:")]
-    assert result.returncode == 0, "\n".join(said_by_ranks or result.stderr.splitlines())[-6000:]
+class Ranks:
+    """Real ranks under torchrun that take one list of cases after another (tests/multiproc/ranks.py)."""
+
+    def __init__(self, world_size: int, folder: Path):
+        self.world_size, self.folder, self.requests = world_size, folder, 0
+        self.said = open(folder / "said", "w+")  # noqa: SIM115
+        command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+        command += ["--local-addr=127.0.0.1", f"--nproc-per-node={world_size}", str(ROOT / "tests" / "multiproc" / "ranks.py")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [*command, str(folder), str(os.getpid())], stdout=self.said, stderr=subprocess.STDOUT, env=environment
+        )
+
+    def run(self, script: str, cases: list[dict], timeout: int) -> None:
+        """Raises AssertionError with what the ranks said where one of them fails."""
+        request = self.folder / f"{self.requests}.json"
+        whole = request.with_suffix(".tmp")
+        whole.write_text(json.dumps({"script": script, "cases": cases}))
+        whole.rename(request)
+        deadline = time.monotonic() + timeout
+        while not all((self.folder / f"{self.requests}.{rank}").exists() for rank in range(self.world_size)):
+            assert self.process.poll() is None, self._words()
+            assert time.monotonic() < deadline, f"{self.world_size} ranks did not end {script} in {timeout} s: {self._words()}"
+            time.sleep(0.02)
+        self.requests += 1
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+    def _words(self) -> str:
+        self.said.seek(0)
+        lines = self.said.read().splitlines()
+        said_by_ranks = [line for line in lines if line.startswith(("[rank", "error:"))]
+        return "\n".join(said_by_ranks or lines)[-6000:]
+
+
+_RANKS: dict[int, Ranks] = {}
+
+
+def launch(world_size: int, cases: list[dict], script: str = "cases", timeout: int = 900) -> None:
+    """Run cases one after another on the same real ranks: tests/multiproc/cases.py trains them."""
+    if world_size not in _RANKS:
+        _RANKS[world_size] = Ranks(world_size, Path(tempfile.mkdtemp(prefix="retemper-ranks-")))
+    try:
+        _RANKS[world_size].run(script, cases, timeout)
+    except AssertionError:
+        _RANKS.pop(world_size).close()
+        raise
+
+
+def pytest_sessionfinish() -> None:
+    for ranks in _RANKS.values():
+        ranks.close()
+        shutil.rmtree(ranks.folder)
 
 
 @pytest.fixture(scope="session")

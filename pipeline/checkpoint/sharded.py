@@ -9,17 +9,18 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.nn import ModuleList
 
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.config import changed_keys
 from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero, is_main_process
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.model.lora import begin_at_base, is_adapter
+from retemper.pipeline.model.adapter import is_adapter
+from retemper.pipeline.model.lora import begin_at_base
 from retemper.pipeline.schema import Config
 
 # Optimizer states that load at another TP, PP or DP; megatron's default cannot change the topology.
@@ -52,7 +53,7 @@ class Checkpointer:
 
     config: Config
     topology: Topology
-    model: DistributedDataParallel
+    model: ModuleList  # of this rank's stages
     optimizer: MegatronOptimizer | None  # None reads weights alone
     fingerprints: dict[str, Any]  # of the data, and of the checkpoint the run started from
 
@@ -107,7 +108,7 @@ class Checkpointer:
             )
         if meta["fingerprints"]["tokenizer"] != self.fingerprints["tokenizer"]:
             raise UserError(f"init_from={self.config.init_from}: {folder} was trained with another tokenizer than {self.config.data.path}")
-        weights = {key: value for key, value in self._model_state().items() if not is_adapter(key)}
+        weights = [{key: value for key, value in state.items() if not is_adapter(key)} for state in self._model_state()]
         self._fill_model(dist_checkpointing.load({"model": weights}, str(folder))["model"])
         begin_at_base(self.model)
         if self.optimizer:
@@ -120,19 +121,21 @@ class Checkpointer:
         optimizer_state = self.optimizer.sharded_state_dict({"model": model_state}, is_loading=is_loading, metadata=dict(METADATA))
         return {"model": model_state, "optimizer": optimizer_state}
 
-    def _trained_state(self) -> dict:
-        state = self._model_state()
+    def _trained_state(self) -> list[dict]:
+        states = self._model_state()
         if self.config.method.name == "full":
-            return state
-        return {key: value for key, value in state.items() if is_adapter(key)}
+            return states
+        return [{key: value for key, value in state.items() if is_adapter(key)} for state in states]
 
-    def _model_state(self) -> dict:
-        return unwrap_model(self.model).sharded_state_dict(metadata=dict(METADATA))
+    def _model_state(self) -> list[dict]:
+        """Of each stage of this rank: the names in it say nothing of other stages, what they stand for does."""
+        return [stage.sharded_state_dict(metadata=dict(METADATA)) for stage in unwrap_model(list(self.model))]
 
-    def _fill_model(self, tensors: dict) -> None:
-        unknown = tensors.keys() - self._model_state().keys()
-        assert not unknown, f"weights that fit nowhere: {unknown}"
-        unwrap_model(self.model).load_state_dict(tensors, strict=False)
+    def _fill_model(self, states: list[dict]) -> None:
+        for stage, tensors, known in zip(unwrap_model(list(self.model)), states, self._model_state(), strict=True):
+            unknown = tensors.keys() - known.keys()
+            assert not unknown, f"weights that fit nowhere: {unknown}"
+            stage.load_state_dict(tensors, strict=False)
 
 
 def _reason(error: CheckpointException) -> str:

@@ -31,6 +31,18 @@ class Batch:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()})
 
+    def of_context_rank(self, rank: int, size: int) -> "Batch":
+        """An early and a late part of every sequence, as megatron-core deals them out to context-parallel ranks: causal attention
+        costs all of them alike. `shape` stays that of whole sequences."""
+        if size == 1:
+            return self
+
+        def part(tensor_BT: torch.Tensor) -> torch.Tensor:
+            parts = tensor_BT.chunk(2 * size, dim=1)
+            return torch.cat([parts[rank], parts[-1 - rank]], dim=1)
+
+        return replace(self, **{name: part(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)})
+
 
 def make_batches(samples: Samples, micro_batch_size: int, *, mask_documents: bool) -> list[Batch]:
     """Micro-batches of next-token prediction within each sample, of what is neither padding nor prompt.

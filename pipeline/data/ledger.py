@@ -21,7 +21,7 @@ class Ledger:
 
     def __init__(self, config: Config, topology: Topology):
         self.config, self.topology = config, topology
-        self._first_of_model = topology.is_first_stage and topology.tensor_parallel_rank == 0
+        self._first_of_model = topology.is_first_stage and topology.tensor_parallel_rank == topology.context_parallel_rank == 0
         self._reads = topology.is_first_stage or topology.is_last_stage
 
     def record(self, step: int, data: StepData) -> None:

@@ -95,7 +95,9 @@ class TrainingBatches:
             self._read_ahead(consumed)
         if self.config.data.bad_shards == "skip":
             data = self._agree(data)
-        data = replace(data, micro_batches=[batch.to(self.topology.device) for batch in data.micro_batches])
+        part = self.topology.context_parallel_rank, self.config.parallel.context_parallel_size
+        micro_batches = [batch.of_context_rank(*part).to(self.topology.device) for batch in data.micro_batches]
+        data = replace(data, micro_batches=micro_batches)
         self.seconds_waited += time.perf_counter() - started
         return data
 
@@ -153,7 +155,8 @@ class TrainingBatches:
 
 def _check_disk(config: Config, topology: Topology, streams: Streams) -> None:
     """Refuse a cache that cannot hold what this node reads: the shards of its data-parallel ranks' lanes."""
-    ranks_here = -(-topology.local_world_size // config.parallel.tensor_parallel_size)
+    readers_alike = config.parallel.tensor_parallel_size * config.parallel.context_parallel_size
+    ranks_here = -(-topology.local_world_size // readers_alike)
     # The default cache is one that nodes may share, and holds what all of them read.
     part = min(1.0, ranks_here / topology.data_parallel_size + 1 / LANES) if config.data.cache_dir else 1.0
     needed = int(part * sum(shards.bytes_to_fetch for shards in streams.shards.values()))

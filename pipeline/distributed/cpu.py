@@ -45,6 +45,7 @@ def _redirect_devices() -> None:
             device = kwargs.get("device")
             if device is not None and str(device).startswith("cuda"):
                 kwargs["device"] = "cpu"
+            kwargs.pop("pin_memory", None)
             return factory(*args, **kwargs)
 
         return wrapped

@@ -21,6 +21,7 @@ def seed_step(seed: int, step: int, topology: Topology) -> None:
     """
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    step_seed = derive_seed(seed, "step", step, topology.data_parallel_rank, topology.pipeline_parallel_rank) % 2**31
+    place = topology.data_parallel_rank, topology.pipeline_parallel_rank, topology.context_parallel_rank
+    step_seed = derive_seed(seed, "step", step, *place) % 2**31
     torch.manual_seed(step_seed)
     model_parallel_cuda_manual_seed(step_seed)

@@ -24,6 +24,7 @@ class Topology:
     local_world_size: int  # ranks of this node
     tensor_parallel_rank: int
     pipeline_parallel_rank: int
+    context_parallel_rank: int
     data_parallel_rank: int
     data_parallel_size: int
     is_first_stage: bool
@@ -81,10 +82,11 @@ def start(parallel: ParallelConfig) -> Topology:
 
     if not torch.distributed.is_initialized():
         _join(torch)
-    gc.freeze()  # what imports made never dies: without this each of megatron-core's collections looks at it anew, 0.4 s of every save
+        gc.freeze()  # what imports made never dies: without this each of megatron-core's collections looks at it anew, 0.4 s of every save
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if (virtual := parallel.virtual_pipeline_parallel_size) > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
     )
     return Topology(
@@ -93,6 +95,7 @@ def start(parallel: ParallelConfig) -> Topology:
         local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         is_first_stage=parallel_state.is_pipeline_first_stage(),
@@ -113,10 +116,11 @@ def stop(*, leave: bool = True) -> None:
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
+    gc.collect()  # models know their groups: what is left of the one before keeps its threads
 
 
 def from_last_stage(values: list[float]) -> list[float]:
-    """Sum values over data-parallel ranks of the last pipeline stage, and hand the result to every rank.
+    """Sum values over data- and context-parallel ranks of the last pipeline stage, and hand the result to every rank.
 
     Every rank passes a list of the same length; only the last stage's values count.
     """
@@ -144,12 +148,13 @@ def sum_over_stages(counts: list[int]) -> list[int]:
 
 
 def anywhere_in_model(flags: "np.ndarray") -> "np.ndarray":  # noqa: F821
-    """Which of the flags, bool (n,), are set on any tensor- or pipeline-parallel peer."""
+    """Which of the flags, bool (n,), are set on any tensor-, pipeline- or context-parallel peer."""
     import torch
     from megatron.core import parallel_state
 
     count = torch.from_numpy(flags.astype("int32")).to(_device(torch))
-    torch.distributed.all_reduce(count, group=parallel_state.get_model_parallel_group())
+    for group in (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()):
+        torch.distributed.all_reduce(count, group=group)
     return count.cpu().numpy() > 0
 
 

@@ -44,7 +44,7 @@ def _score(config: Config, topology: Topology, model, domain: str) -> dict[str, 
     nats = tokens = bytes_ = 0.0
     for ids in _parts(mine, config.evals.micro_batch_size):
         [batch] = make_batches(shards.samples(ids), len(ids), mask_documents=config.data.mask_documents)
-        batch = batch.to(topology.device)
+        batch = batch.of_context_rank(topology.context_parallel_rank, config.parallel.context_parallel_size).to(topology.device)
         for output in run_schedule(model, [batch], forward_only=True):
             bytes_BT = token_bytes[batch.labels_BT] * batch.loss_mask_BT
             nats += (output["losses_BT"].double() * (bytes_BT > 0)).sum().item()

@@ -17,7 +17,7 @@ from retemper.pipeline.huggingface.folder import TOKENIZER_FILES
 from retemper.pipeline.huggingface.load import ORIGIN, SOURCE
 from retemper.pipeline.huggingface.names import LINEAR, Shard, tensor_shapes
 from retemper.pipeline.huggingface.streamed import StreamedModel
-from retemper.pipeline.model.lora import is_adapter, joined_factors, scale_of
+from retemper.pipeline.model.adapter import is_adapter, joined_factors, scale_of
 
 _FILE_BYTES = 5 * 10**9  # as transformers cuts its shards
 

@@ -23,8 +23,9 @@ ORIGIN, SOURCE = "huggingface", "source.json"
 
 def import_weights(weights: Weights, setup: ModelSetup, topology: Topology, tokenizer_sha256: str, target: Path) -> None:
     """Commit the weights as the checkpoint of a run of zero steps, which any run can begin from. Every rank calls it."""
-    model = build_layers(setup, topology)
-    fill(model, weights, Shard(setup.model, topology.tensor_parallel_rank, setup.parallel.tensor_parallel_size))
+    stages = build_layers(setup, topology)
+    for stage in stages:
+        fill(stage, weights, Shard(setup.model, topology.tensor_parallel_rank, setup.parallel.tensor_parallel_size))
     if topology.rank == 0:
         _keep_origin(weights, target / ORIGIN)
         replace_file(target / "config.json", json.dumps(setup.model_dump(), indent=2))  # runs that begin here take its model
@@ -33,7 +34,7 @@ def import_weights(weights: Weights, setup: ModelSetup, topology: Topology, toke
         "fingerprints": {"tokenizer": tokenizer_sha256},
         "config": setup.model_dump() | {"init_from": None},
     }
-    write_checkpoint(target, 0, {"model": model.sharded_state_dict(metadata=dict(METADATA))}, meta, topology)
+    write_checkpoint(target, 0, {"model": [stage.sharded_state_dict(metadata=dict(METADATA)) for stage in stages]}, meta, topology)
 
 
 @torch.no_grad()

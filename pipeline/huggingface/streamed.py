@@ -18,8 +18,8 @@ from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.sharded import METADATA, verified_meta
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.model.adapter import is_adapter
 from retemper.pipeline.model.build import build_layers
-from retemper.pipeline.model.lora import is_adapter
 from retemper.pipeline.schema import ModelSetup, ParallelConfig
 
 
@@ -35,7 +35,8 @@ class StreamedModel:
         self.base_dir = Path(self.meta["config"]["init_from"]) if self.setup.method.name == "lora" else None
         self._base = self._base_folder() if self.base_dir else folder
         with torch.device("meta"):
-            self.model = build_layers(self.setup, topology).eval()
+            [model] = build_layers(self.setup, topology)
+        self.model = model.eval()
         self._sharded = self.model.sharded_state_dict(metadata=dict(METADATA))
 
     @property

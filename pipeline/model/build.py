@@ -1,22 +1,24 @@
 """A config becomes a megatron-core model on this rank. The only module that chooses between layer implementations."""
 
 import math
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules, get_gpt_layer_with_transformer_engine_submodules
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.utils import unwrap_model
 
 from retemper.pipeline.distributed.topology import Topology, sum_over_stages
 from retemper.pipeline.model import lora
 from retemper.pipeline.model.attention import SdpaAttention
 from retemper.pipeline.model.weights import init_weights
-from retemper.pipeline.schema import ModelSetup, RopeScaling
+from retemper.pipeline.schema import LoraConfig, ModelSetup, RopeScaling
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -37,12 +39,21 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def build_model(config: ModelSetup, topology: Topology) -> DistributedDataParallel:
-    """This rank's stage and shard, initialised, on its device, with only the method's parameters trainable."""
-    model = build_layers(config, topology)
+def build_model(config: ModelSetup, topology: Topology) -> torch.nn.ModuleList:
+    """This rank's stages and shards, initialised, on its device, with only the method's parameters trainable.
+
+    One DistributedDataParallel for each of parallel.virtual_pipeline_parallel_size stages.
+    """
+    local = not (HAVE_TE and topology.device.type == "cuda")
+    return torch.nn.ModuleList([_trainable(stage, config, topology) for stage in build_layers(config, topology, local=local)])
+
+
+def _trainable(model: GPTModel, config: ModelSetup, topology: Topology) -> DistributedDataParallel:
     init_weights(model, config.model, config.seed)
     if config.method.name == "lora":
         lora.freeze_base(model)
+        if model.pre_process and config.parallel.recompute != "none":
+            lora.open_to_gradients(model.embedding)
     lora.check_what_trains({name: parameter.requires_grad for name, parameter in model.named_parameters()}, config.method.lora)
     model.to(topology.device)
     if model.config.bf16:
@@ -51,22 +62,33 @@ def build_model(config: ModelSetup, topology: Topology) -> DistributedDataParall
     return DistributedDataParallel(model.config, ddp, model)
 
 
-def build_layers(config: ModelSetup, topology: Topology) -> GPTModel:
-    """This rank's stage and shard, its parameters as memory had them; on the device of torch.device's context."""
+def build_layers(config: ModelSetup, topology: Topology, *, local: bool = True) -> list[GPTModel]:
+    """This rank's stages and shards, their parameters as memory had them; on the device of torch.device's context.
+
+    local: of megatron-core's own layers, else of Transformer Engine's. Checkpoints know no difference.
+    """
+    stages = config.parallel.virtual_pipeline_parallel_size
+    return [_stage(config, topology, number if stages > 1 else None, local) for number in range(stages)]
+
+
+def _stage(config: ModelSetup, topology: Topology, number: int | None, local: bool) -> GPTModel:
+    """number: among the virtual stages of this rank."""
     transformer = transformer_config(config)
+    last = config.parallel.virtual_pipeline_parallel_size - 1
     model = GPTModel(
         config=transformer,
-        transformer_layer_spec=_block_spec(config, transformer),
+        transformer_layer_spec=_block_spec(config, local),
+        vp_stage=number,
         vocab_size=padded_vocab_size(config.model.vocab_size, config.parallel.tensor_parallel_size),
         max_sequence_length=config.model.max_sequence_length,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
+        pre_process=topology.is_first_stage and number in (None, 0),
+        post_process=topology.is_last_stage and number in (None, last),
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         position_embedding_type="rope",
         rotary_base=config.model.rotary_base,
     )
     model.rotary_pos_emb.inv_freq = _scaled(model.rotary_pos_emb.inv_freq, config.model.rope_scaling)
-    if topology.is_last_stage:
+    if model.post_process:
         _silence_padding(model.output_layer, config.model.vocab_size, topology.tensor_parallel_rank)
     return model
 
@@ -97,6 +119,14 @@ def _scaled(inv_freq: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor
     return (1 - kept) * stretched + kept * inv_freq
 
 
+# Attention's own activations are not kept anyway by fused kernels: of the rest, the feed-forward layers' are the larger half.
+_RECOMPUTED = {
+    "none": {},
+    "selective": {"recompute_modules": ["mlp"]},
+    "full": {"recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
 def transformer_config(config: ModelSetup) -> TransformerConfig:
     """megatron-core's view of the run."""
     model, parallel = config.model, config.parallel
@@ -122,7 +152,10 @@ def transformer_config(config: ModelSetup) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if (virtual := parallel.virtual_pipeline_parallel_size) > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        **_RECOMPUTED[parallel.recompute],
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
@@ -137,10 +170,10 @@ def transformer_config(config: ModelSetup) -> TransformerConfig:
     )
 
 
-def parameter_counts(model: torch.nn.Module, tensor_parallel_size: int) -> tuple[int, int]:
+def parameter_counts(model: torch.nn.ModuleList, tensor_parallel_size: int) -> tuple[int, int]:
     """(trainable, frozen) elements of the whole model, the vocabulary's padding among them. Every rank calls it."""
     counts = {True: 0, False: 0}
-    for name, parameter in unwrap_model(model).named_parameters():
+    for name, parameter in (pair for stage in unwrap_model(list(model)) for pair in stage.named_parameters()):
         if name == "output_layer.weight" and getattr(parameter, "shared_embedding", False):
             continue  # the last stage's copy of the first's embedding
         parts = tensor_parallel_size if getattr(parameter, "tensor_model_parallel", False) else 1
@@ -148,14 +181,40 @@ def parameter_counts(model: torch.nn.Module, tensor_parallel_size: int) -> tuple
     return tuple(sum_over_stages([counts[True], counts[False]]))
 
 
-def _block_spec(config: ModelSetup, transformer: TransformerConfig) -> TransformerBlockSubmodules:
+def _block_spec(config: ModelSetup, local: bool) -> TransformerBlockSubmodules:
+    layer = _local_layer(config) if local else get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=config.model.qk_norm)
+    if config.method.lora:
+        _use_adapters(layer, config.method.lora, local)
+    parallel = config.parallel
+    layers = config.model.num_layers // (parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size)
+    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm if local else TENorm)
+
+
+def _local_layer(config: ModelSetup) -> TransformerLayerSubmodules:
     layer = get_gpt_layer_local_submodules(normalization="RMSNorm")
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     layer.self_attention.submodules.core_attention = SdpaAttention
     if config.model.qk_norm:
         layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
-    if config.method.name == "lora":
-        lora.use_adapters(layer, config.method.lora)
-    layers = transformer.num_layers // transformer.pipeline_model_parallel_size
-    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+    return layer
+
+
+def _use_adapters(layer: TransformerLayerSubmodules, settings: LoraConfig, local: bool) -> None:
+    """Let a layer spec build its targeted linear layers with adapters."""
+    if local:
+        qkv, gate_up, row = lora.LoraQkvLinear, lora.LoraGateUpLinear, lora.LoraRowLinear
+    else:
+        from retemper.pipeline.model import lora_te
+
+        qkv, gate_up, row = lora_te.TELoraQkvLinear, lora_te.TELoraGateUpLinear, lora_te.TELoraRowLinear
+    attention = layer.self_attention.submodules
+    mlp = layer.mlp.keywords["submodules"]
+    for submodules, name, adapted, targets in (
+        (attention, "linear_qkv", qkv, ("q", "k", "v")),
+        (attention, "linear_proj", row, ("o",)),
+        (mlp, "linear_fc1", gate_up, ("gate", "up")),
+        (mlp, "linear_fc2", row, ("down",)),
+    ):
+        if targeted := [target for target in targets if target in settings.targets]:
+            setattr(submodules, name, partial(adapted, lora=settings, targets=targeted))

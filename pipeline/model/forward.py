@@ -9,21 +9,27 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from retemper.pipeline.data.batch import Batch
 
 
-def run_schedule(model, batches: list[Batch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
+def run_schedule(model: torch.nn.ModuleList, batches: list[Batch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
     """Forward, and unless forward_only backward, over micro-batches of one size.
 
     Returns for each micro-batch, on the last pipeline stage alone: loss (sum of nats), tokens (labels that count) and
-    losses_BT (nats of every position).
+    losses_BT (nats of every position), of what this context-parallel rank holds of the sequences.
     """
-    return get_forward_backward_func()(
+    stages = list(model)
+    # Interleaved schedules take as many micro-batches at a time as the pipeline has ranks.
+    group = stages[0].config.pipeline_model_parallel_size if len(stages) > 1 else 1
+    filled = batches + batches[-1:] * (-len(batches) % group)
+    assert forward_only or len(filled) == len(batches)
+    outputs = get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=iter(batches),
-        model=model,
-        num_microbatches=len(batches),
+        data_iterator=[iter(filled) for _ in stages] if len(stages) > 1 else iter(filled),
+        model=stages,
+        num_microbatches=len(filled),
         seq_length=batches[0].shape[1],
         micro_batch_size=batches[0].shape[0],
         forward_only=forward_only,
     )
+    return outputs[: len(batches)]
 
 
 def _forward_step(batches: Iterator[Batch], model):

@@ -1,15 +1,12 @@
 """Canonical LoRA on megatron-core's sharded linear layers: one A and one B each for q, k, v, o, gate, up and down.
 
 megatron fuses q, k, v into one layer and gate, up into another; the adapters stay separate, as peft has them.
-Each adapted layer is a subclass of megatron's own, so the base weights keep their names in checkpoints.
+Each adapted layer is a subclass of megatron's own, so the base weights keep their names in checkpoints; lora_te.py has
+Transformer Engine's.
 
 Shapes: S sequence (this rank's part under sequence parallelism), B batch, R rank of the adapter, I and O the
 features in and out (this rank's part where the layer shards them).
 """
-
-import contextlib
-import math
-from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -17,34 +14,25 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    get_cuda_rng_tracker,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from retemper.pipeline.model.adapter import Adapter, Dropout, is_adapter, mark, principal_factors, row_norms, scale_of, turned
 from retemper.pipeline.schema import LoraConfig
-
-
-def use_adapters(layer: TransformerLayerSubmodules, lora: LoraConfig) -> None:
-    """Let a layer spec build its targeted linear layers with adapters."""
-    attention = layer.self_attention.submodules
-    mlp = layer.mlp.keywords["submodules"]
-    for submodules, name, adapted, targets in (
-        (attention, "linear_qkv", LoraQkvLinear, ("q", "k", "v")),
-        (attention, "linear_proj", LoraRowLinear, ("o",)),
-        (mlp, "linear_fc1", LoraGateUpLinear, ("gate", "up")),
-        (mlp, "linear_fc2", LoraRowLinear, ("down",)),
-    ):
-        if targeted := [target for target in targets if target in lora.targets]:
-            setattr(submodules, name, partial(adapted, lora=lora, targets=targeted))
 
 
 def freeze_base(model: torch.nn.Module) -> None:
     """Leave only adapter parameters trainable: the rest gets no gradient, no buffer and no optimizer state."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name) and not name.endswith("_initial"))
+
+
+def open_to_gradients(embedding: torch.nn.Module) -> None:
+    """Let what is recomputed take part in the backward pass: it does where its input asks for a gradient, and a frozen embedding's
+    output does not by itself. Without recomputation nothing is asked of the first layer's input."""
+    embedding.register_forward_hook(lambda _embedding, _inputs, output: output.requires_grad_())
 
 
 def check_what_trains(trainable: dict[str, bool], lora: LoraConfig | None) -> None:
@@ -65,111 +53,23 @@ def check_what_trains(trainable: dict[str, bool], lora: LoraConfig | None) -> No
 def begin_at_base(model: torch.nn.Module) -> None:
     """Set what of the adapters begins as a function of the base's weights, once those are loaded."""
     for layer in model.modules():
-        if isinstance(layer, _LoraColumnLinear | LoraRowLinear):
+        if isinstance(layer, ColumnAdapters | RowAdapter):
             layer.begin_at_base()
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a parameter or checkpoint key belongs to an adapter."""
-    return name.rpartition(".")[2].startswith("lora_")
+class ColumnAdapters:
+    """Adapters of a column-parallel layer: A on every rank, B sharded by output features as the base weight is."""
 
-
-def scale_of(lora: LoraConfig) -> float:
-    """What an update B·A is multiplied by; rsLoRA (arXiv 2312.03732) divides by the root of the rank."""
-    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
-
-
-class _Adapter(torch.nn.Module):
-    """lora_A (R, I) and lora_B (O, R) of one linear layer.
-
-    With DoRA lora_magnitude (O,); with PiSSA the factors at the start, frozen: they are taken off again, so that the base's
-    weights stay as they are.
-    """
-
-    def __init__(self, in_features: int, out_features: int, lora: LoraConfig, config):
-        super().__init__()
-
-        def parameter(*shape: int) -> torch.nn.Parameter:
-            return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
-
-        self.lora_A, self.lora_B = parameter(lora.rank, in_features), parameter(out_features, lora.rank)
-        if lora.pissa:
-            self.lora_A_initial, self.lora_B_initial = parameter(lora.rank, in_features), parameter(out_features, lora.rank)
-        if lora.dora:
-            self.lora_magnitude = parameter(out_features)
-
-    def sharded_axes(self, *, of_A: int | None = None, of_B: int | None = None, of_magnitude: int | None = None) -> dict[str, int]:
-        """parameter -> the axis that tensor parallelism cuts, of those that it cuts."""
-        axes = {"lora_A": of_A, "lora_A_initial": of_A, "lora_B": of_B, "lora_B_initial": of_B, "lora_magnitude": of_magnitude}
-        return {name: axis for name, axis in axes.items() if axis is not None and hasattr(self, name)}
-
-    @property
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of the whole update, in PiSSA's case of twice the rank."""
-        return joined_factors(dict(self.named_parameters()))
-
-    def begin(self, A_RI: torch.Tensor, B_OR: torch.Tensor) -> None:
-        for parameter, value in zip(
-            (self.lora_A, self.lora_A_initial, self.lora_B, self.lora_B_initial), (A_RI, A_RI, B_OR, B_OR), strict=True
-        ):
-            parameter.copy_(value)
-
-
-def joined_factors(parameters: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (R, I) and B (O, R) of the update that an adapter's parameters stand for."""
-    A_RI, B_OR = parameters["lora_A"], parameters["lora_B"]
-    if "lora_A_initial" not in parameters:
-        return A_RI, B_OR
-    return torch.cat([A_RI, parameters["lora_A_initial"]]), torch.cat([B_OR, -parameters["lora_B_initial"]], dim=1)
-
-
-def principal_factors(weight_OI: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """PiSSA (arXiv 2404.02948): A and B with scale · B·A the best approximation of the weight at that rank."""
-    U, S, Vh = torch.linalg.svd(weight_OI.float(), full_matrices=False)
-    signs = torch.where(Vh[:rank].gather(1, Vh[:rank].abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)  # an SVD's signs are arbitrary
-    root = (S[:rank] / scale).sqrt()
-    return root[:, None] * Vh[:rank] * signs, U[:, :rank] * root * signs.T
-
-
-@torch.no_grad()
-def row_norms(weight_OI, A_RI, B_OR, scale: float, total=lambda part: part) -> torch.Tensor:
-    """Norm of each row of W + scale · B·A, (O,), as DoRA divides by (arXiv 2402.09353), without making that matrix.
-
-    total: sums over the ranks that hold parts of the input features.
-    """
-    weight_OI, A_RI, B_OR = weight_OI.float(), A_RI.float(), B_OR.float()
-    squares, crossed, gram = total(weight_OI.square().sum(1)), total(weight_OI @ A_RI.T), total(A_RI @ A_RI.T)
-    return (squares + 2 * scale * (crossed * B_OR).sum(1) + scale**2 * ((B_OR @ gram) * B_OR).sum(1)).clamp_min(0).sqrt()
-
-
-class _Dropout(torch.nn.Module):
-    """Dropout of an adapter's input: equal masks on ranks that hold the same activation, different ones where it is sharded."""
-
-    def __init__(self, probability: float, sharded_input: bool):
-        super().__init__()
-        self.probability, self.sharded_input = probability, sharded_input
-
-    def forward(self, x_SBI: torch.Tensor) -> torch.Tensor:
-        if not self.probability or not self.training:
-            return x_SBI
-        with get_cuda_rng_tracker().fork() if self.sharded_input else contextlib.nullcontext():
-            return torch.nn.functional.dropout(x_SBI, self.probability)
-
-
-class _LoraColumnLinear(ColumnParallelLinear):
-    """A column-parallel layer with adapters: A on every rank, B sharded by output features as the base weight is."""
-
-    def __init__(self, *args, lora: LoraConfig, targets: list[str], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.lora, self.scale = lora, scale_of(lora)
-        self.dropout = _Dropout(lora.dropout, sharded_input=self.sequence_parallel)
-        self.adapters = torch.nn.ModuleDict(
-            {name: _Adapter(self.input_size, self.output_sizes()[name], lora, self.config) for name in targets}
-        )
+    def add_adapters(self, lora: LoraConfig, targets: list[str], in_features: int, group) -> None:
+        """group: the tensor-parallel one. Called once the layer stands."""
+        self.lora, self.scale, self.adapter_group = lora, scale_of(lora), group
+        self.dropout = Dropout(lora.dropout, sharded_input=self.config.sequence_parallel)
+        sizes = self.output_sizes()
+        self.adapters = torch.nn.ModuleDict({name: Adapter(in_features, sizes[name], lora, self.config) for name in targets})
         for adapter in self.adapters.values():
             # Each rank sees its part of the sequence: megatron sums these gradients over the tensor-parallel group.
-            adapter.lora_A.sequence_parallel = self.sequence_parallel
-            _mark(adapter, adapter.sharded_axes(of_B=0, of_magnitude=0))
+            adapter.lora_A.sequence_parallel = self.config.sequence_parallel
+            mark(adapter, adapter.sharded_axes(of_B=0, of_magnitude=0))
 
     def output_sizes(self) -> dict[str, int]:
         """Output features of each target on this rank."""
@@ -183,35 +83,35 @@ class _LoraColumnLinear(ColumnParallelLinear):
         """Each target's part of the fused layer's output features, which are the last axis: what combine puts together."""
         raise AssertionError("set by the layer")
 
-    def forward(self, input_, weight=None, runtime_gather_output=None):
-        output_SBO, bias = super().forward(input_, weight, runtime_gather_output)
-        x_SBI = self.dropout(input_)
+    def with_adapters(self, output_SBO: torch.Tensor, x_SBI: torch.Tensor) -> torch.Tensor:
+        """The base layer's output for x, and the adapters' on top."""
+        x_SBI = self.dropout(x_SBI)
         deltas = {name: self._delta(adapter, x_SBI) for name, adapter in self.adapters.items()}
         if self.lora.dora:
             plain = self.split(output_SBO if self.bias is None else output_SBO - self.bias)
-            deltas = {name: _turned(self.adapters[name], self._row_norms(name), plain[name], delta) for name, delta in deltas.items()}
-        return output_SBO + self.combine(deltas, output_SBO), bias
+            deltas = {name: turned(self.adapters[name], self._row_norms(name), plain[name], delta) for name, delta in deltas.items()}
+        return output_SBO + self.combine(deltas, output_SBO)
 
     def begin_at_base(self) -> None:
         for name, adapter in self.adapters.items():
             if self.lora.pissa:
-                weight_OI = _gather(self.split(self.weight.t())[name].t(), 0, self.tp_group)
+                weight_OI = _gather(self.split(self.weight.t())[name].t(), 0, self.adapter_group)
                 A_RI, B_OR = principal_factors(weight_OI, self.lora.rank, self.scale)
-                adapter.begin(A_RI, B_OR.chunk(self.tp_group.size())[self.tp_group.rank()])
+                adapter.begin(A_RI, B_OR.chunk(self.adapter_group.size())[self.adapter_group.rank()])
             if self.lora.dora:
                 adapter.lora_magnitude.copy_(self._row_norms(name))
 
     def _row_norms(self, name: str) -> torch.Tensor:
         return row_norms(self.split(self.weight.t())[name].t(), *self.adapters[name].factors, self.scale)
 
-    def _delta(self, adapter: _Adapter, x_SBI: torch.Tensor) -> torch.Tensor:
+    def _delta(self, adapter: Adapter, x_SBI: torch.Tensor) -> torch.Tensor:
         A_RI, B_OR = adapter.factors
         hidden_SBR = torch.nn.functional.linear(x_SBI, A_RI)
         # The gradient of hidden is a sum over the ranks that hold a part of B: R numbers a token, not I.
-        if self.sequence_parallel:
-            hidden_SBR = gather_from_sequence_parallel_region(hidden_SBR, group=self.tp_group)
+        if self.config.sequence_parallel:
+            hidden_SBR = gather_from_sequence_parallel_region(hidden_SBR, group=self.adapter_group)
         else:
-            hidden_SBR = copy_to_tensor_model_parallel_region(hidden_SBR, group=self.tp_group)
+            hidden_SBR = copy_to_tensor_model_parallel_region(hidden_SBR, group=self.adapter_group)
         return torch.nn.functional.linear(hidden_SBR, B_OR) * self.scale
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
@@ -219,7 +119,7 @@ class _LoraColumnLinear(ColumnParallelLinear):
         return _sharded(self, {"weight": 0, "bias": 0} | _named_axes(self.adapters, **axes), prefix, sharded_offsets, metadata)
 
 
-class LoraQkvLinear(_LoraColumnLinear):
+class QkvOutputs:
     """q, k, v: megatron interleaves them by query group, (group, [heads of q, k, v], head size)."""
 
     def output_sizes(self) -> dict[str, int]:
@@ -243,59 +143,58 @@ class LoraQkvLinear(_LoraColumnLinear):
         return {name: part.flatten(-2) for name, part in zip(sizes, parts, strict=True)}
 
 
-class LoraGateUpLinear(_LoraColumnLinear):
+class GateUpOutputs:
     """gate and up: each rank holds its part of gate, then its part of up."""
 
     def output_sizes(self) -> dict[str, int]:
-        return dict.fromkeys(("gate", "up"), self.output_size_per_partition // 2)
+        return dict.fromkeys(("gate", "up"), self.config.ffn_hidden_size // self.config.tensor_model_parallel_size)
 
     def combine(self, deltas, like_SBO):
-        size = self.output_size_per_partition // 2
+        sizes = self.output_sizes()
         return torch.cat(
-            [deltas[name] if name in deltas else like_SBO.new_zeros(*like_SBO.shape[:-1], size) for name in ("gate", "up")], dim=-1
+            [deltas[name] if name in deltas else like_SBO.new_zeros(*like_SBO.shape[:-1], size) for name, size in sizes.items()], dim=-1
         )
 
     def split(self, fused):
         return dict(zip(("gate", "up"), fused.chunk(2, dim=-1), strict=True))
 
 
-class LoraRowLinear(RowParallelLinear):
-    """A row-parallel layer with an adapter: A sharded by input features as the base weight is, B on every rank."""
+class RowAdapter:
+    """The adapter of a row-parallel layer: A sharded by input features as the base weight is, B on every rank."""
 
-    def __init__(self, *args, lora: LoraConfig, targets: list[str], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.lora, self.scale = lora, scale_of(lora)
-        self.dropout = _Dropout(lora.dropout, sharded_input=True)
-        (target,) = targets
-        adapter = _Adapter(self.input_size_per_partition, self.output_size, lora, self.config)
-        _mark(adapter, adapter.sharded_axes(of_A=1))
+    def add_adapter(self, lora: LoraConfig, target: str, in_features: int, out_features: int, group) -> None:
+        """in_features: of this rank. group: the tensor-parallel one. Called once the layer stands."""
+        self.lora, self.scale, self.adapter_group = lora, scale_of(lora), group
+        self.dropout = Dropout(lora.dropout, sharded_input=True)
+        adapter = Adapter(in_features, out_features, lora, self.config)
+        mark(adapter, adapter.sharded_axes(of_A=1))
         for parameter in (adapter.lora_B, *([adapter.lora_magnitude] if lora.dora else [])):
-            parameter.sequence_parallel = self.sequence_parallel
+            parameter.sequence_parallel = self.config.sequence_parallel
         self.adapters = torch.nn.ModuleDict({target: adapter})
 
-    def forward(self, input_):
-        output_SBO, bias = super().forward(input_)
+    def with_adapter(self, output_SBO: torch.Tensor, x_SBI: torch.Tensor) -> torch.Tensor:
+        """The base layer's output for x, and the adapter's on top."""
         (adapter,) = self.adapters.values()
         A_RI, B_OR = adapter.factors
-        hidden_SBR = torch.nn.functional.linear(self.dropout(input_), A_RI)
-        reduce = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else reduce_from_tensor_model_parallel_region
-        hidden_SBR = reduce(hidden_SBR, group=self.tp_group)
-        delta_SBO = torch.nn.functional.linear(hidden_SBR, B_OR) * self.scale
+        hidden_SBR = torch.nn.functional.linear(self.dropout(x_SBI), A_RI)
+        split = self.config.sequence_parallel
+        reduce = reduce_scatter_to_sequence_parallel_region if split else reduce_from_tensor_model_parallel_region
+        delta_SBO = torch.nn.functional.linear(reduce(hidden_SBR, group=self.adapter_group), B_OR) * self.scale
         if self.lora.dora:
-            delta_SBO = _turned(adapter, self._row_norms(adapter), output_SBO, delta_SBO)
-        return output_SBO + delta_SBO, bias
+            delta_SBO = turned(adapter, self._row_norms(adapter), output_SBO, delta_SBO)
+        return output_SBO + delta_SBO
 
     def begin_at_base(self) -> None:
         (adapter,) = self.adapters.values()
         if self.lora.pissa:
-            A_RI, B_OR = principal_factors(_gather(self.weight, 1, self.tp_group), self.lora.rank, self.scale)
-            adapter.begin(A_RI.chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()], B_OR)
+            A_RI, B_OR = principal_factors(_gather(self.weight, 1, self.adapter_group), self.lora.rank, self.scale)
+            adapter.begin(A_RI.chunk(self.adapter_group.size(), dim=1)[self.adapter_group.rank()], B_OR)
         if self.lora.dora:
             adapter.lora_magnitude.copy_(self._row_norms(adapter))
 
-    def _row_norms(self, adapter: _Adapter) -> torch.Tensor:
+    def _row_norms(self, adapter: Adapter) -> torch.Tensor:
         def total(part):
-            return reduce_from_tensor_model_parallel_region(part, group=self.tp_group)
+            return reduce_from_tensor_model_parallel_region(part, group=self.adapter_group)
 
         return row_norms(self.weight, *adapter.factors, self.scale, total)
 
@@ -303,17 +202,34 @@ class LoraRowLinear(RowParallelLinear):
         return _sharded(self, {"weight": 1} | _named_axes(self.adapters, of_A=1), prefix, sharded_offsets, metadata)
 
 
-def _turned(adapter: _Adapter, norms_O: torch.Tensor, plain_SBO: torch.Tensor, delta_SBO: torch.Tensor) -> torch.Tensor:
-    """DoRA: what must be added to the base's output, so that the updated weight has each row of the magnitude learned for it."""
-    gain_O = (adapter.lora_magnitude / norms_O).to(plain_SBO.dtype)
-    return (gain_O - 1) * plain_SBO + gain_O * delta_SBO
+class _LocalColumn(ColumnAdapters, ColumnParallelLinear):
+    def __init__(self, *args, lora: LoraConfig, targets: list[str], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_adapters(lora, targets, self.input_size, self.tp_group)
+
+    def forward(self, input_, weight=None, runtime_gather_output=None):
+        output_SBO, bias = super().forward(input_, weight, runtime_gather_output)
+        return self.with_adapters(output_SBO, input_), bias
 
 
-def _mark(adapter: _Adapter, axes: dict[str, int]) -> None:
-    """Tell megatron-core which parameters tensor parallelism cuts: their squares are summed over ranks in the gradient norm."""
-    for name, axis in axes.items():
-        parameter = getattr(adapter, name)
-        parameter.tensor_model_parallel, parameter.partition_dim = True, axis
+class LoraQkvLinear(QkvOutputs, _LocalColumn):
+    """q, k and v of megatron-core's own layers."""
+
+
+class LoraGateUpLinear(GateUpOutputs, _LocalColumn):
+    """gate and up of megatron-core's own layers."""
+
+
+class LoraRowLinear(RowAdapter, RowParallelLinear):
+    """o, or down, of megatron-core's own layers."""
+
+    def __init__(self, *args, lora: LoraConfig, targets: list[str], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_adapter(lora, *targets, self.input_size_per_partition, self.output_size, self.tp_group)
+
+    def forward(self, input_):
+        output_SBO, bias = super().forward(input_)
+        return self.with_adapter(output_SBO, input_), bias
 
 
 def _named_axes(adapters: torch.nn.ModuleDict, **axes: int) -> dict[str, int]:
@@ -335,6 +251,6 @@ def _sharded(layer, sharded_axis, prefix, sharded_offsets, metadata):
         prefix,
         sharded_axis,
         sharded_offsets,
-        tp_group=layer.tp_group,
+        tp_group=layer.adapter_group,
         dp_cp_group=metadata["dp_cp_group"],
     )

@@ -7,7 +7,7 @@ from retemper.pipeline.schema import Config
 
 
 def build_optimizer(config: Config, model) -> MegatronOptimizer:
-    """AdamW over the trainable parameters of one model, its states sharded over data-parallel ranks."""
+    """AdamW over the trainable parameters of a model's stages, its states sharded over data-parallel ranks."""
     settings = config.optimizer
     megatron = OptimizerConfig(
         optimizer="adam",
@@ -25,7 +25,7 @@ def build_optimizer(config: Config, model) -> MegatronOptimizer:
     if config.method.lora and config.method.lora.lr_ratio > 1:  # LoRA+ (arXiv 2402.12354)
         ratio = config.method.lora.lr_ratio
         overrides[ParamKey(name="*.lora_B")] = {"max_lr": megatron.lr * ratio, "min_lr": megatron.min_lr * ratio}
-    return get_megatron_optimizer(megatron, [model], overrides)
+    return get_megatron_optimizer(megatron, list(model), overrides)
 
 
 def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -24,7 +24,8 @@ def train_step(config: Config, model, optimizer, schedule, batches: list[Batch])
 
     Raises UserError on every rank alike, before anything is saved, when the loss or the gradient norm is not finite.
     """
-    model.zero_grad_buffer()
+    for stage in model:
+        stage.zero_grad_buffer()
     optimizer.zero_grad()
     outputs = run_schedule(model, batches, forward_only=False)
     nats, tokens = from_last_stage([float(sum(output[key] for output in outputs)) for key in ("loss", "tokens")])

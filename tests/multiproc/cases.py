@@ -1,13 +1,11 @@
-"""One rank that trains a list of cases, megatron's groups built anew for each. Started by conftest.launch under torchrun.
+"""One rank that trains a list of cases, megatron's groups built anew for each. Run by conftest.launch.
 
 A case: {"overrides": [...]}, and "stop_after": a step, "fault": a name, or "copy_of": the folder of a run that it goes on
 with. Its results are its run folder.
 """
 
 import contextlib
-import json
 import shutil
-import sys
 from unittest import mock
 
 from retemper.pipeline.config import load_config
@@ -20,7 +18,6 @@ class Stopped(Exception):
 
 
 def main(cases: list[dict]) -> None:
-    topology.prepare_megatron()
     from retemper.pipeline.train import loop
 
     for case in cases:
@@ -61,7 +58,7 @@ def unreduced_adapter_gradient():
 
 def unmarked_adapter_factor():
     """mcore-bridge #173: under sequence parallelism the replicated factor's gradient is that of one part of the sequence."""
-    from retemper.pipeline.model.lora import is_adapter
+    from retemper.pipeline.model.adapter import is_adapter
     from retemper.pipeline.train import loop
 
     def build_model(config, place, build_model=loop.build_model):
@@ -94,6 +91,13 @@ def adapter_shards_lost_at_save():
         return sharded(layer, {name: axis for name, axis in sharded_axis.items() if "adapters" not in name}, *rest)
 
     return mock.patch.object(lora, "_sharded", as_if_replicated)
+
+
+def recompute_closed_to_gradients():
+    """Megatron-Bridge #1750: adapters get no gradient where the layer's input, from a frozen embedding, asks for none."""
+    from retemper.pipeline.model import lora
+
+    return mock.patch.object(lora, "open_to_gradients", lambda embedding: None)
 
 
 def lost_optimizer_state():
@@ -140,12 +144,9 @@ FAULTS = {
     "unmarked_adapter_factor": unmarked_adapter_factor,
     "adapters_initialised_by_layout": adapters_initialised_by_layout,
     "adapter_shards_lost_at_save": adapter_shards_lost_at_save,
+    "recompute_closed_to_gradients": recompute_closed_to_gradients,
     "lost_optimizer_state": lost_optimizer_state,
     "lost_data_position": lost_data_position,
     "another_seed": another_seed,
     "lost_random_state": lost_random_state,
 }
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

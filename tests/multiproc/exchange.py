@@ -1,10 +1,7 @@
-"""One rank that imports, trains and exports in turn, megatron's groups built anew for each. Started by conftest.launch.
+"""One rank that imports, trains and exports in turn, megatron's groups built anew for each. Run by conftest.launch.
 
 A case: {"import": options} or {"export": options} as `retemper import` and `export` have them, or {"train": overrides}.
 """
-
-import json
-import sys
 
 from retemper.pipeline.config import load_config
 from retemper.pipeline.distributed import topology
@@ -12,7 +9,6 @@ from retemper.pipeline.preflight import preflight
 
 
 def main(cases: list[dict]) -> None:
-    topology.prepare_megatron()
     from retemper.pipeline.huggingface.__main__ import exporting, importing
 
     verbs = {"import": importing, "export": exporting, "train": training}
@@ -33,7 +29,3 @@ def training(overrides: list[str]):
         return config, preflight(config)
 
     return prepare, train
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

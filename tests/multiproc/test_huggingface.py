@@ -101,8 +101,8 @@ class Exchange:
         self.on_two, self.on_one = [], []
         self.round_trips = {pair: self._round_trip(*pair) for pair in round_trips}
         self.trained = {(name, method): self._train(name, method) for name, method in trained if name in folders}
-        launch(2, self.on_two, "exchange.py")
-        launch(1, self.on_one, "exchange.py")
+        launch(2, self.on_two, "exchange")
+        launch(1, self.on_one, "exchange")
 
     def _round_trip(self, name: str, layout: str) -> tuple[Path, Path]:
         """The base that a folder is imported as, and what is exported from that."""

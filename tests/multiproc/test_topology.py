@@ -103,7 +103,7 @@ def test_masked_documents_and_prompts_agree_with_one_rank(runs, layout):
 
 def test_a_masked_document_has_the_losses_it_has_alone(workspace, pairs):
     changes = [f"data.path={pairs}", "data.name=pairs", "data.mask_documents=true"]
-    launch(1, [{"overrides": overrides(workspace, "alone", *changes, "train.micro_batch_size=4")}], "documents.py")
+    launch(1, [{"probe": "documents", "overrides": overrides(workspace, "alone", *changes, "train.micro_batch_size=4")}], "probes")
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])

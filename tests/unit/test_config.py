@@ -17,7 +17,7 @@ def problems(*changes: str, tmp="/nowhere") -> str:
 
 
 @pytest.mark.parametrize("name", preset_names("run"))
-@pytest.mark.parametrize("parallel", ["tp2", "pp2", "dp2", "single"])
+@pytest.mark.parametrize("parallel", preset_names("parallel"))
 def test_every_run_preset_loads_at_every_layout(name, parallel):
     config = load_config([f"run={name}", f"parallel={parallel}"])
     assert config.steps > 0
@@ -102,7 +102,20 @@ def test_every_impossible_topology_is_named():
         (["checkpoint.milestones=[1B]"], "beyond train.tokens"),
         (["data.seq_length=128"], "exceeds model.max_sequence_length"),
         (["parallel.sequence_parallel=true"], "needs parallel.tensor_parallel_size > 1"),
-        (["parallel.context_parallel_size=2"], "context_parallel_size"),
+        (
+            ["parallel.context_parallel_size=3"],
+            "data.seq_length=64 is not divisible by the 6 parts that 2 × parallel.context_parallel_size",
+        ),
+        (["parallel=cp2", "data.mask_documents=true"], "data.mask_documents=true does not go with parallel.context_parallel_size"),
+        (["parallel.virtual_pipeline_parallel_size=2"], "needs parallel.pipeline_parallel_size > 1"),
+        (
+            ["parallel=pp2", "parallel.virtual_pipeline_parallel_size=2"],
+            "virtual_pipeline_parallel_size=2 does not divide model.num_layers=2",
+        ),
+        (
+            ["parallel=pp2", "model.num_layers=4", "parallel.virtual_pipeline_parallel_size=2", "train.micro_batch_size=8"],
+            "1 micro-batches a step are not divisible by parallel.pipeline_parallel_size=2",
+        ),
         (["name=../escape"], "name"),
     ],
 )

@@ -30,7 +30,7 @@ def test_a_method_never_becomes_another(trainable, lora, said):
 
 
 def test_row_norms_are_those_of_the_updated_weight():
-    from retemper.pipeline.model.lora import row_norms
+    from retemper.pipeline.model.adapter import row_norms
 
     torch.manual_seed(0)
     weight, A_RI, B_OR = torch.randn(12, 20), torch.randn(3, 20), torch.randn(12, 3)
@@ -43,7 +43,7 @@ def test_row_norms_are_those_of_the_updated_weight():
 
 
 def test_the_principal_factors_are_the_best_of_their_rank():
-    from retemper.pipeline.model.lora import principal_factors
+    from retemper.pipeline.model.adapter import principal_factors
 
     torch.manual_seed(0)
     weight = torch.randn(12, 20)

@@ -83,7 +83,19 @@ def place(rank: int, sizes: tuple[int, int, int, int]) -> Topology:
     """The place of one rank in a layout (TP, CP, DP, PP), in megatron's order of ranks."""
     tp, cp, dp, pp = sizes
     data_parallel_rank, stage = rank // (tp * cp) % dp, rank // (tp * cp * dp)
-    return Topology(rank, tp * cp * dp * pp, 1, rank % tp, stage, data_parallel_rank, dp, stage == 0, stage == pp - 1, torch.device("cpu"))
+    return Topology(
+        rank,
+        tp * cp * dp * pp,
+        1,
+        rank % tp,
+        stage,
+        rank // tp % cp,
+        data_parallel_rank,
+        dp,
+        stage == 0,
+        stage == pp - 1,
+        torch.device("cpu"),
+    )
 
 
 @settings(max_examples=25, deadline=None)

@@ -209,7 +209,7 @@ def small_disk(tmp_path):
 
 def test_a_disk_too_small_for_the_cache_is_refused_before_anything_is_fetched(workspace, corpus, small_disk):
     config = load_config(overrides(workspace, "small", f"data.path={corpus}", "data.name=faults", f"data.cache_dir={small_disk}"))
-    rank = Topology(0, 1, 1, 0, 0, 0, 1, True, True, torch.device("cpu"))
+    rank = Topology(0, 1, 1, 0, 0, 0, 0, 1, True, True, torch.device("cpu"))
     with pytest.raises(UserError, match=r"set data\.cache_dir to a larger disk"):
         TrainingBatches(config, rank, 0, 1)
     assert not [path for path in small_disk.rglob("*") if path.is_file()]

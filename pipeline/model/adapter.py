@@ -1,0 +1,113 @@
+"""One low-rank adapter: its parameters, and what they stand for. Nothing here knows a layer.
+
+Shapes: S sequence (this rank's part under sequence parallelism), B batch, R rank of the adapter, I and O the
+features in and out (this rank's part where the layer shards them).
+"""
+
+import contextlib
+import math
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from retemper.pipeline.schema import LoraConfig
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter or checkpoint key belongs to an adapter."""
+    return name.rpartition(".")[2].startswith("lora_")
+
+
+def scale_of(lora: LoraConfig) -> float:
+    """What an update B·A is multiplied by; rsLoRA (arXiv 2312.03732) divides by the root of the rank."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+
+
+class Adapter(torch.nn.Module):
+    """lora_A (R, I) and lora_B (O, R) of one linear layer.
+
+    With DoRA lora_magnitude (O,); with PiSSA the factors at the start, frozen: they are taken off again, so that the base's
+    weights stay as they are.
+    """
+
+    def __init__(self, in_features: int, out_features: int, lora: LoraConfig, config):
+        super().__init__()
+
+        def parameter(*shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+
+        self.lora_A, self.lora_B = parameter(lora.rank, in_features), parameter(out_features, lora.rank)
+        if lora.pissa:
+            self.lora_A_initial, self.lora_B_initial = parameter(lora.rank, in_features), parameter(out_features, lora.rank)
+        if lora.dora:
+            self.lora_magnitude = parameter(out_features)
+
+    def sharded_axes(self, *, of_A: int | None = None, of_B: int | None = None, of_magnitude: int | None = None) -> dict[str, int]:
+        """parameter -> the axis that tensor parallelism cuts, of those that it cuts."""
+        axes = {"lora_A": of_A, "lora_A_initial": of_A, "lora_B": of_B, "lora_B_initial": of_B, "lora_magnitude": of_magnitude}
+        return {name: axis for name, axis in axes.items() if axis is not None and hasattr(self, name)}
+
+    @property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of the whole update, in PiSSA's case of twice the rank."""
+        return joined_factors(dict(self.named_parameters()))
+
+    def begin(self, A_RI: torch.Tensor, B_OR: torch.Tensor) -> None:
+        for parameter, value in zip(
+            (self.lora_A, self.lora_A_initial, self.lora_B, self.lora_B_initial), (A_RI, A_RI, B_OR, B_OR), strict=True
+        ):
+            parameter.copy_(value)
+
+
+def joined_factors(parameters: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (R, I) and B (O, R) of the update that an adapter's parameters stand for."""
+    A_RI, B_OR = parameters["lora_A"], parameters["lora_B"]
+    if "lora_A_initial" not in parameters:
+        return A_RI, B_OR
+    return torch.cat([A_RI, parameters["lora_A_initial"]]), torch.cat([B_OR, -parameters["lora_B_initial"]], dim=1)
+
+
+def principal_factors(weight_OI: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """PiSSA (arXiv 2404.02948): A and B with scale · B·A the best approximation of the weight at that rank."""
+    U, S, Vh = torch.linalg.svd(weight_OI.float(), full_matrices=False)
+    signs = torch.where(Vh[:rank].gather(1, Vh[:rank].abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)  # an SVD's signs are arbitrary
+    root = (S[:rank] / scale).sqrt()
+    return root[:, None] * Vh[:rank] * signs, U[:, :rank] * root * signs.T
+
+
+@torch.no_grad()
+def row_norms(weight_OI, A_RI, B_OR, scale: float, total=lambda part: part) -> torch.Tensor:
+    """Norm of each row of W + scale · B·A, (O,), as DoRA divides by (arXiv 2402.09353), without making that matrix.
+
+    total: sums over the ranks that hold parts of the input features.
+    """
+    weight_OI, A_RI, B_OR = weight_OI.float(), A_RI.float(), B_OR.float()
+    squares, crossed, gram = total(weight_OI.square().sum(1)), total(weight_OI @ A_RI.T), total(A_RI @ A_RI.T)
+    return (squares + 2 * scale * (crossed * B_OR).sum(1) + scale**2 * ((B_OR @ gram) * B_OR).sum(1)).clamp_min(0).sqrt()
+
+
+class Dropout(torch.nn.Module):
+    """Dropout of an adapter's input: equal masks on ranks that hold the same activation, different ones where it is sharded."""
+
+    def __init__(self, probability: float, sharded_input: bool):
+        super().__init__()
+        self.probability, self.sharded_input = probability, sharded_input
+
+    def forward(self, x_SBI: torch.Tensor) -> torch.Tensor:
+        if not self.probability or not self.training:
+            return x_SBI
+        with get_cuda_rng_tracker().fork() if self.sharded_input else contextlib.nullcontext():
+            return torch.nn.functional.dropout(x_SBI, self.probability)
+
+
+def turned(adapter: Adapter, norms_O: torch.Tensor, plain_SBO: torch.Tensor, delta_SBO: torch.Tensor) -> torch.Tensor:
+    """DoRA: what must be added to the base's output, so that the updated weight has each row of the magnitude learned for it."""
+    gain_O = (adapter.lora_magnitude / norms_O).to(plain_SBO.dtype)
+    return (gain_O - 1) * plain_SBO + gain_O * delta_SBO
+
+
+def mark(adapter: Adapter, axes: dict[str, int]) -> None:
+    """Tell megatron-core which parameters tensor parallelism cuts: their squares are summed over ranks in the gradient norm."""
+    for name, axis in axes.items():
+        parameter = getattr(adapter, name)
+        parameter.tensor_model_parallel, parameter.partition_dim = True, axis
