@@ -1,6 +1,7 @@
 """Which labels count, where positions begin, and what attention sees."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,7 +79,8 @@ def test_attention_over_documents_is_that_of_a_block_diagonal_mask():
     torch.manual_seed(1)
     edges = torch.tensor([0, 5, 6, 19, 32], dtype=torch.int32)
     query, key, value = (torch.randn(32, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    attention = SdpaAttention(type("Settings", (), {"attention_dropout": 0.0})())
+    alone = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))  # a context-parallel group of one rank
+    attention = SdpaAttention(SimpleNamespace(attention_dropout=0.0), pg_collection=alone)
     got = attention(query, key, value, packed_seq_params=PackedSeqParams(qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges))
     document = torch.bucketize(torch.arange(32), edges[1:].long(), right=True)
     mask = (document[:, None] == document) & torch.ones(32, 32).tril().bool()
