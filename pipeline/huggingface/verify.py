@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.huggingface.folder import Weights
+from retemper.pipeline.huggingface.names import EMBEDDING
 from retemper.pipeline.huggingface.streamed import StreamedModel
 
 PROOF = "verified.json"
@@ -73,7 +75,7 @@ def _tokens(folder: Path, max_sequence_length: int) -> torch.Tensor:
 
 
 def _reference(folder: Path, adapter: Path | None):
-    """Stock transformers' model on the CPU; layers that do not fit in half of the free memory are read from disk as they run."""
+    """Stock transformers' model on the CPU, or peft's; layers that do not fit in half of the free memory are read from disk as they run."""
     import psutil
     import transformers
 
@@ -81,14 +83,50 @@ def _reference(folder: Path, adapter: Path | None):
     room = {"cpu": psutil.virtual_memory().available // 2}
     settings = {"dtype": torch.float32, "device_map": "auto", "max_memory": room, "offload_folder": tempfile.mkdtemp()}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings).eval()
-    if adapter:
-        import peft
+    if not adapter:
+        return model
+    import peft
 
-        # peft would write the base's files anew, beside an adapter, to a path it makes of theirs.
-        if "disk" in model.hf_device_map.values():
-            raise UserError(
-                f"{folder} does not fit in half of this machine's free memory, and peft reads no base from disk: use a larger one"
-            )
+    if "disk" in model.hf_device_map.values():
+        return _adapted_from_disk(folder, adapter)
+    return peft.PeftModel.from_pretrained(model, adapter)
 
-        model = peft.PeftModel.from_pretrained(model, adapter)
-    return model
+
+def _adapted_from_disk(folder: Path, adapter: Path):
+    """peft's model with its adapters, each weight of the base read when it is needed.
+
+    peft puts no adapter on a model that transformers reads from disk itself, and would write the base's files anew.
+    """
+    import accelerate
+    import peft
+    import transformers
+
+    weights = Weights(folder, trusted=True)
+    with accelerate.init_empty_weights():
+        base = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    for path, module in list(base.named_modules()):
+        names = {
+            name: EMBEDDING if weights.model.tie_embeddings and path == "lm_head" else f"{path}.{name}"
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        if names:
+            _read_when_needed(module, names, weights)
+    return peft.PeftModel.from_pretrained(base, adapter).eval()
+
+
+def _read_when_needed(module: torch.nn.Module, names: dict[str, str], weights: Weights) -> None:
+    """Give a module its weights while it runs, and before and after that numbers of their shape that take no memory.
+
+    names: parameter -> what the weights know it as.
+    """
+    blank = {name: torch.zeros(()).expand(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
+
+    def hold(tensors: dict[str, torch.Tensor]) -> None:
+        module._parameters.update({name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()})
+
+    def read(*_) -> None:
+        hold({name: weights.read(stored, (slice(None),)).float() for name, stored in names.items()})
+
+    hold(blank)
+    module.register_forward_pre_hook(read)
+    module.register_forward_hook(lambda *_: hold(blank))

@@ -266,16 +266,26 @@ def compare_merged(exchange: Exchange) -> None:
         assert (plain - expected).abs().max() > 1e-2, "the adapters change nothing"
 
 
-def test_a_model_larger_than_the_memory_is_compared_layer_by_layer(folders, monkeypatch):
+def test_a_model_larger_than_the_memory_is_compared_layer_by_layer(folders, monkeypatch, tmp_path):
+    import peft
     import psutil
     import transformers
 
     from retemper.pipeline.huggingface import verify
 
+    monkeypatch.chdir(tmp_path)  # peft would write a copy of the base below it
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=600_000))
-    model = verify._reference(folders["llama2"], None)
-    assert set(model.hf_device_map.values()) == {"cpu", "disk"}
-    whole = transformers.AutoModelForCausalLM.from_pretrained(folders["llama2"], dtype=torch.float32)
     tokens = torch.arange(100)[None]
-    with torch.no_grad():
-        assert model(tokens).logits.equal(whole(tokens).logits)
+    for name in ("llama2", "llama3"):  # of their own, and a tied head
+        model = verify._reference(folders[name], None)
+        assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+        whole = transformers.AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
+        adapted = peft.get_peft_model(whole, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+        adapted.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            got = verify._reference(folders[name], tmp_path / name)(tokens).logits
+            assert got.equal(adapted(tokens).logits)
+            with adapted.disable_adapter():
+                plain = adapted(tokens).logits
+                assert model(tokens).logits.equal(plain) and not got.equal(plain)
+    assert not any(path.is_dir() and path.name not in ("llama2", "llama3") for path in tmp_path.iterdir())
