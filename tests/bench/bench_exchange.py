@@ -23,7 +23,7 @@ from retemper.pipeline.huggingface import verify
 from retemper.pipeline.huggingface.__main__ import exporting, importing
 verify.verify = lambda *_, **__: None  # it holds transformers' model, and runs on one rank
 verify.summary = lambda *_: ""
-def resident(): return int(open("/proc/self/status").read().partition("VmRSS:")[2].split()[0]) >> 10
+def resident(): return int(open("/proc/self/status").read().partition("RssAnon:")[2].split()[0]) >> 10  # pages of mapped files can be dropped
 verb, options = sys.argv[2], json.loads(sys.argv[3])
 prepare, work = {"import": importing, "export": exporting}[verb](**options)
 setup, fingerprints = prepare()

@@ -15,7 +15,7 @@ def main(cases: list[dict]) -> None:
     from retemper.pipeline.distributed.seeds import seed_step
     from retemper.pipeline.model.build import build_model
 
-    probes = {"documents": documents, "dropout": dropout, "frozen": frozen}
+    probes = {"documents": documents, "dropout": dropout, "frozen": frozen, "kernels": kernels}
     for case in cases:
         config = load_config(case["overrides"])
         place = topology.start(config.parallel)
@@ -140,3 +140,42 @@ def frozen(config, _place, model) -> None:
     assert states == 2 * sum(p.numel() for p in trained)
     # Attention of the first layer is asked for nothing where only what follows it trains.
     assert backward == config.model.num_layers - ("q" not in config.method.lora.targets)
+
+
+def kernels(config, place, model) -> None:
+    """Transformer Engine's layers compute what megatron-core's own do: losses, and the gradient of everything that trains."""
+    from unittest import mock
+
+    from retemper.pipeline.model import build
+    from retemper.pipeline.model.forward import run_schedule
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with mock.patch.object(build, "HAVE_TE", False):
+        plain = build.build_model(config, place)
+    batch = batch_of(config, samples_of(config)).to(place.device)
+
+    def measured(model) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        names = {_local_name(name): parameter for name, parameter in model.named_parameters()}
+        for name in sorted(names):
+            if names[name].requires_grad:  # B begins at zero, and A's gradient with it
+                names[name].data += 0.02 * torch.randn(names[name].shape, generator=generator).to(names[name])
+        (output,) = run_schedule(model, [batch], forward_only=False)
+        gradients = {f"gradient of {name}": parameter.main_grad.clone() for name, parameter in names.items() if parameter.requires_grad}
+        return {"losses": output["losses_BT"]} | gradients
+
+    expected, got = measured(plain), measured(model)
+    assert expected.keys() == got.keys() and type(model[0].module.decoder.layers[0]) is type(plain[0].module.decoder.layers[0])
+    assert type(model[0].module.decoder.layers[0].mlp.linear_fc1) is not type(plain[0].module.decoder.layers[0].mlp.linear_fc1)
+    for name, value in expected.items():
+        assert (got[name] - value).norm() <= 1e-4 * value.norm(), name
+
+
+def _local_name(name: str) -> str:
+    """The fused norms' weights by the names they have apart."""
+    for fused, apart in (
+        ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+        ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+    ):
+        name = name.replace(fused, apart)
+    return name

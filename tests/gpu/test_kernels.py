@@ -1,0 +1,18 @@
+"""What needs a GPU with Transformer Engine: `pytest -m gpu`. Two ranks need two GPUs."""
+
+import pytest
+import torch
+from conftest import launch, overrides
+
+pytestmark = pytest.mark.gpu
+LORA = ["method=lora", "init_from=unread", "method.lora.rank=4", "method.lora.alpha=8"]
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel=tp2"], ["parallel=tp2", "parallel.sequence_parallel=true"]])
+@pytest.mark.parametrize("method", [[], LORA, [*LORA, "method.lora.targets=mlp"], [*LORA, "method.lora.dora=true"]])
+def test_fused_layers_compute_what_plain_ones_do(workspace, method, layout):
+    pytest.importorskip("transformer_engine", reason="Transformer Engine is not installed")
+    world_size = 2 if layout else 1
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"{world_size} GPUs are needed, {torch.cuda.device_count()} are here")
+    launch(world_size, [{"probe": "kernels", "overrides": overrides(workspace, "kernels", *method, *layout)}], "probes")
