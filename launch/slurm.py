@@ -3,7 +3,7 @@
 import shlex
 
 from retemper.launch.layout import Layout
-from retemper.launch.torchrun import TRAIN
+from retemper.launch.torchrun import SIGNALS, TRAIN
 
 _SCRIPT = """\
 #!/bin/bash
@@ -31,6 +31,7 @@ srun --kill-on-bad-exit=1 bash -c '
         --rdzv-id="$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}" \\
         --rdzv-endpoint="$0:{port}" \\
         --rdzv-conf="is_host=$is_host" \\
+        {signals} \\
         -m {module} "$@"
 ' "$head_node" {overrides}
 """
@@ -44,5 +45,6 @@ def sbatch_script(overrides: list[str], layout: Layout, port: int) -> str:
         ranks_per_node=layout.ranks_per_node,
         port=port,
         module=TRAIN,
+        signals=SIGNALS,
         overrides=shlex.join(overrides),
     )

@@ -7,6 +7,8 @@ import shlex
 from retemper.launch.layout import Layout
 
 TRAIN = "retemper.pipeline.train"
+# What the agent hands on to its ranks, which save and leave; torchrun's own list is without SIGUSR1.
+SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def run_here(module: str, overrides: list[str], world_size: int) -> int:
@@ -23,7 +25,7 @@ def run_here(module: str, overrides: list[str], world_size: int) -> int:
     # The loopback address, not the host name: laptops and containers often cannot resolve their own.
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     try:
-        run.run(run.parse_args([*rendezvous, f"--nproc-per-node={world_size}", "-m", module, *overrides]))
+        run.run(run.parse_args([*rendezvous, SIGNALS, f"--nproc-per-node={world_size}", "-m", module, *overrides]))
     except ChildFailedError as error:
         return max(1, next(iter(error.failures.values())).exitcode)
     except SignalException:
@@ -44,6 +46,7 @@ def node_commands(overrides: list[str], layout: Layout, host: str, port: int) ->
                 f"--rdzv-endpoint={host}:{port}",
                 # The rendezvous store must be hosted by the node that the endpoint names, whatever that node calls itself.
                 f"--rdzv-conf=is_host={int(node == 0)}",
+                SIGNALS,
                 "-m",
                 TRAIN,
                 *overrides,

@@ -277,6 +277,8 @@ def _conflicts(config: Config):
         yield f"train.tokens={train.tokens} is less than one step of {config.tokens_per_step} tokens (global_batch_size × seq_length)"
     elif config.schedule.warmup_tokens >= config.steps * config.tokens_per_step:
         yield f"schedule.warmup_tokens={config.schedule.warmup_tokens} is not less than the run's {config.steps * config.tokens_per_step} tokens"
+    if (steps := config.profile.steps) and not steps[0] <= steps[1] <= config.steps:
+        yield f"profile.steps={steps} are a first and a last step, at most {config.steps}, the run's last"
     for tokens in config.checkpoint.milestones:
         if tokens > train.tokens:
             yield f"checkpoint.milestones: {tokens} is beyond train.tokens={train.tokens}"

@@ -11,11 +11,15 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema import Config
 
 METRICS, LEDGER, SKIPPED = "metrics.jsonl", "ledger", "skipped"  # one line a step; the latter two are folders of a file a rank
+LEFT_OUT = "left_out.jsonl"  # one line a batch that a rollback left out
+PROFILE = "profile"
 
 # What a restart may change: where and how the run computes, and what is watched, but not what it computes.
 _MAY_CHANGE = (
     "parallel.",
     "checkpoint.",
+    "anomaly.",
+    "profile.",
     "evals.",
     "track.",
     "runs_dir:",

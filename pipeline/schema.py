@@ -261,6 +261,26 @@ class TrainConfig(Section):
     log_every_steps: PositiveInt = 10
 
 
+class AnomalyConfig(Section):
+    """What becomes of a step whose loss or gradient norm is not finite, or leaps. It changes no weight and is never saved."""
+
+    policy: Literal["stop", "rollback"] = Field(
+        "stop",
+        description="rollback: go on from the newest checkpoint and leave the batch out, which left_out.jsonl in the run's folder records",
+    )
+    spike_deviations: float | None = Field(
+        None, gt=0, description="standard deviations above the mean of the last 100 steps that loss or gradient norm may lie; null: any"
+    )
+    left_out_steps: PositiveInt = Field(1, description="batches that a rollback leaves out, the last of them the one that leapt")
+    max_rollbacks: PositiveInt = Field(10, description="over all restarts of the run; one more ends it")
+
+
+class ProfileConfig(Section):
+    """A trace of some steps of rank 0, for chrome://tracing or Perfetto."""
+
+    steps: list[PositiveInt] | None = Field(None, min_length=2, max_length=2, description="the first and the last step, as [10,12]")
+
+
 class CheckpointConfig(Section):
     """When the run is saved, beside its end."""
 
@@ -310,6 +330,8 @@ class Config(ModelSetup):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     train: TrainConfig
+    anomaly: AnomalyConfig
+    profile: ProfileConfig
     checkpoint: CheckpointConfig
     evals: EvalsConfig
     track: TrackConfig

@@ -2,6 +2,7 @@
 
 import sys
 
+from retemper.pipeline.distributed.topology import noting_signals
 from retemper.pipeline.ranks import run_rank
 
 
@@ -9,7 +10,8 @@ def main(overrides: list[str]) -> int:
     def work(config, topology, fingerprints):
         from retemper.pipeline.train.loop import train
 
-        train(config, topology, fingerprints)
+        with noting_signals():
+            train(config, topology, fingerprints)
 
     return run_rank(overrides, work)
 

@@ -12,7 +12,7 @@ from retemper.pipeline.train.step import StepResult
 
 
 class Log:
-    """Follows `state` and `batches`, which the loop moves on; does nothing unless enabled."""
+    """Follows `state` and `batches`, which the loop moves on; does nothing unless enabled. A context manager."""
 
     def __init__(self, config: Config, state: TrainState, batches: TrainingBatches, counts: tuple[int, int], *, enabled: bool):
         self.config, self.state, self.batches, self.enabled = config, state, batches, enabled
@@ -33,11 +33,14 @@ class Log:
         self.bar = tqdm(total=config.steps, initial=state.step, desc=label, unit="step", dynamic_ncols=True, disable=None)
         self.mark = state.step, state.seconds, batches.seconds_waited
 
-    def step(self, result: StepResult) -> None:
-        """Count one step, and report it where a report is due."""
+    def step(self, result: StepResult | None) -> None:
+        """Count one step, and report it where a report is due; without a result its batch was left out."""
         if not self.enabled:
             return
         self.bar.update()
+        if not result:
+            self.bar.write(f"step {self.state.step:>6}  left out ({run_folder.LEFT_OUT})")
+            return
         if self.state.step % self.config.train.log_every_steps and self.state.step != self.config.steps:
             return
         now = self.state.step, self.state.seconds, self.batches.seconds_waited
@@ -68,8 +71,15 @@ class Log:
         self.tracker.log({"step": step} | {f"heldout/{domain}/bits_per_byte": values["bits_per_byte"] for domain, values in scores.items()})
         self.bar.write(format_scores(step, scores))
 
-    def close(self) -> None:
-        """Finish the bar and the W&B run."""
+    def stopped(self) -> None:
+        """Say that a signal ended the run, and where it goes on."""
+        if self.enabled:
+            self.bar.write(f"stopped by a signal; saved after step {self.state.step}, the same command goes on from there")
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_error) -> None:
         if self.enabled:
             self.bar.close()
             self.tracker.close()

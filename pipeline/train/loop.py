@@ -4,34 +4,44 @@ import time
 from typing import Any
 
 from retemper.pipeline.checkpoint.sharded import Checkpointer
-from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.data.ledger import Ledger
 from retemper.pipeline.data.reader import TrainingBatches
 from retemper.pipeline.distributed.seeds import seed_step
-from retemper.pipeline.distributed.topology import Topology
+from retemper.pipeline.distributed.topology import Topology, asked_to_stop
 from retemper.pipeline.evals.hook import evaluate
 from retemper.pipeline.model.build import build_model, parameter_counts
 from retemper.pipeline.schema import Config
+from retemper.pipeline.train.anomaly import Anomaly, left_out, roll_back
 from retemper.pipeline.train.log import Log
 from retemper.pipeline.train.optimizer import build_optimizer, build_schedule
+from retemper.pipeline.train.profile import profiler
 from retemper.pipeline.train.step import train_step
 
 
-def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> TrainState:
+def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> None:
     """Train until config.steps, from the newest checkpoint where there is one. Every rank calls it.
 
     fingerprints: of the data and the base, kept in every checkpoint and checked on resume.
     """
+    while anomaly := train_until_anomaly(config, topology, fingerprints):
+        roll_back(config, topology, anomaly)
+
+
+def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> Anomaly | None:
+    """Train on, until the end, a signal to stop or a step that must not count, which is returned."""
     model = build_model(config, topology)
     optimizer = build_optimizer(config, model)
     schedule = build_schedule(config, optimizer)
     checkpointer = Checkpointer(config, topology, model, optimizer, fingerprints)
     state = checkpointer.restore()
     schedule.step(state.consumed_samples * config.data.seq_length)
-    ledger = Ledger(config, topology)
-    with TrainingBatches(config, topology, state.samples_of_data, config.steps - state.step) as batches:
-        counts = parameter_counts(model, config.parallel.tensor_parallel_size)
-        log = Log(config, state, batches, counts, enabled=topology.rank == 0)
+    ledger, without = Ledger(config, topology), left_out(config)
+    counts = parameter_counts(model, config.parallel.tensor_parallel_size)
+    with (
+        TrainingBatches(config, topology, state.samples_of_data, config.steps - state.step) as batches,
+        profiler(config, topology, state.step) as profiled,
+        Log(config, state, batches, counts, enabled=topology.rank == 0) as log,
+    ):
         seed_step(config.seed, state.step, topology)
         if state.step in (0, *config.milestone_steps):  # the start of the run, or a milestone whose evaluation was cut short
             log.scores(evaluate(config, topology, model, state.step))
@@ -39,18 +49,28 @@ def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> T
             started = time.perf_counter()
             seed_step(config.seed, state.step, topology)
             data = next(batches)
-            result = train_step(config, model, optimizer, schedule, data.micro_batches)
+            if state.step + 1 in without:
+                result = None
+                schedule.step(config.tokens_per_step)
+            else:
+                result = train_step(config, state, model, optimizer, schedule, data.micro_batches)
+            if isinstance(result, Anomaly):
+                return result
             state.step += 1
             state.consumed_samples += config.train.global_batch_size
             state.seconds += time.perf_counter() - started
             ledger.record(state.step, data)
             log.step(result)
-            if _saves_after(config, state.step):
+            profiled()
+            stopping = asked_to_stop()
+            if stopping or _saves_after(config, state.step):
                 checkpointer.save(state)
+            if stopping:
+                log.stopped()
+                return None
             if state.step in config.milestone_steps:
                 log.scores(evaluate(config, topology, model, state.step))
-        log.close()
-    return state
+    return None
 
 
 def _saves_after(config: Config, step: int) -> bool:

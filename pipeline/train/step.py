@@ -1,13 +1,15 @@
 """One optimizer step."""
 
-import math
 from dataclasses import dataclass
 
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.data.batch import Batch
 from retemper.pipeline.distributed.topology import from_last_stage
-from retemper.pipeline.errors import UserError
 from retemper.pipeline.model.forward import run_schedule
 from retemper.pipeline.schema import Config
+from retemper.pipeline.train.anomaly import Anomaly, anomaly_in, remember
 
 
 @dataclass(frozen=True)
@@ -19,27 +21,27 @@ class StepResult:
     lr: float
 
 
-def train_step(config: Config, model, optimizer, schedule, batches: list[Batch]) -> StepResult:
+def train_step(config: Config, state: TrainState, model, optimizer, schedule, batches: list[Batch]) -> StepResult | Anomaly:
     """Forward and backward over this rank's micro-batches, gradients reduced, one optimizer step.
 
-    Raises UserError on every rank alike, before anything is saved, when the loss or the gradient norm is not finite.
+    Loss and gradient norm are looked at before it: an Anomaly has changed no weight.
     """
     for stage in model:
         stage.zero_grad_buffer()
     optimizer.zero_grad()
     outputs = run_schedule(model, batches, forward_only=False)
     nats, tokens = from_last_stage([float(sum(output[key] for output in outputs)) for key in ("loss", "tokens")])
-    _check_finite(config, "loss", nats)
+    loss = nats / max(tokens, 1)
+    if anomaly := anomaly_in(config, state, "losses", loss):
+        return anomaly
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if anomaly := anomaly_in(config, state, "grad_norms", grad_norm):
+        return anomaly
+    if config.optimizer.clip_grad:
+        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), config.optimizer.clip_grad, grad_norm)
     lr = min(group["lr"] for group in optimizer.param_groups)  # LoRA+ gives B a higher one
-    _, grad_norm, _ = optimizer.step()
-    _check_finite(config, "gradient norm", float(grad_norm))
+    optimizer.step_with_ready_grads()
     schedule.step(config.tokens_per_step)
-    return StepResult(nats / max(tokens, 1), float(grad_norm), lr)
-
-
-def _check_finite(config: Config, name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise UserError(
-            f"the {name} is {value}. The checkpoints in {config.run_dir} are kept; the newest may already be on the way there: "
-            "remove it to try the steps after the one before again, or start under another name with a lower optimizer.lr"
-        )
+    remember(state, loss, grad_norm)
+    return StepResult(loss, grad_norm, lr)

@@ -6,7 +6,10 @@ with. Its results are its run folder.
 
 import contextlib
 import shutil
+from dataclasses import replace
 from unittest import mock
+
+import torch
 
 from retemper.pipeline.config import load_config
 from retemper.pipeline.distributed import topology
@@ -138,6 +141,34 @@ def lost_random_state():
     return mock.patch.object(loop, "seed_step", lambda seed, step, place: seed_step(seed + 1, step, place))
 
 
+def nan_gradient():
+    """One rank's gradients are not numbers in step 7."""
+    from retemper.pipeline.train import loop
+
+    def train_step(config, state, model, optimizer, schedule, batches, train_step=loop.train_step):
+        def prepare(prepare_grads=optimizer.prepare_grads):
+            if state.step + 1 == 7 and torch.distributed.get_rank() == 1:
+                model[0].buffers[0].grad_data.fill_(float("nan"))
+            return prepare_grads()
+
+        with mock.patch.object(optimizer, "prepare_grads", prepare):
+            return train_step(config, state, model, optimizer, schedule, batches)
+
+    return mock.patch.object(loop, "train_step", train_step)
+
+
+def garbage_batch():
+    """The labels of step 21 have nothing to do with its tokens."""
+    from retemper.pipeline.train import loop
+
+    def train_step(config, state, model, optimizer, schedule, batches, train_step=loop.train_step):
+        if state.step + 1 == 21:
+            batches = [replace(batch, labels_BT=torch.full_like(batch.labels_BT, 299)) for batch in batches]
+        return train_step(config, state, model, optimizer, schedule, batches)
+
+    return mock.patch.object(loop, "train_step", train_step)
+
+
 FAULTS = {
     None: contextlib.nullcontext,
     "unreduced_adapter_gradient": unreduced_adapter_gradient,
@@ -149,4 +180,6 @@ FAULTS = {
     "lost_data_position": lost_data_position,
     "another_seed": another_seed,
     "lost_random_state": lost_random_state,
+    "nan_gradient": nan_gradient,
+    "garbage_batch": garbage_batch,
 }

@@ -1,0 +1,79 @@
+"""Steps that must not count: a loss or gradient norm that is not finite, or leaps out of those before it."""
+
+import gc
+import math
+import statistics
+from dataclasses import dataclass
+
+from retemper.pipeline import run_folder
+from retemper.pipeline.checkpoint.state import TrainState
+from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import Config
+
+_WINDOW = 100  # steps whose mean and deviation the next one is held against
+_ENOUGH = 20  # of them at least
+
+
+@dataclass(frozen=True)
+class Anomaly:
+    """What was seen of a step that changed no weight."""
+
+    step: int
+    what: str
+
+
+def anomaly_in(config: Config, state: TrainState, name: str, value: float) -> Anomaly | None:
+    """Whether a loss or gradient norm of the step after `state` is one. The same on every rank, as the value is."""
+    recent, deviations = getattr(state, f"recent_{name}"), config.anomaly.spike_deviations
+    label = {"losses": "loss", "grad_norms": "gradient norm"}[name]
+    if not math.isfinite(value):
+        return Anomaly(state.step + 1, f"the {label} is {value}")
+    if deviations and len(recent) >= _ENOUGH:
+        mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
+        if value > mean + deviations * deviation:
+            away = (value - mean) / deviation if deviation else math.inf
+            return Anomaly(
+                state.step + 1,
+                f"the {label} is {value:.4g}, {away:.1f} deviations above the mean {mean:.4g} of the last {len(recent)} steps",
+            )
+    return None
+
+
+def remember(state: TrainState, loss: float, grad_norm: float) -> None:
+    """Let a good step count among those that the next is held against."""
+    for recent, value in ((state.recent_losses, loss), (state.recent_grad_norms, grad_norm)):
+        recent.append(value)
+        del recent[:-_WINDOW]
+
+
+def left_out(config: Config) -> set[int]:
+    """The steps whose batches change no weight: those of rollbacks before. Every rank calls it."""
+    return set(from_rank_zero([record["step"] for record in run_folder.read_lines(config.run_dir / run_folder.LEFT_OUT)]))
+
+
+def roll_back(config: Config, topology: Topology, anomaly: Anomaly) -> None:
+    """Record which batches are left out from now on; training then begins anew from the newest checkpoint. Every rank calls it.
+
+    Raises UserError where the run is to stop instead.
+    """
+    path = config.run_dir / run_folder.LEFT_OUT
+    advice = f"step {anomaly.step}: {anomaly.what}. It changed no weight, and the checkpoints in {config.run_dir} are from before it. "
+    if config.anomaly.policy == "stop":
+        raise UserError(
+            f"{advice}anomaly.policy=rollback goes on from the newest and leaves the batch out; a lower optimizer.lr under another name begins anew"
+        )
+    if len({record["rollback"] for record in run_folder.read_lines(path)}) >= config.anomaly.max_rollbacks:
+        raise UserError(
+            f"{advice}{path} has anomaly.max_rollbacks={config.anomaly.max_rollbacks} rollbacks already: what is wrong is not one batch"
+        )
+    barrier()  # every rank has read the file
+    if topology.rank == 0:
+        for step in range(max(1, anomaly.step - config.anomaly.left_out_steps + 1), anomaly.step + 1):
+            run_folder.append_line(path, {"step": step, "rollback": anomaly.step, "what": anomaly.what})
+        print(
+            f"{config.study}/{config.name}: {anomaly.what} at step {anomaly.step}; back to the newest checkpoint, without that batch",
+            flush=True,
+        )
+    barrier()
+    gc.collect()  # the model before goes before the next one comes
