@@ -20,6 +20,7 @@ def main(overrides: list[str]) -> None:
     place = topology.start(config.parallel)
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+    from retemper.pipeline.checkpoint.state import TrainState
     from retemper.pipeline.data.batch import make_batches
     from retemper.pipeline.data.mds import Samples
     from retemper.pipeline.distributed.seeds import seed_step
@@ -33,7 +34,7 @@ def main(overrides: list[str]) -> None:
         build.SdpaAttention = attention
         model = build.build_model(config, place)
         optimizer = build_optimizer(config, model)
-        runs[name] = (model, optimizer, build_schedule(config, optimizer))
+        runs[name] = (TrainState(), model, optimizer, build_schedule(config, optimizer))
     samples = Samples(config.train.global_batch_size, config.data.seq_length)
     samples.tokens[:-1] = np.random.default_rng(0).integers(0, config.model.vocab_size, len(samples.tokens) - 1)
     samples.pieces["lengths"] = [np.uint32(config.data.seq_length).tobytes()] * len(samples)

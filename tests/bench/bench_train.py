@@ -1,0 +1,205 @@
+"""What the trainer costs: its step beside megatron-core's bare one, memory over 300 steps, the time to a first step, LoRA beside full.
+
+    python tests/bench/bench_train.py [step] [memory] [start] [lora]      (all by default; about ten minutes)
+
+One rank, CPU-seconds, interleaved. step: the demo's model and data; the whole loop with reading, logging and ledger beside
+megatron-core's schedule and optimizer step on the same model and batch. start: a run of one step beside the imports of torch and
+megatron-core alone. lora: a model of 60M parameters, r=16, in turn with full training; and what their checkpoints take.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+ROUNDS, STEPS_OF_ROUND = 12, 4
+LARGER = ["model.hidden_size=768", "model.ffn_hidden_size=2048", "model.num_layers=8", "model.num_attention_heads=12"]
+LARGER += ["model.num_query_groups=12", "train.micro_batch_size=4", "train.global_batch_size=4"]
+
+
+def main(parts: list[str]) -> None:
+    benches = {"step": bench_step, "memory": bench_memory, "start": bench_start, "lora": bench_lora}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = make_corpus(folder)
+        for part in parts or benches:
+            benches[part](folder, corpus)
+
+
+def make_corpus(folder: Path) -> list[str]:
+    """The overrides of a run on the demo's corpus, tokenized here."""
+    from retemper.pipeline.config import load_config
+    from retemper.pipeline.study.demo import _prepare_data
+
+    asked = ["run=demo_base", "parallel=single", f"runs_dir={folder / 'runs'}", "evals.heldout={}", "track.wandb=off"]
+    _prepare_data([load_config(asked), load_config(["run=demo_full", *asked[1:]])])
+    return asked
+
+
+class BareSteps:
+    """Runs megatron-core's own step a few times after every few of the loop's, on the loop's model and its last batch."""
+
+    def __init__(self):
+        self.ours, self.bare, self.done = [], [], 0
+
+    def watch(self, loop):
+        """Patches of the loop: what it builds and trains on is noted; its own calls stay as they are."""
+        build_optimizer, train_step, asked_to_stop = loop.build_optimizer, loop.train_step, loop.asked_to_stop
+
+        def noting_optimizer(config, model):
+            self.model, self.optimizer = model, build_optimizer(config, model)
+            return self.optimizer
+
+        def noting_step(config, state, model, optimizer, schedule, batches):
+            self.batches, self.schedule, self.tokens = batches, schedule, config.tokens_per_step
+            return train_step(config, state, model, optimizer, schedule, batches)
+
+        def after_step():
+            stopping = asked_to_stop()
+            self.done += 1
+            if self.done % STEPS_OF_ROUND == 0:
+                self.ours.append(time.process_time() - self.started)
+                self.take_bare_steps()
+                self.started = time.process_time()
+            return stopping
+
+        self.started = time.process_time()
+        return (
+            mock.patch.object(loop, "build_optimizer", noting_optimizer),
+            mock.patch.object(loop, "train_step", noting_step),
+            mock.patch.object(loop, "asked_to_stop", after_step),
+        )
+
+    def take_bare_steps(self) -> None:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        from retemper.pipeline.model.forward import _forward_step
+
+        (stage,) = self.model
+        shape = self.batches[0].shape
+        started = time.process_time()
+        for _ in range(STEPS_OF_ROUND):
+            stage.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            get_forward_backward_func()(
+                forward_step_func=_forward_step, data_iterator=iter(self.batches), model=stage, num_microbatches=len(self.batches),
+                seq_length=shape[1], micro_batch_size=shape[0], forward_only=False,
+            )  # fmt: skip
+            self.optimizer.step()
+            self.schedule.step(self.tokens)
+        self.bare.append(time.process_time() - started)
+
+
+def bench_step(folder: Path, asked: list[str]) -> None:
+    bare = BareSteps()
+    train(
+        [*asked, "name=step", f"train.tokens={(ROUNDS + 1) * STEPS_OF_ROUND * 16 * 256}", "train.log_every_steps=1", "data.ledger=true"],
+        lambda loop: bare.watch(loop),
+    )
+    ratios = sorted(ours / other for ours, other in zip(bare.ours[1:], bare.bare[1:], strict=True))  # the first round warms up
+    print(
+        f"step    {statistics.median(bare.ours[1:]) / STEPS_OF_ROUND:.3f} CPU-seconds, bare megatron-core "
+        f"{statistics.median(bare.bare[1:]) / STEPS_OF_ROUND:.3f}; ratio: median {statistics.median(ratios):.3f} "
+        f"(min {ratios[0]:.3f}, max {ratios[-1]:.3f}) over {len(ratios)} interleaved rounds of {STEPS_OF_ROUND}"
+    )
+
+
+def bench_memory(folder: Path, asked: list[str]) -> None:
+    held, small = [], ["train.global_batch_size=4", "train.micro_batch_size=4"]
+
+    def watch(loop):
+        asked_to_stop = loop.asked_to_stop
+
+        def after_step():
+            held.append(anonymous_kib())
+            return asked_to_stop()
+
+        return (mock.patch.object(loop, "asked_to_stop", after_step),)
+
+    train([*asked, *small, "name=memory", f"train.tokens={350 * 4 * 256}", "train.log_every_steps=1", "schedule.warmup_tokens=0"], watch)
+    print(f"memory  {held[49] / 1024:.1f} MiB after 50 steps, {held[349] / 1024:.1f} after 350: {held[349] - held[49]:+d} KiB in 300 steps")
+
+
+def bench_start(folder: Path, asked: list[str]) -> None:
+    imports = "from retemper.pipeline.distributed import topology; topology.prepare_megatron(); import torch, megatron.core.models.gpt"
+    imports += ", megatron.core.dist_checkpointing, megatron.core.distributed, megatron.core.optimizer"
+    one_step = ["-m", "retemper.pipeline.train", *asked, f"train.tokens={16 * 256}", "schedule.warmup_tokens=0"]
+    pairs = [(wall([*one_step, f"name=start-{number}"]), wall(["-c", imports])) for number in range(5)]
+    over = sorted(run - imported for run, imported in pairs)
+    print(
+        f"start   {statistics.median(run for run, _ in pairs):.1f} s to the end of a run of one step, its checkpoint committed; "
+        f"{statistics.median(imported for _, imported in pairs):.1f} s of them imports of torch and megatron-core; "
+        f"beyond them {statistics.median(over):.1f} s (min {over[0]:.1f}, max {over[-1]:.1f})"
+    )
+
+
+def bench_lora(folder: Path, asked: list[str]) -> None:
+    larger = [*asked, *LARGER, "schedule.warmup_tokens=0"]
+    train([*larger, "name=large-base", f"train.tokens={4 * 256}"])
+    methods = {"full": [], "lora": ["method=lora", "method.lora.rank=16"]}
+    seconds: dict[str, list[float]] = {"full": [], "lora": []}
+
+    def watch(name: str):
+        def patches(loop):
+            train_step = loop.train_step
+
+            def timed(*arguments):
+                started = time.process_time()
+                result = train_step(*arguments)
+                seconds[name].append(time.process_time() - started)
+                return result
+
+            return (mock.patch.object(loop, "train_step", timed),)
+
+        return patches
+
+    base = f"init_from={folder / 'runs' / 'demo' / 'large-base'}"
+    for number in range(4):
+        for name, method in methods.items():
+            train([*larger, *method, f"name={name}-{number}", base, f"train.tokens={6 * 4 * 256}"], watch(name))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    sizes = {
+        name: sum(path.stat().st_size for path in (folder / "runs" / "demo" / f"{name}-0" / "checkpoints").glob("*/*.distcp"))
+        for name in methods
+    }
+    print(
+        f"lora    full {medians['full']:.2f} CPU-seconds a step, LoRA {medians['lora']:.2f}: {medians['full'] / medians['lora']:.2f} times; "
+        f"checkpoints {sizes['full'] / 2**20:.0f} and {sizes['lora'] / 2**20:.1f} MiB: {sizes['lora'] / sizes['full']:.2%}"
+    )
+
+
+def train(asked: list[str], watch=lambda loop: ()) -> None:
+    import contextlib
+
+    from retemper.pipeline.config import load_config
+    from retemper.pipeline.distributed import topology
+    from retemper.pipeline.preflight import preflight
+
+    config = load_config(asked)
+    fingerprints = preflight(config)
+    place = topology.start(config.parallel)
+    from retemper.pipeline.train import loop
+
+    with contextlib.ExitStack() as patched, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        for patch in watch(loop):
+            patched.enter_context(patch)
+        loop.train(config, place, fingerprints)
+    topology.stop(leave=False)
+
+
+def wall(arguments: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def anonymous_kib() -> int:
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
