@@ -244,6 +244,19 @@ def _setup_conflicts(config: ModelSetup):
         yield "method.name=full trains every weight, but method.lora is set; take the preset method=lora or set method.lora=null"
 
 
+def _branch_conflicts(config: Config):
+    if config.train.branches and config.branch_of:
+        yield "train.branches: a branch has none of its own; leave branch_of or train.branches out"
+    if (config.train.branches or config.branch_of) and not (config.schedule.name == "trapezoid" and config.schedule.cooldown_fraction):
+        yield "branches cool down from a constant rate: schedule=trapezoid with a schedule.cooldown_fraction above 0"
+    for tokens, step in zip(config.train.branches, config.branch_steps, strict=True):
+        if not 1 <= step <= config.steps:
+            yield (
+                f"train.branches: the cooldown of {tokens} begins after step {step}, but train.tokens={config.train.tokens} is {config.steps} "
+                f"steps; a trunk reaches from 1 to the last of them"
+            )
+
+
 def _conflicts(config: Config):
     """Yield every rule between keys that the config breaks."""
     yield from _data_conflicts(config.data)
@@ -275,10 +288,11 @@ def _conflicts(config: Config):
         yield f"data.seq_length={config.data.seq_length} exceeds model.max_sequence_length={model.max_sequence_length}"
     if config.steps < 1:
         yield f"train.tokens={train.tokens} is less than one step of {config.tokens_per_step} tokens (global_batch_size × seq_length)"
-    elif config.schedule.warmup_tokens >= config.steps * config.tokens_per_step:
+    elif not config.branch_of and config.schedule.warmup_tokens >= config.steps * config.tokens_per_step:
         yield f"schedule.warmup_tokens={config.schedule.warmup_tokens} is not less than the run's {config.steps * config.tokens_per_step} tokens"
     if (steps := config.profile.steps) and not steps[0] <= steps[1] <= config.steps:
         yield f"profile.steps={steps} are a first and a last step, at most {config.steps}, the run's last"
+    yield from _branch_conflicts(config)
     for tokens in config.checkpoint.milestones:
         if tokens > train.tokens:
             yield f"checkpoint.milestones: {tokens} is beyond train.tokens={train.tokens}"

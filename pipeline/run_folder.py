@@ -24,6 +24,8 @@ _MAY_CHANGE = (
     "track.",
     "runs_dir:",
     "init_from:",
+    "branch_of:",
+    "train.branches:",
     "train.micro_batch_size:",
     "train.log_every_steps:",
     # The checkpoint's fingerprints guard the content of these.

@@ -1,6 +1,7 @@
 """The keys of a run and of a corpus: one strict schema, each field with what it means."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,12 @@ def parse_tokens(value: Any) -> int:
     if not match:
         raise ValueError(f"{value!r} is no token count: write an integer, or a number with K, M, B or T, as 0.25B")
     return round(float(match[1]) * _UNITS[match[2]])
+
+
+def format_tokens(tokens: int) -> str:
+    """A token count as short as it can be written without loss: 250M, 1B, 81920."""
+    unit = max((unit for unit, size in _UNITS.items() if tokens % size == 0), key=_UNITS.get)
+    return f"{tokens // _UNITS[unit]}{unit}"
 
 
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=0)]
@@ -259,6 +266,11 @@ class TrainConfig(Section):
     global_batch_size: PositiveInt = Field(description="samples per optimizer step, over all ranks")
     micro_batch_size: PositiveInt = Field(description="samples per forward pass of one rank")
     log_every_steps: PositiveInt = 10
+    branches: list[Tokens] = Field(
+        default=[],
+        description="milestones as the paper has them: this run's rate stays constant, and for each of these token counts a run of its own "
+        "goes on from this one's checkpoint where its cooldown begins (schedule.cooldown_fraction)",
+    )
 
 
 class AnomalyConfig(Section):
@@ -326,6 +338,9 @@ class Config(ModelSetup):
     name: Name = Field(description="of the run; its folder is runs_dir/study/name")
     runs_dir: str = "runs"
     init_from: str | None = Field(None, description="run folder whose newest checkpoint gives the initial weights")
+    branch_of: str | None = Field(
+        None, description="run folder that this run goes on from, weights, optimizer and data, where its own cooldown begins"
+    )
     data: DataConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
@@ -347,6 +362,20 @@ class Config(ModelSetup):
     @property
     def steps(self) -> int:
         return self.train.tokens // self.tokens_per_step
+
+    @property
+    def cooldown_fraction(self) -> float:
+        """Of a trunk none: its branches cool down."""
+        return 0.0 if self.train.branches else self.schedule.cooldown_fraction
+
+    def cooldown_begins(self, tokens: int) -> int:
+        """The step after which a run of so many tokens cools down."""
+        return math.floor(tokens // self.tokens_per_step * (1 - self.schedule.cooldown_fraction))
+
+    @property
+    def branch_steps(self) -> list[int]:
+        """Steps whose checkpoints this run's branches go on from."""
+        return [self.cooldown_begins(tokens) for tokens in self.train.branches]
 
     @property
     def milestone_steps(self) -> list[int]:

@@ -3,6 +3,7 @@
 import logging
 import secrets
 import sys
+from pathlib import Path
 
 from retemper.pipeline.schema import Config
 
@@ -38,7 +39,7 @@ class Tracker:
             id_file.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=config.track.project,
-            group=config.study,
+            group=f"{config.study}/{Path(config.branch_of).name}" if config.branch_of else config.study,
             name=config.name,
             id=id_file.read_text(),
             resume="allow",

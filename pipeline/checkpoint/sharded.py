@@ -63,18 +63,22 @@ class Checkpointer:
         write_checkpoint(self.config.run_dir, state.step, self._sharded_state(is_loading=False), meta, self.topology)
 
     def restore(self) -> TrainState:
-        """Load this run's newest committed checkpoint; without one, the weights of init_from. Every rank calls it.
+        """Load this run's newest committed checkpoint; without one, that of the run it branches off, or the weights of init_from.
 
-        Raises UserError where a checkpoint is damaged, of another kind, or was made on other data or another base.
+        Every rank calls it. Raises UserError where a checkpoint is damaged, of another kind, or was made on other data or another base.
         """
         steps = from_rank_zero(commit.committed_steps(self.config.run_dir))
-        if self.config.init_from and (self.config.method.name == "lora" or not steps):
+        if self.config.init_from and (self.config.method.name == "lora" or not (steps or self.config.branch_of)):
             self._load_base()
-        return self.load(steps[-1]) if steps else TrainState()
+        if steps:
+            return self.load(steps[-1])
+        if trunk := self.config.branch_of:
+            return self.load(self.config.cooldown_begins(self.config.train.tokens), Path(trunk))
+        return TrainState()
 
-    def load(self, step: int) -> TrainState:
-        """Load this run's checkpoint after `step` steps (with LoRA: onto the base that restore loaded)."""
-        folder = commit.folder_of(self.config.run_dir, step)
+    def load(self, step: int, run_dir: Path | None = None) -> TrainState:
+        """Load the checkpoint after `step` steps of this run, or of another (with LoRA: onto the base that restore loaded)."""
+        folder = commit.folder_of(run_dir or self.config.run_dir, step)
         meta = verified_meta(folder)
         state = TrainState.from_dict(meta["train_state"])
         # Scoring reads no training data: a checkpoint from before a change of it may be scored.

@@ -8,10 +8,10 @@ from retemper.pipeline.ranks import run_rank
 
 def main(overrides: list[str]) -> int:
     def work(config, topology, fingerprints):
-        from retemper.pipeline.train.loop import train
+        from retemper.pipeline.train.branches import train_with_branches
 
         with noting_signals():
-            train(config, topology, fingerprints)
+            train_with_branches(config, topology, fingerprints)
 
     return run_rank(overrides, work)
 

@@ -75,4 +75,4 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
 
 def _saves_after(config: Config, step: int) -> bool:
     every = config.checkpoint.save_every_steps
-    return step in config.milestone_steps or (every > 0 and step % every == 0)
+    return step in (*config.milestone_steps, *config.branch_steps) or (every > 0 and step % every == 0)

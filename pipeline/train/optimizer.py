@@ -32,16 +32,16 @@ def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerPar
     """The learning rate at a number of consumed tokens: `step(tokens)` moves on. A step uses the rate at its start."""
     settings, total_tokens = config.schedule, config.steps * config.tokens_per_step
     peak, decay = config.optimizer.lr, config.optimizer.weight_decay
-    constant = settings.name == "trapezoid" and not settings.cooldown_fraction
+    constant = settings.name == "trapezoid" and not config.cooldown_fraction
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=peak,
         min_lr=peak * settings.min_lr_ratio,
         lr_warmup_steps=settings.warmup_tokens,
-        lr_decay_steps=total_tokens,
+        lr_decay_steps=max(total_tokens, settings.warmup_tokens + 1),  # a branch may end within the warm-up
         lr_decay_style="constant" if constant else {"trapezoid": "WSD", "cosine": "cosine"}[settings.name],
-        wsd_decay_steps=max(1, round(settings.cooldown_fraction * total_tokens)),
+        wsd_decay_steps=max(1, round(config.cooldown_fraction * total_tokens)),
         lr_wsd_decay_style="linear",
         start_wd=decay,
         end_wd=decay,

@@ -22,6 +22,7 @@ class Stopped(Exception):
 
 def main(cases: list[dict]) -> None:
     from retemper.pipeline.train import loop
+    from retemper.pipeline.train.branches import train_with_branches
 
     for case in cases:
         config = load_config(case["overrides"])
@@ -33,7 +34,7 @@ def main(cases: list[dict]) -> None:
         with FAULTS[case.get("fault")]():
             try:
                 with interruption(loop, case.get("stop_after")):
-                    loop.train(config, place, fingerprints)
+                    train_with_branches(config, place, fingerprints)
             except Stopped:
                 pass
         topology.stop(leave=False)

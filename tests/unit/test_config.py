@@ -5,7 +5,7 @@ from conftest import overrides
 
 from retemper.pipeline.config import changed_keys, load_config, load_data_config, preset_names
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import parse_tokens
+from retemper.pipeline.schema import format_tokens, parse_tokens
 
 
 def problems(*changes: str, tmp="/nowhere") -> str:
@@ -58,6 +58,11 @@ def test_every_group_preset_loads(group):
 )
 def test_token_counts(text, tokens):
     assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize(("tokens", "text"), [(250_000_000, "250M"), (20 * 10**9, "20B"), (81920, "81920"), (1500, "1500"), (2000, "2K")])
+def test_token_counts_are_written_short_and_exact(tokens, text):
+    assert format_tokens(tokens) == text and parse_tokens(text) == tokens
 
 
 @pytest.mark.parametrize("text", ["20 billion", "-3", "", "1G", None, True])
@@ -117,6 +122,9 @@ def test_every_impossible_topology_is_named():
             "1 micro-batches a step are not divisible by parallel.pipeline_parallel_size=2",
         ),
         (["name=../escape"], "name"),
+        (["train.branches=[10K]"], "the cooldown of 10000 begins after step 15, but train.tokens=5120 is 10 steps"),
+        (["train.branches=[5K]", "schedule=cosine"], "schedule=trapezoid"),
+        (["train.branches=[5K]", "branch_of=runs/x"], "a branch has none of its own"),
     ],
 )
 def test_rules_between_keys(change, said):
