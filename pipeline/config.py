@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config, DataConfig, ModelSetup, ParallelConfig, Section
+from retemper.pipeline.schema import Config, DataConfig, ModelSetup, ParallelConfig, ScheduleConfig, Section
 
 
 def load_config(overrides: list[str]) -> Config:
@@ -244,6 +244,13 @@ def _setup_conflicts(config: ModelSetup):
         yield "method.name=full trains every weight, but method.lora is set; take the preset method=lora or set method.lora=null"
 
 
+def _schedule_conflicts(schedule: ScheduleConfig):
+    if schedule.name == "inverse_sqrt" and not schedule.warmup_tokens:
+        yield "schedule.name=inverse_sqrt falls with sqrt(schedule.warmup_tokens / tokens): set schedule.warmup_tokens above 0"
+    if schedule.name != "trapezoid" and schedule.cooldown_fraction:
+        yield f"schedule.cooldown_fraction is the trapezoid's alone: set it to 0 with schedule.name={schedule.name}, or take schedule=trapezoid"
+
+
 def _conflicts(config: Config):
     """Yield every rule between keys that the config breaks."""
     yield from _data_conflicts(config.data)
@@ -277,6 +284,7 @@ def _conflicts(config: Config):
         yield f"train.tokens={train.tokens} is less than one step of {config.tokens_per_step} tokens (global_batch_size × seq_length)"
     elif config.schedule.warmup_tokens >= config.steps * config.tokens_per_step:
         yield f"schedule.warmup_tokens={config.schedule.warmup_tokens} is not less than the run's {config.steps * config.tokens_per_step} tokens"
+    yield from _schedule_conflicts(config.schedule)
     for tokens in config.checkpoint.milestones:
         if tokens > train.tokens:
             yield f"checkpoint.milestones: {tokens} is beyond train.tokens={train.tokens}"

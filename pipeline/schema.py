@@ -244,12 +244,15 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """The learning rate over tokens. trapezoid: linear warm-up, constant, linear cooldown; cosine: warm-up, half cosine."""
+    """The learning rate over tokens, after a linear warm-up from zero, which takes precedence over a cooldown.
 
-    name: Literal["trapezoid", "cosine"]
+    trapezoid: constant, then a linear cooldown; cosine: half a cosine; inverse_sqrt: peak × sqrt(warmup_tokens / tokens).
+    """
+
+    name: Literal["trapezoid", "cosine", "inverse_sqrt"]
     warmup_tokens: Tokens
     cooldown_fraction: Fraction = Field(0.2, description="of train.tokens; the last part of the trapezoid")
-    min_lr_ratio: Fraction = Field(0.0, description="final learning rate as a fraction of the peak")
+    min_lr_ratio: Fraction = Field(0.0, description="final, for inverse_sqrt least, learning rate as a fraction of the peak")
 
 
 class TrainConfig(Section):

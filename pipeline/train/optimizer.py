@@ -32,7 +32,7 @@ def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerPar
     """The learning rate at a number of consumed tokens: `step(tokens)` moves on. A step uses the rate at its start."""
     settings, total_tokens = config.schedule, config.steps * config.tokens_per_step
     peak, decay = config.optimizer.lr, config.optimizer.weight_decay
-    constant = settings.name == "trapezoid" and not settings.cooldown_fraction
+    trapezoid = "WSD" if settings.cooldown_fraction else "constant"
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -40,8 +40,8 @@ def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerPar
         min_lr=peak * settings.min_lr_ratio,
         lr_warmup_steps=settings.warmup_tokens,
         lr_decay_steps=total_tokens,
-        lr_decay_style="constant" if constant else {"trapezoid": "WSD", "cosine": "cosine"}[settings.name],
-        wsd_decay_steps=max(1, round(settings.cooldown_fraction * total_tokens)),
+        lr_decay_style={"trapezoid": trapezoid, "cosine": "cosine", "inverse_sqrt": "inverse-square-root"}[settings.name],
+        wsd_decay_steps=settings.cooldown_fraction * total_tokens,
         lr_wsd_decay_style="linear",
         start_wd=decay,
         end_wd=decay,
