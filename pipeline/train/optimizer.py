@@ -4,10 +4,11 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from retemper.pipeline.schema import Config
+from retemper.pipeline.train.lion import Lion
 
 
 def build_optimizer(config: Config, model) -> MegatronOptimizer:
-    """AdamW over the trainable parameters of a model's stages, its states sharded over data-parallel ranks."""
+    """AdamW or Lion over the trainable parameters of a model's stages, its states sharded over data-parallel ranks."""
     settings = config.optimizer
     megatron = OptimizerConfig(
         optimizer="adam",
@@ -25,7 +26,22 @@ def build_optimizer(config: Config, model) -> MegatronOptimizer:
     if config.method.lora and config.method.lora.lr_ratio > 1:  # LoRA+ (arXiv 2402.12354)
         ratio = config.method.lora.lr_ratio
         overrides[ParamKey(name="*.lora_B")] = {"max_lr": megatron.lr * ratio, "min_lr": megatron.min_lr * ratio}
-    return get_megatron_optimizer(megatron, list(model), overrides)
+    optimizer = get_megatron_optimizer(megatron, list(model), overrides)
+    if settings.name == "lion":
+        _replace_adam_with_lion(optimizer)
+    return optimizer
+
+
+def _replace_adam_with_lion(optimizer: MegatronOptimizer) -> None:
+    """Before the first step, in place.
+
+    Asked for Lion itself, megatron-core 0.19 leaves the distributed optimizer: each data-parallel rank then steps by gradients of
+    which only its own shard is reduced, and nothing says so. The distributed optimizer knows Lion's state, by the name in its config.
+    """
+    for part in optimizer.chained_optimizers:
+        lion = Lion([{"params": []}], defaults={})
+        lion.param_groups = part.optimizer.param_groups  # as the distributed optimizer gives its shards to Adam: torch refuses views
+        part.optimizer, part.config.optimizer = lion, "lion"
 
 
 def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -101,6 +101,7 @@ def test_every_impossible_topology_is_named():
         (["schedule.warmup_tokens=1M"], "schedule.warmup_tokens"),
         (["schedule=inverse_sqrt", "schedule.warmup_tokens=0"], "set schedule.warmup_tokens above 0"),
         (["schedule=cosine", "schedule.cooldown_fraction=0.2"], "schedule.cooldown_fraction is the trapezoid's alone"),
+        (["optimizer.name=sgd"], "optimizer.name: Input should be 'adamw' or 'lion'"),
         (["checkpoint.milestones=[1B]"], "beyond train.tokens"),
         (["data.seq_length=128"], "exceeds model.max_sequence_length"),
         (["parallel.sequence_parallel=true"], "needs parallel.tensor_parallel_size > 1"),
