@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config, DataConfig, ModelSetup, ParallelConfig, Section
+from retemper.pipeline.schema import Config, DataConfig, ModelSetup, ParallelConfig, ScheduleConfig, Section
 
 
 def load_config(overrides: list[str]) -> Config:
@@ -257,6 +257,13 @@ def _branch_conflicts(config: Config):
             )
 
 
+def _schedule_conflicts(schedule: ScheduleConfig):
+    if schedule.name == "inverse_sqrt" and not schedule.warmup_tokens:
+        yield "schedule.name=inverse_sqrt falls with sqrt(schedule.warmup_tokens / tokens): set schedule.warmup_tokens above 0"
+    if schedule.name != "trapezoid" and schedule.cooldown_fraction:
+        yield f"schedule.cooldown_fraction is the trapezoid's alone: set it to 0 with schedule.name={schedule.name}, or take schedule=trapezoid"
+
+
 def _conflicts(config: Config):
     """Yield every rule between keys that the config breaks."""
     yield from _data_conflicts(config.data)
@@ -293,6 +300,7 @@ def _conflicts(config: Config):
     if (steps := config.profile.steps) and not steps[0] <= steps[1] <= config.steps:
         yield f"profile.steps={steps} are a first and a last step, at most {config.steps}, the run's last"
     yield from _branch_conflicts(config)
+    yield from _schedule_conflicts(config.schedule)
     for tokens in config.checkpoint.milestones:
         if tokens > train.tokens:
             yield f"checkpoint.milestones: {tokens} is beyond train.tokens={train.tokens}"

@@ -240,23 +240,29 @@ class ParallelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay; biases and norms are not decayed."""
+    """Biases and norms are not decayed."""
 
+    name: Literal["adamw", "lion"] = Field(
+        description="a step multiplies weights, adamw: by 1 - lr × weight_decay; lion: by 1 - lr / peak × weight_decay, 1e-6 is not small there"
+    )
     lr: float = Field(gt=0, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, description="of adamw")
     weight_decay: float = Field(0.0, ge=0)
     clip_grad: float = Field(1.0, ge=0, description="global gradient norm; 0 switches clipping off")
 
 
 class ScheduleConfig(Section):
-    """The learning rate over tokens. trapezoid: linear warm-up, constant, linear cooldown; cosine: warm-up, half cosine."""
+    """The learning rate over tokens, after a linear warm-up from zero, which takes precedence over a cooldown.
 
-    name: Literal["trapezoid", "cosine"]
+    trapezoid: constant, then a linear cooldown; cosine: half a cosine; inverse_sqrt: peak × sqrt(warmup_tokens / tokens).
+    """
+
+    name: Literal["trapezoid", "cosine", "inverse_sqrt"]
     warmup_tokens: Tokens
     cooldown_fraction: Fraction = Field(0.2, description="of train.tokens; the last part of the trapezoid")
-    min_lr_ratio: Fraction = Field(0.0, description="final learning rate as a fraction of the peak")
+    min_lr_ratio: Fraction = Field(0.0, description="final, for inverse_sqrt least, learning rate as a fraction of the peak")
 
 
 class TrainConfig(Section):

@@ -4,10 +4,11 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from retemper.pipeline.schema import Config
+from retemper.pipeline.train.lion import Lion
 
 
 def build_optimizer(config: Config, model) -> MegatronOptimizer:
-    """AdamW over the trainable parameters of a model's stages, its states sharded over data-parallel ranks."""
+    """AdamW or Lion over the trainable parameters of a model's stages, its states sharded over data-parallel ranks."""
     settings = config.optimizer
     megatron = OptimizerConfig(
         optimizer="adam",
@@ -25,14 +26,29 @@ def build_optimizer(config: Config, model) -> MegatronOptimizer:
     if config.method.lora and config.method.lora.lr_ratio > 1:  # LoRA+ (arXiv 2402.12354)
         ratio = config.method.lora.lr_ratio
         overrides[ParamKey(name="*.lora_B")] = {"max_lr": megatron.lr * ratio, "min_lr": megatron.min_lr * ratio}
-    return get_megatron_optimizer(megatron, list(model), overrides)
+    optimizer = get_megatron_optimizer(megatron, list(model), overrides)
+    if settings.name == "lion":
+        _replace_adam_with_lion(optimizer)
+    return optimizer
+
+
+def _replace_adam_with_lion(optimizer: MegatronOptimizer) -> None:
+    """Before the first step, in place.
+
+    Asked for Lion itself, megatron-core 0.19 leaves the distributed optimizer: each data-parallel rank then steps by gradients of
+    which only its own shard is reduced, and nothing says so. The distributed optimizer knows Lion's state, by the name in its config.
+    """
+    for part in optimizer.chained_optimizers:
+        lion = Lion([{"params": []}], defaults={})
+        lion.param_groups = part.optimizer.param_groups  # as the distributed optimizer gives its shards to Adam: torch refuses views
+        part.optimizer, part.config.optimizer = lion, "lion"
 
 
 def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """The learning rate at a number of consumed tokens: `step(tokens)` moves on. A step uses the rate at its start."""
     settings, total_tokens = config.schedule, config.steps * config.tokens_per_step
     peak, decay = config.optimizer.lr, config.optimizer.weight_decay
-    constant = settings.name == "trapezoid" and not config.cooldown_fraction
+    trapezoid = "WSD" if config.cooldown_fraction else "constant"
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -40,8 +56,8 @@ def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerPar
         min_lr=peak * settings.min_lr_ratio,
         lr_warmup_steps=settings.warmup_tokens,
         lr_decay_steps=max(total_tokens, settings.warmup_tokens + 1),  # a branch may end within the warm-up
-        lr_decay_style="constant" if constant else {"trapezoid": "WSD", "cosine": "cosine"}[settings.name],
-        wsd_decay_steps=max(1, round(config.cooldown_fraction * total_tokens)),
+        lr_decay_style={"trapezoid": trapezoid, "cosine": "cosine", "inverse_sqrt": "inverse-square-root"}[settings.name],
+        wsd_decay_steps=config.cooldown_fraction * total_tokens,
         lr_wsd_decay_style="linear",
         start_wd=decay,
         end_wd=decay,

@@ -34,14 +34,24 @@ def train_step(config: Config, state: TrainState, model, optimizer, schedule, ba
     loss = nats / max(tokens, 1)
     if anomaly := anomaly_in(config, state, "losses", loss):
         return anomaly
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
+    grad_norm = norm_of_gradients(optimizer)
     if anomaly := anomaly_in(config, state, "grad_norms", grad_norm):
         return anomaly
-    if config.optimizer.clip_grad:
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), config.optimizer.clip_grad, grad_norm)
     lr = min(group["lr"] for group in optimizer.param_groups)  # LoRA+ gives B a higher one
-    optimizer.step_with_ready_grads()
+    step_by_gradients(config, optimizer, grad_norm)
     schedule.step(config.tokens_per_step)
     remember(state, loss, grad_norm)
     return StepResult(loss, grad_norm, lr)
+
+
+def norm_of_gradients(optimizer) -> float:
+    """Of the whole model's reduced gradients, before clipping: the first half of megatron-core's MegatronOptimizer.step."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def step_by_gradients(config: Config, optimizer, grad_norm: float) -> None:
+    """Clip by a norm that was looked at, and step: the other half."""
+    if config.optimizer.clip_grad:
+        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), config.optimizer.clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()

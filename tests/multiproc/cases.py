@@ -105,7 +105,7 @@ def recompute_closed_to_gradients():
 
 
 def lost_optimizer_state():
-    """A restart that forgets Adam's moments."""
+    """A restart that forgets the optimizer's moments."""
     from retemper.pipeline.checkpoint.sharded import Checkpointer
 
     load = Checkpointer.load
@@ -113,8 +113,8 @@ def lost_optimizer_state():
     def forgetful(self, step):
         state = load(self, step)
         for optimizer_state in self.optimizer.optimizer.state.values():
-            for name in ("exp_avg", "exp_avg_sq"):
-                optimizer_state[name].zero_()
+            for moment in optimizer_state.values():
+                moment.zero_()
         return state
 
     return mock.patch.object(Checkpointer, "load", forgetful)

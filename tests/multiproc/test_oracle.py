@@ -163,4 +163,4 @@ def test_dropout_masks_agree_where_activations_do(workspace):
 
 
 def test_nothing_is_computed_or_kept_of_a_frozen_base(workspace):
-    probe(workspace, 1, "frozen", LORA, [*LORA, "method.lora.targets=mlp"], [])
+    probe(workspace, 1, "frozen", LORA, [*LORA, "method.lora.targets=mlp", "optimizer=lion"], [])

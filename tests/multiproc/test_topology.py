@@ -20,6 +20,10 @@ LAYOUTS = {
 LORA = ["method=lora", "method.lora.rank=4", "optimizer.lr=1e-3"]
 
 
+# Sharded over data-parallel ranks when it stops, its states are resharded for what it goes on with.
+LION = ["optimizer=lion", "optimizer.lr=5e-4", "optimizer.weight_decay=0.01"]
+
+
 # What a restart must bring back beside weights and optimizer: the data position, the seed, the random state of dropout.
 RESTART_FAULTS = ["lost_data_position", "another_seed", "lost_random_state"]
 
@@ -34,8 +38,8 @@ def runs(workspace, pairs):
         corpus = "math" if name == "base" else "code"
         return {"overrides": overrides(workspace, name, *continued, *changes, corpus=corpus)} | how
 
-    def interrupted(name, *changes):
-        return case(name, *changes, *LAYOUTS["tp2"], "checkpoint.save_every_steps=5", stop_after=7)
+    def interrupted(name, *changes, layout="tp2"):
+        return case(name, *changes, *LAYOUTS[layout], "checkpoint.save_every_steps=5", stop_after=7)
 
     def restarted(after, name, *changes, **how):
         """Go on with a copy of the interrupted run `name`, in runs/after-…"""
@@ -68,6 +72,9 @@ def runs(workspace, pairs):
     for method, changes in methods.items():
         cases += [interrupted(f"{method}-cut", *changes)]
         cases += [restarted(then, f"{method}-cut", *changes, *LAYOUTS[then]) for then in ("tp2", "pp2")]
+    cases += [case("lion-dp2", *LION, *LAYOUTS["dp2"]), interrupted("lion-cut", *LION, layout="dp2")]
+    cases += [restarted(then, "lion-cut", *LION, *LAYOUTS[then]) for then in ("dp2", "tp2", "pp2")]
+    cases += [restarted("forgetting", "lion-cut", *LION, *LAYOUTS["dp2"], fault="lost_optimizer_state")]
     cases += [restarted("forgetting", "full-cut", *LAYOUTS["tp2"], fault="lost_optimizer_state")]
     dropout = [*LORA, "method.lora.dropout=0.1", "data.ledger=true"]
     cases += [case("dropout", *dropout, *LAYOUTS["tp2"]), interrupted("dropout-cut", *dropout)]
@@ -145,11 +152,22 @@ def test_a_restart_at_another_topology_goes_on_with_the_same_losses(runs, method
     )
 
 
-def test_the_oracle_sees_a_lost_optimizer_state(runs):
-    assert curve(runs.parent / "after-forgetting" / "test" / "full-cut", "loss")[:5] == curve(runs / "full-tp2", "loss")[:5]
-    assert curve(runs.parent / "after-forgetting" / "test" / "full-cut", "loss")[-1] != pytest.approx(
-        curve(runs / "full-tp2", "loss")[-1], rel=1e-5
+def test_a_restart_of_lion_repeats_every_bit_and_goes_on_at_another_topology(runs):
+    def after(layout, key="loss"):
+        return curve(runs.parent / f"after-{layout}" / "test" / "lion-cut", key)
+
+    for key in ("loss", "grad_norm", "lr"):
+        assert after("dp2", key) == curve(runs / "lion-dp2", key), key
+    for layout in ("tp2", "pp2"):
+        assert after(layout) == pytest.approx(curve(runs / "lion-dp2", "loss"), rel=1e-5), layout
+
+
+@pytest.mark.parametrize(("name", "layout"), [("full", "tp2"), ("lion", "dp2")])
+def test_the_oracle_sees_a_lost_optimizer_state(runs, name, layout):
+    broken, straight = (
+        curve(run, "loss") for run in (runs.parent / "after-forgetting" / "test" / f"{name}-cut", runs / f"{name}-{layout}")
     )
+    assert broken[:5] == straight[:5] and broken[-1] != pytest.approx(straight[-1], rel=1e-5)
 
 
 def test_a_restart_with_dropout_repeats_every_bit_and_the_ledger(runs):
