@@ -46,7 +46,8 @@ def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> T
             ledger.record(state.step, data)
             log.step(result)
             if _saves_after(config, state.step):
-                checkpointer.save(state)
+                with log.saving():
+                    checkpointer.save(state)
             if state.step in config.milestone_steps:
                 log.scores(evaluate(config, topology, model, state.step))
         log.close()
