@@ -91,6 +91,7 @@ def _silence_padding(output_layer: torch.nn.Module, vocab_size: int, tensor_para
     rows = output_layer.output_size_per_partition
     held = min(rows, max(0, vocab_size - tensor_parallel_rank * rows))
 
+    @torch.no_grad()  # its gradient is zero by the softmax: to note what is written here would copy the gradient of all logits
     def silence(_layer, _inputs, output):
         logits_SBV, _bias = output
         logits_SBV[..., held:] = -math.inf
