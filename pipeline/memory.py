@@ -55,7 +55,7 @@ def _layer_weights(setup: ModelSetup) -> Weights:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes at the peak of a training step on the ranks of one pipeline stage."""
+    """Bytes at the peak of training and scoring on the ranks of one pipeline stage."""
 
     stage: int
     weights: int
@@ -84,7 +84,10 @@ def rank_memory(config: Config, stage: int, *, fused: bool = True) -> RankMemory
     # megatron-core's distributed optimizer: gradients are reduced in float32; float32 moments, and of bf16 weights a float32
     # copy, are shared among data- and context-parallel ranks. Float32 weights are updated where they are.
     state = 8 if config.precision == "fp32" else 12
-    activations, temporary = _Activations(config, fused).peak(stage)
+    moments = _Activations(config, config.train.micro_batch_size, fused).moments(stage)
+    if config.evals.heldout:
+        moments.append((0, _Activations(config, config.evals.micro_batch_size, fused).scoring(stage)))
+    activations, temporary = max(moments, key=sum)
     return RankMemory(
         stage=stage,
         weights=held["base"] * element,
@@ -121,13 +124,13 @@ class _Activations:
     hidden state h, queries q, keys k (as many as values), and the feed-forward layer f.
     """
 
-    def __init__(self, config: Config, fused: bool):
+    def __init__(self, config: Config, micro_batch_size: int, fused: bool):
         model, parallel = config.model, config.parallel
         tp, self.context = parallel.tensor_parallel_size, parallel.context_parallel_size
         self.config, self.fused, self.element = config, fused, _element(config)
         self.lora, self.full = config.method.lora, config.method.lora is None
         self.sequence = config.data.seq_length // self.context
-        self.tokens = config.train.micro_batch_size * self.sequence
+        self.tokens = micro_batch_size * self.sequence
         self.own = self.tokens // (tp if parallel.sequence_parallel else 1)
         self.heads = model.num_attention_heads // tp
         self.h, self.f, self.vocabulary = model.hidden_size, model.ffn_hidden_size // tp, config.padded_vocab_size // tp
@@ -135,8 +138,8 @@ class _Activations:
         of_column = {"q": self.q, "k": self.k, "v": self.k, "gate": self.f, "up": self.f}
         self.features = {target: (self.h, out) for target, out in of_column.items()} | {"o": (self.q, self.h), "down": (self.f, self.h)}
 
-    def peak(self, stage: int) -> tuple[int, int]:
-        """(kept for the backward pass, temporary) at the moment that holds the most."""
+    def moments(self, stage: int) -> list[tuple[int, int]]:
+        """(kept for the backward pass, temporary) at those moments of a training step that may hold the most."""
         parallel, last = self.config.parallel, stage == self.config.parallel.pipeline_parallel_size - 1
         layers = self.config.model.num_layers // (parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size)
         attention, norm, ffn = self.attention(), self.norm("gate", "up"), self.feed_forward()
@@ -148,12 +151,25 @@ class _Activations:
         }[parallel.recompute]
         # Each chunk of layers also holds what it gives on: to the pipeline, or to the final norm.
         chunk, in_flight = layers * kept + hidden, _chunks_in_flight(self.config, stage)
-        moments = [(in_flight * chunk, again + self.backward())]
+        activations = in_flight * chunk
+        if stage == 0 and parallel.recompute == "none" and self.lora and not {"q", "k", "v", "o"} & set(self.lora.targets):
+            # Nothing trains before the first feed-forward layer: no gradient passes through what precedes it.
+            activations -= in_flight // parallel.virtual_pipeline_parallel_size * (attention + hidden)
+        # Computed again, a layer's output is there already, and its gradient.
+        forward = self.forward() + (hidden if again else -hidden)
+        moments = [(activations, again + max(self.backward(), forward))]
         if last:
-            moments.append((in_flight * chunk, self.loss()))
+            moments.append((activations, self.loss()))
         if stage == 0 and self.full:  # the gradient of the embedding, when all else of a micro-batch is done
             moments.append(((in_flight - 1) * chunk, self.vocabulary * self.h * self.element))
-        return max(moments, key=sum)
+        return moments
+
+    def scoring(self, stage: int) -> int:
+        """Of a forward pass that nothing follows: hidden states with logits, or with a feed-forward layer's gate, up, SiLU's output,
+        up + 0 and their product."""
+        last = stage == self.config.parallel.pipeline_parallel_size - 1
+        logits = self.tokens * self.vocabulary * (4 if self.element == 4 else 6) if last else 0
+        return 2 * self.own * self.h * self.element + max(logits, 5 * self.tokens * self.f * self.element)
 
     def norm(self, *targets: str) -> int:
         """RMSNorm, of which the linear layers `targets` read."""
@@ -208,12 +224,21 @@ class _Activations:
         # gate and up as the linear layer gives them, SiLU's output, megatron-core's up + 0; their product is read by down.
         return 4 * gate + self.input_of(("down",), self.tokens * self.f)
 
+    def forward(self) -> int:
+        """Of adapters on gate and up, beyond what is kept once the layer is done: the base's output, what is added to it, and each
+        adapter's part of that, while SiLU's output, up + 0 and down's input are not there yet."""
+        targets = self.lora.targets if self.lora else []
+        adapted = len({"gate", "up"} & set(targets))
+        gates = 4 + adapted - (3 if "down" in targets else 2)
+        return adapted and gates * self.tokens * self.f * self.element
+
     def backward(self) -> int:
-        """Of a feed-forward layer, beyond what is kept: the gradients of its output, of the product and of its two factors,
-        while the product is gone; or of the product and of down's weight."""
+        """Of a feed-forward layer, beyond what is kept: the gradients of its output, of the product and of its two factors, less the
+        product where it was kept and is gone; or those of the product and of down's weight."""
         product = self.tokens * self.f * self.element
         weight = self.h * self.f * self.element if self.full else 0
-        return self.own * self.h * self.element + max(2 * product, product + weight)
+        kept = self.full or "down" in self.lora.targets
+        return self.own * self.h * self.element + max((2 if kept else 3) * product, product + weight)
 
     def loss(self) -> int:
         """Of logits: the float32 softmax in the place of its gradient, and of bf16 the logits or their gradient beside it."""

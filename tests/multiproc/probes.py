@@ -185,9 +185,10 @@ def counts(config, place, model) -> None:
 
 
 def memory(config, place, _model) -> None:
-    """What the plan says of this rank is within a tenth of what its tensors take at most: building the model, and two steps."""
+    """What the plan says of this rank is within a tenth of what its tensors take at most: building the model, two steps, scoring."""
     from retemper.pipeline.memory import rank_memory
     from retemper.pipeline.model.build import build_model
+    from retemper.pipeline.model.forward import run_schedule
     from retemper.pipeline.train.optimizer import build_optimizer, build_schedule
     from retemper.pipeline.train.step import train_step
 
@@ -197,13 +198,16 @@ def memory(config, place, _model) -> None:
         optimizer = build_optimizer(config, model)
         schedule = build_schedule(config, optimizer)
         for _step in range(2):
-            train_step(config, model, optimizer, schedule, drawn_batches(config, place))
+            train_step(config, model, optimizer, schedule, drawn_batches(config, place, config.train.micro_batch_size))
+        if config.evals.heldout:
+            with torch.no_grad():
+                run_schedule(model.eval(), drawn_batches(config, place, config.evals.micro_batch_size)[:1], forward_only=True)
     off = planned.total / held.peak - 1
     print(f"planned {planned.total:,} of {held.peak:,} measured bytes ({off:+.2%}): {planned}", flush=True)
     assert abs(off) < 0.1, f"{planned} is {off:+.1%} of {held.peak:,}"
 
 
-def drawn_batches(config, place):
+def drawn_batches(config, place, micro_batch_size):
     """This rank's micro-batches of one step, of tokens drawn at random."""
     from retemper.pipeline.data.batch import make_batches
     from retemper.pipeline.data.mds import Samples
@@ -212,5 +216,5 @@ def drawn_batches(config, place):
     whole = np.array([config.data.seq_length], "<u4").tobytes()
     samples.pieces |= {"lengths": [whole] * len(samples), "prompt_lengths": [bytes(4)] * len(samples)}
     samples.tokens_NT[:] = np.random.default_rng(0).integers(config.model.vocab_size, size=samples.tokens_NT.shape)
-    batches = make_batches(samples, config.train.micro_batch_size, mask_documents=False)
+    batches = make_batches(samples, micro_batch_size, mask_documents=False)
     return [batch.of_context_rank(place.context_parallel_rank, config.parallel.context_parallel_size) for batch in batches]

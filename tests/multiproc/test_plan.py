@@ -48,6 +48,13 @@ def test_the_demos_memory_is_what_its_steps_take():
     demo(2, *TWO_RANKS.values())
 
 
+SCORED = ["evals.micro_batch_size=16", "train.micro_batch_size=1", "parallel.recompute=full"]
+
+
+def test_what_scoring_takes_is_planned_where_it_is_more():
+    demo(1, ["parallel=single", *SCORED])
+
+
 RECOMPUTED = [f"parallel.recompute={how}" for how in ("selective", "full")]
 
 
