@@ -135,6 +135,9 @@ class _Activations:
         self.heads = model.num_attention_heads // tp
         self.h, self.f, self.vocabulary = model.hidden_size, model.ffn_hidden_size // tp, config.padded_vocab_size // tp
         self.q, self.k = model.kv_channels * self.heads, model.kv_channels * model.num_query_groups // tp
+        targets = self.lora.targets if self.lora else []
+        self.adapted = len({"gate", "up"} & set(targets))
+        self.reads_product = self.full or "down" in targets  # what down reads is kept for the gradient of a weight
         of_column = {"q": self.q, "k": self.k, "v": self.k, "gate": self.f, "up": self.f}
         self.features = {target: (self.h, out) for target, out in of_column.items()} | {"o": (self.q, self.h), "down": (self.f, self.h)}
 
@@ -165,11 +168,12 @@ class _Activations:
         return moments
 
     def scoring(self, stage: int) -> int:
-        """Of a forward pass that nothing follows: hidden states with logits, or with a feed-forward layer's gate, up, SiLU's output,
-        up + 0 and their product."""
+        """Of a forward pass that nothing follows: hidden states with logits, or with what a feed-forward layer makes of them."""
         last = stage == self.config.parallel.pipeline_parallel_size - 1
         logits = self.tokens * self.vocabulary * (4 if self.element == 4 else 6) if last else 0
-        return 2 * self.own * self.h * self.element + max(logits, 5 * self.tokens * self.f * self.element)
+        # gate and up, SiLU's output, up + 0 and their product; or the base's gate and up, what adapters add, and the sum.
+        gates = 6 + self.adapted if self.adapted else 5
+        return 4 * self.own * self.h * self.element + max(logits, gates * self.tokens * self.f * self.element)
 
     def norm(self, *targets: str) -> int:
         """RMSNorm, of which the linear layers `targets` read."""
@@ -227,18 +231,15 @@ class _Activations:
     def forward(self) -> int:
         """Of adapters on gate and up, beyond what is kept once the layer is done: the base's output, what is added to it, and each
         adapter's part of that, while SiLU's output, up + 0 and down's input are not there yet."""
-        targets = self.lora.targets if self.lora else []
-        adapted = len({"gate", "up"} & set(targets))
-        gates = 4 + adapted - (3 if "down" in targets else 2)
-        return adapted and gates * self.tokens * self.f * self.element
+        later = 3 if self.reads_product else 2
+        return self.adapted and (4 + self.adapted - later) * self.tokens * self.f * self.element
 
     def backward(self) -> int:
         """Of a feed-forward layer, beyond what is kept: the gradients of its output, of the product and of its two factors, less the
         product where it was kept and is gone; or those of the product and of down's weight."""
         product = self.tokens * self.f * self.element
         weight = self.h * self.f * self.element if self.full else 0
-        kept = self.full or "down" in self.lora.targets
-        return self.own * self.h * self.element + max((2 if kept else 3) * product, product + weight)
+        return self.own * self.h * self.element + max((2 if self.reads_product else 3) * product, product + weight)
 
     def loss(self) -> int:
         """Of logits: the float32 softmax in the place of its gradient, and of bf16 the logits or their gradient beside it."""
