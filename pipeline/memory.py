@@ -2,7 +2,7 @@
 by tests/multiproc/test_plan.py.
 
 The activations are those of megatron-core's own layers with our attention (model/build.py, model/attention.py), which autograd
-keeps; Transformer Engine's layers keep fewer.
+keeps. Transformer Engine's layers have other kernels, and nothing was measured on a GPU yet.
 """
 
 from collections import Counter
