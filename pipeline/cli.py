@@ -139,6 +139,16 @@ def _config(arguments) -> int:
     return 0
 
 
+def _plan(arguments) -> int:
+    from retemper.pipeline.config import load_config
+    from retemper.pipeline.plan import Machine, plan
+
+    options = ("gpu", "gpu_memory", "gpus_per_node", "mfu", "price")
+    for line in plan(load_config(arguments.overrides), Machine(**{name: getattr(arguments, name) for name in options})):
+        print(line)
+    return 0
+
+
 def _launch(arguments) -> int:
     from retemper.launch.layout import layout_of
     from retemper.launch.slurm import sbatch_script
@@ -167,6 +177,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if rest:
         arguments.overrides += rest
     return arguments
+
+
+def _positive(kind: type[int] | type[float]):
+    """An argparse type: a number above zero."""
+
+    def positive(text: str) -> float:
+        if (number := kind(text)) <= 0:
+            raise ValueError
+        return number
+
+    return positive
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -240,11 +261,24 @@ def _parser() -> argparse.ArgumentParser:
         "retemper config run=demo_full",
         "retemper config run=demo_lora parallel=pp2",
     )
+    planned = add(
+        "plan", _plan, "Say what a run will take before it is started: memory of a GPU, nodes, time, cost, checkpoints, data. What cannot "
+        "fit is refused, with the nearest layout that does.",
+        "retemper plan run=demo_full",
+        "retemper plan study=mine name=lora model=llama2_7b method=lora init_from=runs/models/llama2 data=starcoder_python "
+        "data.path=shards/starcoder train.tokens=20B train.global_batch_size=192 train.micro_batch_size=2 optimizer.lr=2e-4 "
+        "parallel.data_parallel_size=8 --price 2.50",
+    )  # fmt: skip
+    planned.add_argument("--gpu", default="H100", help="whose peak the time is reckoned by, as CUDA names it (default: H100)")
+    planned.add_argument("--gpu-memory", type=_positive(float), default=80, metavar="GIB", help="of one GPU (default: 80)")
+    planned.add_argument("--gpus-per-node", type=_positive(int), metavar="N", default=8, help="ranks a node holds (default: 8)")
+    planned.add_argument("--mfu", type=_positive(float), default=0.4, help="share of the peak that is expected (default: 0.4)")
+    planned.add_argument("--price", type=_positive(float), help="of one GPU for an hour, for the cost")
     launch = add(
         "launch", _launch, "Print the commands that start a run on a cluster.",
         "retemper launch run=demo_full target=torchrun --gpus-per-node 1 --host node0", "retemper launch run=demo_full target=slurm > run.sbatch",
     )  # fmt: skip
-    launch.add_argument("--gpus-per-node", type=int, default=8, help="ranks a node holds (default: 8)")
+    launch.add_argument("--gpus-per-node", type=_positive(int), metavar="N", default=8, help="ranks a node holds (default: 8)")
     launch.add_argument("--host", default="HEAD_NODE", help="address of the first node, for target=torchrun")
     launch.add_argument("--port", type=int, default=29500, help="port of the rendezvous on the first node (default: 29500)")
     return parser

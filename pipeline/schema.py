@@ -330,6 +330,13 @@ class ModelSetup(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(17, description="of initial weights, data order and dropout")
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """The vocabulary rounded up so that every rank's shard is equal: to a multiple of 128 wherever that suffices, so
+        that weights have one shape at every usual tensor-parallel size."""
+        multiple = math.lcm(128, self.parallel.tensor_parallel_size)
+        return math.ceil(self.model.vocab_size / multiple) * multiple
+
     @classmethod
     def of(cls, config: dict[str, Any], parallel: ParallelConfig, **changes: Any) -> "ModelSetup":
         """The model of a dumped config in another layout."""

@@ -32,13 +32,6 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
-    """The vocabulary rounded up so that every rank's shard is equal: to a multiple of 128 wherever that suffices, so
-    that weights have one shape at every usual tensor-parallel size."""
-    multiple = math.lcm(128, tensor_parallel_size)
-    return math.ceil(vocab_size / multiple) * multiple
-
-
 def build_model(config: ModelSetup, topology: Topology) -> torch.nn.ModuleList:
     """This rank's stages and shards, initialised, on its device, with only the method's parameters trainable.
 
@@ -79,7 +72,7 @@ def _stage(config: ModelSetup, topology: Topology, number: int | None, local: bo
         config=transformer,
         transformer_layer_spec=_block_spec(config, local),
         vp_stage=number,
-        vocab_size=padded_vocab_size(config.model.vocab_size, config.parallel.tensor_parallel_size),
+        vocab_size=config.padded_vocab_size,
         max_sequence_length=config.model.max_sequence_length,
         pre_process=topology.is_first_stage and number in (None, 0),
         post_process=topology.is_last_stage and number in (None, last),
@@ -98,6 +91,7 @@ def _silence_padding(output_layer: torch.nn.Module, vocab_size: int, tensor_para
     rows = output_layer.output_size_per_partition
     held = min(rows, max(0, vocab_size - tensor_parallel_rank * rows))
 
+    @torch.no_grad()  # its gradient is zero by the softmax: to note what is written here would copy the gradient of all logits
     def silence(_layer, _inputs, output):
         logits_SBV, _bias = output
         logits_SBV[..., held:] = -math.inf

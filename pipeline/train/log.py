@@ -1,11 +1,19 @@
 """What rank 0 shows and records of a run: a progress bar, one line per logged step, metrics.jsonl, W&B."""
 
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
 from tqdm import tqdm
 
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.data.reader import TrainingBatches
 from retemper.pipeline.evals.hook import format_scores
+from retemper.pipeline.flops import flops_per_token, peak_flops
 from retemper.pipeline.schema import Config
 from retemper.pipeline.track import Tracker
 from retemper.pipeline.train.step import StepResult
@@ -32,6 +40,7 @@ class Log:
         # disable=None: a bar on a terminal only.
         self.bar = tqdm(total=config.steps, initial=state.step, desc=label, unit="step", dynamic_ncols=True, disable=None)
         self.mark = state.step, state.seconds, batches.seconds_waited
+        self.checkpoint_seconds = 0.0
 
     def step(self, result: StepResult | None) -> None:
         """Count one step, and report it where a report is due; without a result its batch was left out."""
@@ -54,7 +63,11 @@ class Log:
             "lr": result.lr,
             "tokens_per_second": steps * self.config.tokens_per_step / seconds,
             "data_wait_fraction": waited / seconds,
+            "checkpoint_seconds": self.checkpoint_seconds,
+            "peak_memory_bytes": _peak_memory(),
         }
+        self.checkpoint_seconds = 0.0
+        record |= _utilisation(self.config, record["tokens_per_second"])
         record |= {f"epochs/{name}": epochs for name, epochs in self.batches.streams.epochs(self.state.samples_of_data).items()}
         run_folder.append_line(self.config.run_dir / run_folder.METRICS, record)
         self.tracker.log(record)
@@ -62,6 +75,14 @@ class Log:
             f"step {record['step']:>6}  loss {record['loss']:.4f}  grad_norm {record['grad_norm']:.3f}  "
             f"lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
         )
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count the time that a save keeps the loop from going on, for the next record."""
+        started = time.perf_counter()
+        yield
+        if self.enabled:
+            self.checkpoint_seconds += time.perf_counter() - started
 
     def scores(self, scores: dict | None) -> None:
         """Report the scores of this step, where it was scored now."""
@@ -83,3 +104,20 @@ class Log:
         if self.enabled:
             self.bar.close()
             self.tracker.close()
+
+
+def _utilisation(config: Config, tokens_per_second: float) -> dict[str, float]:
+    """What that rate is of the hardware; mfu where the peak of the GPU is known."""
+    ranks = config.parallel.world_size
+    done = tokens_per_second * flops_per_token(config.model, config.method.lora, config.data.seq_length)
+    peak = peak_flops(torch.cuda.get_device_name() if torch.cuda.is_available() else None, config.precision)
+    figures = {"tokens_per_second_per_gpu": tokens_per_second / ranks, "model_flops_per_second": done}
+    return figures | ({"mfu": done / (ranks * peak)} if peak else {})
+
+
+def _peak_memory() -> int | None:
+    """Bytes that this rank held at most: its tensors on a GPU, elsewhere the process, where Linux says so."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) << 10 if status.is_file() else None

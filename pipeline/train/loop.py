@@ -64,7 +64,8 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
             profiled()
             stopping = asked_to_stop()
             if stopping or _saves_after(config, state.step):
-                checkpointer.save(state)
+                with log.saving():
+                    checkpointer.save(state)
             if stopping:
                 log.stopped()
                 return None

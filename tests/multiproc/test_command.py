@@ -13,7 +13,10 @@ from conftest import ROOT, overrides, run_command
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.cli import main
+from retemper.pipeline.config import load_config
 from retemper.pipeline.data.ledger import read_ledger
+from retemper.pipeline.flops import flops_per_token
+from retemper.pipeline.plan import checkpoint_bytes
 
 SAVE = ["parallel=tp2", "checkpoint.save_every_steps=5", "data.ledger=true"]
 
@@ -53,6 +56,22 @@ def test_the_same_command_continues_a_killed_run(killed_and_continued, workspace
     straight, killed = records(workspace, "straight"), records(workspace, "killed")
     for key in ("step", "tokens", "loss", "grad_norm", "lr"):
         assert [record[key] for record in killed] == [record[key] for record in straight], key
+
+
+def test_records_say_what_the_hardware_did(killed_and_continued, workspace):
+    config = load_config(overrides(workspace, "straight", *SAVE))
+    for record in records(workspace, "straight"):
+        assert record["tokens_per_second_per_gpu"] * 2 == pytest.approx(record["tokens_per_second"])
+        assert record["model_flops_per_second"] == pytest.approx(record["tokens_per_second"] * flops_per_token(config.model, None, 64))
+        assert "mfu" not in record and 100 << 20 < record["peak_memory_bytes"] < 10 << 30
+        # The save after step 5 kept step 6 waiting; of the last one no record follows.
+        assert (record["checkpoint_seconds"] > 0) == (record["step"] == 6)
+
+
+def test_a_checkpoint_has_the_size_that_is_planned(killed_and_continued, workspace):
+    config = load_config(overrides(workspace, "straight", *SAVE))
+    written = sum(path.stat().st_size for path in (config.run_dir / "checkpoints" / "step-00000010").glob("*.distcp"))
+    assert checkpoint_bytes(config) == pytest.approx(written, rel=0.1)
 
 
 def test_the_ledger_proves_what_was_read_and_shows_what_was_not(killed_and_continued, workspace, capsys):

@@ -14,7 +14,7 @@ from conftest import ROOT, run_command
 from retemper.pipeline.cli import _parse
 from retemper.pipeline.config import load_data_config
 
-VERBS = ["tokenize", "import", "train", "eval", "export", "data", "report", "demo", "config", "launch"]
+VERBS = ["tokenize", "import", "train", "eval", "export", "data", "report", "demo", "config", "plan", "launch"]
 
 
 @pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)], ids=lambda verb: "".join(verb) or "retemper")

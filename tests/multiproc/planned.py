@@ -1,0 +1,84 @@
+"""Looks at what `retemper plan` says, beside a built model and a training step. Run by probes.py."""
+
+import weakref
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors made under it that are still held, by whomever, and their peak.
+
+    torch's profiler, which also sees what kernels work with, loses what gloo's threads free; on one rank both agree (NOTES.md).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        torch.utils._pytree.tree_map_only(torch.Tensor, self._see, output)
+        return output
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self._forget, storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def _forget(self, storage: int) -> None:
+        self.now -= self.sizes.pop(storage)
+
+
+def counts(config, place, model) -> None:
+    """The plan's parameters are those of the model: of the whole, and the bytes on this rank."""
+    from retemper.pipeline import memory
+    from retemper.pipeline.model.build import parameter_counts
+
+    assert memory.parameter_counts(config) == parameter_counts(model, config.parallel.tensor_parallel_size)
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    planned = memory.rank_memory(config, place.pipeline_parallel_rank)
+    assert (planned.weights + planned.adapters, planned.gradients) == (held, 4 * trained)
+
+
+def memory(config, place, _model) -> None:
+    """What the plan says of this rank is within a tenth of what its tensors take at most: building the model, two steps, scoring."""
+    from retemper.pipeline.checkpoint.state import TrainState
+    from retemper.pipeline.memory import rank_memory
+    from retemper.pipeline.model.build import build_model
+    from retemper.pipeline.model.forward import run_schedule
+    from retemper.pipeline.train.optimizer import build_optimizer, build_schedule
+    from retemper.pipeline.train.step import train_step
+
+    planned = rank_memory(config, place.pipeline_parallel_rank, fused=False)
+    with Held() as held:
+        model = build_model(config, place)
+        optimizer = build_optimizer(config, model)
+        schedule = build_schedule(config, optimizer)
+        for _step in range(2):
+            train_step(config, TrainState(), model, optimizer, schedule, drawn_batches(config, place, config.train.micro_batch_size))
+        if config.evals.heldout:
+            with torch.no_grad():
+                run_schedule(model.eval(), drawn_batches(config, place, config.evals.micro_batch_size)[:1], forward_only=True)
+    off = planned.total / held.peak - 1
+    print(f"planned {planned.total:,} of {held.peak:,} measured bytes ({off:+.2%}): {planned}", flush=True)
+    assert abs(off) < 0.1, f"{planned} is {off:+.1%} of {held.peak:,}"
+
+
+def drawn_batches(config, place, micro_batch_size):
+    """This rank's micro-batches of one step, of tokens drawn at random."""
+    from retemper.pipeline.data.batch import make_batches
+    from retemper.pipeline.data.mds import Samples
+
+    samples = Samples(config.train.global_batch_size // config.parallel.data_parallel_size, config.data.seq_length)
+    whole = np.array([config.data.seq_length], "<u4").tobytes()
+    samples.pieces |= {"lengths": [whole] * len(samples), "prompt_lengths": [bytes(4)] * len(samples)}
+    samples.tokens_NT[:] = np.random.default_rng(0).integers(config.model.vocab_size, size=samples.tokens_NT.shape)
+    batches = make_batches(samples, micro_batch_size, mask_documents=False)
+    return [batch.of_context_rank(place.context_parallel_rank, config.parallel.context_parallel_size) for batch in batches]

@@ -1,0 +1,117 @@
+"""`retemper plan`: its figures against counts by hand, what it refuses and proposes, and that it is light."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, overrides
+
+from retemper.pipeline.cli import main
+from retemper.pipeline.config import preset_names
+
+SEVEN_B = [
+    *["study=paper", "name=full", "model=llama2_7b", "data=starcoder_python", "data.path=shards/unmade", "train.tokens=20B"],
+    *["train.global_batch_size=192", "train.micro_batch_size=1", "optimizer.lr=1e-5", "parallel.data_parallel_size=8"],
+]
+
+
+@pytest.fixture
+def refused(capsys):
+    """What the verb says on standard error, with exit code 1."""
+
+    def run(*arguments: str) -> str:
+        assert main(["plan", *arguments]) == 1
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def plan(capsys):
+    """What the verb prints."""
+
+    def run(*arguments: str) -> str:
+        code = main(["plan", *arguments])
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        return said.out
+
+    return run
+
+
+def bytes_of(said: str, kind: str) -> int:
+    (line,) = (line for line in said.splitlines() if line.startswith(f"  {kind} "))
+    return int(line.split()[-2].replace(",", ""))
+
+
+def test_llama2_7b_in_full_on_one_node_is_the_count_by_hand(plan):
+    parameters = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
+    said = plan(*SEVEN_B, "--price", "2.50")
+    assert f"{parameters:,} trainable and 0 frozen parameters" in said
+    assert bytes_of(said, "weights") == 2 * parameters and bytes_of(said, "gradients") == 4 * parameters
+    assert bytes_of(said, "optimizer") == 12 * parameters // 8
+    tokens, steps = 192 * 4096, 20_000_000_000 // (192 * 4096)
+    rate = 0.4 * 8 * 989e12 / 42_863_689_728
+    hours = steps * tokens / rate / 3600
+    assert f"{steps:,} steps of {tokens:,} tokens" in said and f"{rate:,.0f} tokens/s" in said
+    assert f"{hours / 24:.1f} days, {8 * hours:,.1f} GPU-hours, {8 * hours * 2.5:,.0f} at 2.5 each" in said
+    assert f"1 of {14 * parameters / 2**30:.2f} GiB" in said
+    assert f"starcoder_python: {steps * 192:,} samples needed; shards/unmade holds no token corpus yet" in said
+
+
+def test_of_a_frozen_base_there_are_weights_alone(plan):
+    said = plan(*SEVEN_B, "method=lora", "init_from=unread", "checkpoint.save_every_steps=1000")
+    base = 6_738_415_616
+    adapters = 32 * 16 * ((4096 + 4096) * 4 + (4096 + 11008) * 3)
+    assert bytes_of(said, "weights") == 2 * base and bytes_of(said, "adapters") == 2 * adapters
+    assert bytes_of(said, "gradients") == 4 * adapters and bytes_of(said, "optimizer") == 12 * adapters // 8
+    assert f"26 of {14 * adapters / 2**20:.2f} MiB, adapters alone" in said
+
+
+def test_what_does_not_fit_is_refused_and_what_is_proposed_does(plan, refused):
+    tight = [*SEVEN_B, "train.micro_batch_size=8", "--gpu-memory", "40"]
+    said = refused(*tight)
+    assert said.startswith("error: the run needs ") and "of whose 40 GiB 36.00 GiB can be used" in said
+    proposed = said.split(" do with ")[1].split()
+    assert all(key.startswith(("parallel.", "train.micro_batch_size=")) for key in proposed)
+    assert "8 ranks" in plan(*tight, *proposed)
+    # Less of a change does not do: each proposed change is needed.
+    for key in proposed:
+        if "data_parallel" not in key:
+            assert refused(*tight, *(other for other in proposed if other != key)), key
+
+
+def test_what_no_layout_helps_is_said(refused):
+    assert "makes it fit on 8 GPUs: take more of them" in refused(*SEVEN_B, "--gpu-memory", "4")
+
+
+def test_stages_lie_on_nodes_and_tensor_parallelism_across_them_is_warned_of(plan):
+    layout = ["parallel.tensor_parallel_size=4", "parallel.pipeline_parallel_size=2", "parallel.data_parallel_size=2"]
+    said = plan(*SEVEN_B, *layout)
+    assert "16 ranks on 2 × 8 GPUs" in said and "warning" not in said
+    assert "  stage 0: ranks 0-7, node 0\n  stage 1: ranks 8-15, node 1\n" in said
+    assert "warning: tensor parallelism crosses nodes" in plan(*SEVEN_B, *layout, "--gpus-per-node", "2")
+
+
+def test_the_data_is_compared_with_the_manifest(plan, workspace):
+    said = plan(*overrides(workspace, "planned", f"data.replay.path={workspace / 'data' / 'code'}", "data.replay.fraction=0.1"))
+    assert "data: math: 72 samples needed, " in said and "data: replay: 8 samples needed, " in said and " epochs" in said
+
+
+@pytest.mark.parametrize("preset", preset_names("run"))
+def test_every_shipped_run_is_planned(plan, preset):
+    assert "of 80 GiB can be used" in plan(f"run={preset}")
+
+
+def test_a_plan_is_light():
+    code = "import sys; from retemper.pipeline.cli import main; main(sys.argv[1:]); print({'torch', 'megatron'} & sys.modules.keys())"
+
+    def seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = seconds()
+    result = subprocess.run([sys.executable, "-c", code, "plan", *SEVEN_B, "--gpu-memory", "30"], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.endswith("set()\n") and "do with" in result.stderr
+    assert seconds() - before < 2  # of the processor: others may use the machine
