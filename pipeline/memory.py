@@ -5,6 +5,7 @@ The activations are those of megatron-core's own layers with our attention (mode
 keeps. Transformer Engine's layers have other kernels, and nothing was measured on a GPU yet.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -86,7 +87,8 @@ def rank_memory(config: Config, stage: int, *, fused: bool = True) -> RankMemory
     state = 4 * moments_of(config) + (0 if config.precision == "fp32" else 4)
     moments = _Activations(config, config.train.micro_batch_size, fused).moments(stage)
     if config.evals.heldout:
-        moments.append((0, _Activations(config, config.evals.micro_batch_size, fused).scoring(stage)))
+        scored_together = min(config.evals.micro_batch_size, math.ceil(config.evals.max_samples / parallel.data_parallel_size))
+        moments.append((0, _Activations(config, scored_together, fused).scoring(stage)))
     activations, temporary = max(moments, key=sum)
     return RankMemory(
         stage=stage,

@@ -62,21 +62,25 @@ def memory(config, place, _model) -> None:
         optimizer = build_optimizer(config, model)
         schedule = build_schedule(config, optimizer)
         for _step in range(2):
-            train_step(config, TrainState(), model, optimizer, schedule, drawn_batches(config, place, config.train.micro_batch_size))
+            count = config.train.global_batch_size // config.parallel.data_parallel_size
+            batches = drawn_batches(config, place, count, config.train.micro_batch_size)
+            train_step(config, TrainState(), model, optimizer, schedule, batches)
+            del batches
         if config.evals.heldout:
             with torch.no_grad():
-                run_schedule(model.eval(), drawn_batches(config, place, config.evals.micro_batch_size)[:1], forward_only=True)
+                count = config.evals.micro_batch_size
+                run_schedule(model.eval(), drawn_batches(config, place, count, count), forward_only=True)
     off = planned.total / held.peak - 1
     print(f"planned {planned.total:,} of {held.peak:,} measured bytes ({off:+.2%}): {planned}", flush=True)
     assert abs(off) < 0.1, f"{planned} is {off:+.1%} of {held.peak:,}"
 
 
-def drawn_batches(config, place, micro_batch_size):
-    """This rank's micro-batches of one step, of tokens drawn at random."""
+def drawn_batches(config, place, count, micro_batch_size):
+    """This rank's micro-batches of `count` samples, of tokens drawn at random."""
     from retemper.pipeline.data.batch import make_batches
     from retemper.pipeline.data.mds import Samples
 
-    samples = Samples(config.train.global_batch_size // config.parallel.data_parallel_size, config.data.seq_length)
+    samples = Samples(count, config.data.seq_length)
     whole = np.array([config.data.seq_length], "<u4").tobytes()
     samples.pieces |= {"lengths": [whole] * len(samples), "prompt_lengths": [bytes(4)] * len(samples)}
     samples.tokens_NT[:] = np.random.default_rng(0).integers(config.model.vocab_size, size=samples.tokens_NT.shape)

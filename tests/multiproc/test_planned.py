@@ -58,11 +58,19 @@ def test_what_scoring_takes_is_planned_where_it_is_more():
 RECOMPUTED = [f"parallel.recompute={how}" for how in ("selective", "full")]
 
 
+# Small micro-batches of scoring, so that training holds the most.
+OTHERS_OF_ONE = [
+    ["parallel=single", *changed, "evals.micro_batch_size=1"] for changed in ([RECOMPUTED[0]], [RECOMPUTED[1]], ["precision=bf16"])
+]
+OTHERS_OF_TWO = [[*layout, "train.micro_batch_size=2", "evals.micro_batch_size=1"] for layout in MORE_OF_TWO.values()]
+OTHERS_OF_TWO += [[*MORE_OF_TWO["tp2sp"], how, "evals.micro_batch_size=1"] for how in RECOMPUTED]
+OTHERS_OF_TWO += [["parallel=tp2", "precision=bf16", "evals.micro_batch_size=1"], ["parallel=dp2", *SCORED]]
+
+
 @pytest.mark.slow
 def test_the_demos_memory_in_other_layouts():
-    demo(1, *(["parallel=single", how] for how in RECOMPUTED), ["parallel=single", "precision=bf16"])
-    demo(2, *(["train.micro_batch_size=2", *layout] for layout in MORE_OF_TWO.values()))
-    demo(2, *([*MORE_OF_TWO["tp2sp"], how] for how in RECOMPUTED), ["parallel=tp2", "precision=bf16"])
+    demo(1, *OTHERS_OF_ONE)
+    demo(2, *OTHERS_OF_TWO)
 
 
 def drawn_shape(draw: random.Random) -> list[str]:
