@@ -62,10 +62,17 @@ def _import(arguments) -> int:
     import json
 
     from retemper.launch.torchrun import run_here
-    from retemper.pipeline.config import load_parallel
+    from retemper.pipeline.config import check_setup, load_parallel
+    from retemper.pipeline.huggingface.config import model_of, read_config
+    from retemper.pipeline.schema import MethodConfig, ModelSetup
 
+    parallel = load_parallel(arguments.overrides)
+    _refuse_existing(arguments.run)
+    # What can be said of config.json is said before any rank starts, which then reads the rest.
+    config = {key: value for key, value in read_config(Path(arguments.folder)).items() if key != "auto_map"}
+    check_setup(ModelSetup(model=model_of(config, Path(arguments.folder)), method=MethodConfig(name="full"), parallel=parallel))
     options = {name: getattr(arguments, name) for name in ("folder", "run", "trust", "overrides")}
-    return run_here("retemper.pipeline.huggingface", ["import", json.dumps(options)], load_parallel(arguments.overrides).world_size)
+    return run_here("retemper.pipeline.huggingface", ["import", json.dumps(options)], parallel.world_size)
 
 
 def _export(arguments) -> int:
@@ -73,8 +80,16 @@ def _export(arguments) -> int:
 
     from retemper.launch.torchrun import run_here
 
+    _refuse_existing(arguments.folder)
+    if arguments.base and not arguments.adapter:
+        raise UserError("--base goes with --adapter: a whole model brings its base's weights itself")
     options = {name: getattr(arguments, name) for name in ("run", "folder", "step", "adapter", "base", "tokenizer")}
     return run_here("retemper.pipeline.huggingface", ["export", json.dumps(options)], 1)
+
+
+def _refuse_existing(target: str) -> None:
+    if Path(target).exists():
+        raise UserError(f"{target} exists already: remove it, or name another folder")
 
 
 def _launch_here(module: str, overrides: list[str]) -> int:

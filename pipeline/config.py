@@ -29,7 +29,15 @@ def load_config(overrides: list[str]) -> Config:
 def _model_of_base(raw: dict[str, Any]) -> dict[str, Any]:
     """A run has the model that it begins from."""
     path = Path(raw["init_from"], "config.json")
-    return json.loads(path.read_text())["model"] if path.is_file() else raw["model"]
+    if not path.is_file():
+        return raw["model"]
+    config = json.loads(path.read_text())
+    if "model" not in config:
+        raise UserError(
+            f"init_from={raw['init_from']} is no run folder. A transformers folder becomes one by "
+            f"`retemper import {raw['init_from']} runs/models/NAME`; then init_from=runs/models/NAME"
+        )
+    return config["model"]
 
 
 def load_data_config(overrides: list[str]) -> DataConfig:

@@ -1,9 +1,10 @@
 """What every rank of a launched job does around its work: check the input, join, work, report one clear error."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from retemper.pipeline.config import changed_keys, load_config
 from retemper.pipeline.distributed import topology as topologies
@@ -45,6 +46,13 @@ def run_prepared[Setup: ModelSetup](
         return 1
     topologies.stop()
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process: everything is closed by now, and what native libraries say of themselves at an interpreter's end helps nobody."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _refuse_other_inputs(rank: int, fingerprints: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from retemper.pipeline.errors import UserError
 
 META = "meta.json"
+IMPORTED = "imported"  # in meta.json of imported weights: a hash of what they were imported from
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -43,7 +44,7 @@ def commit(run_dir: Path, step: int, meta: dict) -> None:
     """Hash every file, write meta.json last, and give the folder its name: it exists whole or not at all."""
     target = folder_of(run_dir, step)
     temporary = target.with_suffix(".tmp")
-    meta = {**meta, "files": {path.name: _sha256(path) for path in sorted(temporary.iterdir())}}
+    meta = {**meta, "files": {path.name: sha256(path) for path in sorted(temporary.iterdir())}}
     with open(temporary / META, "w") as file:
         json.dump(meta, file, indent=2)
         file.flush()
@@ -66,16 +67,17 @@ def read_meta(folder: Path) -> dict:
         raise UserError(f"{folder} is no committed checkpoint: {META} is missing")
     meta = json.loads(path.read_text())
     for name, expected in meta["files"].items():
-        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise UserError(f"{folder / name} is missing or damaged: remove {folder} to go on from the checkpoint before it")
     return meta
 
 
 def fingerprint(folder: Path) -> str:
-    """One hash over all files of a committed checkpoint."""
-    return _sha256(folder / META)
+    """One hash over all files of a committed checkpoint; of imported weights, over what they were imported from, at any layout."""
+    return json.loads((folder / META).read_text()).get(IMPORTED) or sha256(folder / META)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

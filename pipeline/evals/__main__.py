@@ -2,7 +2,7 @@
 
 import sys
 
-from retemper.pipeline.ranks import run_rank
+from retemper.pipeline.ranks import leave, run_rank
 
 
 def main(overrides: list[str]) -> int:
@@ -34,4 +34,4 @@ def score_checkpoints(config, topology, fingerprints) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

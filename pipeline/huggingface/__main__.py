@@ -12,7 +12,7 @@ from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.config import check_setup, load_parallel
 from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.ranks import run_prepared
+from retemper.pipeline.ranks import leave, run_prepared
 from retemper.pipeline.schema import MethodConfig, ModelSetup, ParallelConfig
 
 
@@ -32,13 +32,18 @@ def importing(folder: str, run: str, trust: str | None, overrides: list[str]):
 
     def prepare():
         nonlocal weights
-        _refuse_existing(target)
         weights = Weights(source, trusted=trust == source.resolve().name)
         bf16 = all(weights.dtype(name) == torch.bfloat16 for name in weights.names)
         method, parallel = MethodConfig(name="full"), load_parallel(overrides)
         setup = check_setup(ModelSetup(model=weights.model, method=method, parallel=parallel, precision="bf16" if bf16 else "fp32"))
         topologies.check_world_size(setup)
-        return setup, {"tokenizer": Tokenizer(source).sha256}
+        tokenizer = Tokenizer(source)
+        if tokenizer.vocab_size > weights.model.vocab_size:
+            raise UserError(
+                f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, its config.json a vocab_size of only {weights.model.vocab_size}: "
+                "they are not of the same model"
+            )
+        return setup, {"tokenizer": tokenizer.sha256}
 
     def work(setup, topology, fingerprints):
         from retemper.pipeline.huggingface.load import ORIGIN, import_weights
@@ -63,7 +68,6 @@ def exporting(run: str, folder: str, step: int | None, adapter: bool, base: str 
     run_dir, target = Path(run), Path(folder)
 
     def prepare():
-        _refuse_existing(target)
         chosen = commit.folder_of(run_dir, step) if step is not None else commit.newest(run_dir)
         if not (chosen / commit.META).is_file():
             raise UserError(f"{chosen} is no checkpoint; {run_dir} has those after the steps {commit.committed_steps(run_dir)}")
@@ -90,11 +94,6 @@ def exporting(run: str, folder: str, step: int | None, adapter: bool, base: str 
     return prepare, work
 
 
-def _refuse_existing(target: Path) -> None:
-    if target.exists():
-        raise UserError(f"{target} exists already: remove it, or name another folder")
-
-
 @contextlib.contextmanager
 def _whole_or_nothing(target: Path, topology: topologies.Topology) -> Iterator[Path]:
     """A folder to write into, which becomes `target` at the end; after an error nothing is left of it."""
@@ -113,4 +112,4 @@ def _whole_or_nothing(target: Path, topology: topologies.Topology) -> Iterator[P
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], json.loads(sys.argv[2])))
+    leave(main(sys.argv[1], json.loads(sys.argv[2])))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.huggingface.config import config_of
+from retemper.pipeline.huggingface.config import config_of, model_of, read_config
 from retemper.pipeline.huggingface.folder import TOKENIZER_FILES
 from retemper.pipeline.huggingface.load import ORIGIN, SOURCE
 from retemper.pipeline.huggingface.names import LINEAR, Shard, tensor_shapes
@@ -57,7 +58,7 @@ def export_adapter(streamed: StreamedModel, target: Path, base: str) -> None:
             tensors[f"base_model.model.{module}.{name}.weight"] = tensor.contiguous()
         if lora.dora:
             tensors[f"base_model.model.{module}.lora_magnitude_vector"] = adapter["lora_magnitude"]
-    save_file(tensors, target / "adapter_model.safetensors", {"format": "pt"})
+    _save(tensors, target / "adapter_model.safetensors")
     rank = lora.rank * (1 + lora.pissa)
     config = {
         "peft_type": "LORA",
@@ -83,13 +84,17 @@ def reference_of(streamed: StreamedModel, base: str | None) -> Path:
     if streamed.setup.method.name != "lora":
         raise UserError(f"{streamed.folder} is of full training and holds no adapters: leave out --adapter")
     origin = origin_of(streamed)
-    folder = Path(base or (json.loads((origin / SOURCE).read_text())["folder"] if origin else ""))
-    if not (folder / "config.json").is_file():
+    folder = Path(base or (json.loads((origin / SOURCE).read_text())["folder"] if origin else streamed.base_dir))
+    if not (folder / "config.json").is_file() or not origin and not base:
         raise UserError(
-            f"the adapters' base {streamed.base_dir} is no transformers folder that is here: name it with --base FOLDER, "
+            f"{folder} is no transformers folder that is here: name that of the adapters' base {streamed.base_dir} with --base FOLDER, "
             f"or make one: retemper export {streamed.base_dir} FOLDER"
         )
-    return folder
+    config = {key: value for key, value in read_config(folder).items() if key != "auto_map"}
+    wanted, there = tensor_shapes(streamed.setup.model), tensor_shapes(model_of(config, folder))
+    if other := sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)):
+        raise UserError(f"{folder} is not the adapters' base {streamed.base_dir}: {len(other)} tensors are others, {other[0]} among them")
+    return folder.resolve()
 
 
 def origin_of(streamed: StreamedModel) -> Path | None:
@@ -144,7 +149,7 @@ def _write_tensors(tensors: Iterator[tuple[str, torch.Tensor]], target: Path) ->
     files, held, size = [], {}, 0
 
     def write() -> None:
-        save_file(held, target / f"{len(files):05d}.safetensors", {"format": "pt"})
+        _save(held, target / f"{len(files):05d}.safetensors")
         files.append({name: tensor.nbytes for name, tensor in held.items()})
 
     for name, tensor in tensors:
@@ -155,6 +160,13 @@ def _write_tensors(tensors: Iterator[tuple[str, torch.Tensor]], target: Path) ->
         size += tensor.nbytes
     write()
     return files
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file, {"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"{file} could not be written ({error}); nothing of it is left") from None
 
 
 def _write_index(files: list[dict[str, int]], target: Path) -> None:

@@ -1,5 +1,6 @@
 """The weights of a transformers folder, read block by block; what is not whole, or not weights, is refused before it is used."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.huggingface.config import model_of, read_config
 from retemper.pipeline.huggingface.names import HEAD, Region, tensor_shapes
@@ -38,6 +40,12 @@ class Weights:
     def names(self) -> list[str]:
         """Tensors of the model, in the order of tensor_shapes."""
         return list(tensor_shapes(self.model))
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights' files and of the model that config.json says they are."""
+        files = {file: commit.sha256(self.folder / file) for file in sorted(set(self._file_of.values()))}
+        return hashlib.sha256(json.dumps([self.model.model_dump(), files], sort_keys=True).encode()).hexdigest()
 
     def dtype(self, name: str) -> torch.dtype:
         return self.read(name, tuple(slice(0, 0) for _ in self._shape(name))).dtype

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from retemper.pipeline.checkpoint.commit import IMPORTED
 from retemper.pipeline.checkpoint.sharded import METADATA, write_checkpoint
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.distributed.topology import Topology
@@ -33,6 +34,7 @@ def import_weights(weights: Weights, setup: ModelSetup, topology: Topology, toke
         "train_state": TrainState().to_dict(),
         "fingerprints": {"tokenizer": tokenizer_sha256},
         "config": setup.model_dump() | {"init_from": None},
+        IMPORTED: weights.sha256 if topology.rank == 0 else None,  # rank 0 writes it
     }
     write_checkpoint(target, 0, {"model": [stage.sharded_state_dict(metadata=dict(METADATA)) for stage in stages]}, meta, topology)
 

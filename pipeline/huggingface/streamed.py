@@ -68,6 +68,11 @@ class StreamedModel:
             return self.model(tokens_BT, positions, attention_mask=None)[..., : self.setup.model.vocab_size].cpu()
 
     def _base_folder(self) -> Path:
+        if not commit.committed_steps(self.base_dir):
+            raise UserError(
+                f"{self.folder} holds adapters of {self.base_dir}, the init_from of their run, which is not here: import or train it again, "
+                "or go to the folder that this path is relative to"
+            )
         base = commit.newest(self.base_dir)
         if commit.fingerprint(base) != self.meta["fingerprints"]["base"]:
             raise UserError(f"{self.folder} holds adapters of another base than {base}: restore the one it was trained on")

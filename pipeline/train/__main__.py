@@ -3,7 +3,7 @@
 import sys
 
 from retemper.pipeline.distributed.topology import noting_signals
-from retemper.pipeline.ranks import run_rank
+from retemper.pipeline.ranks import leave, run_rank
 
 
 def main(overrides: list[str]) -> int:
@@ -18,4 +18,4 @@ def main(overrides: list[str]) -> int:
 
 # dist_checkpointing may start processes by spawn, which import this module again.
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

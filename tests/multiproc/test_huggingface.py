@@ -12,6 +12,7 @@ from conftest import SHARED_DATA, data_config, launch, overrides
 from safetensors.torch import load_file
 
 from retemper.pipeline import run_folder
+from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.config import load_config
 from retemper.pipeline.data.reader import Streams
 from retemper.pipeline.huggingface.names import LINEAR
@@ -168,6 +169,12 @@ def test_a_round_trip_changes_no_byte(exchange):
             assert before[tensor].dtype == after[tensor].dtype and before[tensor].equal(after[tensor]), (out, tensor)
         for file in ("config.json", "generation_config.json", "tokenizer.json"):
             assert (exchange.folders[name] / file).read_bytes() == (out / file).read_bytes()
+
+
+def test_a_base_is_the_same_at_every_layout(exchange):
+    for name in STAGED:
+        assert len({commit.fingerprint(commit.newest(exchange.round_trips[name, layout][0])) for layout in LAYOUTS}) == 1
+    assert len({commit.fingerprint(commit.newest(base)) for base, _ in exchange.round_trips.values()}) == len(exchange.folders)
 
 
 def beside(out: Path, what: str) -> Path:

@@ -139,5 +139,11 @@ def test_a_missing_value_is_named():
         load_config(["study=a", "name=b"])
 
 
+def test_a_transformers_folder_is_no_base_until_it_is_imported(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(UserError, match=f"retemper import {tmp_path} runs/models/NAME"):
+        load_config(["study=a", "name=b", f"init_from={tmp_path}"])
+
+
 def test_changed_keys_name_both_values():
     assert changed_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2 -> 3"]

@@ -162,6 +162,26 @@ def test_the_command_refuses_and_leaves_nothing(tmp_path, capfd):
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_config_json_says_is_refused_before_ranks_start(tmp_path, capfd):
+    folder = str(write(tmp_path / "m", tensors()))
+    for arguments, said in (
+        ([folder, str(tmp_path / "base"), "parallel.tensor_parallel_size=3"], "does not divide model.num_attention_heads=4"),
+        ([folder, folder], "exists already"),
+        ([str(tmp_path), str(tmp_path / "base")], "no transformers folder"),
+    ):
+        assert main(["import", *arguments]) == 1 and said in capfd.readouterr().err
+    assert main(["export", "run", str(tmp_path / "out"), "--base", folder]) == 1
+    assert "--base goes with --adapter" in capfd.readouterr().err
+
+
+def test_the_same_weights_are_the_same_base_however_they_are_imported(tmp_path):
+    held = tensors()
+    one, other = (Weights(write(tmp_path / name, held)).sha256 for name in ("a", "b"))
+    assert one == other != Weights(write(tmp_path / "c", held, rope_theta=5e5)).sha256
+    held["lm_head.weight"][0, 0] += 1
+    assert Weights(write(tmp_path / "d", held)).sha256 != one
+
+
 @st.composite
 def models(draw):
     groups, size = draw(st.sampled_from([4, 8])), draw(st.sampled_from([1, 2, 4]))
