@@ -51,6 +51,7 @@ def test_the_demos_memory_is_what_its_steps_take():
 SCORED = ["evals.micro_batch_size=16", "train.micro_batch_size=1", "parallel.recompute=full"]
 
 
+@pytest.mark.slow
 def test_what_scoring_takes_is_planned_where_it_is_more():
     demo(1, ["parallel=single", *SCORED])
 
@@ -96,6 +97,7 @@ def drawn_shape(draw: random.Random) -> list[str]:
     return [*(f"{key}={value}" for key, value in changes.items()), *draw.choice([[], lora])]
 
 
+@pytest.mark.slow
 def test_the_memory_of_drawn_shapes():
     draw = random.Random(1)
     probe(1, "memory", *(drawn_shape(draw) for _ in range(3)))
