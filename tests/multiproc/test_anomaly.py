@@ -57,6 +57,7 @@ def test_a_run_that_is_to_stop_says_what_to_do_and_has_saved_nothing_spoiled(wor
     assert committed_steps(runs / "stops") == [5] and max(curve(runs / "stops")) == 6
 
 
+@pytest.mark.slow
 def test_a_trace_of_the_steps_that_were_asked_for(workspace):
     launch(2, [{"overrides": overrides(workspace, "profiled", "parallel=dp2", "profile.steps=[3,4]", "evals.heldout={}")}])
     trace = json.loads((workspace / "runs" / "test" / "profiled" / run_folder.PROFILE / "steps-3-4.json").read_text())
@@ -64,6 +65,7 @@ def test_a_trace_of_the_steps_that_were_asked_for(workspace):
     assert sum("ProfilerStep" in name for name in names) == 2 and any("aten::mm" in name for name in names)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(workspace):
     command = ["train", *overrides(workspace, "signalled", *RUN)]
     folder = workspace / "runs" / "test" / "signalled"
