@@ -69,8 +69,8 @@ def _import(arguments) -> int:
     parallel = load_parallel(arguments.overrides)
     _refuse_existing(arguments.run)
     # What can be said of config.json is said before any rank starts, which then reads the rest.
-    config = {key: value for key, value in read_config(Path(arguments.folder)).items() if key != "auto_map"}
-    check_setup(ModelSetup(model=model_of(config, Path(arguments.folder)), method=MethodConfig(name="full"), parallel=parallel))
+    folder = Path(arguments.folder)
+    check_setup(ModelSetup(model=model_of(read_config(folder), folder), method=MethodConfig(name="full"), parallel=parallel))
     options = {name: getattr(arguments, name) for name in ("folder", "run", "trust", "overrides")}
     return run_here("retemper.pipeline.huggingface", ["import", json.dumps(options)], parallel.world_size)
 

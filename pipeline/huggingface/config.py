@@ -15,9 +15,9 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen3ForCausalLM": {"qk_norm": True},
 }
 
-# Keys that change nothing of what training computes.
+# Keys that change nothing of what training computes; folder.py refuses the code that auto_map names.
 _HARMLESS = {
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "max_window_layers", "model_type",
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "max_window_layers", "model_type",
     "pad_token_id", "pretraining_tp", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
 }  # fmt: skip
 # Keys that are read, and those that must have one value.

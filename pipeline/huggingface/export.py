@@ -90,8 +90,7 @@ def reference_of(streamed: StreamedModel, base: str | None) -> Path:
             f"{folder} is no transformers folder that is here: name that of the adapters' base {streamed.base_dir} with --base FOLDER, "
             f"or make one: retemper export {streamed.base_dir} FOLDER"
         )
-    config = {key: value for key, value in read_config(folder).items() if key != "auto_map"}
-    wanted, there = tensor_shapes(streamed.setup.model), tensor_shapes(model_of(config, folder))
+    wanted, there = tensor_shapes(streamed.setup.model), tensor_shapes(model_of(read_config(folder), folder))
     if other := sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)):
         raise UserError(f"{folder} is not the adapters' base {streamed.base_dir}: {len(other)} tensors are others, {other[0]} among them")
     return folder.resolve()

@@ -31,7 +31,7 @@ class Weights:
         self.config = read_config(folder)
         if not trusted:
             _refuse_code(folder, self.config)
-        self.model = model_of({key: value for key, value in self.config.items() if key != "auto_map"}, folder)
+        self.model = model_of(self.config, folder)
         self._file_of = _files(folder)
         self._open: dict[str, Any] = {}
         self._check_shapes()
