@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.flops import linear_layers
 from retemper.pipeline.schema import Config, DataConfig, ModelSetup, ParallelConfig, ScheduleConfig, Section
 
 
@@ -250,6 +251,47 @@ def _setup_conflicts(config: ModelSetup):
         yield "method.lora.dora=true takes no method.lora.dropout: a row's norm stands for the whole input; set one of them to its default"
     if method.name == "full" and method.lora is not None:
         yield "method.name=full trains every weight, but method.lora is set; take the preset method=lora or set method.lora=null"
+    if parallel.tensor_parallel_overlap and not parallel.sequence_parallel:
+        yield "parallel.tensor_parallel_overlap=true needs parallel.sequence_parallel=true"
+    yield from _fp8_conflicts(config)
+
+
+# What Transformer Engine's kernels ask of sizes: in features, and in tokens of a micro-batch.
+_FP8_MULTIPLES = {"delayed": (16, 8), "tensorwise": (16, 8), "blockwise": (128, 128), "mxfp8": (32, 32)}
+
+
+def _fp8_conflicts(config: ModelSetup):
+    recipe, lora, tp = config.fp8_recipe, config.method.lora, config.parallel.tensor_parallel_size
+    if recipe is None:
+        if config.fp8 != type(config.fp8)():
+            yield f"fp8.* is set, but precision={config.precision}: take precision=fp8_delayed, fp8_tensorwise, fp8_blockwise or mxfp8"
+        return
+    if lora and (lora.dora or lora.pissa):
+        yield f"precision={config.precision} takes no method.lora.dora or pissa: both compute with the base's weights, which FP8 rounds"
+    if lora and config.fp8.param_gather:
+        yield "fp8.param_gather=true is of full training: with method=lora the base is held in FP8 anyway"
+    if config.fp8.param_gather and recipe == "mxfp8":
+        yield "fp8.param_gather=true does not go with precision=mxfp8: leave it out"
+    if config.fp8.bf16_layers and recipe == "delayed":
+        yield "fp8.bf16_layers does not go with precision=fp8_delayed, whose scales are of the whole model: take fp8_tensorwise or 0"
+    if config.fp8.bf16_layers > (of_stage := config.model.num_layers // config.parallel.pipeline_parallel_size):
+        yield f"fp8.bf16_layers={config.fp8.bf16_layers} is more than the {of_stage} layers of a pipeline stage"
+    multiple, _ = _FP8_MULTIPLES[recipe]
+    out = {name: features_out // tp for name, (_, features_out) in linear_layers(config.model).items()}
+    fused = {"hidden state": config.model.hidden_size, "q, k and v": out["q"] + out["k"] + out["v"], "q": out["q"], "gate": out["gate"]}
+    for name, features in fused.items():
+        if features % multiple:
+            yield f"precision={config.precision} asks for features that {multiple} divides, but {name} has {features} on a rank"
+
+
+def _fp8_batch_conflicts(config: Config):
+    if config.fp8_recipe is None:
+        return
+    parallel, (_, multiple) = config.parallel, _FP8_MULTIPLES[config.fp8_recipe]
+    parts = parallel.context_parallel_size * (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
+    tokens = config.train.micro_batch_size * config.data.seq_length // parts
+    if tokens % multiple:
+        yield f"precision={config.precision} asks for micro-batches whose tokens {multiple} divides; train.micro_batch_size and data.seq_length give a rank {tokens}"
 
 
 def _branch_conflicts(config: Config):
@@ -307,6 +349,7 @@ def _conflicts(config: Config):
         yield f"schedule.warmup_tokens={config.schedule.warmup_tokens} is not less than the run's {config.steps * config.tokens_per_step} tokens"
     if (steps := config.profile.steps) and not steps[0] <= steps[1] <= config.steps:
         yield f"profile.steps={steps} are a first and a last step, at most {config.steps}, the run's last"
+    yield from _fp8_batch_conflicts(config)
     yield from _branch_conflicts(config)
     yield from _schedule_conflicts(config.schedule)
     for tokens in config.checkpoint.milestones:

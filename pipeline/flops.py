@@ -19,13 +19,17 @@ _PEAKS = {
     "H200 NVL": {"bf16": 835e12, "fp8": 1671e12},
     "H200": {"bf16": 989e12, "fp8": 1979e12},
     "A100": {"bf16": 312e12},
+    "B200": {"bf16": 2250e12, "fp8": 4500e12},
 }
 
 
 def peak_flops(gpu: str | None, precision: str) -> float | None:
-    """FLOP/s that a GPU of this name has at a precision; None where that is not known, or where there is no GPU."""
+    """FLOP/s that a GPU of this name has at a precision; None where that is not known, or where there is no GPU.
+
+    In FP8 those of FP8, though attention and the output head are computed in bf16 there.
+    """
     known = next((peaks for name, peaks in _PEAKS.items() if gpu and name in gpu), {})
-    return known.get(precision)
+    return known.get(precision if precision in ("fp32", "bf16") else "fp8")
 
 
 def linear_layers(model: ModelConfig) -> dict[str, tuple[int, int]]:

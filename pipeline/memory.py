@@ -92,7 +92,7 @@ def rank_memory(config: Config, stage: int, *, fused: bool = True) -> RankMemory
     activations, temporary = max(moments, key=sum)
     return RankMemory(
         stage=stage,
-        weights=held["base"] * element,
+        weights=held["base"] * element + _of_fp8(config, stage),
         adapters=(held["adapters"] + held["initial"]) * element,
         gradients=trainable * 4,
         optimizer=trainable * state // (parallel.data_parallel_size * parallel.context_parallel_size),
@@ -107,8 +107,25 @@ def moments_of(config: Config) -> int:
 
 
 def _element(config: ModelSetup) -> int:
-    """Bytes of a weight, and of an activation."""
-    return {"fp32": 4, "bf16": 2}[config.precision]
+    """Bytes of a weight, and of an activation, where they are not in FP8."""
+    return 4 if config.precision == "fp32" else 2
+
+
+def _of_fp8(config: ModelSetup, stage: int) -> int:
+    """Bytes of a stage's linear layers in FP8, beyond those they take in bf16; less than none where FP8 alone is kept.
+
+    Transformer Engine multiplies both orders of a weight, and keeps both of what trains; of a frozen one with one scale a tensor one
+    (model/fp8.py). Scales are one in float32 for 128 × 128 numbers, or a byte for 32.
+    """
+    if config.fp8_recipe is None:
+        return 0
+    model, parallel = config.model, config.parallel
+    layers = model.num_layers // parallel.pipeline_parallel_size
+    kept_whole = config.fp8.bf16_layers * ((stage == 0) + (stage == parallel.pipeline_parallel_size - 1))
+    elements = (layers - kept_whole) * sum(math.prod(sizes) for sizes in linear_layers(model).values()) // parallel.tensor_parallel_size
+    one_order = config.method.name == "lora" and config.fp8_recipe in ("delayed", "tensorwise")
+    scale = {"delayed": 0, "tensorwise": 0, "blockwise": 4 / 128**2, "mxfp8": 1 / 32}[config.fp8_recipe]
+    return round(elements * ((1 if one_order else 2) * (1 + scale) - (2 if config.fp8_weights else 0)))
 
 
 def _stage_weights(config: ModelSetup, stage: int) -> dict[str, int]:
@@ -194,7 +211,10 @@ class _Activations:
     def input_of(self, targets: tuple[str, ...], elements: int, *, read_later: bool = False) -> int:
         """What a linear layer reads, which it keeps where a weight on it trains, and its adapters' hidden states."""
         adapted = [target for target in targets if self.lora and target in self.lora.targets]
-        kept = elements * self.element if self.full or read_later or (adapted and not self.lora.dropout) else 0
+        kept = elements * self.element if read_later or (adapted and not self.lora.dropout) else 0
+        if self.full and not read_later:
+            in_fp8 = self.config.fp8_recipe and "head" not in targets
+            kept = elements * (1 if in_fp8 else self.element)  # for the weight's gradient, as it was multiplied
         if adapted and self.lora.dropout:
             kept += elements * (self.element + (1 if self.fused else self.element))  # what dropout leaves, and its mask
         return kept + sum(map(self.adapter, adapted))

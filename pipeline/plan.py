@@ -105,7 +105,7 @@ def _checkpoints(config: Config) -> str:
 
 def checkpoint_bytes(config: Config) -> int:
     """Tensors of one checkpoint: what trains, as it is computed with, and in float32 with the optimizer's moments."""
-    element = {"fp32": 4, "bf16": 2}[config.precision]
+    element = 4 if config.precision == "fp32" else 2  # FP8 weights too are saved as bf16
     return parameter_counts(config)[0] * (element + 4 + 4 * moments_of(config))
 
 
@@ -166,7 +166,8 @@ def _grid(config: Config, gpus_per_node: int) -> Iterator[tuple[dict[str, object
     ):
         if ranks % (tp * pp) == 0:
             sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "data_parallel_size": ranks // (tp * pp)}
-            yield sizes | {"sequence_parallel": parallel.sequence_parallel and tp > 1, "recompute": recompute}, micro_batch
+            of_tensor = {key: getattr(parallel, key) and tp > 1 for key in ("sequence_parallel", "tensor_parallel_overlap")}
+            yield sizes | of_tensor | {"recompute": recompute}, micro_batch
 
 
 def _distance(config: Config, sizes: dict, micro_batch: int) -> tuple[float, int]:

@@ -20,10 +20,14 @@ _SECONDS_FOR_RANK_ZERO = 5
 def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, dict[str, Any]], None]) -> int:
     """Load and check the config, start the process groups, call work(config, topology, fingerprints). Returns the exit code."""
 
+    from retemper.pipeline.model.kernels import check_precision
+
     def prepare() -> tuple[Config, dict[str, Any]]:
         config = load_config(overrides)
         topologies.check_world_size(config)
-        return config, preflight(config)
+        prepared = preflight(config)
+        check_precision(config)
+        return config, prepared
 
     return run_prepared(prepare, work)
 

@@ -229,6 +229,14 @@ class ParallelConfig(Section):
         "none",
         description="activations computed again in the backward pass instead of kept: selective those of feed-forward layers, full all",
     )
+    overlap: bool = Field(
+        False,
+        description="gradients are reduced during the backward pass, weights gathered during the forward pass and, with virtual stages, "
+        "activations sent beside computation",
+    )
+    tensor_parallel_overlap: bool = Field(
+        False, description="tensor-parallel communication beside matrix multiplications; Transformer Engine's, with sequence_parallel"
+    )
 
     @property
     def model_parallel_size(self) -> int:
@@ -321,14 +329,37 @@ class TrackConfig(Section):
     project: str = "retemper"
 
 
+class Fp8Config(Section):
+    """Of precisions in 8 bits, beside the recipe."""
+
+    param_gather: bool = Field(
+        False,
+        description="full training keeps and gathers its weights in FP8, beside float32 ones of the optimizer; a frozen base is always in FP8",
+    )
+    bf16_layers: Annotated[int, Field(ge=0)] = Field(0, description="of the first layers, and as many of the last, that stay in bf16")
+
+
 class ModelSetup(Section):
     """A model on its ranks: all that building it needs to know."""
 
     model: ModelConfig
     method: MethodConfig
     parallel: ParallelConfig
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "mxfp8"] = Field(
+        "bf16", description="of computation; the 8-bit ones are Transformer Engine's recipes for the linear layers, the rest is bf16 there"
+    )
+    fp8: Fp8Config = Fp8Config()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(17, description="of initial weights, data order and dropout")
+
+    @property
+    def fp8_recipe(self) -> Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None:
+        """How FP8 numbers are scaled, where they are computed with."""
+        return self.precision.removeprefix("fp8_") if self.precision not in ("fp32", "bf16") else None
+
+    @property
+    def fp8_weights(self) -> bool:
+        """Whether weights of linear layers are held in FP8, and not in bf16."""
+        return self.fp8_recipe is not None and (self.fp8.param_gather or self.method.name == "lora")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -340,7 +371,7 @@ class ModelSetup(Section):
     @classmethod
     def of(cls, config: dict[str, Any], parallel: ParallelConfig, **changes: Any) -> "ModelSetup":
         """The model of a dumped config in another layout."""
-        kept = {name: config[name] for name in ModelSetup.model_fields}
+        kept = {name: config[name] for name in ModelSetup.model_fields if name in config}  # fp8 came later than others
         return cls(**kept | {"parallel": parallel} | changes)
 
 

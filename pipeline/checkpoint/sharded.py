@@ -59,6 +59,9 @@ class Checkpointer:
 
     def save(self, state: TrainState) -> None:
         """Commit a checkpoint after state.step steps. Every rank calls it."""
+        if self.config.parallel.overlap:
+            for stage in self.model:
+                stage.start_param_sync(force_sync=True)  # else the next forward pass gathers what this step changed
         meta = {"train_state": state.to_dict(), "fingerprints": self.fingerprints, "config": self.config.model_dump()}
         write_checkpoint(self.config.run_dir, state.step, self._sharded_state(is_loading=False), meta, self.topology)
 
@@ -112,11 +115,16 @@ class Checkpointer:
             )
         if meta["fingerprints"]["tokenizer"] != self.fingerprints["tokenizer"]:
             raise UserError(f"init_from={self.config.init_from}: {folder} was trained with another tokenizer than {self.config.data.path}")
-        weights = [{key: value for key, value in state.items() if not is_adapter(key)} for state in self._model_state()]
-        self._fill_model(dist_checkpointing.load({"model": weights}, str(folder))["model"])
+        weights = [
+            {key: value for key, value in state.items() if not (is_adapter(key) or _is_scaling(key))} for state in self._model_state()
+        ]
+        loaded = dist_checkpointing.load({"model": weights}, str(folder))["model"]
+        self._fill_model(loaded)
         begin_at_base(self.model)
         if self.optimizer:
-            self.optimizer.reload_model_params()
+            # From what was read: the model's own may be in FP8.
+            names = ["model"] if len(loaded) == 1 else [f"model{number}" for number in range(len(loaded))]
+            self.optimizer.reload_model_params(dict(zip(names, loaded, strict=True)) if self.config.fp8.param_gather else None)
 
     def _sharded_state(self, *, is_loading: bool) -> dict:
         model_state = self._trained_state()
@@ -126,10 +134,13 @@ class Checkpointer:
         return {"model": model_state, "optimizer": optimizer_state}
 
     def _trained_state(self) -> list[dict]:
-        states = self._model_state()
-        if self.config.method.name == "full":
-            return states
-        return [{key: value for key, value in state.items() if is_adapter(key)} for state in states]
+        """What a checkpoint has of the model: what trains, and with delayed scaling the history that scales are taken from."""
+        delayed, full = self.config.fp8_recipe == "delayed", self.config.method.name == "full"
+
+        def is_kept(key: str) -> bool:
+            return delayed if _is_scaling(key) else full or is_adapter(key)
+
+        return [{key: value for key, value in state.items() if is_kept(key)} for state in self._model_state()]
 
     def _model_state(self) -> list[dict]:
         """Of each stage of this rank: the names in it say nothing of other stages, what they stand for does."""
@@ -140,6 +151,11 @@ class Checkpointer:
             unknown = tensors.keys() - known.keys()
             assert not unknown, f"weights that fit nowhere: {unknown}"
             stage.load_state_dict(tensors, strict=False)
+
+
+def _is_scaling(key: str) -> bool:
+    """Whether a key of Transformer Engine's layers is the state of their FP8 scales. Other precisions have it too, and empty."""
+    return key.endswith("_extra_state")
 
 
 def _reason(error: CheckpointException) -> str:

@@ -30,7 +30,7 @@ def export_model(streamed: StreamedModel, target: Path, tokenizer: Path | None) 
     """
     origin = origin_of(streamed)
     source = json.loads((origin / SOURCE).read_text()) if origin else {}
-    dtype_of_run = {"fp32": "float32", "bf16": "bfloat16"}[streamed.meta["config"]["precision"]]
+    dtype_of_run = "float32" if streamed.meta["config"]["precision"] == "fp32" else "bfloat16"
     dtypes = source.get("dtypes") or dict.fromkeys(tensor_shapes(streamed.setup.model), dtype_of_run)
     rounded = False
 

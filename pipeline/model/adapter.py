@@ -47,9 +47,9 @@ class Adapter(torch.nn.Module):
         axes = {"lora_A": of_A, "lora_A_initial": of_A, "lora_B": of_B, "lora_B_initial": of_B, "lora_magnitude": of_magnitude}
         return {name: axis for name, axis in axes.items() if axis is not None and hasattr(self, name)}
 
-    @property
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of the whole update, in PiSSA's case of twice the rank."""
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of the whole update, in PiSSA's case of twice the rank. By a call, before which megatron-core waits for weights
+        that are still being gathered."""
         return joined_factors(dict(self.named_parameters()))
 
     def begin(self, A_RI: torch.Tensor, B_OR: torch.Tensor) -> None:

@@ -17,6 +17,8 @@ from megatron.core.utils import unwrap_model
 from retemper.pipeline.distributed.topology import Topology, sum_over_stages
 from retemper.pipeline.model import lora
 from retemper.pipeline.model.attention import SdpaAttention
+from retemper.pipeline.model.fp8 import hold_in_fp8_alone, plain_weights
+from retemper.pipeline.model.kernels import kernels_here
 from retemper.pipeline.model.weights import init_weights
 from retemper.pipeline.schema import LoraConfig, ModelSetup, RopeScaling
 
@@ -38,20 +40,34 @@ def build_model(config: ModelSetup, topology: Topology) -> torch.nn.ModuleList:
     One DistributedDataParallel for each of parallel.virtual_pipeline_parallel_size stages.
     """
     local = not (HAVE_TE and topology.device.type == "cuda")
-    return torch.nn.ModuleList([_trainable(stage, config, topology) for stage in build_layers(config, topology, local=local)])
+    stages = torch.nn.ModuleList([_trainable(stage, config, topology) for stage in build_layers(config, topology, local=local)])
+    if config.parallel.overlap:
+        # Gradients are reduced once a step, during the last micro-batch's backward pass.
+        without_reducing = [stage.no_sync for stage in stages]
+        stages[0].config.no_sync_func = without_reducing if len(stages) > 1 else without_reducing[0]
+    return stages
 
 
 def _trainable(model: GPTModel, config: ModelSetup, topology: Topology) -> DistributedDataParallel:
-    init_weights(model, config.model, config.seed)
+    with plain_weights(model):
+        init_weights(model, config.model, config.seed)
     if config.method.name == "lora":
         lora.freeze_base(model)
+        if config.fp8_weights:
+            hold_in_fp8_alone(model)
         if model.pre_process and config.parallel.recompute != "none":
             lora.open_to_gradients(model.embedding)
     lora.check_what_trains({name: parameter.requires_grad for name, parameter in model.named_parameters()}, config.method.lora)
     model.to(topology.device)
     if model.config.bf16:
         model = Float16Module(model.config, model)
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=config.parallel.overlap,
+        overlap_param_gather=config.parallel.overlap,
+        fp8_param_gather=config.fp8.param_gather,
+    )
     return DistributedDataParallel(model.config, ddp, model)
 
 
@@ -81,6 +97,10 @@ def _stage(config: ModelSetup, topology: Topology, number: int | None, local: bo
         rotary_base=config.model.rotary_base,
     )
     model.rotary_pos_emb.inv_freq = _scaled(model.rotary_pos_emb.inv_freq, config.model.rope_scaling)
+    if not local:
+        for layer in model.modules():
+            if hasattr(layer, "fuse_wgrad_accumulation"):  # Transformer Engine's own, whatever sums the output layer's
+                layer.fuse_wgrad_accumulation = True
     if model.post_process:
         _silence_padding(model.output_layer, config.model.vocab_size, topology.tensor_parallel_rank)
     return model
@@ -123,8 +143,8 @@ _RECOMPUTED = {
 
 def transformer_config(config: ModelSetup) -> TransformerConfig:
     """megatron-core's view of the run."""
-    model, parallel = config.model, config.parallel
-    bf16 = config.precision == "bf16"
+    model, parallel, kernels = config.model, config.parallel, kernels_here()
+    bf16, virtual = config.precision != "fp32", parallel.virtual_pipeline_parallel_size
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -146,22 +166,43 @@ def transformer_config(config: ModelSetup) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual if (virtual := parallel.virtual_pipeline_parallel_size) > 1 else None,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
         **_RECOMPUTED[parallel.recompute],
+        overlap_p2p_comm=parallel.overlap and virtual > 1,
+        batch_p2p_comm=not (parallel.overlap and virtual > 1),
+        tp_comm_overlap=parallel.tensor_parallel_overlap,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
         # Means over all tokens of the global batch, right also when loss masks differ between ranks.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        # The fused kernels come with apex and Transformer Engine.
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
+        gradient_accumulation_fusion=kernels.apex,
+        bias_activation_fusion=bool(kernels.gpu),
+        apply_rope_fusion=bool(kernels.transformer_engine),
+        masked_softmax_fusion=False,  # attention is Transformer Engine's or torch's, fused as a whole
+        **_fp8(config),
     )
+
+
+def _fp8(config: ModelSetup) -> dict[str, object]:
+    """megatron-core's options of an 8-bit precision."""
+    if config.fp8_recipe is None:
+        return {}
+    return {
+        # Gradients want the wider exponent of E5M2 unless each block has a scale of its own.
+        "fp8": "hybrid" if config.fp8_recipe in ("delayed", "tensorwise") else "e4m3",
+        "fp8_recipe": config.fp8_recipe,
+        "fp8_param": config.fp8_weights,
+        # Transformer Engine's own defaults: the largest of the last 1024 steps.
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": config.fp8.bf16_layers > 0,
+        "num_layers_at_start_in_bf16": config.fp8.bf16_layers,
+        "num_layers_at_end_in_bf16": config.fp8.bf16_layers,
+    }
 
 
 def parameter_counts(model: torch.nn.ModuleList, tensor_parallel_size: int) -> tuple[int, int]:

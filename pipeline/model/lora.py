@@ -102,10 +102,10 @@ class ColumnAdapters:
                 adapter.lora_magnitude.copy_(self._row_norms(name))
 
     def _row_norms(self, name: str) -> torch.Tensor:
-        return row_norms(self.split(self.weight.t())[name].t(), *self.adapters[name].factors, self.scale)
+        return row_norms(self.split(self.weight.t())[name].t(), *self.adapters[name](), self.scale)
 
     def _delta(self, adapter: Adapter, x_SBI: torch.Tensor) -> torch.Tensor:
-        A_RI, B_OR = adapter.factors
+        A_RI, B_OR = adapter()
         hidden_SBR = torch.nn.functional.linear(x_SBI, A_RI)
         # The gradient of hidden is a sum over the ranks that hold a part of B: R numbers a token, not I.
         if self.config.sequence_parallel:
@@ -175,7 +175,7 @@ class RowAdapter:
     def with_adapter(self, output_SBO: torch.Tensor, x_SBI: torch.Tensor) -> torch.Tensor:
         """The base layer's output for x, and the adapter's on top."""
         (adapter,) = self.adapters.values()
-        A_RI, B_OR = adapter.factors
+        A_RI, B_OR = adapter()
         hidden_SBR = torch.nn.functional.linear(self.dropout(x_SBI), A_RI)
         split = self.config.sequence_parallel
         reduce = reduce_scatter_to_sequence_parallel_region if split else reduce_from_tensor_model_parallel_region
@@ -196,7 +196,7 @@ class RowAdapter:
         def total(part):
             return reduce_from_tensor_model_parallel_region(part, group=self.adapter_group)
 
-        return row_norms(self.weight, *adapter.factors, self.scale, total)
+        return row_norms(self.weight, *adapter(), self.scale, total)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         return _sharded(self, {"weight": 1} | _named_axes(self.adapters, of_A=1), prefix, sharded_offsets, metadata)

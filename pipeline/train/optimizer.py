@@ -19,8 +19,10 @@ def build_optimizer(config: Config, model) -> MegatronOptimizer:
         adam_beta2=settings.beta2,
         adam_eps=settings.eps,
         clip_grad=settings.clip_grad,
-        bf16=config.precision == "bf16",
+        bf16=config.precision != "fp32",
+        fp8_recipe=config.fp8_recipe,
         use_distributed_optimizer=True,
+        overlap_param_gather=config.parallel.overlap,
     )
     overrides = get_standard_config_overrides(megatron)
     if config.method.lora and config.method.lora.lr_ratio > 1:  # LoRA+ (arXiv 2402.12354)

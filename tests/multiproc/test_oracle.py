@@ -24,10 +24,11 @@ FOUR_RANKS = {
     "tp2pp2": ["parallel=tp2", "parallel.pipeline_parallel_size=2"],
     "tp2spcp2": ["parallel=tp2", "parallel.sequence_parallel=true", "parallel.context_parallel_size=2"],
 }
-WITHOUT_RECOMPUTATION = list(TWO_RANKS)
+PLAIN = list(TWO_RANKS)
 # Layouts under which activations are computed again in the backward pass.
 RECOMPUTED = {"full": "tp2sp", "selective": "pp2vpp2"}
 TWO_RANKS |= {f"{layout}-{recompute}": [*TWO_RANKS[layout], f"parallel.recompute={recompute}"] for recompute, layout in RECOMPUTED.items()}
+TWO_RANKS |= {f"{layout}-overlap": [*TWO_RANKS[layout], "parallel.overlap=true"] for layout in ("dp2", "pp2vpp2")}
 LAYOUTS = TWO_RANKS | FOUR_RANKS
 METHODS = {"full": []} | {
     f"r{rank}-{targets}": ["method=lora", f"method.lora.rank={rank}", f"method.lora.targets={targets}"]
@@ -36,8 +37,9 @@ METHODS = {"full": []} | {
 }
 VARIANTS = {name: [*METHODS["r4-all"], f"method.lora.{name}=true"] for name in ("dora", "pissa")}
 VARIANTS["rslora-plus"] = [*METHODS["r4-all"], "method.lora.rslora=true", "method.lora.lr_ratio=4"]
-PAIRS = [(method, layout) for method in METHODS for layout in LAYOUTS if layout in (*WITHOUT_RECOMPUTATION, "tp2pp2")]
-PAIRS += [(method, layout) for method in ("full", "r4-all", "r16-mlp") for layout in TWO_RANKS if layout not in WITHOUT_RECOMPUTATION]
+BY_DEFAULT = ("full", "r4-all", "r4-attention", "r16-mlp")  # each rank and each choice of targets
+PAIRS = [(method, layout) for method in BY_DEFAULT for layout in (*PLAIN, "tp2pp2")]
+PAIRS += [(method, layout) for method in ("full", "r4-all", "r16-mlp") for layout in TWO_RANKS if layout not in PLAIN]
 PAIRS += [(method, "tp2sp") for method in VARIANTS]
 SLOW_PAIRS = [(method, layout) for method in METHODS | VARIANTS for layout in LAYOUTS if (method, layout) not in PAIRS]
 # Fault -> the layout that shows it.
