@@ -294,6 +294,18 @@ def _fp8_batch_conflicts(config: Config):
         yield f"precision={config.precision} asks for micro-batches whose tokens {multiple} divides; train.micro_batch_size and data.seq_length give a rank {tokens}"
 
 
+def _overlap_conflicts(config: Config):
+    train, evals = config.train, config.evals
+    if not (config.parallel.tensor_parallel_overlap and evals.heldout):
+        return
+    together = train.micro_batch_size * config.parallel.data_parallel_size
+    if evals.micro_batch_size != train.micro_batch_size or evals.max_samples % together:
+        yield (
+            f"parallel.tensor_parallel_overlap=true has buffers for micro-batches of one size: set evals.micro_batch_size={train.micro_batch_size} "
+            f"and evals.max_samples to a multiple of {together}, or evals.heldout={{}}"
+        )
+
+
 def _branch_conflicts(config: Config):
     if config.train.branches and config.branch_of:
         yield "train.branches: a branch has none of its own; leave branch_of or train.branches out"
@@ -350,6 +362,7 @@ def _conflicts(config: Config):
     if (steps := config.profile.steps) and not steps[0] <= steps[1] <= config.steps:
         yield f"profile.steps={steps} are a first and a last step, at most {config.steps}, the run's last"
     yield from _fp8_batch_conflicts(config)
+    yield from _overlap_conflicts(config)
     yield from _branch_conflicts(config)
     yield from _schedule_conflicts(config.schedule)
     for tokens in config.checkpoint.milestones:

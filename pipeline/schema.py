@@ -407,6 +407,10 @@ class Config(ModelSetup):
     def steps(self) -> int:
         return self.train.tokens // self.tokens_per_step
 
+    def logs_after(self, step: int) -> bool:
+        """Whether a step is reported: every few, and the last."""
+        return step % self.train.log_every_steps == 0 or step == self.steps
+
     @property
     def cooldown_fraction(self) -> float:
         """Of a trunk none: its branches cool down."""

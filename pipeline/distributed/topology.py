@@ -166,6 +166,15 @@ def from_last_stage(values: list[float]) -> list[float]:
     return summed.tolist()
 
 
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Values summed over all ranks."""
+    import torch
+
+    summed = torch.tensor(values, dtype=torch.float64, device=_device(torch))
+    torch.distributed.all_reduce(summed)
+    return summed.tolist()
+
+
 def sum_over_stages(counts: list[int]) -> list[int]:
     """Whole numbers summed over the pipeline stages of a model."""
     import torch

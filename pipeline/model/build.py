@@ -18,7 +18,7 @@ from retemper.pipeline.distributed.topology import Topology, sum_over_stages
 from retemper.pipeline.model import lora
 from retemper.pipeline.model.attention import SdpaAttention
 from retemper.pipeline.model.fp8 import hold_in_fp8_alone, plain_weights
-from retemper.pipeline.model.kernels import kernels_here
+from retemper.pipeline.model.kernels import kernels_here, start_tensor_parallel_overlap
 from retemper.pipeline.model.weights import init_weights
 from retemper.pipeline.schema import LoraConfig, ModelSetup, RopeScaling
 
@@ -40,6 +40,8 @@ def build_model(config: ModelSetup, topology: Topology) -> torch.nn.ModuleList:
     One DistributedDataParallel for each of parallel.virtual_pipeline_parallel_size stages.
     """
     local = not (HAVE_TE and topology.device.type == "cuda")
+    if config.parallel.tensor_parallel_overlap:
+        start_tensor_parallel_overlap(config)
     stages = torch.nn.ModuleList([_trainable(stage, config, topology) for stage in build_layers(config, topology, local=local)])
     if config.parallel.overlap:
         # Gradients are reduced once a step, during the last micro-batch's backward pass.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import ModelSetup
+from retemper.pipeline.schema import Config, ModelSetup
 
 # Since this version FP8 scales can be taken by block, and recipes say themselves whether a GPU can do them.
 _OLDEST_TRANSFORMER_ENGINE = (2, 9)
@@ -67,6 +67,21 @@ def check_precision(setup: ModelSetup) -> None:
         can, why_not = _can(setup.fp8_recipe)
         if not can:
             raise UserError(f"{asked} cannot run on {kernels.gpu}: {why_not} {instead}")
+
+
+def start_tensor_parallel_overlap(config: Config) -> None:
+    """Reserve Transformer Engine's buffers for it, which have the shape of a micro-batch. Before the layers are built."""
+    from transformer_engine import pytorch as te
+    from transformer_engine.pytorch.module import UserBufferQuantizationMode as Mode
+
+    modes = [Mode.FP8] if config.fp8_recipe else []
+    if not config.fp8_recipe or config.fp8.bf16_layers:
+        modes.append(Mode.NONE)
+    tokens = config.train.micro_batch_size * config.data.seq_length // config.parallel.context_parallel_size
+    te.destroy_ub()  # those of a model before
+    te.initialize_ub(
+        [tokens, config.model.hidden_size], config.parallel.tensor_parallel_size, quantization_modes=modes, bootstrap_backend="nccl"
+    )
 
 
 def _can(recipe: str) -> tuple[bool, str]:

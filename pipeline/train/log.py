@@ -14,6 +14,7 @@ from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.data.reader import TrainingBatches
 from retemper.pipeline.evals.hook import format_scores
 from retemper.pipeline.flops import flops_per_token, peak_flops
+from retemper.pipeline.model.kernels import kernels_here
 from retemper.pipeline.schema import Config
 from retemper.pipeline.track import Tracker
 from retemper.pipeline.train.step import StepResult
@@ -33,6 +34,7 @@ class Log:
             f"{label}: method={config.method.name}, {counts[0]:,} trainable and {counts[1]:,} frozen parameters, from step {state.step}",
             flush=True,
         )
+        print(f"{label}: kernels: {kernels_here()}", flush=True)
         if state.data_changes and state.data_changes[-1]["step"] == state.step:
             print("\n".join([f"{label}: other data from here on:", *state.data_changes[-1]["difference"]]), flush=True)
         if state.step >= config.steps:
@@ -50,7 +52,7 @@ class Log:
         if not result:
             self.bar.write(f"step {self.state.step:>6}  left out ({run_folder.LEFT_OUT})")
             return
-        if self.state.step % self.config.train.log_every_steps and self.state.step != self.config.steps:
+        if not self.config.logs_after(self.state.step):
             return
         now = self.state.step, self.state.seconds, self.batches.seconds_waited
         steps, seconds, waited = (after - before for after, before in zip(now, self.mark, strict=True))
@@ -67,7 +69,7 @@ class Log:
             "peak_memory_bytes": _peak_memory(),
         }
         self.checkpoint_seconds = 0.0
-        record |= _utilisation(self.config, record["tokens_per_second"])
+        record |= _utilisation(self.config, record["tokens_per_second"]) | result.norms
         record |= {f"epochs/{name}": epochs for name, epochs in self.batches.streams.epochs(self.state.samples_of_data).items()}
         run_folder.append_line(self.config.run_dir / run_folder.METRICS, record)
         self.tracker.log(record)

@@ -10,6 +10,7 @@ from retemper.pipeline.distributed.topology import from_last_stage
 from retemper.pipeline.model.forward import run_schedule
 from retemper.pipeline.schema import Config
 from retemper.pipeline.train.anomaly import Anomaly, anomaly_in, remember
+from retemper.pipeline.train.norms import norms_of_step
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class StepResult:
     loss: float  # nats per token, mean over the global batch
     grad_norm: float  # before clipping
     lr: float
+    norms: dict[str, float]  # of weights and of their update, by kind, where they are logged
 
 
 def train_step(config: Config, state: TrainState, model, optimizer, schedule, batches: list[Batch]) -> StepResult | Anomaly:
@@ -39,9 +41,10 @@ def train_step(config: Config, state: TrainState, model, optimizer, schedule, ba
         return anomaly
     lr = min(group["lr"] for group in optimizer.param_groups)  # LoRA+ gives B a higher one
     step_by_gradients(config, optimizer, grad_norm)
+    norms = norms_of_step(model, optimizer) if config.logs_after(state.step + 1) else {}
     schedule.step(config.tokens_per_step)
     remember(state, loss, grad_norm)
-    return StepResult(loss, grad_norm, lr)
+    return StepResult(loss, grad_norm, lr, norms)
 
 
 def norm_of_gradients(optimizer) -> float:

@@ -5,6 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
+from retemper.pipeline.train.norms import kind_of, norms_of_step
+
 
 class Plain:
     """The optimizer of a run in one process, over copies of whole weights. Biases and norms are not decayed."""
@@ -30,6 +32,15 @@ class Plain:
             self.adamw.step()
         else:
             self.lion(lr / self.settings.lr)
+
+    def norms_since(self, before: dict[tuple, torch.Tensor]) -> dict[str, float]:
+        """Of weights and of their update, by kind."""
+        norms = {}
+        for kind in {kind_of(key[-1]) for key in before}:
+            of_kind = [key for key in before if kind_of(key[-1]) == kind]
+            norms[f"parameter_norm/{kind}"] = torch.cat([self.weights[key].flatten() for key in of_kind]).norm().item()
+            norms[f"update_norm/{kind}"] = torch.cat([(self.weights[key] - before[key]).flatten() for key in of_kind]).norm().item()
+        return norms
 
     def lion(self, part_of_peak: float) -> None:
         for group in self.adamw.param_groups:
@@ -90,13 +101,16 @@ def trajectory(config, place, model) -> None:
             norm = torch.cat([gradient.flatten().double() for gradient in gradients.values()]).norm().item()
             grad_norm = norm_of_gradients(optimizer)
             step_by_gradients(config, optimizer, grad_norm)
+            found = norms_of_step(model, optimizer)
             schedule.step(config.tokens_per_step)
             assert grad_norm == pytest.approx(norm, rel=1e-6), "gradient norm"
             assert norm > settings.clip_grad
             # By the norm in megatron-core's rounding: the sign of what is next to zero is that of a rounding error.
             clip = settings.clip_grad / (grad_norm + 1e-6)
             lr = settings.lr * min(1.0, step * config.tokens_per_step / config.schedule.warmup_tokens)
+            before = {key: weight.clone() for key, weight in plain.weights.items()}
             plain.step({key: clip * gradients[key] for key in initial}, lr)
+            assert found == pytest.approx(plain.norms_since(before), rel=1e-4), step
             for key, p in trained.items():
                 way = (plain.weights[key] - initial[key]).norm()
                 assert (way > 0) == (step > 0), (step, key)  # the first step's rate is zero

@@ -36,6 +36,7 @@ def problems_of(*changes: str) -> str:
         (["precision=fp8_tensorwise", "model.ffn_hidden_size=11000"], "asks for features that 16 divides, but gate has 11000 on a rank"),
         (["precision=mxfp8", "data.seq_length=24"], "asks for micro-batches whose tokens 32 divides"),
         (["parallel.tensor_parallel_overlap=true"], "needs parallel.sequence_parallel=true"),
+        (["parallel.tensor_parallel_overlap=true", "evals.heldout.code=c"], "set evals.micro_batch_size=1 and evals.max_samples to"),
     ],
 )
 def test_what_does_not_go_together_is_named(changes, said):

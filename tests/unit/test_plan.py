@@ -99,6 +99,38 @@ def test_the_data_is_compared_with_the_manifest(plan, workspace):
     assert "data: math: 72 samples needed, " in said and "data: replay: 8 samples needed, " in said and " epochs" in said
 
 
+# Those of which full training does not fit, with AdamW's float32 states.
+LORA_ALONE = ["llama2_7b_1gpu", "llama2_13b_1gpu", "llama2_70b_8gpus"]
+LAYOUTS = [name for name in preset_names("parallel") if name.startswith("llama2_")]
+
+
+def of_preset(preset: str, *more: str) -> list[str]:
+    model = preset.rpartition("_")[0]
+    return [*SEVEN_B[:-1], f"model={model}", f"parallel={preset}", *more]
+
+
+def test_there_are_layouts_for_every_model_and_number_of_gpus():
+    sizes = {(size, gpus) for size in ("7b", "13b", "70b") for gpus in ("1gpu", "8gpus", "32gpus", "128gpus")}
+    assert set(LAYOUTS) == {f"llama2_{size}_{gpus}" for size, gpus in sizes - {("70b", "1gpu")}}
+
+
+@pytest.mark.parametrize("preset", LAYOUTS)
+def test_every_layout_fits_what_it_is_for(plan, refused, preset):
+    gpus = int(preset.rpartition("_")[2].rstrip("gpus"))
+    said = plan(*of_preset(preset, "method=lora", "init_from=unread"))
+    assert f"layout: {gpus} ranks on" in said and "warning" not in said
+    if preset in LORA_ALONE:
+        assert "of whose 80 GiB 72.00 GiB can be used" in refused(*of_preset(preset))
+    else:
+        assert f"layout: {gpus} ranks on" in plan(*of_preset(preset))
+
+
+def test_70b_does_not_fit_one_gpu(refused):
+    """Not even its frozen weights in FP8: so there is no layout for it."""
+    asked = ["model=llama2_70b", "parallel=single", "method=lora", "init_from=unread", "precision=fp8_tensorwise"]
+    assert "makes it fit on 1 GPUs" in refused(*SEVEN_B[:-1], *asked)
+
+
 @pytest.mark.parametrize("preset", preset_names("run"))
 def test_every_shipped_run_is_planned(plan, preset):
     assert "of 80 GiB can be used" in plan(f"run={preset}")
