@@ -20,7 +20,15 @@ def main(cases: list[dict]) -> None:
     from retemper.pipeline.distributed.seeds import seed_step
     from retemper.pipeline.model.build import build_model
 
-    probes = {"documents": documents, "dropout": dropout, "frozen": frozen, "kernels": kernels, "counts": counts, "memory": memory}
+    probes = {
+        "documents": documents,
+        "dropout": dropout,
+        "frozen": frozen,
+        "kernels": kernels,
+        "fp8": fp8,
+        "counts": counts,
+        "memory": memory,
+    }
     probes |= {"trajectory": trajectory, "norms_of_each_rank": norms_of_each_rank}
     for case in cases:
         config = load_config(case["overrides"])
@@ -146,6 +154,25 @@ def frozen(config, _place, model) -> None:
     assert states == {"adamw": 2, "lion": 1}[config.optimizer.name] * sum(p.numel() for p in trained)
     # Attention of the first layer is asked for nothing where only what follows it trains.
     assert backward == config.model.num_layers - ("q" not in config.method.lora.targets)
+
+
+def fp8(config, place, model) -> None:
+    """Losses are those of bf16 to a few parts in a hundred; frozen weights of one scale have no second form after a step."""
+    from megatron.core.fp8_utils import is_float8tensor
+
+    from retemper.pipeline.model.build import build_model
+    from retemper.pipeline.model.forward import run_schedule
+
+    batch = batch_of(config, samples_of(config)).to(place.device)
+    (of_fp8,) = run_schedule(model, [batch], forward_only=False)
+    held = [p for p in model.parameters() if is_float8tensor(p)]
+    assert len(held) == (4 * config.model.num_layers if config.fp8_weights else 0)
+    assert not any(hasattr(p, "_high_precision_init_val") for p in held)
+    if config.method.lora and config.fp8_recipe in ("tensorwise", "delayed"):
+        assert all(p._data.dtype == torch.uint8 and p._transpose is None for p in held)
+    plain = build_model(config.model_copy(update={"precision": "bf16", "fp8": type(config.fp8)()}), place)
+    (of_bf16,) = run_schedule(plain, [batch], forward_only=False)
+    torch.testing.assert_close(of_fp8["loss"], of_bf16["loss"], rtol=0.03, atol=0)
 
 
 def kernels(config, place, model) -> None:
