@@ -179,6 +179,9 @@ class _Activations:
         # Each chunk of layers also holds what it gives on: to the pipeline, or to the final norm.
         chunk, in_flight = layers * kept + hidden, _chunks_in_flight(self.config, stage)
         activations = in_flight * chunk
+        if parallel.virtual_pipeline_parallel_size > 1:
+            # The interleaved schedule receives what it works on next, an input and a gradient, and lets go of the gradient it sent then.
+            activations += 3 * hidden
         if stage == 0 and parallel.recompute == "none" and self.lora and not {"q", "k", "v", "o"} & set(self.lora.targets):
             # Nothing trains before the first feed-forward layer: no gradient passes through what precedes it.
             activations -= in_flight // parallel.virtual_pipeline_parallel_size * (attention + hidden)
