@@ -51,7 +51,7 @@ def estimate(scores: Sequence[float]) -> Estimate:
     effective = n * n * mean * (1 - mean) / squares if squares else n
     middle = (mean + _Z**2 / (2 * effective)) / (1 + _Z**2 / effective)
     half = _Z / (1 + _Z**2 / effective) * math.sqrt(max(0, mean * (1 - mean)) / effective + (_Z / (2 * effective)) ** 2)
-    return Estimate(mean, _standard_error(squares, n), max(0.0, middle - half), min(1.0, middle + half), n)
+    return Estimate(mean, _standard_error(squares, n), max(0.0, min(mean, middle - half)), min(1.0, max(mean, middle + half)), n)
 
 
 def paired_difference(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> Estimate:
