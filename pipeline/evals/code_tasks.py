@@ -54,7 +54,7 @@ CODE_TASKS = {
         keys={"task_id": int, "text": str, "test_setup_code": str, "test_list": list},
         stop_words=("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```"),
         # The benchmark's own solution of problem 123 takes more than the usual 3 s.
-        limits=Limits(cpu_seconds=15, wall_seconds=45),
+        limits=Limits(cpu_seconds=15, wall_seconds=90),
         prompt=_mbpp_prompt,
         tests=_mbpp_tests,
     ),

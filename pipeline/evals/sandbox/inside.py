@@ -25,8 +25,8 @@ def main() -> None:
     _close_standard_streams()
     try:
         _shut_doors(request)
-    except OSError as error:
-        write(pipe, str(error).encode())
+    except Exception as error:
+        write(pipe, f"{type(error).__name__}: {error}".encode())
         leave(1)
     write(pipe, READY)
     failure = _run(request["source"])

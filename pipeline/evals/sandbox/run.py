@@ -33,7 +33,7 @@ class Limits:
     """Of one program. What it may do at most in its folder is four files of the largest size."""
 
     cpu_seconds: int = 3
-    wall_seconds: float = 12  # looser, for other work on the machine is not the program's doing
+    wall_seconds: float = 20  # looser, for other work on the machine is not the program's doing
     memory_bytes: int = 2**30  # of addresses
     file_bytes: int = 2**24
     open_files: int = 64
@@ -79,28 +79,27 @@ def _judge(program: Program, limits: Limits, layers: Layers) -> Verdict:
 
 def _run(source: str, limits: Limits, layers: Layers) -> Verdict:
     nonce = secrets.token_hex(16).encode()
-    with private_folder() as folder, tempfile.TemporaryFile() as request:
-        request.write(marshal.dumps(_request(source, nonce, folder, limits, layers)))
-        request.seek(0)
-        reading, writing = os.pipe()
+    with private_folder() as folder:
+        process, pipe = _start(_request(source, nonce, folder, limits, layers), folder, layers)
         try:
-            process = subprocess.Popen(
-                layers.command(folder),
-                stdin=request,
-                stdout=subprocess.DEVNULL,
-                stderr=writing,
-                env={"HOME": folder, "TMPDIR": folder},
-                cwd=folder,
-                start_new_session=True,
-            )
-            os.close(writing)
-            try:
-                said, stopped = _listen(reading, folder, limits)
-            finally:
-                _kill(process)
+            said, stopped = _listen(pipe, folder, limits)
         finally:
-            os.close(reading)
+            _kill(process)
+            os.close(pipe)
     return _verdict(said, stopped, nonce, process.returncode)
+
+
+def _start(request: dict, folder: str, layers: Layers) -> tuple[subprocess.Popen, int]:
+    """The process, and a pipe of what it says as standard error: complaints of bubblewrap and interpreter, then inside.py's word."""
+    reading, writing = os.pipe()
+    with tempfile.TemporaryFile() as file, open(writing, "wb") as said:
+        file.write(marshal.dumps(request))
+        file.seek(0)
+        command, environment = layers.command(folder), {"HOME": folder, "TMPDIR": folder}
+        process = subprocess.Popen(
+            command, stdin=file, stdout=subprocess.DEVNULL, stderr=said, env=environment, cwd=folder, start_new_session=True
+        )
+    return process, reading
 
 
 def _request(source: str, nonce: bytes, folder: str, limits: Limits, layers: Layers) -> dict:
