@@ -1,0 +1,61 @@
+"""HumanEval and MBPP: from a problem and a completion to the program that bigcode's evaluation harness would run.
+
+https://github.com/bigcode-project/bigcode-evaluation-harness, bigcode_eval/tasks/humaneval.py and mbpp.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from retemper.pipeline.evals.sandbox.run import Limits, Program
+
+
+@dataclass(frozen=True)
+class CodeTask:
+    """A benchmark of programs. A problem is a record of its file, `keys` what the record must hold and of which type."""
+
+    keys: dict[str, type]
+    stop_words: tuple[str, ...]
+    limits: Limits
+    prompt: Callable[[dict], str]  # what the model continues
+    tests: Callable[[dict], str]
+
+    def truncate(self, completion: str) -> str:
+        """The completion before its first stop word."""
+        ends = [place for place in map(completion.find, self.stop_words) if place >= 0]
+        return completion[: min(ends, default=len(completion))]
+
+    def program(self, problem: dict, completion: str) -> Program:
+        """What is run for a completion, which need not have been truncated yet."""
+        return Program(self.prompt(problem) + self.truncate(completion), self.tests(problem))
+
+
+def _humaneval_tests(problem: dict) -> str:
+    return f"\n{problem['test']}\ncheck({problem['entry_point']})"
+
+
+def _mbpp_prompt(problem: dict) -> str:
+    return f'"""\n{problem["text"]}\n{problem["test_list"][0]}\n"""\n'
+
+
+def _mbpp_tests(problem: dict) -> str:
+    """With the set-up code, which bigcode's harness leaves out; it uses what the candidate defines (problem 367)."""
+    return "\n".join([problem["test_setup_code"], *problem["test_list"]])
+
+
+CODE_TASKS = {
+    "humaneval": CodeTask(
+        keys={"task_id": str, "prompt": str, "entry_point": str, "test": str},
+        stop_words=("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>"),
+        limits=Limits(cpu_seconds=3),
+        prompt=lambda problem: problem["prompt"].strip(),
+        tests=_humaneval_tests,
+    ),
+    "mbpp": CodeTask(
+        keys={"task_id": int, "text": str, "test_setup_code": str, "test_list": list},
+        stop_words=("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```"),
+        # The benchmark's own solution of problem 123 takes more than the usual 3 s.
+        limits=Limits(cpu_seconds=15, wall_seconds=90),
+        prompt=_mbpp_prompt,
+        tests=_mbpp_tests,
+    ),
+}

@@ -1,0 +1,136 @@
+"""A seccomp filter written by hand: the system calls that a calculating Python needs, and for all others a kernel without them.
+
+A list of what is allowed, so that a call which a later kernel brings is refused without anybody's work. Refused calls
+fail with ENOSYS, for which libc has its ways around. Classic BPF of 200 instructions needs no library on the machine, and can
+be loaded by an interpreter that sees no packages.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+
+# name -> its number on x86_64 and on aarch64, which never had the older calls.
+CALLS: dict[str, tuple[int, int | None]] = {
+    # files; what a path may reach is Landlock's and bubblewrap's to say
+    "read": (0, 63), "write": (1, 64), "close": (3, 57), "lseek": (8, 62), "pread64": (17, 67), "pwrite64": (18, 68),
+    "readv": (19, 65), "writev": (20, 66), "flock": (73, 32), "fsync": (74, 82), "fdatasync": (75, 83),
+    "ftruncate": (77, 46), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "pipe": (22, None), "pipe2": (293, 59),
+    "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291), "statfs": (137, 43),
+    "fstatfs": (138, 44), "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439), "getdents64": (217, 61),
+    "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50), "umask": (95, 166), "close_range": (436, 436),
+    "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35),
+    "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "symlink": (88, None), "symlinkat": (266, 36),
+    "readlink": (89, None), "readlinkat": (267, 78),
+    # memory
+    "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216), "madvise": (28, 233),
+    # threads, and waiting
+    "futex": (202, 98), "set_robust_list": (273, 99), "rseq": (334, 293), "sched_yield": (24, 124), "gettid": (186, 178),
+    "sched_getaffinity": (204, 123), "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "pause": (34, None),
+    "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
+    # its own signals and timers
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132),
+    "alarm": (37, None), "getitimer": (36, 102), "setitimer": (38, 103),
+    # questions
+    "getpid": (39, 172), "getppid": (110, 173), "getpgrp": (111, None), "getpgid": (121, 155), "getsid": (124, 156),
+    "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177), "getgroups": (115, 158),
+    "getrandom": (318, 278), "clock_gettime": (228, 113), "clock_getres": (229, 114), "gettimeofday": (96, 169),
+    "times": (100, 153), "getrusage": (98, 165), "getrlimit": (97, 163), "sysinfo": (99, 179), "uname": (63, 160),
+    "exit": (60, 93), "exit_group": (231, 94),
+}  # fmt: skip
+# Allowed for some arguments only, see _checks.
+CHECKED_CALLS: dict[str, tuple[int, int]] = {
+    "openat": (257, 56),
+    "fcntl": (72, 25),
+    "clone": (56, 220),
+    "prlimit64": (302, 261),
+    "kill": (62, 129),
+    "tgkill": (234, 131),
+}
+_FCNTL_COMMANDS = (
+    *(fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL),
+    *(fcntl.F_GETLK, fcntl.F_SETLK, fcntl.F_SETLKW),
+)
+_MACHINES = ("x86_64", "aarch64")
+_AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+_LOAD, _AND, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x06
+_ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000 | errno.ENOSYS
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
+_WHOLE = 0xFFFFFFFF
+_PR_SET_SECCOMP, _MODE_FILTER = 22, 2
+
+
+def available() -> bool:
+    """Whether this kernel takes filters, on a machine whose numbers are known. Asks with a filter at no address, which fits none."""
+    if os.uname().machine not in _MACHINES:
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, None, 0, 0) == -1 and ctypes.get_errno() == errno.EFAULT
+
+
+def install() -> None:
+    """Filter this process's system calls for good. Raises OSError."""
+    instructions = program(os.uname().machine, os.getpid())
+    buffer = ctypes.create_string_buffer(instructions)
+    # struct sock_fprog: the number of instructions, and where they are.
+    filter_ = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(instructions) // 8, ctypes.addressof(buffer)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, filter_, 0, 0):
+        raise OSError(ctypes.get_errno(), "seccomp refuses its filter")
+
+
+def program(machine: str, pid: int) -> bytes:
+    """The filter for process `pid` as BPF."""
+    column = _MACHINES.index(machine)
+    lines = [_load(_ARCHITECTURE), _skip_if(_AUDIT_ARCHITECTURE[machine], 1), _return(_KILL), _load(_NUMBER)]
+    for numbers in CALLS.values():
+        if numbers[column] is not None:
+            lines += [_skip_if(numbers[column], 0, 1), _return(_ALLOW)]
+    for name, checks in _checks(pid).items():
+        body = [line for check in checks for line in _check(*check)] + [_return(_ALLOW)]
+        lines += [_skip_if(CHECKED_CALLS[name][column], 0, len(body)), *body]
+    return b"".join([*lines, _return(_REFUSE)])
+
+
+def _checks(pid: int) -> dict[str, list[tuple[int, int, tuple[int, ...]]]]:
+    """Call -> the half arguments (argument 2's low half is 4) that, under a mask, must have one of some values."""
+    truncate = os.O_TRUNC
+    threads, namespaces = 0x00010000, 0x7E020000  # CLONE_THREAD; every CLONE_NEW…
+    return {
+        # Not O_RDONLY | O_TRUNC: Landlock before ABI 3 takes it for reading.
+        "openat": [(4, os.O_ACCMODE | truncate, (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | truncate, os.O_RDWR | truncate))],
+        # Not F_SETOWN and F_SETSIG, by which a pipe sends any signal to anyone.
+        "fcntl": [(2, _WHOLE, _FCNTL_COMMANDS)],
+        # Threads but no processes. clone3, whose flags no filter can see, is refused, and libc falls back to this.
+        "clone": [(0, threads | namespaces, (threads,))],
+        # Limits are read, not set: their new values are at no address.
+        "prlimit64": [(4, _WHOLE, (0,)), (5, _WHOLE, (0,))],
+        # abort() and raise() need these for the process itself.
+        "kill": [(0, _WHOLE, (pid,))],
+        "tgkill": [(0, _WHOLE, (pid,))],
+    }
+
+
+def _check(half: int, mask: int, values: tuple[int, ...]) -> list[bytes]:
+    """Go on behind these lines if the half argument has one of the values under the mask, else refuse."""
+    choices = [_skip_if(value, len(values) - place) for place, value in enumerate(values)]
+    return [_load(_ARGUMENTS + 4 * half), _line(_AND, mask), *choices, _return(_REFUSE)]
+
+
+def _load(offset: int) -> bytes:
+    return _line(_LOAD, offset)
+
+
+def _skip_if(value: int, lines: int, otherwise: int = 0) -> bytes:
+    """Skip so many lines if the loaded word is `value`, and so many otherwise."""
+    return _line(_JUMP_IF_EQUAL, value, lines, otherwise)
+
+
+def _return(action: int) -> bytes:
+    return _line(_RETURN, action)
+
+
+def _line(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("HBBI", code, if_true, if_false, value)

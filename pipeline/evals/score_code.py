@@ -1,0 +1,103 @@
+"""Scores of a file of generated programs: runs them, writes the verdicts beside them. Needs no model and no GPU."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.evals.code_tasks import CODE_TASKS
+from retemper.pipeline.evals.generations import KEYS, read_records
+from retemper.pipeline.evals.sandbox.control import unpassable
+from retemper.pipeline.evals.sandbox.layers import find_layers
+from retemper.pipeline.evals.sandbox.run import Verdict, run_programs
+from retemper.pipeline.evals.uncertainty import estimate, pass_at_k
+from retemper.pipeline.run_folder import replace_file
+
+
+def score_generations(task: str, problems: Path, generations: Path, ks: Sequence[int] = (1,), unsafe_code: bool = False) -> dict:
+    """Scores of a task's generations by its problems (jsonl); only one rank may call it.
+
+    Returns pass@k for each k with its standard error and interval, problems, samples (of each problem), why programs failed, and
+    the sandbox's layers; writes <generations>.verdicts.jsonl, a record for each generation, in their order. Raises UserError, before
+    anything runs, for a malformed record, a problem or sample that is there twice or not at all, and where no program may run.
+    """
+    by_id = _problems(task, problems)
+    records = list(read_records(generations, KEYS))
+    samples = _samples(records, by_id, generations, problems)
+    if not 1 <= min(ks) <= max(ks) <= samples:
+        raise UserError(
+            f"{generations} has {samples} samples of each problem: pass@{max(ks)} needs {max(ks)}; generate more or set a smaller k"
+        )
+    layers = find_layers(unsafe_code)
+    code_task = CODE_TASKS[task]
+    programs = [code_task.program(by_id[record["task_id"]], record["completion"]) for record in records]
+    verdicts = run_programs(programs, code_task.limits, layers)
+    path = verdicts_path(generations)
+    replace_file(path, _verdict_lines(records, verdicts))
+    return {
+        **{f"pass@{k}": asdict(estimate(list(problem_scores(path, k).values()))) for k in ks},
+        "problems": len(records) // samples,
+        "samples": samples,
+        "failures": _failures(verdicts),
+        "sandbox": str(layers),
+    }
+
+
+def verdicts_path(generations: Path) -> Path:
+    """Beside humaneval.jsonl.zst: humaneval.verdicts.jsonl."""
+    return generations.with_name(generations.name.removesuffix(".zst").removesuffix(".jsonl") + ".verdicts.jsonl")
+
+
+def problem_scores(verdicts: Path, k: int = 1) -> dict[str | int, float]:
+    """Problem -> pass@k, from a file of verdicts, for uncertainty.paired_difference. Raises UserError."""
+    outcomes = defaultdict(list)
+    for record in read_records(verdicts, {"task_id": (str, int), "passed": bool}):
+        outcomes[record["task_id"]].append(record["passed"])
+    return {problem: pass_at_k(len(passed), sum(passed), k) for problem, passed in outcomes.items()}
+
+
+def _problems(task: str, path: Path) -> dict[str | int, dict]:
+    """task_id -> problem."""
+    by_id = {}
+    for problem in read_records(path, CODE_TASKS[task].keys):
+        name = problem["task_id"]
+        if name in by_id:
+            raise UserError(f"{path} has problem {name} twice: leave one")
+        try:
+            unpassable(CODE_TASKS[task].program(problem, "").tests)
+        except (SyntaxError, TypeError, IndexError) as error:
+            raise UserError(f"{path}: the tests of problem {name} cannot be run ({error}): correct or replace the file") from None
+        by_id[name] = problem
+    return by_id
+
+
+def _samples(records: list[dict], problems: dict, generations: Path, problems_path: Path) -> int:
+    """How many samples there are of each problem. Raises UserError where a record is unknown, double or missing."""
+    seen = defaultdict(set)
+    for record in records:
+        name, sample = record["task_id"], record["sample"]
+        if name not in problems:
+            raise UserError(f"{generations}: problem {name} is not in {problems_path}: give the problems these were generated for")
+        if sample in seen[name]:
+            raise UserError(f"{generations} has sample {sample} of problem {name} twice: generate it anew")
+        seen[name].add(sample)
+    if not seen:
+        raise UserError(f"{generations} holds no record: generate it anew")
+    most = max(map(len, seen.values()))
+    for name, numbers in seen.items():
+        if len(numbers) < most:
+            raise UserError(f"{generations} has {len(numbers)} samples of problem {name} and {most} of others: generate it anew")
+    return most
+
+
+def _verdict_lines(records: list[dict], verdicts: list[Verdict]) -> str:
+    lines = ({"task_id": record["task_id"], "sample": record["sample"], **asdict(verdict)} for record, verdict in zip(records, verdicts))
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _failures(verdicts: list[Verdict]) -> dict[str, int]:
+    """The kinds of reasons, the most frequent first."""
+    kinds = Counter(verdict.reason.partition(":")[0] for verdict in verdicts if not verdict.passed)
+    return dict(kinds.most_common())

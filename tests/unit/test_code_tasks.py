@@ -1,0 +1,209 @@
+"""HumanEval and MBPP: the benchmarks' own answers pass, nothing else does, and what is wrong with a file is said."""
+
+import json
+import math
+import resource
+from dataclasses import replace
+
+import pytest
+import zstandard
+
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.evals.code_tasks import CODE_TASKS
+from retemper.pipeline.evals.generations import write_generations
+from retemper.pipeline.evals.sandbox.layers import Layers, find_layers
+from retemper.pipeline.evals.sandbox.run import Program, run_programs
+from retemper.pipeline.evals.score_code import problem_scores, score_generations, verdicts_path
+
+FILES = {"humaneval": "humaneval.jsonl", "mbpp": "mbpp_test.jsonl"}
+# MBPP's own answer to 342 has a class below an import: bigcode's stop words would cut it off.
+CUT_OFF = {"humaneval": [], "mbpp": [342]}
+
+
+@pytest.fixture(scope="module")
+def problems(shared_data) -> dict[str, list[dict]]:
+    return {task: [json.loads(line) for line in (shared_data / "evals" / file).read_text().splitlines()] for task, file in FILES.items()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def walls() -> None:
+    """Skip where the machine has too few of them to run programs at all."""
+    try:
+        find_layers()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def bare_layers() -> Layers:
+    """Without bubblewrap, whose first process leaves its children, and their times, to others."""
+    layers = replace(find_layers(), bubblewrap=None)
+    if not layers.landlock:
+        pytest.skip("this kernel has no Landlock")
+    return layers
+
+
+def gold(task: str, problem: dict) -> str:
+    # A prompt is stripped of the newline that the answer then begins with.
+    return "\n" + problem["canonical_solution"] if task == "humaneval" else problem["code"]
+
+
+def judge_gold(task: str, problems: list[dict], layers: Layers) -> dict:
+    """Problem -> reason, of those whose own answer fails."""
+    code_task = CODE_TASKS[task]
+    programs = [Program(code_task.prompt(problem) + gold(task, problem), code_task.tests(problem)) for problem in problems]
+    verdicts = run_programs(programs, code_task.limits, layers)
+    return {problem["task_id"]: verdict.reason for problem, verdict in zip(problems, verdicts) if not verdict.passed}
+
+
+def test_humanevals_own_answers_pass_within_20_seconds_of_two_cores(problems, bare_layers):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert judge_gold("humaneval", problems["humaneval"], bare_layers) == {}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert len(problems["humaneval"]) == 164
+    # Processor time, for the cores need not be ours alone.
+    assert 1 < after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2 * 20
+
+
+def test_mbpps_own_answers_pass(problems, bare_layers):
+    assert judge_gold("mbpp", problems["mbpp"], bare_layers) == {}
+    assert len(problems["mbpp"]) == 500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", FILES)
+def test_own_answers_pass_behind_everything_there_is(problems, task):
+    assert judge_gold(task, problems[task], find_layers()) == {}
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_stop_words_leave_the_benchmarks_own_answers_alone(problems, task):
+    code_task = CODE_TASKS[task]
+    cut = [problem["task_id"] for problem in problems[task] if code_task.truncate(gold(task, problem)) != gold(task, problem)]
+    assert cut == CUT_OFF[task]
+
+
+def test_empty_bodies_pass_nothing(problems):
+    code_task = CODE_TASKS["humaneval"]
+    verdicts = run_programs([code_task.program(problem, "") for problem in problems["humaneval"]], code_task.limits, find_layers())
+    assert sum(verdict.passed for verdict in verdicts) == 0 and len(verdicts) == 164
+
+
+def test_a_completion_ends_at_its_first_stop_word():
+    task = CODE_TASKS["humaneval"]
+    assert task.truncate("\n    return 1\n\nprint(f())\ndef g(): pass") == "\n    return 1\n"
+    assert task.truncate("\n    # a comment\n    return 1\n\n@wraps") == "\n    # a comment\n    return 1\n"
+    assert task.truncate("    return 1<file_sep>more") == "    return 1"
+    assert task.truncate("    return 1") == "    return 1"
+    problem = {"prompt": '\n\ndef f(x):\n    """Two."""\n', "test": "def check(f):\n    assert f(1) == 2\n", "entry_point": "f"}
+    program = task.program(problem, "\n    return 2\nf = None\nif x:")
+    assert program.source == 'def f(x):\n    """Two."""\n    return 2\nf = None\n\ndef check(f):\n    assert f(1) == 2\n\ncheck(f)'
+    assert CODE_TASKS["mbpp"].prompt({"text": "Add.", "test_list": ["assert a(1) == 2", "x"]}) == '"""\nAdd.\nassert a(1) == 2\n"""\n'
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Three problems, and three samples of each: none, one and two of them right."""
+    problems = tmp_path / "problems.jsonl"
+    test = "def check(f):\n    assert f(3) == 9\n"
+    names = ["HumanEval/0", "HumanEval/1", "HumanEval/2"]
+    problems.write_text(
+        "".join(json.dumps({"task_id": n, "prompt": "def f(x):\n", "entry_point": "f", "test": test}) + "\n" for n in names)
+    )
+    records = [
+        {"task_id": name, "sample": sample, "completion": "\n    return x * x\n" if sample < right else "\n    return x"}
+        for sample in range(3)
+        for right, name in enumerate(names)
+    ]
+    generations = tmp_path / "humaneval.jsonl.zst"
+    write_generations(generations, records)
+    return problems, generations, records
+
+
+def test_generations_are_scored_where_they_lie(small):
+    problems, generations, records = small
+    scores = score_generations("humaneval", problems, generations, ks=[1, 2, 3])
+    assert scores["pass@1"]["value"] == pytest.approx((0 + 1 / 3 + 2 / 3) / 3)
+    assert scores["pass@2"]["value"] == pytest.approx((0 + 2 / 3 + 1) / 3)
+    assert scores["pass@3"]["value"] == pytest.approx(2 / 3)
+    assert scores["pass@1"]["stderr"] == pytest.approx(math.sqrt(2 / 9 / 2 / 3))
+    assert (scores["problems"], scores["samples"], scores["failures"]) == (3, 3, {"AssertionError": 6})
+    assert scores["sandbox"] == str(find_layers())
+    assert json.loads(json.dumps(scores)) == scores
+    written = [json.loads(line) for line in verdicts_path(generations).read_text().splitlines()]
+    assert [(w["task_id"], w["sample"]) for w in written] == [(r["task_id"], r["sample"]) for r in records]
+    assert [w["passed"] for w in written] == ["x * x" in r["completion"] for r in records]
+    assert problem_scores(verdicts_path(generations)) == pytest.approx({"HumanEval/0": 0, "HumanEval/1": 1 / 3, "HumanEval/2": 2 / 3})
+
+
+def zst(text: str) -> bytes:
+    return zstandard.compress(text.encode())
+
+
+RECORD = '{"task_id": "HumanEval/0", "sample": 0, "completion": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (zst(RECORD + "{broken\n"), "line 2 is not JSON"),
+        (zst(RECORD + "[1]\n"), "line 2: one JSON object"),
+        (zst(RECORD + '{"task_id": "HumanEval/1", "completion": "x"}\n'), "line 2: sample must be int, found null"),
+        (zst(RECORD + '{"task_id": "HumanEval/1", "sample": true, "completion": "x"}\n'), "line 2: sample must be int, found true"),
+        (zst(RECORD + '{"task_id": "HumanEval/1", "sample": 0, "completion": 7}\n'), "line 2: completion must be str, found 7"),
+        (zst(RECORD + '{"task_id": null, "sample": 0, "completion": ""}\n'), "line 2: task_id must be str or int"),
+        (zst(RECORD + RECORD), "sample 0 of problem HumanEval/0 twice"),
+        (zst(RECORD + RECORD.replace("/0", "/9")), "problem HumanEval/9 is not in .*problems.jsonl"),
+        (zst(RECORD + RECORD.replace("/0", "/1") + RECORD.replace('": 0', '": 1')), "1 samples of problem HumanEval/1 and 2 of others"),
+        (zst(""), "holds no record"),
+        (zst(RECORD)[:-5], "damaged .*cut off"),
+        (zst(RECORD) + b"more", "damaged"),
+        (RECORD.encode(), "damaged"),
+        (zstandard.compress(b"\xff"), "damaged"),
+        (None, "is not here"),
+    ],
+)
+def test_malformed_generations_are_named_before_anything_runs(small, content, said, monkeypatch):
+    problems, generations, _ = small
+    monkeypatch.setattr("retemper.pipeline.evals.score_code.run_programs", lambda *_: pytest.fail("a program ran"))
+    generations.unlink() if content is None else generations.write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        score_generations("humaneval", problems, generations)
+    assert str(generations) in str(error.value)
+    assert not verdicts_path(generations).exists()
+
+
+def test_generations_in_several_frames_are_read_whole(small):
+    problems, generations, records = small
+    generations.write_bytes(b"".join(zst(json.dumps(record) + "\n") for record in records))
+    assert score_generations("humaneval", problems, generations)["samples"] == 3
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda text: text.replace('"entry_point"', '"entry"', 1), "problems.jsonl, line 1: entry_point must be str, found null"),
+        (lambda text: text.replace("HumanEval/1", "HumanEval/0"), "problem HumanEval/0 twice"),
+        (lambda text: text.replace("assert f(3)", "assert f(3", 1), "tests of problem HumanEval/0 cannot be run"),
+    ],
+)
+def test_malformed_problems_are_named(small, change, said):
+    problems, generations, _ = small
+    problems.write_text(change(problems.read_text()))
+    with pytest.raises(UserError, match=said):
+        score_generations("humaneval", problems, generations)
+
+
+def test_more_samples_than_there_are_cannot_be_asked_for(small):
+    with pytest.raises(UserError, match="3 samples of each problem: pass@10 needs 10"):
+        score_generations("humaneval", *small[:2], ks=[1, 10])
+
+
+def test_scoring_is_refused_where_programs_may_not_run(small, monkeypatch):
+    def refuse(unsafe_code):
+        raise UserError("generated programs are not run here")
+
+    monkeypatch.setattr("retemper.pipeline.evals.score_code.find_layers", refuse)
+    with pytest.raises(UserError, match="not run here"):
+        score_generations("humaneval", *small[:2])
+    assert small[1].exists() and not verdicts_path(small[1]).exists()

@@ -1,0 +1,114 @@
+"""Scores, errors and intervals against exact arithmetic, published tables and numbers worked out by hand."""
+
+import math
+import random
+from fractions import Fraction
+from statistics import fmean, stdev
+
+import pytest
+
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.evals.uncertainty import estimate, paired_difference, pass_at_k
+
+
+def test_pass_at_k_is_exact_combinatorics():
+    for n in (*range(1, 13), 50, 200):
+        for k in {1, min(2, n), max(1, n // 2), n}:
+            for c in range(n + 1):
+                exact = 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
+                assert math.isclose(pass_at_k(n, c, k), exact, rel_tol=1e-12, abs_tol=1e-15)
+
+
+def test_pass_at_k_is_the_chance_of_drawing_one_that_passes():
+    from itertools import combinations
+
+    outcomes = [True, True, False, False, False, False]
+    draws = list(combinations(outcomes, 3))
+    assert pass_at_k(6, 2, 3) == pytest.approx(sum(map(any, draws)) / len(draws), rel=1e-15)
+    assert pass_at_k(50, 7, 1) == pytest.approx(7 / 50, rel=1e-15)
+
+
+@pytest.mark.parametrize("n, c, k", [(5, 6, 1), (5, -1, 1), (5, 2, 6), (5, 2, 0)])
+def test_impossible_counts_are_refused(n, c, k):
+    with pytest.raises(UserError, match="k must be from 1 to the number of samples"):
+        pass_at_k(n, c, k)
+
+
+# Newcombe 1998, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17, table I, method 3 (Wilson's score).
+@pytest.mark.parametrize(
+    "passed, n, low, high",
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0000, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_of_ones_and_zeros_is_wilsons(passed, n, low, high):
+    found = estimate([1.0] * passed + [0.0] * (n - passed))
+    assert (round(found.low, 4), round(found.high, 4), found.problems) == (low, high, n)
+    assert found.value == passed / n
+    assert found.stderr == pytest.approx(math.sqrt(found.value * (1 - found.value) / (n - 1)))
+
+
+def test_problems_and_not_samples_are_counted():
+    """Four problems of 50 samples of which all pass or none are four, and not two hundred."""
+    whole = estimate([pass_at_k(50, c, 1) for c in (50, 50, 0, 0)])
+    assert whole == estimate([1, 1, 0, 0])
+    assert whole.stderr == pytest.approx(math.sqrt(1 / 12))  # deviations of a half, four times: 1 / (4 - 1) / 4
+    mixed = estimate([0.2, 0.4, 0.6, 0.8])
+    assert mixed.value == pytest.approx(0.5)
+    assert mixed.stderr == pytest.approx(math.sqrt(0.2 / 3 / 4))
+    assert mixed.low > whole.low and mixed.high < whole.high
+    # Wilson's with p(1 - p) / (squares / n²) = 0.25 / (0.2 / 16) = 20 problems: 0.5 ± 1.96 √(0.25/20 + 1.96²/1600) / (1 + 1.96²/20)
+    assert (round(mixed.low, 3), round(mixed.high, 3)) == (0.299, 0.701)
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0, 0.5])
+def test_equal_scores_have_an_interval_within_bounds(score):
+    found = estimate([score] * 164)
+    assert found.stderr == 0 and 0 <= found.low <= score <= found.high <= 1 and found.high - found.low > 0.02
+
+
+def test_the_interval_covers_what_it_says():
+    chance, drawn = random.Random(1), 1000
+    for samples in (1, 10):
+        covered = 0
+        for _ in range(drawn):
+            # Problems' difficulties are spread widely: the mean of U² is a third.
+            scores = [
+                pass_at_k(samples, sum(chance.random() < d for _ in range(samples)), 1) for d in (chance.random() ** 2 for _ in range(100))
+            ]
+            found = estimate(scores)
+            covered += found.low <= 1 / 3 <= found.high
+        assert 0.93 < covered / drawn < 0.97
+
+
+def test_one_problem_has_no_standard_error():
+    assert math.isnan(estimate([1.0]).stderr)
+    with pytest.raises(UserError, match="no problem"):
+        estimate([])
+
+
+def test_a_pair_of_checkpoints_is_compared_problem_by_problem():
+    # Differences 0.2, 0.1, 0.3, 0.2: mean 0.2, squares 0.02, standard error √(0.02 / 3 / 4) = 0.0408, times 1.96 = 0.0800
+    before = {"a": 0.1, "b": 0.5, "c": 0.6, "d": 0.0}
+    after = {"d": 0.2, "c": 0.9, "b": 0.6, "a": 0.3}
+    found = paired_difference(before, after)
+    assert (round(found.value, 4), round(found.stderr, 4), found.problems) == (0.2, 0.0408, 4)
+    assert (round(found.low, 4), round(found.high, 4)) == (0.12, 0.28)
+    back = paired_difference(after, before)
+    assert (round(back.low, 4), round(back.high, 4)) == (-0.28, -0.12)
+
+
+def test_pairing_takes_the_covariance_off():
+    """Miller 2024, equation 7: the variance of the difference is that of both less twice their covariance."""
+    chance = random.Random(2)
+    before = {n: chance.random() for n in range(300)}
+    after = {n: min(1.0, score + 0.1 * chance.random()) for n, score in before.items()}
+    x, y = list(before.values()), list(after.values())
+    covariance = sum((a - fmean(x)) * (b - fmean(y)) for a, b in zip(x, y)) / (len(x) - 1)
+    expected = math.sqrt((stdev(x) ** 2 + stdev(y) ** 2 - 2 * covariance) / len(x))
+    found = paired_difference(before, after)
+    assert found.stderr == pytest.approx(expected, rel=1e-9)
+    assert found.stderr < math.hypot(estimate(x).stderr, estimate(y).stderr) / 5
+
+
+def test_checkpoints_on_other_problems_do_not_compare():
+    with pytest.raises(UserError, match="same problems.*2 are in one alone, b among them"):
+        paired_difference({"a": 1, "b": 0}, {"a": 1, "c": 0})
