@@ -88,9 +88,8 @@ class Log:
         """Report the scores of this step, where it was scored now."""
         if not self.enabled or not scores:
             return
-        step = self.state.step
-        self.tracker.log({"step": step} | scores.figures())
-        self.bar.write(format_scores(step, scores))
+        self.tracker.scores(self.state.step, scores.figures())
+        self.bar.write(format_scores(self.state.step, scores))
 
     def stopped(self) -> None:
         """Say that a signal ended the run, and where it goes on."""

@@ -17,7 +17,7 @@ from retemper.pipeline.config import load_config
 CHOICES = ("hellaswag", "arc_challenge", "winogrande")
 PLAIN = [f"evals.tasks.{name}={{shots:0,limit:200}}" for name in CHOICES]
 SHOTS = ["evals.tasks.hellaswag={shots:10,limit:200}", "evals.tasks.arc_challenge={shots:10,limit:200}"]  # longer than the model takes: cut
-WRITTEN = ["evals.tasks.gsm8k={limit:20}"]
+WRITTEN = ["evals.tasks.gsm8k={limit:20,max_new_tokens:48}"]
 DRAWN = ["evals.tasks.gsm8k={limit:10,shots:0,temperature:1.0,top_p:0.95,max_new_tokens:48}"]
 
 
