@@ -13,8 +13,7 @@ QUESTION = {"question": "Which is cold?", "choices": {"text": ["ice", "fire", "s
 SENTENCE = {"sentence": "The cup did not fit the box, for the _ was small.", "option1": "cup", "option2": "box", "answer": "2"}
 ENDING = {"query": "He opened the door", "choices": ["and went in.", "and flew.", "and rang.", "and sang."], "gold": 0}
 TASKS = [f"evals.tasks.{name}.shots=0" for name in FORGOTTEN]
-# At the end alone: a tiny run's shorter way is worth nothing here.
-RUN = ["parallel=dp2", "evals.heldout={}", "train.tokens=2048"]
+RUN = ["parallel=dp2", "train.tokens=2048"]
 
 
 def write(path: Path, records: list[dict], damaged: str = "") -> None:
@@ -49,11 +48,12 @@ def runs(workspace, files) -> Path:
 def errors(run: Path) -> dict[str, str]:
     """task -> what is recorded of it at the end."""
     (folder,) = [path for path in (run / "evals").iterdir() if int(path.name) > 0]
-    return {path.stem: json.loads(path.read_text()).get("error") for path in folder.glob("*.json")}
+    return {path.stem: json.loads(path.read_text()).get("error") for path in folder.glob("*.json") if path.stem != "heldout"}
 
 
 def test_a_run_without_tasks_needs_no_lm_eval(runs):
-    assert max(record["step"] for record in run_folder.read_metrics(runs / "untasked")) == 4 and not (runs / "untasked" / "evals").exists()
+    assert max(record["step"] for record in run_folder.read_metrics(runs / "untasked")) == 4
+    assert {path.name for path in runs.glob("untasked/evals/*/*")} == {"heldout.json"}
 
 
 def test_each_task_says_what_is_wrong_with_it_and_the_others_are_scored(runs, files):
@@ -80,12 +80,10 @@ def test_checkpoints_are_scored_afterwards_on_what_failed_alone(workspace, runs,
     write(files / "winogrande_validation.jsonl", [SENTENCE, SENTENCE | {"answer": "1"}])
     write(files / "hellaswag_validation_2.jsonl", [ENDING, ENDING | {"gold": 1}])
     before = (runs / "tasked" / "evals" / "00000004" / "arc_challenge.json").read_text()
-    command = ["eval", *overrides(workspace, "tasked", *RUN, *TASKS, f"evals.tasks_dir={files}", "track.wandb=offline")]
-    done = run_command(command)
+    done = run_command(["eval", *overrides(workspace, "tasked", *RUN, *TASKS, f"evals.tasks_dir={files}", "track.wandb=offline")])
     assert done.returncode == 0, done.stderr
     assert set(errors(runs / "tasked").values()) == {None}
     assert (runs / "tasked" / "evals" / "00000004" / "arc_challenge.json").read_text() == before
     scores = run_folder.read_tasks(runs / "tasked", 4)
     assert f"forgetting score {forgetting(scores):.4f}" in done.stdout and "arc_challenge" not in done.stdout.splitlines()[0]
     assert list((runs / "tasked" / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert "has its scores already" in run_command(command).stdout

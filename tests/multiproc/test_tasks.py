@@ -16,7 +16,7 @@ from retemper.pipeline.config import load_config
 
 CHOICES = ("hellaswag", "arc_challenge", "winogrande")
 PLAIN = [f"evals.tasks.{name}={{shots:0,limit:200}}" for name in CHOICES]
-SHOTS = ["evals.tasks.hellaswag={shots:10,limit:200}", "evals.tasks.arc_challenge={shots:10,limit:200}"]  # longer than the model takes: cut
+SHOTS = ["evals.tasks.hellaswag={shots:10,limit:40}", "evals.tasks.arc_challenge={shots:10,limit:40}"]  # longer than the model takes: cut
 WRITTEN = ["evals.tasks.gsm8k={limit:20,max_new_tokens:48}"]
 DRAWN = ["evals.tasks.gsm8k={limit:10,shots:0,temperature:1.0,top_p:0.95,max_new_tokens:48}"]
 
@@ -104,7 +104,7 @@ def theirs(scored):
 def compare_choices(scored: Scored, theirs, run: str, changes: list[str]) -> None:
     for name, (metrics, problems) in theirs(changes).items():
         ours, scores = scored.problems(run, name), scored.scores(run, name)
-        assert len(ours) == len(problems) == scores["samples"] == 200
+        assert len(ours) == len(problems) == scores["samples"] == scores["settings"]["limit"]
         for mine, other in zip(ours, problems, strict=True):
             assert mine["doc_hash"] == other["doc_hash"]
             nats, expected = (np.array([nats for [(nats, _greedy)] in problem["resps"]]) for problem in (mine, other))
@@ -113,7 +113,7 @@ def compare_choices(scored: Scored, theirs, run: str, changes: list[str]) -> Non
             assert [greedy for [(_nats, greedy)] in mine["resps"]] == [greedy for [(_nats, greedy)] in other["resps"]]
         for metric in scores["metrics"].keys() - {"acc_token_loss"}:
             assert scores["metrics"][metric] == {"value": metrics[f"{metric},none"], "stderr": metrics[f"{metric}_stderr,none"]}
-        assert scores["metric"] == "acc_token_loss" and 0 < scores["score"] < 1 and 0 < scores["stderr"] < 0.1
+        assert scores["metric"] == "acc_token_loss" and 0 < scores["score"] < 1 and 0 < scores["stderr"] < 0.2
         assert scores["version"] == 1.0 and scores["step"] == 0 and scores["settings"]["lm_eval"] == "0.4.13"
 
 
@@ -178,3 +178,21 @@ def test_text_is_the_same_with_shared_sequences_and_adapters(scored):
     scored.score(2, {"refused-cp": [*DRAWN, "parallel=cp2"]})
     assert answers(scored, "drawn-sp") == answers(scored, "drawn-lora") == answers(scored, "drawn-one")
     assert "do not go with parallel.context_parallel_size > 1" in scored.scores("refused-cp", "gsm8k")["error"]
+
+
+@pytest.mark.slow
+def test_text_is_the_same_from_virtual_stages_and_from_a_grid_of_ranks(workspace, shared_data):
+    """Of weights as they are drawn, the same at every layout; greedy text of those repeats itself, drawn text does not."""
+    layouts = {
+        "one": [],
+        "vpp2": ["parallel=pp2", "parallel.virtual_pipeline_parallel_size=2"],
+        "grid": ["parallel=tp2", "parallel.pipeline_parallel_size=2"],
+    }
+    task = "evals.tasks.gsm8k={limit:10,shots:0,temperature:1.0,max_new_tokens:24}"
+    said = {}
+    for world_size, (name, where) in zip((1, 2, 4), layouts.items(), strict=True):
+        asked = overrides(workspace, f"random-{name}", "model.num_layers=4", task, f"evals.tasks_dir={shared_data / 'evals'}", *where)
+        launch(world_size, [{"overrides": asked}], "scored")
+        path = run_folder.task_path(workspace / "runs" / "test" / f"random-{name}", 0, "gsm8k").with_suffix(".samples.jsonl.zst")
+        said[name] = [json.loads(line)["resps"] for line in zstandard.decompress(path.read_bytes()).decode().splitlines()]
+    assert said["one"] == said["vpp2"] == said["grid"] and len({str(each) for each in said["one"]}) == 10
