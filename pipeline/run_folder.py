@@ -70,7 +70,7 @@ def claim(config: Config, step: int) -> None:
     replace_file(config.run_dir / "config.json", config.to_json())
     for path in (config.run_dir / METRICS, *noted(config.run_dir, LEDGER), *noted(config.run_dir, SKIPPED)):
         replace_file(path, "".join(json.dumps(record) + "\n" for record in read_lines(path) if record["step"] <= step))
-    for scored in (config.run_dir / "evals").glob("*"):
+    for scored in (config.run_dir / "evals").glob("[0-9]*"):
         if int(scored.name) > step:
             shutil.rmtree(scored)
 

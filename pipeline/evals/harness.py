@@ -54,6 +54,8 @@ class ShardedLM(TemplateLM):
         # One token more than the model takes, for the last is only a label.
         sequences = [np.array((context + continuation)[-self.max_length - 1 :], np.int32) for _, context, continuation in requests]
         lengths = [len(continuation) for _, _, continuation in requests]
+        if max(lengths) > self.max_length:
+            raise UserError(f"the task has an answer of {max(lengths)} tokens, model.max_sequence_length is only {self.max_length}")
         self.continuation_tokens |= {texts: length for (texts, *_), length in zip(requests, lengths, strict=True) if texts}
         scores_N2 = self.team.ask("log_likelihoods", sequences=sequences, lengths=lengths, label=self.label)
         return [(nats, missed == 0) for nats, missed in scores_N2.tolist()]
@@ -107,7 +109,7 @@ def score_task(name: str, config: Config, team: Team, tokenizer: PreTrainedToken
     started = time.perf_counter()
     task, asked = load_task(name, config.evals), config.evals.tasks[name]
     lm = ShardedLM(team, tokenizer, config.seed, name)
-    chosen = _choice(len(task.eval_docs), asked.limit)
+    chosen = choose_problems(len(task.eval_docs), asked.limit)
     results = evaluate(lm, {"tasks": {name: task}}, samples={name: chosen} if chosen else None, bootstrap_iters=1000)
     metrics, problems = _metrics(results["results"][name]), results["samples"][name]
     if task.OUTPUT_TYPE == "multiple_choice":
@@ -127,7 +129,7 @@ def score_task(name: str, config: Config, team: Team, tokenizer: PreTrainedToken
     return scores, [_record(problem) for problem in problems]
 
 
-def _choice(problems: int, limit: int | None) -> list[int] | None:
+def choose_problems(problems: int, limit: int | None) -> list[int] | None:
     """A fixed random choice: the first problems would be those of one kind."""
     if limit is None or limit >= problems:
         return None

@@ -56,10 +56,12 @@ class Team:
     ) -> list[list[int]]:
         """Continue each prompt until a stop string or end-of-text. A prompt's place in the list and the seed decide what is drawn."""
 
+        # A token has a byte or more of text; the first of a decoded tail may have lost its leading space.
+        tail = 1 + max((len(stop.encode()) for stop in stops), default=0)
+
         def ended(new: list[int]) -> bool:
-            # A token has a byte or more of text; the first of a decoded tail may have lost its leading space.
-            tail = new[-1 - max((len(stop.encode()) for stop in stops), default=0) :]
-            return new[-1] == eos_id or any(stop in tokenizer.decode(tail) for stop in stops)
+            text = tokenizer.decode(new[-tail:])
+            return new[-1] == eos_id or any(stop in text for stop in stops)
 
         mine = {}
         for ids in self._parts(np.array([len(prompt) for prompt in prompts]), self.config.evals.micro_batch_size, label):
