@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from retemper.pipeline.errors import UserError
@@ -62,3 +63,24 @@ def test_a_tokenizer_larger_than_its_model_is_refused(workspace):
     assert len(load_tokenizer(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=300)))) == 300
     with pytest.raises(UserError, match="has 300 tokens, model.vocab_size is only 299"):
         load_tokenizer(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=299)))
+
+
+@pytest.mark.parametrize("stop", ["Question:", "é", "\n\n", " and"])
+def test_text_ends_with_the_token_that_completes_a_stop_string(workspace, monkeypatch, stop):
+    from retemper.pipeline.evals import team
+    from retemper.pipeline.evals.inline import load_tokenizer
+    from retemper.pipeline.model.inference import Sampling
+
+    data = SimpleNamespace(tokenizer=str(workspace / "data" / "tokenizer"), path=str(workspace / "data" / "code"))
+    tokenizer = load_tokenizer(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=300)))
+    words = tokenizer.encode("Questions: cafés and more\n\nQuestion: why?", add_special_tokens=False)
+
+    def recite(_model, _topology, prompts, _draws, _sampling, ended):
+        return [words[: next(count for count in range(1, len(words) + 1) if ended(words[:count]))] for _ in prompts]
+
+    monkeypatch.setattr(team, "generate", recite)
+    monkeypatch.setattr(team, "from_each_replica", lambda mine: [mine])
+    config = SimpleNamespace(evals=SimpleNamespace(micro_batch_size=2))
+    alone = team.Team(config, SimpleNamespace(rank=0, data_parallel_rank=0, data_parallel_size=1), None)
+    [new] = alone.generate([np.array([1])], Sampling(99), [stop], tokenizer, tokenizer.eos_token_id, 1, "")
+    assert stop in tokenizer.decode(new) and stop not in tokenizer.decode(new[:-1])
