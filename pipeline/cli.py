@@ -6,7 +6,7 @@ from pathlib import Path
 
 from retemper.pipeline.errors import UserError
 
-_OVERRIDES = "any config key as key=value, and presets as group=name: run, model, data, method, parallel, optimizer, schedule"
+_OVERRIDES = "any config key as key=value, and presets as group=name: run, model, data, method, parallel, optimizer, schedule, evals"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -258,7 +258,10 @@ def _parser() -> argparse.ArgumentParser:
         "--base", metavar="FOLDER", help="with --adapter: the transformers folder of the base (default: where it was imported from)"
     )
     export.add_argument("--tokenizer", metavar="FOLDER", help="for a model that was never imported (default: the run's data.tokenizer)")
-    add("eval", _eval, "Score every checkpoint of a run that has no scores yet.", "retemper eval run=demo_full")
+    add(
+        "eval", _eval, "Score every checkpoint of a run on what it has no scores of yet.",
+        "retemper eval run=demo_full", "retemper eval run=demo_full evals=quick evals.tasks_dir=tasks/",
+    )  # fmt: skip
     add(
         "data", _data, "show: the text of a step's samples, with its sources and what counts in the loss. verify: prove from the ledger "
         "(data.ledger=true) that no sample was skipped or repeated.",

@@ -368,5 +368,10 @@ def _conflicts(config: Config):
     for tokens in config.checkpoint.milestones:
         if tokens > train.tokens:
             yield f"checkpoint.milestones: {tokens} is beyond train.tokens={train.tokens}"
+    for name in ("humaneval", "mbpp"):
+        if name in config.evals.inline:
+            yield f"evals.tasks.{name}.where=inline: generated programs are run by workers alone; set it to worker"
+    if "heldout" in config.evals.tasks:
+        yield "evals.tasks.heldout: that name is taken by the held-out domains"
     if method.name == "lora" and config.init_from is None:
         yield "method.name=lora adapts a pretrained model: set init_from to the run folder of one"

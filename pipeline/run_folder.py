@@ -70,9 +70,9 @@ def claim(config: Config, step: int) -> None:
     replace_file(config.run_dir / "config.json", config.to_json())
     for path in (config.run_dir / METRICS, *noted(config.run_dir, LEDGER), *noted(config.run_dir, SKIPPED)):
         replace_file(path, "".join(json.dumps(record) + "\n" for record in read_lines(path) if record["step"] <= step))
-    for scored in read_scores(config.run_dir):
-        if scored > step:
-            shutil.rmtree(scores_path(config.run_dir, scored).parent)
+    for scored in (config.run_dir / "evals").glob("[0-9]*"):
+        if int(scored.name) > step:
+            shutil.rmtree(scored)
 
 
 def noted(run_dir: Path, name: str) -> list[Path]:
@@ -111,12 +111,34 @@ def read_scores(run_dir: Path) -> dict[int, dict]:
     return {int(path.parent.name): json.loads(path.read_text()) for path in sorted((run_dir / "evals").glob("*/heldout.json"))}
 
 
+def task_path(run_dir: Path, step: int, task: str) -> Path:
+    """Where the scores of one task at one step stand; beside it, as .samples.jsonl.zst, what was said to each problem."""
+    return run_dir / "evals" / f"{step:08d}" / f"{task}.json"
+
+
+def read_tasks(run_dir: Path, step: int) -> dict[str, dict]:
+    """task -> its scores at one step; what failed is left out."""
+    files = [path for path in sorted(scores_path(run_dir, step).parent.glob("*.json")) if path.name != "heldout.json"]
+    return {path.stem: scores for path in files if "error" not in (scores := json.loads(path.read_text()))}
+
+
+def replace_compressed(path: Path, text: str) -> None:
+    """Write a zstd file whole or not at all."""
+    import zstandard
+
+    _replace(path, zstandard.compress(text.encode()))
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
+    _replace(path, text.encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from retemper.pipeline.schema import Config
 
+_SCORED = "scored_after_steps"
+
 
 class Tracker:
     """One W&B run per run folder, the same one after every restart."""
@@ -20,6 +22,11 @@ class Tracker:
         """Mirror one record of metrics.jsonl at its step."""
         if self._run is not None:
             self._guard(lambda: self._run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"]))
+
+    def scores(self, step: int, figures: dict[str, float]) -> None:
+        """Add what the model scored after `step` steps. It has an axis of its own, for W&B's step never goes back to a checkpoint."""
+        if self._run is not None:
+            self._guard(lambda: self._run.log(figures | {_SCORED: step}))
 
     def close(self) -> None:
         """Finish the W&B run."""
@@ -48,6 +55,8 @@ class Tracker:
             config=config.model_dump(),
             settings=wandb.Settings(silent=True, console="off", init_timeout=20, disable_git=True, save_code=False),
         )
+        for scores in ("heldout/*", "evals/*"):
+            self._run.define_metric(scores, step_metric=_SCORED)
 
     def _guard(self, call) -> None:
         try:

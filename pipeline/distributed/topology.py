@@ -175,6 +175,17 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     return summed.tolist()
 
 
+def from_each_replica(value) -> list:
+    """The picklable values of the data-parallel replicas of this rank's part of the model, in order, on every rank."""
+    import torch
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group()
+    values = [None] * group.size()
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
 def sum_over_stages(counts: list[int]) -> list[int]:
     """Whole numbers summed over the pipeline stages of a model."""
     import torch

@@ -1,6 +1,6 @@
 """Micro-batches through a sharded model, by megatron-core's pipeline schedules. Shapes: B micro-batch, T sequence length."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -15,13 +15,19 @@ def run_schedule(model: torch.nn.ModuleList, batches: list[Batch], *, forward_on
     Returns for each micro-batch, on the last pipeline stage alone: loss (sum of nats), tokens (labels that count) and
     losses_BT (nats of every position), of what this context-parallel rank holds of the sequences.
     """
+    return through_stages(model, batches, _forward_step, forward_only=forward_only)
+
+
+def through_stages(model: torch.nn.ModuleList, batches: list[Batch], forward_step: Callable, *, forward_only: bool) -> list:
+    """megatron-core's schedule over micro-batches of one size; what the loss function of forward_step reports of each, on the last
+    pipeline stage alone."""
     stages = list(model)
     # Interleaved schedules take as many micro-batches at a time as the pipeline has ranks.
     group = stages[0].config.pipeline_model_parallel_size if len(stages) > 1 else 1
     filled = batches + batches[-1:] * (-len(batches) % group)
     assert forward_only or len(filled) == len(batches)
     outputs = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=forward_step,
         data_iterator=[iter(filled) for _ in stages] if len(stages) > 1 else iter(filled),
         model=stages,
         num_microbatches=len(filled),

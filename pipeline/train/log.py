@@ -12,7 +12,7 @@ from tqdm import tqdm
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.data.reader import TrainingBatches
-from retemper.pipeline.evals.hook import format_scores
+from retemper.pipeline.evals.hook import Scores, format_scores
 from retemper.pipeline.flops import flops_per_token, peak_flops
 from retemper.pipeline.model.kernels import kernels_here
 from retemper.pipeline.schema import Config
@@ -86,13 +86,12 @@ class Log:
         if self.enabled:
             self.checkpoint_seconds += time.perf_counter() - started
 
-    def scores(self, scores: dict | None) -> None:
+    def scores(self, scores: Scores | None) -> None:
         """Report the scores of this step, where it was scored now."""
         if not self.enabled or not scores:
             return
-        step = self.state.step
-        self.tracker.log({"step": step} | {f"heldout/{domain}/bits_per_byte": values["bits_per_byte"] for domain, values in scores.items()})
-        self.bar.write(format_scores(step, scores))
+        self.tracker.scores(self.state.step, scores.figures())
+        self.bar.write(format_scores(self.state.step, scores))
 
     def stopped(self) -> None:
         """Say that a signal ended the run, and where it goes on."""

@@ -6,6 +6,7 @@ with. Its results are its run folder.
 
 import contextlib
 import shutil
+import sys
 from dataclasses import replace
 from unittest import mock
 
@@ -170,6 +171,20 @@ def garbage_batch():
     return mock.patch.object(loop, "train_step", train_step)
 
 
+@contextlib.contextmanager
+def no_harness():
+    """Neither lm-eval nor what leads to it can be imported."""
+    barred = ("lm_eval", "retemper.pipeline.evals.team", "retemper.pipeline.evals.inline", "retemper.pipeline.evals.harness")
+    known = {name: sys.modules[name] for name in barred if name in sys.modules}
+    sys.modules.update(dict.fromkeys(barred))
+    try:
+        yield
+    finally:
+        for name in barred:
+            del sys.modules[name]
+        sys.modules.update(known)
+
+
 FAULTS = {
     None: contextlib.nullcontext,
     "unreduced_adapter_gradient": unreduced_adapter_gradient,
@@ -183,4 +198,5 @@ FAULTS = {
     "lost_random_state": lost_random_state,
     "nan_gradient": nan_gradient,
     "garbage_batch": garbage_batch,
+    "no_harness": no_harness,
 }

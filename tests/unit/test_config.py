@@ -147,3 +147,15 @@ def test_a_transformers_folder_is_no_base_until_it_is_imported(tmp_path):
 
 def test_changed_keys_name_both_values():
     assert changed_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2 -> 3"]
+
+
+@pytest.mark.parametrize("name", preset_names("evals"))
+def test_every_evals_preset_loads(name):
+    evals = load_config(["run=demo_full", f"evals={name}"]).evals
+    assert evals.heldout.keys() == {"code", "math"}
+    assert bool(evals.inline) == (name != "none") and not {"humaneval", "gsm8k"} & set(evals.inline)
+
+
+def test_generated_programs_are_not_run_inline():
+    said = problems("evals=paper", "evals.tasks.humaneval.where=inline", "evals.tasks.heldout.limit=1")
+    assert "evals.tasks.humaneval.where=inline" in said and "evals.tasks.heldout: that name is taken" in said

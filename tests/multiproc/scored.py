@@ -1,0 +1,22 @@
+"""One rank that scores the weights a run begins with, megatron's groups built anew for each case. Run by conftest.launch.
+
+A case: {"overrides": [...]}. Its results are evals/00000000 in its run folder.
+"""
+
+from retemper.pipeline.config import load_config
+from retemper.pipeline.distributed import topology
+from retemper.pipeline.preflight import preflight
+
+
+def main(cases: list[dict]) -> None:
+    from retemper.pipeline.checkpoint.sharded import Checkpointer
+    from retemper.pipeline.evals.hook import evaluate
+    from retemper.pipeline.model.build import build_model
+
+    for case in cases:
+        config = load_config(case["overrides"])
+        place = topology.start(config.parallel)
+        model = build_model(config, place)
+        Checkpointer(config, place, model, None, preflight(config)).restore()
+        evaluate(config, place, model, 0)
+        topology.stop(leave=False)

@@ -1,0 +1,89 @@
+"""Tasks that cannot be scored: each says why, the others are scored, and training is what it is without them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import launch, overrides, run_command
+
+from retemper.pipeline import run_folder
+from retemper.pipeline.evals.hook import FORGOTTEN, forgetting
+
+QUESTION = {"question": "Which is cold?", "choices": {"text": ["ice", "fire", "steam"], "label": ["A", "B", "C"]}, "answerKey": "A"}
+SENTENCE = {"sentence": "The cup did not fit the box, for the _ was small.", "option1": "cup", "option2": "box", "answer": "2"}
+ENDING = {"query": "He opened the door", "choices": ["and went in.", "and flew.", "and rang.", "and sang."], "gold": 0}
+TASKS = [f"evals.tasks.{name}.shots=0" for name in FORGOTTEN]
+RUN = ["parallel=dp2", "train.tokens=2048"]
+
+
+def write(path: Path, records: list[dict], damaged: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + damaged)
+
+
+@pytest.fixture(scope="module")
+def files(workspace) -> Path:
+    """Sound files of questions, a sentence without its gap, and no endings."""
+    folder = workspace / "tasks"
+    write(folder / "arc_challenge_test.jsonl", [QUESTION, QUESTION | {"answerKey": "B"}])
+    write(folder / "arc_challenge_validation.jsonl", [QUESTION])
+    write(folder / "winogrande_validation.jsonl", [SENTENCE, SENTENCE | {"sentence": "No gap."}])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(workspace, files) -> Path:
+    bad = [*TASKS, f"evals.tasks_dir={files}"]
+    other = workspace / "another-tokenizer"
+    other.mkdir()
+    for file in (workspace / "data" / "tokenizer").iterdir():
+        (other / file.name).write_text(file.read_text() + " ")
+    cases = {"untasked": [], "tasked": bad, "retokenized": [*bad, f"data.tokenizer={other}"]}
+    launch(
+        2, [{"overrides": overrides(workspace, name, *RUN, *more), "fault": None if more else "no_harness"} for name, more in cases.items()]
+    )
+    return workspace / "runs" / "test"
+
+
+def errors(run: Path) -> dict[str, str]:
+    """task -> what is recorded of it at the end."""
+    (folder,) = [path for path in (run / "evals").iterdir() if int(path.name) > 0]
+    return {path.stem: json.loads(path.read_text()).get("error") for path in folder.glob("*.json") if path.stem != "heldout"}
+
+
+def test_a_run_without_tasks_needs_no_lm_eval(runs):
+    assert max(record["step"] for record in run_folder.read_metrics(runs / "untasked")) == 4
+    assert {path.name for path in runs.glob("untasked/evals/*/*")} == {"heldout.json"}
+
+
+def test_each_task_says_what_is_wrong_with_it_and_the_others_are_scored(runs, files):
+    found = errors(runs / "tasked")
+    assert found.keys() == set(FORGOTTEN) and found["arc_challenge"] is None
+    assert f"{files} has no file hellaswag_validation*.jsonl" in found["hellaswag"]
+    assert f"{files / 'winogrande_validation.jsonl'}, line 2: no record of the form" in found["winogrande"]
+
+
+def test_training_is_what_it_is_without_tasks(runs):
+    def losses(run):
+        return [(record["step"], record["loss"], record["grad_norm"]) for record in run_folder.read_metrics(runs / run)]
+
+    assert losses("untasked") == losses("tasked") == losses("retokenized")
+
+
+def test_another_tokenizer_than_the_corpus_has_scores_nothing(runs):
+    found = errors(runs / "retokenized")
+    assert found.keys() == set(FORGOTTEN) and all("is another tokenizer than that of the corpus" in error for error in found.values())
+
+
+def test_checkpoints_are_scored_afterwards_on_what_failed_alone(workspace, runs, files):
+    """The folder has gone on from `tasked`: what was mended is scored, and their mean told."""
+    write(files / "winogrande_validation.jsonl", [SENTENCE, SENTENCE | {"answer": "1"}])
+    write(files / "hellaswag_validation_2.jsonl", [ENDING, ENDING | {"gold": 1}])
+    before = (runs / "tasked" / "evals" / "00000004" / "arc_challenge.json").read_text()
+    done = run_command(["eval", *overrides(workspace, "tasked", *RUN, *TASKS, f"evals.tasks_dir={files}", "track.wandb=offline")])
+    assert done.returncode == 0, done.stderr
+    assert set(errors(runs / "tasked").values()) == {None}
+    assert (runs / "tasked" / "evals" / "00000004" / "arc_challenge.json").read_text() == before
+    scores = run_folder.read_tasks(runs / "tasked", 4)
+    assert f"forgetting score {forgetting(scores):.4f}" in done.stdout and "arc_challenge" not in done.stdout.splitlines()[0]
+    assert list((runs / "tasked" / "wandb").glob("offline-run-*/run-*.wandb"))

@@ -1,0 +1,86 @@
+"""Local files in the place of hub datasets, and the tokenizer that tasks are read with."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema import EvalsConfig, TaskConfig
+
+
+def load(name: str, folder, **settings):
+    from retemper.pipeline.evals.tasks import load_task
+
+    return load_task(name, EvalsConfig(tasks={name: TaskConfig(**settings)}, tasks_dir=str(folder)))
+
+
+def refusal(name: str, folder) -> str:
+    with pytest.raises(UserError) as caught:
+        load(name, folder)
+    return str(caught.value)
+
+
+def test_every_task_reads_its_real_files(shared_data):
+    counts = {"hellaswag": 1000, "arc_challenge": 1172, "winogrande": 1267, "gsm8k": 1319}
+    for name, count in counts.items():
+        task = load(name, shared_data / "evals", shots=1)
+        assert len(task.eval_docs) == count and task.config.num_fewshot == 1
+    # The task's own shots and settings, unless others are asked for.
+    task = load("gsm8k", shared_data / "evals", temperature=0.5, top_p=0.9, max_new_tokens=7)
+    assert task.config.num_fewshot == 5
+    asked = {"temperature": 0.5, "top_p": 0.9, "max_gen_toks": 7, "do_sample": True}
+    assert asked.items() <= task.config.generation_kwargs.items() and "Question:" in task.config.generation_kwargs["until"]
+
+
+BROKEN = {
+    "hellaswag": ("hellaswag_validation.jsonl", {"query": "a", "choices": ["b"], "gold": 1}),
+    "winogrande": ("winogrande_validation.jsonl", {"sentence": "a _", "option1": "b", "option2": "c", "answer": "3"}),
+    "arc_challenge": ("arc_challenge_validation.jsonl", {"question": "a", "choices": {"text": ["b"], "label": ["A"]}, "answerKey": "B"}),
+    "gsm8k": ("gsm8k_train.jsonl", {"question": "a", "answer": "7"}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_record_that_is_none_is_named_by_its_line(name, tmp_path):
+    file, record = BROKEN[name]
+    for text in (json.dumps(record), "{", "7", "{}"):
+        (tmp_path / file).write_text(text + "\n")
+        assert f"{tmp_path / file}, line 1: no record of the form" in refusal(name, tmp_path)
+    (tmp_path / file).write_text("")
+    assert "is empty" in refusal(name, tmp_path)
+
+
+def test_what_has_no_files_here_is_refused(tmp_path):
+    assert "evals.tasks.lambada: evals.tasks_dir has files for hellaswag" in refusal("lambada", tmp_path)
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(workspace):
+    from retemper.pipeline.evals.inline import load_tokenizer
+
+    data = SimpleNamespace(tokenizer=str(workspace / "data" / "tokenizer"), path=str(workspace / "data" / "code"))
+    assert len(load_tokenizer(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=300)))) == 300
+    with pytest.raises(UserError, match="has 300 tokens, model.vocab_size is only 299"):
+        load_tokenizer(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=299)))
+
+
+@pytest.mark.parametrize("stop", ["Question:", "é", "\n\n", " and"])
+def test_text_ends_with_the_token_that_completes_a_stop_string(workspace, monkeypatch, stop):
+    from retemper.pipeline.evals import team
+    from retemper.pipeline.evals.inline import load_tokenizer
+    from retemper.pipeline.model.inference import Sampling
+
+    data = SimpleNamespace(tokenizer=str(workspace / "data" / "tokenizer"), path=str(workspace / "data" / "code"))
+    tokenizer = load_tokenizer(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=300)))
+    words = tokenizer.encode("Questions: cafés and more\n\nQuestion: why?", add_special_tokens=False)
+
+    def recite(_model, _topology, prompts, _draws, _sampling, ended):
+        return [words[: next(count for count in range(1, len(words) + 1) if ended(words[:count]))] for _ in prompts]
+
+    monkeypatch.setattr(team, "generate", recite)
+    monkeypatch.setattr(team, "from_each_replica", lambda mine: [mine])
+    config = SimpleNamespace(evals=SimpleNamespace(micro_batch_size=2))
+    alone = team.Team(config, SimpleNamespace(rank=0, data_parallel_rank=0, data_parallel_size=1), None)
+    [new] = alone.generate([np.array([1])], Sampling(99), [stop], tokenizer, tokenizer.eos_token_id, 1, "")
+    assert stop in tokenizer.decode(new) and stop not in tokenizer.decode(new[:-1])
