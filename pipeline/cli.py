@@ -102,6 +102,24 @@ def _launch_here(module: str, overrides: list[str]) -> int:
     return run_here(module, overrides, config.parallel.world_size)
 
 
+def _evals(arguments) -> int:
+    from retemper.pipeline.config import load_run
+
+    config = load_run(Path(arguments.run), arguments.overrides)
+    if arguments.action == "show":
+        from retemper.pipeline.evals.show import table
+
+        print("\n".join(table(config)))
+        return 0
+    from retemper.pipeline.evals.worker import PARTS, Worker
+
+    if not config.evals.of_workers:
+        raise UserError(f"{arguments.run} names no task for workers: set evals=paper, or evals.tasks.humaneval.where=worker")
+    worker = Worker(config, (arguments.only,) if arguments.only else PARTS, arguments.lease)
+    worker.work(None if arguments.once else arguments.poll)
+    return 0
+
+
 def _report(arguments) -> int:
     from retemper.pipeline.report.page import write_report
 
@@ -262,6 +280,25 @@ def _parser() -> argparse.ArgumentParser:
         "eval", _eval, "Score every checkpoint of a run on what it has no scores of yet.",
         "retemper eval run=demo_full", "retemper eval run=demo_full evals=quick evals.tasks_dir=tasks/",
     )  # fmt: skip
+    evals = add(
+        "evals", _evals, "worker: score a run's checkpoints as they come on the tasks that are for workers, beside other workers and the "
+        "training, until the run is over. show: what was scored so far, with the difference from the step-0 model.",
+        "retemper evals worker runs/paper/lora evals=paper evals.tasks_dir=tasks/", "retemper evals worker runs/paper/lora --only score",
+        "retemper evals show runs/paper/lora",
+        actions=("worker", "show"), positionals=("run",),
+    )  # fmt: skip
+    evals.add_argument("--once", action="store_true", help="evaluate the checkpoints that are there, and end")
+    evals.add_argument(
+        "--only", choices=("generate", "score"), help="one part of the work: generated programs can be run on another machine"
+    )
+    evals.add_argument("--poll", type=_positive(float), default=30, metavar="SECONDS", help="between looks for checkpoints (default: 30)")
+    evals.add_argument(
+        "--lease",
+        type=_positive(float),
+        default=120,
+        metavar="SECONDS",
+        help="after which a dead worker's job is taken over (default: 120)",
+    )
     add(
         "data", _data, "show: the text of a step's samples, with its sources and what counts in the loss. verify: prove from the ledger "
         "(data.ledger=true) that no sample was skipped or repeated.",

@@ -63,6 +63,17 @@ def load_parallel(overrides: list[str]) -> ParallelConfig:
         raise _report([_describe(problem, "parallel.") for problem in error.errors()]) from None
 
 
+def load_run(run_dir: Path, overrides: list[str]) -> Config:
+    """The config of a run's folder, wherever that stands now, with evals.* as given here where some are. Raises UserError."""
+    if strange := [text for text in overrides if not text.startswith("evals")]:
+        raise UserError(f"{strange[0]}: the run's own config holds; only evals=… and evals.… are given here")
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is no run folder: it has no config.json; name runs_dir/study/name of a run that has begun")
+    raw = json.loads(path.read_text()) | {"runs_dir": str(run_dir.parent.parent)}
+    return check_config(raw | ({"evals": _compose(overrides)["evals"]} if overrides else {}))
+
+
 def check_setup(setup: ModelSetup) -> ModelSetup:
     """Check a model against its layout. Raises UserError."""
     if problems := list(_setup_conflicts(setup)):

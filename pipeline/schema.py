@@ -344,10 +344,17 @@ class EvalsConfig(Section):
     tasks: dict[Name, TaskConfig] = Field(default={}, description="tasks by lm-eval's names")
     tasks_dir: str | None = Field(None, description="folder of the tasks' files, read instead of the hub's datasets")
 
+    unsafe_code: bool = Field(False, description="run generated programs where no sandbox can be had, with all that this user may do")
+
     @property
     def inline(self) -> list[str]:
         """The tasks that the run itself scores."""
         return [name for name, task in self.tasks.items() if task.where == "inline"]
+
+    @property
+    def of_workers(self) -> list[str]:
+        """The tasks that workers score."""
+        return [name for name, task in self.tasks.items() if task.where == "worker"]
 
 
 class TrackConfig(Section):

@@ -11,13 +11,9 @@ from retemper.pipeline.errors import UserError
 KEYS = {"task_id": (str, int), "sample": int, "completion": str}
 
 
-def write_generations(path: Path, records: Iterable[dict]) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with zstandard.open(temporary, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    temporary.replace(path)
+def compress_records(records: Iterable[dict]) -> bytes:
+    """The content of a jsonl.zst file."""
+    return zstandard.compress("".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def read_records(path: Path, keys: dict[str, type | tuple[type, ...]]) -> Iterator[dict]:

@@ -1,4 +1,4 @@
-"""lm-eval's view of the live sharded model. Rank 0 alone imports this; the other ranks serve it (team.py)."""
+"""lm-eval's view of the live sharded model, and its tasks on any model. Of a model's ranks 0 alone imports this; the others serve it (team.py)."""
 
 import time
 
@@ -12,8 +12,9 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from transformers import PreTrainedTokenizerFast
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.evals.tasks import load_task
+from retemper.pipeline.evals.tasks import chosen_problems, load_task
 from retemper.pipeline.evals.team import Team
+from retemper.pipeline.evals.uncertainty import estimate, scores_by_problem
 from retemper.pipeline.model.inference import Sampling
 from retemper.pipeline.schema import Config
 
@@ -31,7 +32,6 @@ class ShardedLM(TemplateLM):
         super().__init__()
         self.team, self.tokenizer, self.seed, self.label = team, tokenizer, seed, label
         self.max_length = team.config.model.max_sequence_length
-        self.continuation_tokens: dict[tuple[str, str], int] = {}  # of every pair that was scored
 
     @property
     def eot_token_id(self) -> int:
@@ -56,7 +56,6 @@ class ShardedLM(TemplateLM):
         lengths = [len(continuation) for _, _, continuation in requests]
         if max(lengths) > self.max_length:
             raise UserError(f"the task has an answer of {max(lengths)} tokens, model.max_sequence_length is only {self.max_length}")
-        self.continuation_tokens |= {texts: length for (texts, *_), length in zip(requests, lengths, strict=True) if texts}
         scores_N2 = self.team.ask("log_likelihoods", sequences=sequences, lengths=lengths, label=self.label)
         return [(nats, missed == 0) for nats, missed in scores_N2.tolist()]
 
@@ -101,39 +100,28 @@ class ShardedLM(TemplateLM):
         return [postprocess_generated_text(self.tokenizer.decode(tokens, skip_special_tokens=True), stops, None) for tokens in new]
 
 
-def score_task(name: str, config: Config, team: Team, tokenizer: PreTrainedTokenizerFast) -> tuple[dict, list[dict]]:
-    """Run one task of evals.tasks: what evals/<step>/<task>.json holds, and a record for every problem. Rank 0 calls it.
+def score_task(name: str, config: Config, lm: TemplateLM) -> tuple[dict, list[dict]]:
+    """Run one task of evals.tasks: what evals/<step>/<task>.json holds, and a record for every problem.
 
-    Raises UserError where the task, its files or the tokenizer are not what they must be.
+    Raises UserError where the task or its files are not what they must be.
     """
     started = time.perf_counter()
     task, asked = load_task(name, config.evals), config.evals.tasks[name]
-    lm = ShardedLM(team, tokenizer, config.seed, name)
-    chosen = choose_problems(len(task.eval_docs), asked.limit)
+    chosen = chosen_problems(len(task.eval_docs), asked.limit)
     results = evaluate(lm, {"tasks": {name: task}}, samples={name: chosen} if chosen else None, bootstrap_iters=1000)
     metrics, problems = _metrics(results["results"][name]), results["samples"][name]
     if task.OUTPUT_TYPE == "multiple_choice":
-        metrics = _by_token_loss(task, problems, lm.continuation_tokens) | metrics
-    metric, first = next(iter(metrics.items()))
+        metrics = _by_token_loss(task, problems, lm) | metrics
+    metric = next(iter(metrics))
     scores = {
         "task": name,
         "version": results["versions"][name],
-        "metric": metric,
-        "score": first["value"],
-        "stderr": first["stderr"],
-        "samples": results["n-samples"][name]["effective"],
+        **estimate(list(scores_by_problem(problems, metric).values())).headline(metric),
         "metrics": metrics,
         "settings": asked.model_dump(mode="json") | {"shots": task.config.num_fewshot, "lm_eval": lm_eval.__version__, "seed": config.seed},
         "seconds": round(time.perf_counter() - started, 3),
     }
     return scores, [_record(problem) for problem in problems]
-
-
-def choose_problems(problems: int, limit: int | None) -> list[int] | None:
-    """A fixed random choice: the first problems would be those of one kind."""
-    if limit is None or limit >= problems:
-        return None
-    return sorted(np.random.default_rng(0).permutation(problems)[:limit].tolist())
 
 
 def _metrics(results: dict) -> dict[str, dict[str, float | None]]:
@@ -143,18 +131,17 @@ def _metrics(results: dict) -> dict[str, dict[str, float | None]]:
     return {name: {"value": results[key], "stderr": errors[key] if errors[key] != "N/A" else None} for key, name in named.items()}
 
 
-def _by_token_loss(task, problems: list[dict], tokens: dict[tuple[str, str], int]) -> dict[str, dict[str, float]]:
+def _by_token_loss(task, problems: list[dict], lm: TemplateLM) -> dict[str, dict[str, float]]:
     """How often the right choice has the lowest mean loss of a token, as MosaicML's Gauntlet scores: the paper's measure of forgetting.
 
     Marks every problem with it, beside lm-eval's acc and acc_norm.
     """
     for problem in problems:
         pairs = zip(problem["arguments"], problem["resps"], strict=True)
-        means = [(nats / tokens[tuple(texts)], greedy) for texts, [(nats, greedy)] in pairs]
+        means = [(nats / len(lm._encode_pair(*texts)[1]), greedy) for texts, [(nats, greedy)] in pairs]
         problem[BY_TOKEN_LOSS] = task.process_results(problem["doc"], means)["acc"]
-    hits = np.array([problem[BY_TOKEN_LOSS] for problem in problems])
-    error = hits.std(ddof=1) / len(hits) ** 0.5 if len(hits) > 1 else None
-    return {BY_TOKEN_LOSS: {"value": float(hits.mean()), "stderr": error if error is None else float(error)}}
+    score = estimate([problem[BY_TOKEN_LOSS] for problem in problems])
+    return {BY_TOKEN_LOSS: {"value": score.value, "stderr": score.stderr}}
 
 
 def _record(problem: dict) -> dict:

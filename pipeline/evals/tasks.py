@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import lm_eval
+import numpy as np
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
@@ -89,6 +90,13 @@ def load_task(name: str, evals: EvalsConfig) -> Task:
         task.set_config("generation_kwargs", asked.generation, update=True)
     task.set_fewshot_seed(_SHOTS_SEED)
     return task
+
+
+def chosen_problems(problems: int, limit: int | None) -> list[int] | None:
+    """A fixed random choice: the first problems would be those of one kind. None stands for all."""
+    if limit is None or limit >= problems:
+        return None
+    return sorted(np.random.default_rng(0).permutation(problems)[:limit].tolist())
 
 
 def _manager(name: str) -> TaskManager:

@@ -5,7 +5,7 @@ counted as independent.
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
@@ -23,6 +23,16 @@ class Estimate:
     low: float
     high: float
     problems: int
+
+    def headline(self, metric: str) -> dict:
+        """A task's one number, and how far it may be off, as evals/<step>/<task>.json has them."""
+        return {"metric": metric, "score": self.value, "stderr": self.stderr, "interval": [self.low, self.high], "samples": self.problems}
+
+
+def scores_by_problem(problems: Iterable[dict], metric: str) -> dict[int, float]:
+    """Each problem's part in a metric of lm-eval's, which may name the filter that it is of, as exact_match/strict-match."""
+    name, _, of_filter = metric.partition("/")
+    return {problem["doc_id"]: float(problem[name]) for problem in problems if not of_filter or problem["filter"] == of_filter}
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

@@ -10,7 +10,7 @@ import zstandard
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.code_tasks import CODE_TASKS
-from retemper.pipeline.evals.generations import write_generations
+from retemper.pipeline.evals.generations import compress_records
 from retemper.pipeline.evals.sandbox.layers import Layers, find_layers
 from retemper.pipeline.evals.sandbox.run import Program, run_programs
 from retemper.pipeline.evals.score_code import problem_scores, score_generations, verdicts_path
@@ -116,7 +116,7 @@ def small(tmp_path):
         for right, name in enumerate(names)
     ]
     generations = tmp_path / "humaneval.jsonl.zst"
-    write_generations(generations, records)
+    generations.write_bytes(compress_records(records))
     return problems, generations, records
 
 

@@ -1,0 +1,47 @@
+"""Answers of an exported model: by vLLM where it is installed, else by transformers, both behind lm-eval's own classes."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+
+from retemper.pipeline.evals.code_tasks import CODE_TASKS, problems_file
+from retemper.pipeline.evals.generations import compress_records, read_records
+from retemper.pipeline.evals.tasks import chosen_problems
+from retemper.pipeline.schema import Config
+
+_LENGTH = 512  # tokens of a program with its prompt: bigcode's harness
+
+
+def language_model(config: Config, folder: Path) -> TemplateLM:
+    """A model in a folder of transformers' format. Its seed makes answers repeatable on the same machine."""
+    torch.manual_seed(config.seed)
+    if importlib.util.find_spec("vllm"):
+        from lm_eval.models.vllm_causallms import VLLM
+
+        return VLLM(pretrained=str(folder), dtype="auto", seed=config.seed)
+    from lm_eval.models.huggingface import HFLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return HFLM(pretrained=str(folder), dtype="auto", device=device, batch_size=config.evals.micro_batch_size)
+
+
+def complete_problems(config: Config, task: str, lm: TemplateLM) -> bytes:
+    """evals.tasks.TASK.repeats completions of every chosen problem, as generations.py keeps them."""
+    asked, code_task = config.evals.tasks[task], CODE_TASKS[task]
+    problems = list(read_records(problems_file(config, task), code_task.keys))
+    if chosen := chosen_problems(len(problems), asked.limit):
+        problems = [problems[place] for place in chosen]
+    requests = []
+    for problem in problems:
+        prompt = code_task.prompt(problem)
+        room = min(_LENGTH, lm.max_length) - len(lm.tok_encode(prompt))
+        settings = {"max_gen_toks": max(room, 1), "do_sample": False, "until": list(code_task.stop_words)} | asked.generation
+        requests += [Instance("generate_until", problem, (prompt, settings), sample) for sample in range(asked.repeats)]
+    completions = lm.generate_until(requests)
+    return compress_records(
+        {"task_id": request.doc["task_id"], "sample": request.idx, "completion": completion}
+        for request, completion in zip(requests, completions, strict=True)
+    )

@@ -1,0 +1,134 @@
+"""Workers beside a run: what they score is the run's, once, whoever dies on the way."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SEQ_LENGTH, launch, overrides, run_command
+
+from retemper.pipeline import run_folder
+from retemper.pipeline.config import load_config
+from retemper.pipeline.evals.generations import read_records
+
+TASKS = {
+    "humaneval": "{where:worker,limit:3,repeats:2,temperature:0.8,top_p:0.95}",
+    "gsm8k": "{where:worker,limit:3,shots:0,max_new_tokens:8}",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(workspace, shared_data):
+    """Make a run of as many milestones as steps, and return what its workers are asked."""
+
+    def train(name: str, steps: int) -> list[str]:
+        tokens = [step * 8 * SEQ_LENGTH for step in range(1, steps + 1)]
+        asked = [
+            f"train.tokens={tokens[-1]}",
+            f"checkpoint.milestones={json.dumps(tokens)}",
+            "evals.heldout={}",
+            "schedule.warmup_tokens=0",
+        ]
+        launch(1, [{"overrides": overrides(workspace, name, *asked)}])
+        tasks = [f"evals.tasks.{task}={how}" for task, how in TASKS.items()]
+        return [str(workspace / "runs" / "test" / name), *tasks, f"evals.tasks_dir={shared_data / 'evals'}", "evals.micro_batch_size=6"]
+
+    return train
+
+
+class Process:
+    """`retemper evals worker` in a process group of its own."""
+
+    def __init__(self, asked: list[str], log: Path, *options: str):
+        self.log = log
+        command = [str(Path(sys.executable).parent / "retemper"), "evals", "worker", *asked, "--lease", "4", "--poll", "1", *options]
+        with open(log, "a") as file:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+
+    def wait_for(self, words: str) -> None:
+        deadline = time.monotonic() + 300
+        while words not in self.log.read_text():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def results(logs: list[Path]) -> list[str]:
+    """step and task of each score that a worker committed, as it says."""
+    said = "".join(log.read_text() for log in logs)
+    return re.findall(r"^step +(\d+  \w+): (?:pass@1|exact_match\S*) [\d.]+ ±", said, re.MULTILINE)
+
+
+def check_scores(asked: list[str], steps: int) -> None:
+    run = Path(asked[0])
+    for step in range(1, steps + 1):
+        scored = run_folder.read_tasks(run, step)
+        assert scored.keys() == TASKS.keys()
+        assert [scored[task]["samples"] for task in ("humaneval", "gsm8k")] == [3, 3]
+        assert scored["humaneval"]["interval"][0] == scored["humaneval"]["score"] == 0  # of a model that has seen ten batches
+        folder = run_folder.task_path(run, step, "x").parent
+        generated = list(read_records(folder / "humaneval.generations.jsonl.zst", {"completion": str}))
+        assert len(generated) == 6 and len({record["completion"] for record in generated}) > 3
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_killed_worker_left_others_finish_once(trained, tmp_path):
+    steps = 2
+    asked, logs = trained("worked", steps), [tmp_path / f"worker{number}" for number in range(3)]
+    doomed = Process(asked, logs[0])
+    doomed.wait_for("generating")
+    doomed.kill()
+    others = [Process(asked, log) for log in logs[1:]]
+    for other in others:
+        assert other.process.wait(300) == 0, other.log.read_text()
+    # The first may have been killed between a result and its word of it.
+    assert len(said := results(logs)) == len(set(said)) >= steps * len(TASKS) - 1
+    check_scores(asked, steps)
+    shown = run_command(["evals", "show", asked[0]]).stdout
+    assert len(re.findall(r"^ +[12]  (?:humaneval +pass@1|gsm8k +exact_match)", shown, re.MULTILINE)) == 4
+
+    again = run_command(["evals", "worker", *asked, "--once"])
+    assert again.returncode == 0 and not again.stdout
+    missing = run_command(["evals", "worker", *asked[:-2], f"evals.tasks_dir={tmp_path}", "evals.tasks.mbpp={where:worker}", "--once"])
+    assert missing.returncode == 1 and f"evals.tasks_dir={tmp_path} has no file mbpp*.jsonl" in missing.stderr
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_and_double_nothing(trained, tmp_path):
+    steps, draw = 6, random.Random(1)
+    asked, logs = trained("killed", steps), [tmp_path / "one", tmp_path / "other"]
+    workers, kills = [Process(asked, log) for log in logs], 0
+    while kills < 20:
+        time.sleep(draw.uniform(5, 60))
+        victim = draw.randrange(2)
+        if workers[victim].process.poll() is None:
+            workers[victim].kill()
+            kills += 1
+        assert any(worker.process.poll() is None for worker in workers) or kills == 20, "the run was scored before twenty kills"
+        workers[victim] = Process(asked, logs[victim])
+    for worker in workers:
+        assert worker.process.wait(900) == 0, worker.log.read_text()
+    assert len(said := results(logs)) == len(set(said)) <= steps * len(TASKS)
+    check_scores(asked, steps)
+
+
+def test_a_worker_refuses_what_it_cannot_do(workspace, capsys):
+    from retemper.pipeline.cli import main
+
+    assert main(["evals", "worker", str(workspace)]) == 1
+    assert "it has no config.json" in capsys.readouterr().err
+    config = load_config(overrides(workspace, "unscored"))
+    run_folder.claim(config, 0)
+    assert main(["evals", "worker", str(config.run_dir)]) == 1
+    assert "names no task for workers" in capsys.readouterr().err
+    assert main(["evals", "worker", str(config.run_dir), "seed=3"]) == 1
+    assert "only evals=… and evals.… are given here" in capsys.readouterr().err
