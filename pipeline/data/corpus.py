@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from retemper.pipeline.data.manifest import read_manifest
+from retemper.pipeline.data.manifest import find_manifest, read_manifest
 from retemper.pipeline.data.order import ORDER_VERSION
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema import Config, StreamConfig
@@ -26,6 +26,15 @@ def cache_folder(config: Config, name: str) -> Path:
     """Where this run keeps shards of one corpus that it fetched or unpacked."""
     cache = config.data.cache_dir
     return (Path(cache, config.study, config.name) if cache else config.run_dir / "cache") / name
+
+
+def decontaminated(config: Config, task: str) -> dict[str, bool | None]:
+    """Training stream -> whether documents that share text with an evaluation task's problems were left out of it, as its manifest says.
+
+    None where the manifest cannot be read from here.
+    """
+    manifests = {name: find_manifest(path) for name, path in stream_paths(config).items()}
+    return {name: manifest and task in manifest.get("decontamination", {}).get("tasks", {}) for name, manifest in manifests.items()}
 
 
 def check_corpora(config: Config) -> dict[str, Any]:

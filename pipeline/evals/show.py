@@ -21,7 +21,14 @@ def table(config: Config) -> Iterator[str]:
         for task, scores in run_folder.read_tasks(config.run_dir, step).items():
             low, high = scores["interval"]
             line = f"{step:>8}  {task:<16}{scores['metric']:<26}{scores['score']:>8.4f}  {f'{low:.4f} to {high:.4f}':<18}"
-            yield (line + (_difference(config, step, task, base[task], scores) if step and task in base else "")).rstrip()
+            difference = _difference(config, step, task, base[task], scores) if step and task in base else ""
+            yield f"{line}{difference:<34}{_not_known_clean(scores['decontaminated'])}".rstrip()
+
+
+def _not_known_clean(decontaminated: dict[str, bool | None]) -> str:
+    """Which training streams may hold the task's problems."""
+    streams = [name for name, clean in decontaminated.items() if not clean]
+    return f"not decontaminated: {', '.join(streams)}" if streams else ""
 
 
 def _difference(config: Config, step: int, task: str, base: dict, scores: dict) -> str:

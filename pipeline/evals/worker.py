@@ -14,6 +14,7 @@ from pathlib import Path
 
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.data.corpus import decontaminated
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.code_tasks import CODE_TASKS, problems_file
 from retemper.pipeline.evals.generations import compress_records
@@ -125,7 +126,8 @@ class Worker:
         path = run_folder.task_path(self.config.run_dir, step, task)
         if problems:
             write_once(path.with_suffix(".samples.jsonl.zst"), compress_records(problems))
-        if not write_once(path, json.dumps({"step": step, "task": task} | scores, indent=2).encode()):
+        said = {"step": step, "decontaminated": decontaminated(self.config, task), "task": task} | scores
+        if not write_once(path, json.dumps(said, indent=2).encode()):
             return  # this lease had expired, and its successor was faster
         print(f"step {step:>6}  {task}: {scores['metric']} {scores['score']:.4f} ± {scores['stderr']:.4f}", flush=True)
         tracker = Tracker(self.config)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from retemper.pipeline import run_folder
 from retemper.pipeline.report.results import read_study
 
 pytestmark = pytest.mark.slow
@@ -68,6 +69,19 @@ def test_it_leaves_the_results_of_every_stage(demo):
     page = (study / "report.html").read_text()
     assert page.count("<svg") == 2 and "src=" not in page and "Resolved configs" in page
     assert {path.name for path in (study / "figures").iterdir()} == {"learning_forgetting.png", "training_loss.png"}
+
+
+def test_scoring_costs_a_tenth_of_training_at_most(demo):
+    study, training, scoring = demo[0] / "runs" / "demo", 0.0, 0.0
+    for run in ("base", "full", "lora"):
+        before = 0
+        for record in run_folder.read_metrics(study / run):
+            training += (record["tokens"] - before) / record["tokens_per_second"]
+            before = record["tokens"]
+        scores = run_folder.read_scores(study / run)
+        scoring += sum(domain["seconds"] for of_step in scores.values() for domain in of_step.values())
+    print(f"\nscoring {scoring:.1f} s, training {training:.1f} s: {scoring / training:.1%}")
+    assert 0 < scoring < 0.1 * training
 
 
 def test_it_says_what_it_measured(demo):

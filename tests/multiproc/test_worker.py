@@ -78,6 +78,7 @@ def check_scores(asked: list[str], steps: int) -> None:
         folder = run_folder.task_path(run, step, "x").parent
         generated = list(read_records(folder / "humaneval.generations.jsonl.zst", {"completion": str}))
         assert len(generated) == 6 and len({record["completion"] for record in generated}) > 3
+        assert all(scores["decontaminated"] == {"math": False} for scores in scored.values())
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 

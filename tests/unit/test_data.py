@@ -9,7 +9,8 @@ import pytest
 from conftest import SEQ_LENGTH, VOCAB_SIZE, data_config, overrides
 
 from retemper.pipeline.config import load_config
-from retemper.pipeline.data.corpus import check_corpora
+from retemper.pipeline.data.corpus import check_corpora, decontaminated
+from retemper.pipeline.data.manifest import read_manifest, seal
 from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.errors import UserError
 from retemper.tokenize.job import tokenize
@@ -125,3 +126,16 @@ def test_a_corpus_that_does_not_fit_the_run_is_refused(workspace):
         config = load_config(overrides(workspace, "x", change, "train.tokens=1B"))
         with pytest.raises(UserError, match=said):
             check_corpora(config)
+
+
+def test_evaluations_are_flagged_by_what_the_corpora_left_out(workspace, tmp_path):
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    manifest = read_manifest(str(workspace / "data" / "math"))
+    (clean / "manifest.json").write_text(seal(manifest | {"decontamination": {"tasks": {"humaneval": {"problems": 164}}}}))
+    asked = [f"data.path={clean}", f"data.mixture.other.path={tmp_path / 'unread'}", "data.mixture.other.fraction=0.5"]
+    config = load_config(
+        overrides(workspace, "flagged", *asked, "data.replay.fraction=0.1", f"data.replay.path={workspace / 'data' / 'code'}")
+    )
+    assert decontaminated(config, "humaneval") == {"math": True, "other": None, "replay": False}
+    assert decontaminated(config, "mbpp") == {"math": False, "other": None, "replay": False}
