@@ -124,6 +124,9 @@ def test_the_readmes_commands_run(workspace, tmp_path):
         elif command.startswith(("retemper import ", "retemper export ")):
             assert _parse(command.split()[1:]).folder
             continue
+        elif command.startswith("retemper evals "):
+            assert _parse(command.split()[1:]).run
+            continue
         elif command.startswith("retemper plan "):
             check = ["bash", "-c", command]
         elif command.startswith("retemper report "):
