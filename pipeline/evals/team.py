@@ -12,7 +12,7 @@ from retemper.pipeline.distributed.topology import Topology, from_each_replica, 
 from retemper.pipeline.model.inference import Sampling, generate, log_likelihoods
 from retemper.pipeline.schema import Config
 
-_IN_FLIGHT = 4  # micro-batches that a pipeline of several stages works on at once, for each stage
+_IN_FLIGHT = 2  # micro-batches for each stage of a pipeline that it works on at once, all padded to the longest of them
 
 
 class Team:
