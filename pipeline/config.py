@@ -264,11 +264,18 @@ def _setup_conflicts(config: ModelSetup):
         yield "method.name=full trains every weight, but method.lora is set; take the preset method=lora or set method.lora=null"
     if parallel.tensor_parallel_overlap and not parallel.sequence_parallel:
         yield "parallel.tensor_parallel_overlap=true needs parallel.sequence_parallel=true"
+    if parallel.tensor_parallel_overlap and config.precision in ("fp32", "fp8_blockwise"):
+        yield f"parallel.tensor_parallel_overlap=true does not go with precision={config.precision}: set it to false"
     yield from _fp8_conflicts(config)
 
 
 # What Transformer Engine's kernels ask of sizes: in features, and in tokens of a micro-batch.
 _FP8_MULTIPLES = {"delayed": (16, 8), "tensorwise": (16, 8), "blockwise": (128, 128), "mxfp8": (32, 32)}
+
+
+def fp8_token_multiple(config: ModelSetup) -> int:
+    """What the tokens of a batch on a rank are a multiple of."""
+    return _FP8_MULTIPLES[config.fp8_recipe][1] if config.fp8_recipe else 1
 
 
 def _fp8_conflicts(config: ModelSetup):
@@ -279,6 +286,8 @@ def _fp8_conflicts(config: ModelSetup):
         return
     if lora and (lora.dora or lora.pissa):
         yield f"precision={config.precision} takes no method.lora.dora or pissa: both compute with the base's weights, which FP8 rounds"
+    if lora and recipe == "delayed":
+        yield "precision=fp8_delayed would round the frozen base with scales of steps that have not been: take fp8_tensorwise with method=lora"
     if lora and config.fp8.param_gather:
         yield "fp8.param_gather=true is of full training: with method=lora the base is held in FP8 anyway"
     if config.fp8.param_gather and recipe == "mxfp8":
@@ -296,13 +305,19 @@ def _fp8_conflicts(config: ModelSetup):
 
 
 def _fp8_batch_conflicts(config: Config):
-    if config.fp8_recipe is None:
-        return
-    parallel, (_, multiple) = config.parallel, _FP8_MULTIPLES[config.fp8_recipe]
+    parallel, multiple = config.parallel, fp8_token_multiple(config)
     parts = parallel.context_parallel_size * (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
     tokens = config.train.micro_batch_size * config.data.seq_length // parts
     if tokens % multiple:
-        yield f"precision={config.precision} asks for micro-batches whose tokens {multiple} divides; train.micro_batch_size and data.seq_length give a rank {tokens}"
+        yield (
+            f"precision={config.precision} asks for micro-batches whose tokens {multiple} divides; train.micro_batch_size and data.seq_length "
+            f"give a rank {tokens}"
+        )
+    elif config.evals.heldout and config.data.seq_length // parts % multiple:
+        yield (
+            f"precision={config.precision} asks for a data.seq_length of which a rank has a multiple of {multiple} tokens, for held-out samples "
+            f"come in any number; here it has {config.data.seq_length // parts}"
+        )
 
 
 def _overlap_conflicts(config: Config):

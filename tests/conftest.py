@@ -106,7 +106,7 @@ class Ranks:
         self.said = open(folder / "said", "w+")  # noqa: SIM115
         command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
         command += ["--local-addr=127.0.0.1", f"--nproc-per-node={world_size}", str(ROOT / "tests" / "multiproc" / "ranks.py")]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}  # on a GPU, fp32 is fp32
         self.process = subprocess.Popen(
             [*command, str(folder), str(os.getpid())], stdout=self.said, stderr=subprocess.STDOUT, env=environment
         )

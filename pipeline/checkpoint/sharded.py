@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
@@ -17,7 +18,7 @@ from torch.nn import ModuleList
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.config import changed_keys
-from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero, is_main_process
+from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero, is_main_process, trust_extra_state
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.model.adapter import is_adapter
 from retemper.pipeline.model.lora import begin_at_base
@@ -89,7 +90,9 @@ class Checkpointer:
         if changes := changed_keys({name: meta["fingerprints"].get(name) for name in compared}, compared):
             self._allow(changes, folder)
             state.data_changes.append({"step": step, "consumed_samples": state.consumed_samples, "difference": changes})
-        loaded = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder))
+        if self.config.fp8_recipe == "delayed":
+            trust_extra_state()
+        loaded = _read(self._sharded_state(is_loading=True), folder)
         self._fill_model(loaded["model"])
         if self.optimizer:
             self.optimizer.load_state_dict(loaded["optimizer"])
@@ -118,7 +121,7 @@ class Checkpointer:
         weights = [
             {key: value for key, value in state.items() if not (is_adapter(key) or _is_scaling(key))} for state in self._model_state()
         ]
-        loaded = dist_checkpointing.load({"model": weights}, str(folder))["model"]
+        loaded = _read({"model": weights}, folder)["model"]
         self._fill_model(loaded)
         begin_at_base(self.model)
         if self.optimizer:
@@ -151,6 +154,14 @@ class Checkpointer:
             unknown = tensors.keys() - known.keys()
             assert not unknown, f"weights that fit nowhere: {unknown}"
             stage.load_state_dict(tensors, strict=False)
+
+
+def _read(sharded_state: dict, folder: Path) -> dict:
+    """What a checkpoint holds of a sharded state dictionary; weights in FP8 come plain.
+
+    By default megatron-core reads part after part into them, and each part sets the scale that all of them share.
+    """
+    return dist_checkpointing.load(sharded_state, str(folder), sharded_strategy=TorchDistLoadShardedStrategy(stream_ckpt_dequant=False))
 
 
 def _is_scaling(key: str) -> bool:

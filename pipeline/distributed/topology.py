@@ -80,6 +80,11 @@ def asked_to_stop() -> bool:
     return bool(asked)
 
 
+def trust_extra_state() -> None:
+    """Let Transformer Engine read the state of delayed scaling, which it pickles: for checkpoints that a run of this config wrote."""
+    os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
+
+
 def check_world_size(config: ModelSetup) -> None:
     """Refuse, before any process group starts, a launch whose rank count is not the config's. Raises UserError."""
     needed, got = config.parallel.world_size, launched_world_size() or 1

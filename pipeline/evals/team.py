@@ -3,10 +3,13 @@
 Only rank 0 knows tasks, files and metrics; what goes wrong with those can therefore never leave the ranks waiting for each other.
 """
 
+import math
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from retemper.pipeline.config import fp8_token_multiple
 from retemper.pipeline.data.batch import Batch
 from retemper.pipeline.distributed.topology import Topology, from_each_replica, from_last_stage, from_rank_zero
 from retemper.pipeline.model.inference import Sampling, generate, log_likelihoods
@@ -63,10 +66,11 @@ class Team:
             text = tokenizer.decode(new[-tail:])
             return new[-1] == eos_id or any(stop in text for stop in stops)
 
-        mine = {}
+        mine, multiple = {}, fp8_token_multiple(self.config)
         for ids in self._parts(np.array([len(prompt) for prompt in prompts]), self.config.evals.micro_batch_size, label):
-            draws = np.stack([np.random.default_rng([seed, id]).random(sampling.max_new_tokens) for id in ids])
-            mine |= zip(ids, generate(self.model, self.topology, [prompts[id] for id in ids], draws, sampling, ended), strict=True)
+            rows = np.resize(ids, -(-len(ids) // multiple) * multiple)  # some twice, where kernels ask for more
+            draws = np.stack([np.random.default_rng([seed, id]).random(sampling.max_new_tokens) for id in rows])
+            mine |= zip(rows, generate(self.model, self.topology, [prompts[id] for id in rows], draws, sampling, ended), strict=True)
         answers = {id: new for part in from_each_replica(mine) for id, new in part.items()}
         return [answers[id] for id in range(len(prompts))]
 
@@ -84,6 +88,7 @@ class Team:
         size = min(self.config.evals.micro_batch_size, len(sequences))
         parallel = self.config.parallel
         parts = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+        parts = math.lcm(parts, parallel.context_parallel_size * fp8_token_multiple(self.config))
         longest = -(-(max(map(len, sequences)) - 1) // parts) * parts
         filled = -(-len(sequences) // size) * size
         tokens_NT, mask_NT = np.zeros((filled, longest + 1), np.int64), np.zeros((filled, longest), np.float32)

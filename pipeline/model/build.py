@@ -17,7 +17,7 @@ from megatron.core.utils import unwrap_model
 from retemper.pipeline.distributed.topology import Topology, sum_over_stages
 from retemper.pipeline.model import lora
 from retemper.pipeline.model.attention import SdpaAttention
-from retemper.pipeline.model.fp8 import hold_in_fp8_alone, plain_weights
+from retemper.pipeline.model.fp8 import forget_scales, hold_in_fp8_alone, plain_weights
 from retemper.pipeline.model.kernels import kernels_here, start_tensor_parallel_overlap
 from retemper.pipeline.model.weights import init_weights
 from retemper.pipeline.schema import LoraConfig, ModelSetup, RopeScaling
@@ -42,6 +42,8 @@ def build_model(config: ModelSetup, topology: Topology) -> torch.nn.ModuleList:
     local = not (HAVE_TE and topology.device.type == "cuda")
     if config.parallel.tensor_parallel_overlap:
         start_tensor_parallel_overlap(config)
+    if config.fp8_recipe == "delayed":
+        forget_scales()
     stages = torch.nn.ModuleList([_trainable(stage, config, topology) for stage in build_layers(config, topology, local=local)])
     if config.parallel.overlap:
         # Gradients are reduced once a step, during the last micro-batch's backward pass.
@@ -51,7 +53,7 @@ def build_model(config: ModelSetup, topology: Topology) -> torch.nn.ModuleList:
 
 
 def _trainable(model: GPTModel, config: ModelSetup, topology: Topology) -> DistributedDataParallel:
-    with plain_weights(model):
+    with plain_weights(model, trained=config.method.name == "full"):
         init_weights(model, config.model, config.seed)
     if config.method.name == "lora":
         lora.freeze_base(model)
@@ -164,7 +166,8 @@ def transformer_config(config: ModelSetup) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         perform_initialization=False,  # init_weights does it, the same at every topology
-        use_cpu_initialization=not torch.cuda.is_available(),
+        # Else megatron-core allocates on the GPU, whatever torch.device's context says.
+        use_cpu_initialization=not torch.cuda.is_available() or torch.get_default_device().type == "meta",
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
@@ -175,6 +178,9 @@ def transformer_config(config: ModelSetup) -> TransformerConfig:
         overlap_p2p_comm=parallel.overlap and virtual > 1,
         batch_p2p_comm=not (parallel.overlap and virtual > 1),
         tp_comm_overlap=parallel.tensor_parallel_overlap,
+        # Transformer Engine finishes these within the weight's own gradient, and a frozen one has none.
+        tp_comm_bulk_wgrad=config.method.name == "full",
+        tp_comm_bulk_dgrad=config.method.name == "full",
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,

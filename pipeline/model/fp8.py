@@ -8,8 +8,11 @@ from megatron.core.fp8_utils import is_float8tensor
 
 
 @contextlib.contextmanager
-def plain_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Within it, what is held in FP8 is plain, with values yet to be set; they are rounded to FP8 at the end."""
+def plain_weights(model: torch.nn.Module, *, trained: bool) -> Iterator[None]:
+    """Within it, what is held in FP8 is plain, with values yet to be set; they are rounded to FP8 at the end.
+
+    trained: the optimizer, which is built next, is to begin at the values as they were set.
+    """
     quantised = [(layer, layer.weight) for layer in model.modules() if is_float8tensor(getattr(layer, "weight", None))]
     for layer, weight in quantised:
         layer._parameters["weight"] = torch.nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
@@ -17,8 +20,12 @@ def plain_weights(model: torch.nn.Module) -> Iterator[None]:
     for layer, weight in quantised:
         with torch.no_grad():
             weight.copy_(layer.weight)
+            # What Transformer Engine keeps on the host of a weight's origin is uninitialised memory here.
+            if trained:
+                weight._high_precision_init_val = layer.weight.cpu()
+            else:
+                _forget_origin(weight)
         layer._parameters["weight"] = weight
-        _forget_origin(weight)
 
 
 def hold_in_fp8_alone(model: torch.nn.Module) -> None:
@@ -37,9 +44,15 @@ def hold_in_fp8_alone(model: torch.nn.Module) -> None:
 
 
 def _forget_origin(weight: torch.nn.Parameter) -> None:
-    """Transformer Engine keeps on the host what a weight was made from, for the optimizer to begin at: here, uninitialised memory."""
     for name in ("_high_precision_init_val", "get_high_precision_init_val", "clear_high_precision_init_val"):
         weight.__dict__.pop(name, None)
+
+
+def forget_scales() -> None:
+    """Let go of the layers of a model before, whose history Transformer Engine would go on reducing between ranks."""
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reset()
 
 
 def _forgetting_transposed(weight: torch.nn.Parameter):

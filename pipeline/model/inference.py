@@ -161,6 +161,7 @@ def _choose(logits_BV: torch.Tensor, draws_B: torch.Tensor, sampling: Sampling) 
 
 
 _SHARED_SEQUENCE = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+_SHARED_SEQUENCE += ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop")  # Transformer Engine's, when it hides that behind multiplications
 
 
 @contextlib.contextmanager
@@ -173,6 +174,8 @@ def _for_inference(model: torch.nn.ModuleList) -> Iterator[None]:
     switched = [(part, name) for part in parts for name in _SHARED_SEQUENCE if getattr(part, name, False) is True]
     training = model.training
     model.eval()
+    for stage in model:
+        stage.set_is_first_microbatch()  # weights have changed since Transformer Engine last made FP8 ones of them
     try:
         for part, name in switched:
             setattr(part, name, False)

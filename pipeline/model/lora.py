@@ -88,7 +88,7 @@ class ColumnAdapters:
         x_SBI = self.dropout(x_SBI)
         deltas = {name: self._delta(adapter, x_SBI) for name, adapter in self.adapters.items()}
         if self.lora.dora:
-            plain = self.split(output_SBO if self.bias is None else output_SBO - self.bias)
+            plain = self.split(output_SBO if self.bias is None or not self.bias.numel() else output_SBO - self.bias)
             deltas = {name: turned(self.adapters[name], self._row_norms(name), plain[name], delta) for name, delta in deltas.items()}
         return output_SBO + self.combine(deltas, output_SBO)
 

@@ -3,7 +3,7 @@
     python tests/bench/bench_train.py [step] [memory] [start] [lora]      (all by default; about ten minutes)
 
 One rank, CPU-seconds, interleaved. step: the demo's model and data; the whole loop with reading, logging and ledger beside
-megatron-core's schedule and optimizer step on the same model and batch. start: a run of one step beside the imports of torch and
+megatron-core's schedule and optimizer step on the same model and batch. start: a run until its first step is logged beside the imports of torch and
 megatron-core alone. lora: a model of 60M parameters, r=16, in turn with full training; and what their checkpoints take.
 """
 
@@ -131,11 +131,18 @@ def bench_memory(folder: Path, asked: list[str]) -> None:
 def bench_start(folder: Path, asked: list[str]) -> None:
     imports = "from retemper.pipeline.distributed import topology; topology.prepare_megatron(); import torch, megatron.core.models.gpt"
     imports += ", megatron.core.dist_checkpointing, megatron.core.distributed, megatron.core.optimizer"
-    one_step = ["-m", "retemper.pipeline.train", *asked, f"train.tokens={16 * 256}", "schedule.warmup_tokens=0"]
-    pairs = [(wall([*one_step, f"name=start-{number}"]), wall(["-c", imports])) for number in range(5)]
+    small = ["train.global_batch_size=1", "train.micro_batch_size=1", "train.tokens=256", "schedule.warmup_tokens=0"]
+
+    def to_first_step(name: str) -> float:
+        """Until its record is written, after 256 tokens."""
+        started = time.time()
+        wall(["-m", "retemper.pipeline.train", *asked, *small, f"name={name}"])
+        return (folder / "runs" / "demo" / name / "metrics.jsonl").stat().st_mtime - started
+
+    pairs = [(to_first_step(f"start-{number}"), wall(["-c", imports])) for number in range(7)]
     over = sorted(run - imported for run, imported in pairs)
     print(
-        f"start   {statistics.median(run for run, _ in pairs):.1f} s to the end of a run of one step, its checkpoint committed; "
+        f"start   {statistics.median(run for run, _ in pairs):.1f} s until the first step is logged; "
         f"{statistics.median(imported for _, imported in pairs):.1f} s of them imports of torch and megatron-core; "
         f"beyond them {statistics.median(over):.1f} s (min {over[0]:.1f}, max {over[-1]:.1f})"
     )

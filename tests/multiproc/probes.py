@@ -162,9 +162,11 @@ def fp8(config, place, model) -> None:
 
     from retemper.pipeline.model.build import build_model
     from retemper.pipeline.model.forward import run_schedule
+    from retemper.pipeline.train.optimizer import build_optimizer
 
     batch = batch_of(config, samples_of(config)).to(place.device)
     (of_fp8,) = run_schedule(model, [batch], forward_only=False)
+    build_optimizer(config, model)
     held = [p for p in model.parameters() if is_float8tensor(p)]
     assert len(held) == (4 * config.model.num_layers if config.fp8_weights else 0)
     assert not any(hasattr(p, "_high_precision_init_val") for p in held)

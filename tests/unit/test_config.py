@@ -17,7 +17,7 @@ def problems(*changes: str, tmp="/nowhere") -> str:
 
 
 @pytest.mark.parametrize("name", preset_names("run"))
-@pytest.mark.parametrize("parallel", preset_names("parallel"))
+@pytest.mark.parametrize("parallel", [name for name in preset_names("parallel") if "_" not in name])  # the others are of large models
 def test_every_run_preset_loads_at_every_layout(name, parallel):
     config = load_config([f"run={name}", f"parallel={parallel}"])
     assert config.steps > 0

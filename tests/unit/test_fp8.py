@@ -31,6 +31,9 @@ def problems_of(*changes: str) -> str:
         (["precision=fp8_delayed", "fp8.bf16_layers=1"], "fp8.bf16_layers does not go with precision=fp8_delayed"),
         (["precision=mxfp8", "fp8.param_gather=true"], "leave it out"),
         (["precision=fp8_tensorwise", "fp8.param_gather=true", *LORA], "the base is held in FP8 anyway"),
+        (["precision=fp8_delayed", *LORA], "take fp8_tensorwise with method=lora"),
+        (["precision=fp8_tensorwise", "data.seq_length=100", "train.micro_batch_size=2", "evals.heldout.code=c"], "come in any number"),
+        (["parallel.tensor_parallel_overlap=true", "precision=fp8_blockwise"], "does not go with precision=fp8_blockwise"),
         (["precision=fp8_tensorwise", *LORA, "method.lora.dora=true"], "takes no method.lora.dora or pissa"),
         (["precision=fp8_tensorwise", "fp8.bf16_layers=17", "parallel.pipeline_parallel_size=2"], "more than the 16 layers of a pipeline"),
         (["precision=fp8_tensorwise", "model.ffn_hidden_size=11000"], "asks for features that 16 divides, but gate has 11000 on a rank"),
@@ -57,7 +60,7 @@ def test_megatron_is_told(precision, recipe):
     prepare_megatron()
     from retemper.pipeline.model.build import transformer_config
 
-    for asked, in_fp8 in (([], False), (LORA, True)):
+    for asked, in_fp8 in (([], False), (LORA, True))[: 1 if recipe == "delayed" else 2]:
         setup = load_config([*SEVEN_B, f"precision={precision}", *asked])
         told = transformer_config(setup)
         assert told.bf16 and told.fp8 == ("hybrid" if recipe in ("delayed", "tensorwise") else "e4m3")
