@@ -134,6 +134,9 @@ def preset_names(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
+_EMPTIED = ("evals.heldout", "evals.tasks")  # Hydra merges {} into what is there
+
+
 def _compose(overrides: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -143,7 +146,12 @@ def _compose(overrides: list[str]) -> dict[str, Any]:
     groups = {path.name for path in conf_dir().iterdir() if path.is_dir() and not path.name.startswith("_")}
     _check_presets(overrides, groups)
     # Hydra stops at the first unknown key; added with ++ it reaches the schema, which reports all of them together.
-    arguments = [text if text.split("=")[0] in groups else f"++{text.lstrip('+')}" for text in overrides]
+    arguments = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if value == "{}" and key in _EMPTIED:
+            arguments.append(f"~{key}")
+        arguments.append(text if key in groups else f"++{text.lstrip('+')}")
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return _without_unset(OmegaConf.to_container(compose("config", arguments), resolve=True, throw_on_missing=False))

@@ -4,7 +4,7 @@
 
 One rank, CPU-seconds, interleaved. step: the demo's model and data; the whole loop with reading, logging and ledger beside
 megatron-core's schedule and optimizer step on the same model and batch. start: a run until its first step is logged beside the imports of torch and
-megatron-core alone. lora: a model of 60M parameters, r=16, in turn with full training; and what their checkpoints take.
+megatron-core alone. lora: a model of 119M parameters, r=16, in turn with full training; and what their checkpoints take.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 ROUNDS, STEPS_OF_ROUND = 12, 4
-LARGER = ["model.hidden_size=768", "model.ffn_hidden_size=2048", "model.num_layers=8", "model.num_attention_heads=12"]
+LARGER = ["model.hidden_size=1536", "model.ffn_hidden_size=4096", "model.num_layers=4", "model.num_attention_heads=12"]
 LARGER += ["model.num_query_groups=12", "train.micro_batch_size=4", "train.global_batch_size=4"]
 
 
@@ -169,9 +169,9 @@ def bench_lora(folder: Path, asked: list[str]) -> None:
         return patches
 
     base = f"init_from={folder / 'runs' / 'demo' / 'large-base'}"
-    for number in range(4):
+    for number in range(3):
         for name, method in methods.items():
-            train([*larger, *method, f"name={name}-{number}", base, f"train.tokens={6 * 4 * 256}"], watch(name))
+            train([*larger, *method, f"name={name}-{number}", base, f"train.tokens={4 * 4 * 256}"], watch(name))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     sizes = {
         name: sum(path.stat().st_size for path in (folder / "runs" / "demo" / f"{name}-0" / "checkpoints").glob("*/*.distcp"))

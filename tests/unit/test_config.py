@@ -159,3 +159,8 @@ def test_every_evals_preset_loads(name):
 def test_generated_programs_are_not_run_inline():
     said = problems("evals=paper", "evals.tasks.humaneval.where=inline", "evals.tasks.heldout.limit=1")
     assert "evals.tasks.humaneval.where=inline" in said and "evals.tasks.heldout: that name is taken" in said
+
+
+def test_empty_braces_empty_what_a_preset_names():
+    assert load_config(["run=demo_full", "evals=quick", "evals.heldout.more=x", "evals.heldout={}", "evals.tasks={}"]).evals.tasks == {}
+    assert load_config(["run=demo_full", "evals.heldout={}", "evals.heldout.mine=x"]).evals.heldout == {"mine": "x"}
