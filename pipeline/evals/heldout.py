@@ -2,7 +2,6 @@
 
 import io
 import math
-import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -22,7 +21,7 @@ _CHOICE = 0  # the seed of the held-out choice: the same samples for every run t
 
 @torch.no_grad()
 def heldout_scores(config: Config, topology: Topology, model, domains: Iterable[str]) -> dict[str, dict[str, float]]:
-    """domain -> bits_per_byte, loss (nats per token), tokens, bytes, samples and the seconds it took, the same scores on every rank.
+    """domain -> bits_per_byte, loss (nats per token), tokens, bytes and samples, the same on every rank.
 
     Bits per byte divides the loss of all predicted tokens by the UTF-8 bytes they stand for, so that models with
     different tokenizers compare; end-of-text, which stands for no bytes, does not count.
@@ -34,7 +33,7 @@ def heldout_scores(config: Config, topology: Topology, model, domains: Iterable[
 
 
 def _score(config: Config, topology: Topology, model, domain: str) -> dict[str, float]:
-    started, path = time.perf_counter(), config.evals.heldout[domain]
+    path = config.evals.heldout[domain]
     shards = TokenShards(path, "heldout", cache_folder(config, f"heldout-{domain}"))
     token_bytes = np.load(io.BytesIO(read_listed(path, shards.manifest, "token_bytes.npy")), allow_pickle=False)
     token_bytes = torch.from_numpy(token_bytes).to(topology.device)
@@ -58,7 +57,6 @@ def _score(config: Config, topology: Topology, model, domain: str) -> dict[str, 
         "tokens": int(tokens),
         "bytes": int(bytes_),
         "samples": samples,
-        "seconds": round(time.perf_counter() - started, 3),
     }
 
 

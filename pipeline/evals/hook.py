@@ -1,6 +1,7 @@
 """The inline hook: scores of a step, computed once on the live model and written to evals/<step>/."""
 
 import json
+import time
 from dataclasses import dataclass
 
 from retemper.pipeline import run_folder
@@ -18,6 +19,7 @@ class Scores:
     """What a step was newly scored on: heldout by domain; tasks as their files have them, on rank 0 alone."""
 
     heldout: dict[str, dict]
+    heldout_seconds: float
     tasks: dict[str, dict]
     forgetting: float | None = None
 
@@ -38,11 +40,13 @@ def evaluate(config: Config, topology: Topology, model, step: int) -> Scores | N
     missing = [domain for domain in config.evals.heldout if domain not in known]
     if not (missing or tasks):
         return None
+    started = time.perf_counter()
     heldout = heldout_scores(config, topology, model, missing) if missing else {}
+    seconds = time.perf_counter() - started
     if missing and topology.rank == 0:
         run_folder.replace_file(run_folder.scores_path(config.run_dir, step), json.dumps(known | heldout, indent=2))
     scored = _score(config, topology, model, step, tasks) if tasks else {}
-    return Scores(heldout, scored, forgetting(run_folder.read_tasks(config.run_dir, step)) if scored else None)
+    return Scores(heldout, seconds, scored, forgetting(run_folder.read_tasks(config.run_dir, step)) if scored else None)
 
 
 def unscored(config: Config, step: int) -> list[str]:
@@ -81,7 +85,9 @@ def format_scores(step: int, scores: Scores) -> str:
     lines = []
     if scores.heldout:
         lines.append(
-            "held-out " + "  ".join(f"{domain} {values['bits_per_byte']:.4f} bits/byte" for domain, values in scores.heldout.items())
+            "held-out "
+            + "  ".join(f"{domain} {values['bits_per_byte']:.4f} bits/byte" for domain, values in scores.heldout.items())
+            + f"  ({scores.heldout_seconds:.2f} s)"
         )
     for name, values in scores.tasks.items():
         lines.append(f"{name} " + (f"was not scored: {values['error']}" if "error" in values else _format_metrics(values)))

@@ -35,13 +35,6 @@ def curve(run) -> dict[int, tuple[float, ...]]:
     return {record["step"]: tuple(record[key] for key in ("loss", "grad_norm", "lr")) for record in run_folder.read_metrics(run)}
 
 
-def scores_of(run) -> dict[int, dict[str, float]]:
-    """step -> domain -> bits per byte."""
-    return {
-        step: {domain: values["bits_per_byte"] for domain, values in scores.items()} for step, scores in run_folder.read_scores(run).items()
-    }
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_branch_is_the_run_straight_to_its_milestone(runs, method):
     for steps in (10, 20):
@@ -49,8 +42,8 @@ def test_a_branch_is_the_run_straight_to_its_milestone(runs, method):
         begins = {10: 8, 20: 16}[steps]
         assert sorted(branch) == list(range(begins + 1, steps + 1))
         assert branch == {step: values for step, values in straight.items() if step > begins}
-        scores = scores_of(runs / method / BRANCHES[steps])
-        assert scores == {steps: scores_of(runs / method / f"straight-{steps}")[steps]}
+        scores = run_folder.read_scores(runs / method / BRANCHES[steps])
+        assert scores == {steps: run_folder.read_scores(runs / method / f"straight-{steps}")[steps]}
 
 
 def test_the_rates_are_the_closed_form_on_trunk_and_branches(runs):
