@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from retemper.pipeline.data.manifest import read_manifest
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.evals.harness import score_task
+from retemper.pipeline.evals.harness import ShardedLM, score_task
 from retemper.pipeline.evals.team import Team
 from retemper.pipeline.schema import Config
 from retemper.tokenize.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def _attempt(name: str, config: Config, team: Team) -> tuple[dict, list[dict]]:
 def _score(name: str, config: Config, team: Team) -> tuple[dict, list[dict]]:
     for noisy in ("lm_eval", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    return score_task(name, config, team, load_tokenizer(config))
+    return score_task(name, config, ShardedLM(team, load_tokenizer(config), config.seed, name))
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerFast:

@@ -37,8 +37,8 @@ METHODS = {"full": []} | {
 }
 VARIANTS = {name: [*METHODS["r4-all"], f"method.lora.{name}=true"] for name in ("dora", "pissa")}
 VARIANTS["rslora-plus"] = [*METHODS["r4-all"], "method.lora.rslora=true", "method.lora.lr_ratio=4"]
-BY_DEFAULT = ("full", "r4-all", "r4-attention", "r16-mlp")  # each rank and each choice of targets
-PAIRS = [(method, layout) for method in BY_DEFAULT for layout in (*PLAIN, "tp2pp2")]
+PAIRS = [(method, layout) for method in ("full", "r4-all", "r16-mlp") for layout in (*PLAIN, "tp2pp2")]
+PAIRS += [("r4-attention", layout) for layout in ("tp2sp", "tp2pp2")]
 PAIRS += [(method, layout) for method in ("full", "r4-all", "r16-mlp") for layout in TWO_RANKS if layout not in PLAIN]
 PAIRS += [(method, "tp2sp") for method in VARIANTS]
 SLOW_PAIRS = [(method, layout) for method in METHODS | VARIANTS for layout in LAYOUTS if (method, layout) not in PAIRS]

@@ -83,8 +83,7 @@ def theirs(scored):
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from retemper.pipeline.evals.harness import choose_problems
-    from retemper.pipeline.evals.tasks import load_task
+    from retemper.pipeline.evals.tasks import chosen_problems, load_task
 
     lm, known = HFLM(pretrained=str(scored.exported), device="cpu", dtype="float32", batch_size=16), {}
 
@@ -93,7 +92,7 @@ def theirs(scored):
         for name, asked in evals.tasks.items():
             if (key := (name, asked.model_dump_json())) not in known:
                 task = load_task(name, evals)
-                chosen = choose_problems(len(task.eval_docs), asked.limit)
+                chosen = chosen_problems(len(task.eval_docs), asked.limit)
                 results = evaluate(lm, {"tasks": {name: task}}, samples={name: chosen} if chosen else None, bootstrap_iters=100)
                 known[key] = results["results"][name], results["samples"][name]
         return {name: known[name, asked.model_dump_json()] for name, asked in evals.tasks.items()}

@@ -80,7 +80,7 @@ def test_text_ends_with_the_token_that_completes_a_stop_string(workspace, monkey
 
     monkeypatch.setattr(team, "generate", recite)
     monkeypatch.setattr(team, "from_each_replica", lambda mine: [mine])
-    config = SimpleNamespace(evals=SimpleNamespace(micro_batch_size=2))
+    config = SimpleNamespace(evals=SimpleNamespace(micro_batch_size=2), fp8_recipe=None)
     alone = team.Team(config, SimpleNamespace(rank=0, data_parallel_rank=0, data_parallel_size=1), None)
     [new] = alone.generate([np.array([1])], Sampling(99), [stop], tokenizer, tokenizer.eos_token_id, 1, "")
     assert stop in tokenizer.decode(new) and stop not in tokenizer.decode(new[:-1])
