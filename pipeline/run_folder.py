@@ -122,19 +122,13 @@ def read_tasks(run_dir: Path, step: int) -> dict[str, dict]:
     return {path.stem: scores for path in files if "error" not in (scores := json.loads(path.read_text()))}
 
 
-def replace_compressed(path: Path, text: str) -> None:
-    """Write a zstd file whole or not at all."""
-    import zstandard
-
-    _replace(path, zstandard.compress(text.encode()))
-
-
 def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    _replace(path, text.encode())
+    replace_bytes(path, text.encode())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from retemper.pipeline import run_folder
 from retemper.pipeline.data.corpus import decontaminated
 from retemper.pipeline.distributed.topology import Topology, from_rank_zero
+from retemper.pipeline.evals.generations import compress_records
 from retemper.pipeline.evals.heldout import heldout_scores
 from retemper.pipeline.schema import Config
 
@@ -74,7 +75,7 @@ def _score(config: Config, topology: Topology, model, step: int, names: list[str
         path = run_folder.task_path(config.run_dir, step, name)
         run_folder.replace_file(path, json.dumps({"step": step, "decontaminated": decontaminated(config, name)} | scores, indent=2))
         if problems:
-            run_folder.replace_compressed(path.with_suffix(".samples.jsonl.zst"), "".join(json.dumps(each) + "\n" for each in problems))
+            run_folder.replace_bytes(path.with_suffix(".samples.jsonl.zst"), compress_records(problems))
         scored[name] = scores
     team.dismiss()
     return scored
