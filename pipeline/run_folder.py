@@ -101,27 +101,6 @@ def read_lines(path: Path) -> Iterator[dict]:
             continue
 
 
-def scores_path(run_dir: Path, step: int) -> Path:
-    """Where the held-out scores of one step stand."""
-    return run_dir / "evals" / f"{step:08d}" / "heldout.json"
-
-
-def read_scores(run_dir: Path) -> dict[int, dict]:
-    """step -> domain -> scores, ascending."""
-    return {int(path.parent.name): json.loads(path.read_text()) for path in sorted((run_dir / "evals").glob("*/heldout.json"))}
-
-
-def task_path(run_dir: Path, step: int, task: str) -> Path:
-    """Where the scores of one task at one step stand; beside it, as .samples.jsonl.zst, what was said to each problem."""
-    return run_dir / "evals" / f"{step:08d}" / f"{task}.json"
-
-
-def read_tasks(run_dir: Path, step: int) -> dict[str, dict]:
-    """task -> its scores at one step; what failed is left out."""
-    files = [path for path in sorted(scores_path(run_dir, step).parent.glob("*.json")) if path.name != "heldout.json"]
-    return {path.stem: scores for path in files if "error" not in (scores := json.loads(path.read_text()))}
-
-
 def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     replace_bytes(path, text.encode())

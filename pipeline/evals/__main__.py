@@ -17,24 +17,24 @@ def score_checkpoints(config, topology, fingerprints) -> None:
     from retemper.pipeline.distributed.topology import from_rank_zero
     from retemper.pipeline.evals.hook import evaluate, format_scores
     from retemper.pipeline.model.build import build_model
-    from retemper.pipeline.track import Tracker
+    from retemper.pipeline.track import mirror_scores
 
     model = build_model(config, topology)
     checkpointer = Checkpointer(config, topology, model, None, fingerprints)
     checkpointer.restore()
     seed_step(config.seed, 0, topology)
-    tracker = None
+    scored = False
     for step in from_rank_zero(commit.committed_steps(config.run_dir)):
         checkpointer.load(step)
         scores = evaluate(config, topology, model, step)
         if scores and topology.rank == 0:
             print(format_scores(step, scores), flush=True)
-            tracker = tracker or Tracker(config)
-            tracker.scores(step, scores.figures())
-    if tracker:
-        tracker.close()
-    elif topology.rank == 0:
+            scored = True
+    if topology.rank != 0:
+        return
+    if not scored:
         print(f"{config.run_dir}: every checkpoint has its scores already")
+    mirror_scores(config)
 
 
 if __name__ == "__main__":

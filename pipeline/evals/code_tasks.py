@@ -10,6 +10,7 @@ from pathlib import Path
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.sandbox.run import Limits, Program
+from retemper.pipeline.records import read_records
 from retemper.pipeline.run_folder import replace_file
 from retemper.pipeline.schema import Config
 
@@ -90,3 +91,8 @@ def problems_file(config: Config, task: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def read_problems(config: Config, task: str) -> list[dict]:
+    """The problems of a task of programs, each with the task's keys. Raises UserError."""
+    return list(read_records(problems_file(config, task), CODE_TASKS[task].keys))

@@ -7,9 +7,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from retemper.pipeline.evals.code_tasks import CODE_TASKS, problems_file
-from retemper.pipeline.evals.generations import compress_records, read_records
+from retemper.pipeline.evals.code_tasks import CODE_TASKS, read_problems
 from retemper.pipeline.evals.tasks import chosen_problems
+from retemper.pipeline.records import compress_records
 from retemper.pipeline.schema import Config
 
 _LENGTH = 512  # tokens of a program with its prompt: bigcode's harness
@@ -31,7 +31,7 @@ def language_model(config: Config, folder: Path) -> TemplateLM:
 def complete_problems(config: Config, task: str, lm: TemplateLM) -> bytes:
     """evals.tasks.TASK.repeats completions of every chosen problem, as generations.py keeps them."""
     asked, code_task = config.evals.tasks[task], CODE_TASKS[task]
-    problems = list(read_records(problems_file(config, task), code_task.keys))
+    problems = read_problems(config, task)
     if chosen := chosen_problems(len(problems), asked.limit):
         problems = [problems[place] for place in chosen]
     requests = []

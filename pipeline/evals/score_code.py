@@ -8,12 +8,14 @@ from pathlib import Path
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.code_tasks import CODE_TASKS
-from retemper.pipeline.evals.generations import KEYS, read_records
 from retemper.pipeline.evals.sandbox.control import unpassable
 from retemper.pipeline.evals.sandbox.layers import find_layers
 from retemper.pipeline.evals.sandbox.run import Verdict, run_programs
 from retemper.pipeline.evals.uncertainty import estimate, pass_at_k
+from retemper.pipeline.records import read_records
 from retemper.pipeline.run_folder import replace_file
+
+_KEYS = {"task_id": (str, int), "sample": int, "completion": str}  # of a generation
 
 
 def score_generations(task: str, problems: Path, generations: Path, ks: Sequence[int] = (1,), unsafe_code: bool = False) -> dict:
@@ -24,7 +26,7 @@ def score_generations(task: str, problems: Path, generations: Path, ks: Sequence
     anything runs, for a malformed record, a problem or sample that is there twice or not at all, and where no program may run.
     """
     by_id = _problems(task, problems)
-    records = list(read_records(generations, KEYS))
+    records = list(read_records(generations, _KEYS))
     samples = _samples(records, by_id, generations, problems)
     if not 1 <= min(ks) <= max(ks) <= samples:
         raise UserError(

@@ -4,25 +4,26 @@ Two parts, which may run on different machines. generate: a checkpoint is export
 vLLM where it is installed, else by transformers. score: generated programs are run in the sandbox. Both are jobs of a step, under leases.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from retemper.pipeline import run_folder
+from retemper.pipeline import eval_folder
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.data.corpus import decontaminated
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.evals.code_tasks import CODE_TASKS, problems_file
-from retemper.pipeline.evals.generations import compress_records
-from retemper.pipeline.evals.leases import lease, write_once
+from retemper.pipeline.evals.code_tasks import CODE_TASKS, problems_file, read_problems
 from retemper.pipeline.evals.score_code import score_generations
 from retemper.pipeline.evals.uncertainty import Estimate
+from retemper.pipeline.leases import lease, write_once
 from retemper.pipeline.schema import Config
-from retemper.pipeline.track import Tracker
+from retemper.pipeline.track import mirror_scores
 
 PARTS = ("generate", "score")
 _KS = (1, 10, 100)  # of pass@k, where there are as many samples
@@ -35,104 +36,135 @@ class Worker:
     config: Config
     parts: tuple[str, ...]
     lease_seconds: float
-    failed: dict[tuple[int, str], str] = field(default_factory=dict)  # step and part -> why
+    failed: dict[tuple[int, str], str] = field(default_factory=dict)  # step and task -> why
 
     def work(self, poll_seconds: float | None) -> None:
         """Evaluate what is there, and, unless poll_seconds is None, what is still to come until the run's last step has all its scores.
 
-        Raises UserError at the end where something could not be evaluated.
+        Raises UserError at the beginning where a task cannot be evaluated at all, and at the end where something was not evaluated.
         """
+        self._check()
+        said = None
         while True:
+            self._note_vanished()
             done = [self._attempt(step, part) for step in self._steps() for part in self.parts]
-            if poll_seconds is None or self._is_over():
-                break
             if not any(done):
+                mirror_scores(self.config)
+                if poll_seconds is None or self._is_over():
+                    break
+                if (waiting := self._waiting()) != said:
+                    print(said := waiting, flush=True)
                 time.sleep(poll_seconds)
         if self.failed:
-            listed = "\n".join(f"  - step {step}, {part}: {why}" for (step, part), why in self.failed.items())
+            listed = "\n".join(f"  - step {step}, {task}: {why}" for (step, task), why in self.failed.items())
             raise UserError(f"{self.config.run_dir} is not evaluated whole:\n{listed}")
+
+    def _check(self) -> None:
+        """Refuse files and tokenizers that are not what they must be before a model is exported."""
+        for task in self.config.evals.of_workers:
+            if task in CODE_TASKS:
+                read_problems(self.config, task)
+        if "generate" in self.parts:
+            from retemper.pipeline.evals.tasks import load_task
+            from retemper.pipeline.evals.tokenizer import load_tokenizer
+
+            load_tokenizer(self.config)
+            for task in self.config.evals.of_workers:
+                if task not in CODE_TASKS:
+                    load_task(task, self.config.evals)
 
     def _steps(self) -> list[int]:
         """Milestones with a checkpoint, and before the first step the model that the run began from."""
         committed = set(commit.committed_steps(self.config.run_dir))
         return [0] * bool(self.config.init_from) + [step for step in self.config.milestone_steps if step in committed]
 
+    def _note_vanished(self) -> None:
+        """Checkpoints are saved in their order: a milestone without one, before one that is there, has none any more."""
+        committed = commit.committed_steps(self.config.run_dir)
+        for step in self.config.milestone_steps:
+            if "generate" in self.parts and step not in committed and step < max(committed, default=0):
+                with self._noting(step, self._missing(step, "generate")):
+                    raise UserError(f"{commit.folder_of(self.config.run_dir, step)} was removed before it was evaluated")
+
     def _is_over(self) -> bool:
-        jobs = [(step, part) for step in self._steps() for part in self.parts]
         complete = self.config.steps in commit.committed_steps(self.config.run_dir)
-        if self.parts == ("score",):  # of the programs that others generate
-            complete = complete and not any(self._missing(step, "generate") for step in self._steps())
-        return complete and all(job in self.failed or not self._missing(*job) for job in jobs)
+        parts = PARTS if self.parts == ("score",) else self.parts  # programs come from others
+        return complete and not any(self._missing(step, part) for step in self._steps() for part in parts)
+
+    def _waiting(self) -> str:
+        if to_come := [step for step in self.config.milestone_steps if step > max(self._steps(), default=0)]:
+            return f"waiting for the checkpoint of step {to_come[0]}"
+        return "waiting for what other workers have begun"
 
     def _attempt(self, step: int, part: str) -> bool:
         """Do one job, where there is something to do and nobody else does it. Returns whether it did."""
-        if (step, part) in self.failed or not self._missing(step, part):
+        if not self._missing(step, part):
             return False
         with lease(_folder(self.config, step), part, self.lease_seconds) as taken:
             tasks = self._missing(step, part) if taken else []
-            if not tasks:
-                return False
-            try:
+            if tasks:
                 {"generate": self._generate, "score": self._score}[part](step, tasks)
-            except (UserError, OSError) as error:
-                self.failed[step, part] = str(error)
-                print(f"step {step:>6}  {part}: {error}", file=sys.stderr, flush=True)
-        return True
+        return bool(tasks)
 
     def _missing(self, step: int, part: str) -> list[str]:
-        """Tasks of which this part of the work is not done at a step."""
-        scored, waiting = [], []
-        for task in self.config.evals.of_workers:
-            if task in CODE_TASKS and generations_path(self.config, step, task).exists():
-                waiting.append(task)
-            if run_folder.task_path(self.config.run_dir, step, task).exists():
-                scored.append(task)
-        if part == "score":
-            return [task for task in waiting if task not in scored]
-        return [task for task in self.config.evals.of_workers if task not in (*waiting, *scored)]
+        """Tasks of which this part of the work is to be done at a step."""
+        scored = eval_folder.read_tasks(self.config.run_dir, step)
+        tasks = [task for task in self.config.evals.of_workers if task not in scored and (step, task) not in self.failed]
+        generated = [task for task in tasks if task in CODE_TASKS and generations_path(self.config, step, task).exists()]
+        return generated if part == "score" else [task for task in tasks if task not in generated]
+
+    @contextlib.contextmanager
+    def _noting(self, step: int, tasks: list[str]) -> Iterator[None]:
+        """Note what goes wrong with these tasks of a step; the others are evaluated all the same."""
+        try:
+            yield
+        except Exception as error:  # of files, of the hub, of lm-eval, of vLLM
+            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            for task in tasks:
+                self.failed[step, task] = said
+                print(f"step {step:>6}  {task} was not scored: {said}", file=sys.stderr, flush=True)
 
     def _generate(self, step: int, tasks: list[str]) -> None:
         from retemper.pipeline.evals.generate import complete_problems, language_model
         from retemper.pipeline.evals.harness import score_task
 
-        for task in CODE_TASKS.keys() & set(tasks):
-            problems_file(self.config, task)  # a file that is missing is said before a model is exported
-        with tempfile.TemporaryDirectory(prefix="retemper-") as name:
+        with tempfile.TemporaryDirectory(prefix="retemper-") as name, self._noting(step, tasks):
+            print(f"step {step:>6}  exporting", flush=True)
             export(self.config, step, folder := Path(name, "model"))
             lm = language_model(self.config, folder)
             for task in tasks:
-                print(f"step {step:>6}  {task}: generating", flush=True)
-                if task in CODE_TASKS:
-                    write_once(generations_path(self.config, step, task), complete_problems(self.config, task, lm))
-                else:
-                    self._commit(step, task, *score_task(task, self.config, lm))
+                with self._noting(step, [task]):
+                    print(f"step {step:>6}  {task}: generating", flush=True)
+                    if task in CODE_TASKS:
+                        write_once(generations_path(self.config, step, task), complete_problems(self.config, task, lm))
+                    else:
+                        self._commit(step, task, *score_task(task, self.config, lm))
 
     def _score(self, step: int, tasks: list[str]) -> None:
         for task in tasks:
-            asked, generations = self.config.evals.tasks[task], generations_path(self.config, step, task)
-            print(f"step {step:>6}  {task}: running programs", flush=True)
-            ks = [k for k in _KS if k <= asked.repeats]
-            scored = score_generations(task, problems_file(self.config, task), generations, ks, self.config.evals.unsafe_code)
-            estimates = {f"pass@{k}": Estimate(**scored.pop(f"pass@{k}")) for k in ks}
-            scores = estimates["pass@1"].headline("pass@1") | {
-                "metrics": {name: {"value": estimate.value, "stderr": estimate.stderr} for name, estimate in estimates.items()},
-                "programs": scored,
-                "settings": asked.model_dump(mode="json") | {"seed": self.config.seed},
-            }
-            self._commit(step, task, scores, [])
+            with self._noting(step, [task]):
+                print(f"step {step:>6}  {task}: running programs", flush=True)
+                self._commit(step, task, score_programs(self.config, step, task), [])
 
     def _commit(self, step: int, task: str, scores: dict, problems: list[dict]) -> None:
-        """Write a task's result, once, with what was said to each problem beside it, and mirror it."""
-        path = run_folder.task_path(self.config.run_dir, step, task)
-        if problems:
-            write_once(path.with_suffix(".samples.jsonl.zst"), compress_records(problems))
-        said = {"step": step, "decontaminated": decontaminated(self.config, task), "task": task} | scores
-        if not write_once(path, json.dumps(said, indent=2).encode()):
-            return  # this lease had expired, and its successor was faster
-        print(f"step {step:>6}  {task}: {scores['metric']} {scores['score']:.4f} ± {scores['stderr']:.4f}", flush=True)
-        tracker = Tracker(self.config)
-        tracker.scores(step, {f"evals/{task}/{metric}": value["value"] for metric, value in scores["metrics"].items()})
-        tracker.close()
+        if eval_folder.write_result(
+            self.config.run_dir, step, task, scores, problems
+        ):  # else this lease had expired, and its successor was faster
+            print(f"step {step:>6}  {task}: {scores['metric']} {scores['score']:.4f} ± {scores['stderr']:.4f}", flush=True)
+
+
+def score_programs(config: Config, step: int, task: str) -> dict:
+    """Run the programs that were generated at a step; what evals/<step>/<task>.json holds. Raises UserError."""
+    asked = config.evals.tasks[task]
+    ks = [k for k in _KS if k <= asked.repeats]
+    scored = score_generations(task, problems_file(config, task), generations_path(config, step, task), ks, config.evals.unsafe_code)
+    estimates = {f"pass@{k}": Estimate(**scored.pop(f"pass@{k}")) for k in ks}
+    return estimates["pass@1"].headline("pass@1") | {
+        "decontaminated": decontaminated(config, task),
+        "metrics": {name: {"value": estimate.value, "stderr": estimate.stderr} for name, estimate in estimates.items()},
+        "programs": scored,
+        "settings": asked.model_dump(mode="json") | {"seed": config.seed},
+    }
 
 
 def export(config: Config, step: int, folder: Path) -> None:
@@ -152,4 +184,4 @@ def generations_path(config: Config, step: int, task: str) -> Path:
 
 
 def _folder(config: Config, step: int) -> Path:
-    return run_folder.task_path(config.run_dir, step, "").parent
+    return eval_folder.task_path(config.run_dir, step, "").parent

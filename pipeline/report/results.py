@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from retemper.pipeline import run_folder
+from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.config import check_config
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema import Config
@@ -67,7 +67,7 @@ def _read_run(folder: Path) -> RunResult:
 
     config = check_config(json.loads((folder / "config.json").read_text()))
     curves: dict[str, dict[int, float]] = {}
-    for step, scores in run_folder.read_scores(folder).items():
+    for step, scores in eval_folder.read_scores(folder).items():
         for domain, values in scores.items():
             curves.setdefault(domain, {})[step * config.tokens_per_step] = values["bits_per_byte"]
     return RunResult(config, list(run_folder.read_metrics(folder)), curves)

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from retemper.launch.torchrun import run_here
-from retemper.pipeline import run_folder
+from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.commit import META, committed_steps, folder_of
 from retemper.pipeline.config import load_config
 from retemper.pipeline.preflight import preflight
@@ -70,7 +70,7 @@ def _train_tokenizer(runs: list[Config]) -> None:
 
 def _finished(config: Config) -> bool:
     """Whether the run's last checkpoint stands, is scored, and was made from the data and base that stand now."""
-    if config.steps not in committed_steps(config.run_dir) or config.steps not in run_folder.read_scores(config.run_dir):
+    if config.steps not in committed_steps(config.run_dir) or config.steps not in eval_folder.read_scores(config.run_dir):
         return False
     meta = json.loads((folder_of(config.run_dir, config.steps) / META).read_text())
     return meta["fingerprints"] == preflight(config)

@@ -6,7 +6,7 @@ precedence, as in the paper's code.
 
 from typing import Any
 
-from retemper.pipeline import run_folder
+from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.distributed.topology import Topology, asked_to_stop, from_rank_zero
 from retemper.pipeline.evals.hook import unscored
@@ -34,7 +34,7 @@ def branches_of(trunk: Config) -> list[Config]:
 
 def is_complete(config: Config) -> bool:
     """Whether the last checkpoint of a run stands and is scored."""
-    scored = not config.evals.heldout or config.steps in run_folder.read_scores(config.run_dir)
+    scored = not config.evals.heldout or config.steps in eval_folder.read_scores(config.run_dir)
     return config.steps in committed_steps(config.run_dir) and scored and not unscored(config, config.steps)
 
 

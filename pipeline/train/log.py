@@ -16,7 +16,7 @@ from retemper.pipeline.evals.hook import Scores, format_scores
 from retemper.pipeline.flops import flops_per_token, peak_flops
 from retemper.pipeline.model.kernels import kernels_here
 from retemper.pipeline.schema import Config
-from retemper.pipeline.track import Tracker
+from retemper.pipeline.track import TrainingTracker
 from retemper.pipeline.train.step import StepResult
 
 
@@ -28,7 +28,7 @@ class Log:
         if not enabled:
             return
         run_folder.claim(config, state.step)
-        self.tracker = Tracker(config)
+        self.tracker = TrainingTracker(config)
         label = f"{config.study}/{config.name}"
         print(
             f"{label}: method={config.method.name}, {counts[0]:,} trainable and {counts[1]:,} frozen parameters, from step {state.step}",
@@ -90,7 +90,7 @@ class Log:
         """Report the scores of this step, where it was scored now."""
         if not self.enabled or not scores:
             return
-        self.tracker.scores(self.state.step, scores.figures())
+        self.tracker.scores()
         self.bar.write(format_scores(self.state.step, scores))
 
     def stopped(self) -> None:

@@ -174,7 +174,7 @@ def garbage_batch():
 @contextlib.contextmanager
 def no_harness():
     """Neither lm-eval nor what leads to it can be imported."""
-    barred = ("lm_eval", "retemper.pipeline.evals.team", "retemper.pipeline.evals.inline", "retemper.pipeline.evals.harness")
+    barred = ("lm_eval", *(f"retemper.pipeline.evals.{name}" for name in ("team", "inline", "sharded_lm", "harness")))
     known = {name: sys.modules[name] for name in barred if name in sys.modules}
     sys.modules.update(dict.fromkeys(barred))
     try:

@@ -3,7 +3,7 @@
 import pytest
 from conftest import launch, overrides
 
-from retemper.pipeline import run_folder
+from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.config import load_config
 
@@ -42,8 +42,8 @@ def test_a_branch_is_the_run_straight_to_its_milestone(runs, method):
         begins = {10: 8, 20: 16}[steps]
         assert sorted(branch) == list(range(begins + 1, steps + 1))
         assert branch == {step: values for step, values in straight.items() if step > begins}
-        scores = run_folder.read_scores(runs / method / BRANCHES[steps])
-        assert scores == {steps: run_folder.read_scores(runs / method / f"straight-{steps}")[steps]}
+        scores = eval_folder.read_scores(runs / method / BRANCHES[steps])
+        assert scores == {steps: eval_folder.read_scores(runs / method / f"straight-{steps}")[steps]}
 
 
 def test_the_rates_are_the_closed_form_on_trunk_and_branches(runs):

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from conftest import ROOT, overrides, run_command
 
-from retemper.pipeline import run_folder
+from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.cli import main
 from retemper.pipeline.config import load_config
@@ -121,11 +121,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(killed_and_continued, workspace
 
 def test_eval_scores_the_checkpoints_that_have_none(killed_and_continued, workspace):
     folder = workspace / "runs" / "test" / "straight"
-    before = run_folder.read_scores(folder)
+    before = eval_folder.read_scores(folder)
     assert set(before) == {0, 10}
     result = run_command(["eval", *overrides(workspace, "straight", *SAVE)])
     assert result.returncode == 0, result.stderr[-3000:]
-    after = run_folder.read_scores(folder)
+    after = eval_folder.read_scores(folder)
     assert set(after) == {0, 5, 10} and {0: after[0], 10: after[10]} == before
     assert after[10]["math"]["bits_per_byte"] < after[5]["math"]["bits_per_byte"] < after[0]["math"]["bits_per_byte"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import launch, overrides, run_command
 
-from retemper.pipeline import run_folder
-from retemper.pipeline.evals.hook import FORGOTTEN, forgetting
+from retemper.pipeline import eval_folder, run_folder
+from retemper.pipeline.eval_folder import FORGOTTEN, forgetting
 
 QUESTION = {"question": "Which is cold?", "choices": {"text": ["ice", "fire", "steam"], "label": ["A", "B", "C"]}, "answerKey": "A"}
 SENTENCE = {"sentence": "The cup did not fit the box, for the _ was small.", "option1": "cup", "option2": "box", "answer": "2"}
@@ -84,6 +84,6 @@ def test_checkpoints_are_scored_afterwards_on_what_failed_alone(workspace, runs,
     assert done.returncode == 0, done.stderr
     assert set(errors(runs / "tasked").values()) == {None}
     assert (runs / "tasked" / "evals" / "00000004" / "arc_challenge.json").read_text() == before
-    scores = run_folder.read_tasks(runs / "tasked", 4)
+    scores = eval_folder.read_tasks(runs / "tasked", 4)
     assert f"forgetting score {forgetting(scores):.4f}" in done.stdout and "arc_challenge" not in done.stdout.splitlines()[0]
     assert list((runs / "tasked" / "wandb").glob("offline-run-*/run-*.wandb"))

@@ -11,7 +11,7 @@ import zstandard
 from conftest import data_config, launch, overrides
 from safetensors.torch import load_file, save_file
 
-from retemper.pipeline import run_folder
+from retemper.pipeline import eval_folder
 from retemper.pipeline.config import load_config
 
 CHOICES = ("hellaswag", "arc_challenge", "winogrande")
@@ -62,7 +62,7 @@ class Scored:
         launch(world_size, [{"overrides": self.overrides(run, *changes)} for run, changes in new.items()], "scored")
 
     def folder(self, run: str) -> Path:
-        return run_folder.task_path(self.workspace / "runs" / "test" / run, 0, "any").parent
+        return eval_folder.task_path(self.workspace / "runs" / "test" / run, 0, "any").parent
 
     def scores(self, run: str, task: str) -> dict:
         return json.loads((self.folder(run) / f"{task}.json").read_text())
@@ -192,6 +192,6 @@ def test_text_is_the_same_from_virtual_stages_and_from_a_grid_of_ranks(workspace
     for world_size, (name, where) in zip((1, 2, 4), layouts.items(), strict=True):
         asked = overrides(workspace, f"random-{name}", "model.num_layers=4", task, f"evals.tasks_dir={shared_data / 'evals'}", *where)
         launch(world_size, [{"overrides": asked}], "scored")
-        path = run_folder.task_path(workspace / "runs" / "test" / f"random-{name}", 0, "gsm8k").with_suffix(".samples.jsonl.zst")
+        path = eval_folder.task_path(workspace / "runs" / "test" / f"random-{name}", 0, "gsm8k").with_suffix(".samples.jsonl.zst")
         said[name] = [json.loads(line)["resps"] for line in zstandard.decompress(path.read_bytes()).decode().splitlines()]
     assert said["one"] == said["vpp2"] == said["grid"] and len({str(each) for each in said["one"]}) == 10

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import launch, overrides, run_command
 
-from retemper.pipeline import run_folder
+from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.config import load_config
 from retemper.pipeline.data.ledger import read_ledger
 
@@ -116,7 +116,7 @@ def test_a_masked_document_has_the_losses_it_has_alone(workspace, pairs):
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_heldout_scores_agree_with_one_rank(runs, method, layout):
-    expected, got = (run_folder.read_scores(runs / f"{method}-{where}") for where in ("single", layout))
+    expected, got = (eval_folder.read_scores(runs / f"{method}-{where}") for where in ("single", layout))
     assert expected.keys() == got.keys() == {0, 10}
     for step, domains in expected.items():
         for domain, scores in domains.items():
@@ -125,7 +125,7 @@ def test_heldout_scores_agree_with_one_rank(runs, method, layout):
 
 def test_both_methods_learn(runs):
     for name, domain in (("base", "math"), ("full-single", "code"), ("lora-learns", "code")):
-        scores = run_folder.read_scores(runs / name)
+        scores = eval_folder.read_scores(runs / name)
         assert scores[10][domain]["bits_per_byte"] < scores[0][domain]["bits_per_byte"], name
 
 

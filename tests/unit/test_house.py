@@ -56,7 +56,7 @@ FLOORS = [
     {"flops"},
     {"memory"},
     {"config"},
-    {"distributed", "run_folder"},
+    {"distributed", "run_folder", "leases", "records", "eval_folder"},
     {"data", "model", "track"},
     {"checkpoint", "evals"},
     {"preflight", "plan"},

@@ -1,4 +1,4 @@
-"""Leases of evaluation workers, among real processes that are killed at random moments."""
+"""Leases, among real processes that are killed at random moments."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from retemper.pipeline.evals.leases import lease, write_once
+from retemper.pipeline.leases import lease, write_once
 
 CONTEXT = multiprocessing.get_context("fork")
 SECONDS = 0.6  # of a lease
@@ -101,7 +101,7 @@ def test_of_many_that_find_an_expired_lease_one_takes_it(tmp_path):
 WORK = """
 import os, random, sys, time
 from pathlib import Path
-from retemper.pipeline.evals.leases import lease, write_once
+from retemper.pipeline.leases import lease, write_once
 
 folder, names = Path(sys.argv[1]), [f"job{number}" for number in range(int(sys.argv[2]))]
 while todo := [name for name in names if not (folder / name).exists()]:

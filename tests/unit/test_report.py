@@ -7,7 +7,7 @@ import shutil
 import pytest
 from conftest import overrides, run_command
 
-from retemper.pipeline import run_folder
+from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.config import load_config
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.report.results import comparison, format_table, read_study, table
@@ -22,7 +22,7 @@ def record(workspace, tmp_path, name, method, end):
     run_folder.claim(config, 0)
     for step, (code, math) in ((0, (3.0, 2.0)), (10, end)):
         scores = {"code": {"bits_per_byte": code}, "math": {"bits_per_byte": math}}
-        run_folder.replace_file(run_folder.scores_path(config.run_dir, step), json.dumps(scores))
+        run_folder.replace_file(eval_folder.scores_path(config.run_dir, step), json.dumps(scores))
     run_folder.append_line(
         config.run_dir / run_folder.METRICS,
         {"step": 10, "tokens": 5120, "loss": 2.5, "grad_norm": 1.0, "lr": 0.0, "tokens_per_second": 1234.0},
@@ -63,10 +63,10 @@ def test_runs_are_compared_at_equal_tokens_and_gaps_stay_gaps(workspace, tmp_pat
     record(workspace, tmp_path, "base", [], (3.0, 2.0))
     full = record(workspace, tmp_path, "full", [], (2.0, 2.5))
     lora = record(workspace, tmp_path, "lora", ["method=lora"], (2.8, 2.1))
-    shutil.rmtree(run_folder.scores_path(lora.run_dir, 10).parent)
+    shutil.rmtree(eval_folder.scores_path(lora.run_dir, 10).parent)
     (sentence,) = comparison(read_study(full.run_dir.parent))
     assert sentence == "lora (LoRA) beside full (full): no milestone that both have reached yet."
-    run_folder.replace_file(run_folder.scores_path(full.run_dir, 0), json.dumps({"code": {"bits_per_byte": 3.0}}))
+    run_folder.replace_file(eval_folder.scores_path(full.run_dir, 0), json.dumps({"code": {"bits_per_byte": 3.0}}))
     runs = read_study(full.run_dir.parent)
     assert runs[1].gains() == {}
     row = next(row for row in table(runs) if row[0] == "full" and row[2] == "0")

@@ -57,7 +57,7 @@ def test_what_has_no_files_here_is_refused(tmp_path):
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused(workspace):
-    from retemper.pipeline.evals.inline import load_tokenizer
+    from retemper.pipeline.evals.tokenizer import load_tokenizer
 
     data = SimpleNamespace(tokenizer=str(workspace / "data" / "tokenizer"), path=str(workspace / "data" / "code"))
     assert len(load_tokenizer(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=300)))) == 300
@@ -68,7 +68,7 @@ def test_a_tokenizer_larger_than_its_model_is_refused(workspace):
 @pytest.mark.parametrize("stop", ["Question:", "é", "\n\n", " and"])
 def test_text_ends_with_the_token_that_completes_a_stop_string(workspace, monkeypatch, stop):
     from retemper.pipeline.evals import team
-    from retemper.pipeline.evals.inline import load_tokenizer
+    from retemper.pipeline.evals.tokenizer import load_tokenizer
     from retemper.pipeline.model.inference import Sampling
 
     data = SimpleNamespace(tokenizer=str(workspace / "data" / "tokenizer"), path=str(workspace / "data" / "code"))

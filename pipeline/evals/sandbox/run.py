@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
+from tqdm import tqdm
+
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.sandbox.control import unpassable
 from retemper.pipeline.evals.sandbox.folder import overflows, private_folder
@@ -67,7 +69,9 @@ class Verdict:
 def run_programs(programs: Sequence[Program], limits: Limits, layers: Layers) -> list[Verdict]:
     """The programs' verdicts in their order, as many at a time as there are cores. Raises UserError where none can be started."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda program: _judge(program, limits, layers), programs))
+        verdicts = pool.map(lambda program: _judge(program, limits, layers), programs)
+        # disable=None: a bar on a terminal only.
+        return list(tqdm(verdicts, total=len(programs), desc="programs", leave=False, dynamic_ncols=True, disable=None))
 
 
 def _judge(program: Program, limits: Limits, layers: Layers) -> Verdict:

@@ -1,4 +1,4 @@
-"""Generated completions on disk: jsonl.zst, one record a sample, with the problem's task_id, the sample's number and its completion."""
+"""Files of one JSON record a line, plain or as .zst, read with a word on what is wrong in which line."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,8 +7,6 @@ from pathlib import Path
 import zstandard
 
 from retemper.pipeline.errors import UserError
-
-KEYS = {"task_id": (str, int), "sample": int, "completion": str}
 
 
 def compress_records(records: Iterable[dict]) -> bytes:

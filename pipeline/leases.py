@@ -1,4 +1,4 @@
-"""Who works on what, among processes that share nothing but a folder: leases that expire, and files that are written once.
+"""Who does what, among processes that share nothing but a folder: leases that expire, and files that are written once.
 
 A lease is a file NAME.lease.N, made by whoever is first and touched while its holder lives; the holder is that of the highest N. Nobody
 removes another's, so that of two who find it expired only one makes the next. A holder that was stopped for longer than its lease
@@ -16,12 +16,12 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def lease(folder: Path, name: str, seconds: float) -> Iterator[bool]:
+def lease(folder: Path, name: str, seconds: float, *, take_over: bool = False) -> Iterator[bool]:
     """Whether the lease was taken; within it is renewed, by a thread, and after it given back.
 
-    seconds: how long after its holder's last sign of life it expires.
+    seconds: how long after its holder's last sign of life it expires. take_over: do not wait for that.
     """
-    path = _take(folder, name, seconds)
+    path = _take(folder, name, seconds, take_over)
     if path is None:
         yield False
         return
@@ -36,13 +36,26 @@ def lease(folder: Path, name: str, seconds: float) -> Iterator[bool]:
         path.unlink(missing_ok=True)
 
 
-def _take(folder: Path, name: str, seconds: float) -> Path | None:
+def is_held(folder: Path, name: str, seconds: float) -> bool:
+    """Whether a lease has a holder who lives."""
+    newest = _newest(folder, name)
+    return newest is not None and not _expired(newest, seconds)
+
+
+def _newest(folder: Path, name: str) -> Path | None:
+    return max(folder.glob(f"{name}.lease.*"), key=_number, default=None)
+
+
+def _number(path: Path) -> int:
+    return int(path.suffix[1:])
+
+
+def _take(folder: Path, name: str, seconds: float, take_over: bool) -> Path | None:
     folder.mkdir(parents=True, exist_ok=True)
-    taken = {int(path.suffix[1:]): path for path in folder.glob(f"{name}.lease.*")}
-    newest = max(taken, default=0)
-    if taken and not _expired(taken[newest], seconds):
+    newest = _newest(folder, name)
+    if newest and not take_over and not _expired(newest, seconds):
         return None
-    path = folder / f"{name}.lease.{newest + 1}"
+    path = folder / f"{name}.lease.{_number(newest) + 1 if newest else 1}"
     try:
         with open(path, "x") as file:
             json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)

@@ -1,0 +1,94 @@
+"""What evals/<step>/ holds of a step, written once whoever scored it, and which of its figures W&B has."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from retemper.pipeline.leases import write_once
+from retemper.pipeline.records import compress_records
+from retemper.pipeline.run_folder import replace_bytes
+
+# Whose mean is the forgetting score of "LoRA Learns Less and Forgets Less" (arXiv 2405.09673).
+FORGOTTEN = ("hellaswag", "arc_challenge", "winogrande")
+_MIRRORED = "mirrored.txt"  # in a step's folder: the names of its figures that W&B has, one a line
+
+
+def scores_path(run_dir: Path, step: int) -> Path:
+    """Where the held-out scores of one step stand."""
+    return run_dir / "evals" / f"{step:08d}" / "heldout.json"
+
+
+def read_scores(run_dir: Path) -> dict[int, dict]:
+    """step -> domain -> scores, ascending."""
+    return {int(path.parent.name): json.loads(path.read_text()) for path in sorted((run_dir / "evals").glob("*/heldout.json"))}
+
+
+def task_path(run_dir: Path, step: int, task: str) -> Path:
+    """Where the scores of one task at one step stand; beside it, as .samples.jsonl.zst, what was said to each problem."""
+    return run_dir / "evals" / f"{step:08d}" / f"{task}.json"
+
+
+def read_tasks(run_dir: Path, step: int) -> dict[str, dict]:
+    """task -> its scores at one step; what failed is left out."""
+    files = [path for path in sorted(scores_path(run_dir, step).parent.glob("*.json")) if path.name != "heldout.json"]
+    return {path.stem: scores for path in files if "error" not in (scores := json.loads(path.read_text()))}
+
+
+def write_result(run_dir: Path, step: int, task: str, scores: dict, problems: list[dict]) -> bool:
+    """Write what a task was scored, or {"error": …}, and beside it a record for each problem.
+
+    Returns whether that is the result now: one that is there already stays, an error is replaced.
+    """
+    path = task_path(run_dir, step, task)
+    if task in read_tasks(run_dir, step):
+        return False
+    if problems:
+        replace_bytes(samples_path(run_dir, step, task), compress_records(problems))
+    path.unlink(missing_ok=True)
+    return write_once(path, json.dumps({"step": step, "task": task} | scores, indent=2).encode())
+
+
+def samples_path(run_dir: Path, step: int, task: str) -> Path:
+    """Where it stands what was said to each problem of a task."""
+    return task_path(run_dir, step, task).with_suffix(".samples.jsonl.zst")
+
+
+def forgetting(tasks: dict[str, dict]) -> float | None:
+    """The mean of the scores of FORGOTTEN, where all of them are there."""
+    return sum(tasks[name]["score"] for name in FORGOTTEN) / len(FORGOTTEN) if tasks.keys() >= set(FORGOTTEN) else None
+
+
+def scored_steps(run_dir: Path) -> list[int]:
+    """Steps of which anything was scored, ascending."""
+    return sorted(int(path.name) for path in (run_dir / "evals").glob("[0-9]*"))
+
+
+def unmirrored(run_dir: Path) -> dict[int, dict[str, float]]:
+    """step -> figures by their names in W&B, of those that it does not have yet."""
+    found = {}
+    for step in scored_steps(run_dir):
+        path = _mirrored_path(run_dir, step)
+        mirrored = path.read_text().splitlines() if path.is_file() else []
+        if figures := {name: value for name, value in _figures(run_dir, step).items() if name not in mirrored}:
+            found[step] = figures
+    return found
+
+
+def mark_mirrored(run_dir: Path, step: int, names: Iterable[str]) -> None:
+    """Note that W&B has these figures of a step."""
+    with open(_mirrored_path(run_dir, step), "a") as file:
+        file.write("".join(f"{name}\n" for name in names))
+
+
+def _mirrored_path(run_dir: Path, step: int) -> Path:
+    return scores_path(run_dir, step).with_name(_MIRRORED)
+
+
+def _figures(run_dir: Path, step: int) -> dict[str, float]:
+    path, tasks = scores_path(run_dir, step), read_tasks(run_dir, step)
+    heldout = json.loads(path.read_text()) if path.is_file() else {}
+    figures = {f"heldout/{domain}/bits_per_byte": values["bits_per_byte"] for domain, values in heldout.items()}
+    for name, scores in tasks.items():
+        figures |= {f"evals/{name}/{metric}": values["value"] for metric, values in scores["metrics"].items()}
+    mean = forgetting(tasks)
+    return figures if mean is None else figures | {"evals/forgetting": mean}

@@ -1,0 +1,91 @@
+"""lm-eval's view of the live sharded model. Rank 0 alone imports this; the others serve it (team.py)."""
+
+import numpy as np
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from transformers import PreTrainedTokenizerFast
+
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.evals.team import Team
+from retemper.pipeline.model.inference import Sampling
+
+_NEW_TOKENS = 256  # of a task that does not say, as lm-eval's own classes have it
+_SAMPLING_KEYS = {"do_sample", "temperature", "top_p"}
+
+
+class ShardedLM(TemplateLM):
+    """One process to lm-eval, whatever the layout. Tokens are made, cut and scored as lm-eval's `hf` class does."""
+
+    def __init__(self, team: Team, tokenizer: PreTrainedTokenizerFast, seed: int, label: str):
+        """seed: of what is drawn in generation. label: of the progress bar."""
+        super().__init__()
+        self.team, self.tokenizer, self.seed, self.label = team, tokenizer, seed, label
+        self.max_length = team.config.model.max_sequence_length
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options) -> list[int]:
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests, **_options) -> list[tuple[float, bool]]:
+        # One token more than the model takes, for the last is only a label.
+        sequences = [np.array((context + continuation)[-self.max_length - 1 :], np.int32) for _, context, continuation in requests]
+        lengths = [len(continuation) for _, _, continuation in requests]
+        if max(lengths) > self.max_length:
+            raise UserError(f"the task has an answer of {max(lengths)} tokens, model.max_sequence_length is only {self.max_length}")
+        scores_N2 = self.team.ask("log_likelihoods", sequences=sequences, lengths=lengths, label=self.label)
+        return [(nats, missed == 0) for nats, missed in scores_N2.tolist()]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        windows = [(number, None, *pair) for number, request in enumerate(requests) for pair in self._windows(*request.args)]
+        totals = [0.0] * len(requests)
+        for (number, *_), (nats, _greedy) in zip(windows, self._loglikelihood_tokens([window[1:] for window in windows]), strict=True):
+            totals[number] += nats
+        return totals
+
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        windows = utils.get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+        return [utils.make_disjoint_window(window) for window in windows]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        answers: list[str] = [""] * len(requests)
+        settings = [normalize_gen_kwargs(request.args[1], _NEW_TOKENS) for request in requests]
+        for chosen in {repr(each): each for each in settings}.values():
+            places = [place for place, each in enumerate(settings) if each == chosen]
+            answers_of_these = self._generate([requests[place].args[0] for place in places], dict(chosen))
+            for place, answer in zip(places, answers_of_these, strict=True):
+                answers[place] = answer
+        return answers
+
+    def _generate(self, contexts: list[str], settings: dict) -> list[str]:
+        stops = handle_stop_sequences(settings.pop("until"), eos=self.tokenizer.decode(self.eot_token_id))
+        sampling = Sampling(settings.pop("max_gen_toks"), settings.get("temperature", 0.0), settings.get("top_p", 1.0))
+        if unknown := settings.keys() - _SAMPLING_KEYS:
+            raise UserError(f"the task asks for the generation settings {', '.join(sorted(unknown))}, which there are not here")
+        if self.team.config.parallel.context_parallel_size > 1:
+            raise UserError("tasks that generate text do not go with parallel.context_parallel_size > 1: leave them to another layout")
+        room = self.max_length - sampling.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"the task may generate {sampling.max_new_tokens} tokens, model.max_sequence_length={self.max_length} leaves no room for its "
+                "prompt: set max_new_tokens of the task"
+            )
+        new = self.team.ask(
+            "generate", prompts=[np.array(self.tok_encode(context)[-room:], np.int32) for context in contexts], sampling=sampling,
+            stops=stops, tokenizer=self.tokenizer, eos_id=self.eot_token_id, seed=self.seed, label=self.label,
+        )  # fmt: skip
+        return [postprocess_generated_text(self.tokenizer.decode(tokens, skip_special_tokens=True), stops, None) for tokens in new]
