@@ -1,6 +1,8 @@
 """Answers of an exported model: by vLLM where it is installed, else by transformers, both behind lm-eval's own classes."""
 
+import gc
 import importlib.util
+import math
 from pathlib import Path
 
 import torch
@@ -16,16 +18,19 @@ _LENGTH = 512  # tokens of a program with its prompt: bigcode's harness
 
 
 def language_model(config: Config, folder: Path) -> TemplateLM:
-    """A model in a folder of transformers' format. Its seed makes answers repeatable on the same machine."""
+    """A model in a folder of transformers' format, on all GPUs that there are. Its seed makes answers repeatable on the same machine."""
+    gc.collect()  # the model before this one
     torch.manual_seed(config.seed)
+    gpus = torch.cuda.device_count()
     if importlib.util.find_spec("vllm"):
         from lm_eval.models.vllm_causallms import VLLM
 
-        return VLLM(pretrained=str(folder), dtype="auto", seed=config.seed)
+        shares = math.gcd(max(gpus, 1), config.model.num_attention_heads)
+        return VLLM(pretrained=str(folder), dtype="auto", seed=config.seed, tensor_parallel_size=shares)
     from lm_eval.models.huggingface import HFLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return HFLM(pretrained=str(folder), dtype="auto", device=device, batch_size=config.evals.micro_batch_size)
+    batch_size = config.evals.micro_batch_size
+    return HFLM(pretrained=str(folder), dtype="auto", device="cuda" if gpus else "cpu", parallelize=gpus > 1, batch_size=batch_size)
 
 
 def complete_problems(config: Config, task: str, lm: TemplateLM) -> bytes:

@@ -1,5 +1,6 @@
 """The tasks: lm-eval's own definitions, over its hub datasets or over local files in their place."""
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,11 +10,15 @@ from typing import Any
 import datasets
 import lm_eval
 import numpy as np
+from lm_eval import utils
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema import EvalsConfig
+
+# Compiled anew for every problem and every solved example they take nine tenths of a task's time beside the model's (lm-eval #1286).
+utils.env.from_string = functools.lru_cache(maxsize=64)(utils.env.from_string)
 
 _DEFINITIONS = Path(lm_eval.__file__).parent / "tasks"
 _SHOTS_SEED = 1234  # of which solved examples stand before a problem; lm-eval's own

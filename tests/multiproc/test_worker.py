@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, SEQ_LENGTH, launch, overrides, run_command
 
 from retemper.pipeline import eval_folder, run_folder
+from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.config import load_config
 from retemper.pipeline.records import read_records
 
@@ -72,6 +73,7 @@ def results(logs: list[Path]) -> list[str]:
 
 def check_scores(asked: list[str], steps: int) -> None:
     run = Path(asked[0])
+    assert committed_steps(run) == list(range(1, steps + 1))
     for step in range(steps + 1):
         scored = eval_folder.read_tasks(run, step)
         assert scored.keys() == TASKS.keys()

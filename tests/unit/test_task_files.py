@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import overrides
 
+from retemper.pipeline.config import load_config
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema import EvalsConfig, TaskConfig
 
@@ -84,3 +86,45 @@ def test_text_ends_with_the_token_that_completes_a_stop_string(workspace, monkey
     alone = team.Team(config, SimpleNamespace(rank=0, data_parallel_rank=0, data_parallel_size=1), None)
     [new] = alone.generate([np.array([1])], Sampling(99), [stop], tokenizer, tokenizer.eos_token_id, 1, "")
     assert stop in tokenizer.decode(new) and stop not in tokenizer.decode(new[:-1])
+
+
+def knowing(right: bool):
+    """A model that says of every problem the right answer, or a wrong one."""
+    from lm_eval.api.model import TemplateLM
+
+    class Knowing(TemplateLM):
+        eot_token_id = 0
+
+        def tok_encode(self, string, **_options):
+            return list(string.encode())
+
+        def _loglikelihood_tokens(self, requests, **_options):
+            raise NotImplementedError
+
+        loglikelihood_rolling = _loglikelihood_tokens
+
+        def loglikelihood(self, requests, **_options):
+            # So far apart that the length of an answer does not count.
+            return [(-1e-6 if (request.idx == right_place(request.doc)) == right else -1e6, False) for request in requests]
+
+        def generate_until(self, requests, **_options):
+            return [request.doc["answer"] + "1" * (not right) for request in requests]
+
+    return Knowing()
+
+
+def right_place(doc: dict) -> int:
+    if "gold" in doc:
+        return doc["gold"]
+    return int(doc["answer"]) - 1 if "sentence" in doc else doc["choices"]["label"].index(doc["answerKey"])
+
+
+@pytest.mark.parametrize(("name", "count"), {"hellaswag": 1000, "arc_challenge": 1172, "winogrande": 1267, "gsm8k": 1319}.items())
+def test_right_answers_score_one_and_wrong_ones_nothing(name, count, workspace, shared_data):
+    from retemper.pipeline.evals.harness import score_task
+
+    config = load_config(overrides(workspace, "gold", f"evals.tasks_dir={shared_data / 'evals'}", f"evals.tasks.{name}={{}}"))
+    for right in (True, False):
+        scores, problems = score_task(name, config, knowing(right))
+        assert scores["samples"] == count == len({problem["doc_id"] for problem in problems})
+        assert scores["score"] == right and {value["value"] for value in scores["metrics"].values()} == {right}
