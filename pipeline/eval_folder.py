@@ -6,7 +6,7 @@ from pathlib import Path
 
 from retemper.pipeline.leases import write_once
 from retemper.pipeline.records import compress_records
-from retemper.pipeline.run_folder import replace_bytes
+from retemper.pipeline.run_folder import replace_bytes, replace_file
 
 # Whose mean is the forgetting score of "LoRA Learns Less and Forgets Less" (arXiv 2405.09673).
 FORGOTTEN = ("hellaswag", "arc_challenge", "winogrande")
@@ -21,6 +21,18 @@ def scores_path(run_dir: Path, step: int) -> Path:
 def read_scores(run_dir: Path) -> dict[int, dict]:
     """step -> domain -> scores, ascending."""
     return {int(path.parent.name): json.loads(path.read_text()) for path in sorted((run_dir / "evals").glob("*/heldout.json"))}
+
+
+def write_heldout(run_dir: Path, step: int, scores: dict[str, dict], samples: dict[str, list[dict]]) -> None:
+    """Add domains' scores to those of a step, and beside them a record for each sample."""
+    for domain, records in samples.items():
+        replace_bytes(samples_path(run_dir, step, heldout_name(domain)), compress_records(records))
+    replace_file(scores_path(run_dir, step), json.dumps(read_scores(run_dir).get(step, {}) | scores, indent=2))
+
+
+def heldout_name(domain: str) -> str:
+    """Of a domain's scores among those of tasks."""
+    return f"heldout-{domain}"
 
 
 def task_path(run_dir: Path, step: int, task: str) -> Path:
@@ -49,7 +61,7 @@ def write_result(run_dir: Path, step: int, task: str, scores: dict, problems: li
 
 
 def samples_path(run_dir: Path, step: int, task: str) -> Path:
-    """Where it stands what was said to each problem of a task."""
+    """Where it stands what was said to each problem of a task, or what each sample of a held-out domain was worth."""
     return task_path(run_dir, step, task).with_suffix(".samples.jsonl.zst")
 
 

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,15 +14,24 @@ from retemper.pipeline.data.manifest import read_listed
 from retemper.pipeline.data.order import Order, Stream
 from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.distributed.topology import Topology, from_last_stage
+from retemper.pipeline.evals.uncertainty import ratio
 from retemper.pipeline.model.forward import run_schedule
 from retemper.pipeline.schema import Config
 
 _CHOICE = 0  # the seed of the held-out choice: the same samples for every run that compares
 
 
+@dataclass(frozen=True)
+class Heldout:
+    """scores: bits_per_byte with stderr and interval, loss (nats per token), tokens, bytes and samples. samples: of each its bits and bytes."""
+
+    scores: dict
+    samples: list[dict]
+
+
 @torch.no_grad()
-def heldout_scores(config: Config, topology: Topology, model, domains: Iterable[str]) -> dict[str, dict[str, float]]:
-    """domain -> bits_per_byte, loss (nats per token), tokens, bytes and samples, the same on every rank.
+def heldout_scores(config: Config, topology: Topology, model, domains: Iterable[str]) -> dict[str, Heldout]:
+    """Each domain's scores, the same on every rank.
 
     Bits per byte divides the loss of all predicted tokens by the UTF-8 bytes they stand for, so that models with
     different tokenizers compare; end-of-text, which stands for no bytes, does not count.
@@ -32,7 +42,7 @@ def heldout_scores(config: Config, topology: Topology, model, domains: Iterable[
     return scores
 
 
-def _score(config: Config, topology: Topology, model, domain: str) -> dict[str, float]:
+def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
     path = config.evals.heldout[domain]
     shards = TokenShards(path, "heldout", cache_folder(config, f"heldout-{domain}"))
     token_bytes = np.load(io.BytesIO(read_listed(path, shards.manifest, "token_bytes.npy")), allow_pickle=False)
@@ -40,24 +50,30 @@ def _score(config: Config, topology: Topology, model, domain: str) -> dict[str, 
     samples = min(len(shards), config.evals.max_samples)
     # A fixed random choice: the first samples would be the first few documents by name.
     chosen = Order((Stream(_CHOICE, shards.shard_sizes, 1),)).batch(0, samples)
-    mine = np.array_split(chosen, topology.data_parallel_size)[topology.data_parallel_rank]
-    nats = tokens = bytes_ = 0.0
-    for ids in _parts(mine, config.evals.micro_batch_size):
-        [batch] = make_batches(shards.samples(ids), len(ids), mask_documents=config.data.mask_documents)
+    sums_N3 = np.zeros((samples, 3))  # of each sample: nats, tokens, bytes
+    mine = np.array_split(np.arange(samples), topology.data_parallel_size)[topology.data_parallel_rank]
+    for places in _parts(mine, config.evals.micro_batch_size):
+        [batch] = make_batches(shards.samples(chosen[places]), len(places), mask_documents=config.data.mask_documents)
         batch = batch.of_context_rank(topology.context_parallel_rank, config.parallel.context_parallel_size).to(topology.device)
         for output in run_schedule(model, [batch], forward_only=True):
             bytes_BT = token_bytes[batch.labels_BT] * batch.loss_mask_BT
-            nats += (output["losses_BT"].double() * (bytes_BT > 0)).sum().item()
-            tokens += (bytes_BT > 0).sum().item()
-            bytes_ += bytes_BT.sum().item()
-    nats, tokens, bytes_ = from_last_stage([nats, tokens, bytes_])
-    return {
-        "bits_per_byte": nats / math.log(2) / max(bytes_, 1),
-        "loss": nats / max(tokens, 1),
-        "tokens": int(tokens),
-        "bytes": int(bytes_),
+            counts_BT = bytes_BT > 0
+            sums_3B = [(output["losses_BT"].double() * counts_BT).sum(1), counts_BT.sum(1), bytes_BT.double().sum(1)]
+            sums_N3[places] = torch.stack([row_B.double() for row_B in sums_3B], 1).cpu().numpy()
+    nats_N, tokens_N, bytes_N = np.array(from_last_stage(sums_N3.ravel().tolist())).reshape(-1, 3).T
+    bits_N = nats_N / math.log(2)
+    found = ratio(bits_N.tolist(), bytes_N.tolist())
+    scores = {
+        "bits_per_byte": found.value,
+        "stderr": found.stderr,
+        "interval": [found.low, found.high],
+        "loss": nats_N.sum() / tokens_N.sum(),
+        "tokens": int(tokens_N.sum()),
+        "bytes": int(bytes_N.sum()),
         "samples": samples,
     }
+    each = zip(chosen.tolist(), bits_N.tolist(), bytes_N.tolist(), strict=True)
+    return Heldout(scores, [{"sample": sample, "bits": bits, "bytes": bytes_} for sample, bits, bytes_ in each])
 
 
 def _parts(ids: np.ndarray, size: int) -> list[np.ndarray]:

@@ -1,13 +1,11 @@
 """The inline hook: scores of a step, computed once on the live model."""
 
-import json
 import time
 from dataclasses import dataclass
 
 from retemper.pipeline import eval_folder
 from retemper.pipeline.distributed.topology import Topology, from_rank_zero
 from retemper.pipeline.evals.heldout import heldout_scores
-from retemper.pipeline.run_folder import replace_file
 from retemper.pipeline.schema import Config
 
 
@@ -33,10 +31,11 @@ def evaluate(config: Config, topology: Topology, model, step: int) -> Scores | N
     started = time.perf_counter()
     heldout = heldout_scores(config, topology, model, missing) if missing else {}
     seconds = time.perf_counter() - started
+    scores = {domain: found.scores for domain, found in heldout.items()}
     if missing and topology.rank == 0:
-        replace_file(eval_folder.scores_path(config.run_dir, step), json.dumps(known | heldout, indent=2))
+        eval_folder.write_heldout(config.run_dir, step, scores, {domain: found.samples for domain, found in heldout.items()})
     scored = _score(config, topology, model, step, tasks) if tasks else {}
-    return Scores(heldout, seconds, scored, eval_folder.forgetting(eval_folder.read_tasks(config.run_dir, step)) if scored else None)
+    return Scores(scores, seconds, scored, eval_folder.forgetting(eval_folder.read_tasks(config.run_dir, step)) if scored else None)
 
 
 def unscored(config: Config, step: int) -> list[str]:
@@ -68,7 +67,9 @@ def format_scores(step: int, scores: Scores) -> str:
     if scores.heldout:
         lines.append(
             "held-out "
-            + "  ".join(f"{domain} {values['bits_per_byte']:.4f} bits/byte" for domain, values in scores.heldout.items())
+            + "  ".join(
+                f"{domain} {values['bits_per_byte']:.4f} ± {values['stderr']:.4f} bits/byte" for domain, values in scores.heldout.items()
+            )
             + f"  ({scores.heldout_seconds:.2f} s)"
         )
     for name, values in scores.tasks.items():

@@ -3,25 +3,30 @@
 from collections.abc import Iterator
 
 from retemper.pipeline import eval_folder
-from retemper.pipeline.eval_folder import samples_path, scored_steps
 from retemper.pipeline.evals.score_code import problem_scores as scores_of_programs
 from retemper.pipeline.evals.score_code import verdicts_path
-from retemper.pipeline.evals.uncertainty import paired_difference, scores_by_problem
+from retemper.pipeline.evals.uncertainty import Estimate, paired_difference, ratio, scores_by_problem
 from retemper.pipeline.evals.worker import generations_path
 from retemper.pipeline.records import read_records
 from retemper.pipeline.schema import Config
 
 
 def table(config: Config) -> Iterator[str]:
-    """A line for each task of each step. The difference is of the same problems, with its standard error and 95% interval."""
-    base = eval_folder.read_tasks(config.run_dir, 0)
+    """A line for each domain and task of each step. The difference is of the same problems, with its standard error and 95% interval."""
+    heldout, base = eval_folder.read_scores(config.run_dir), eval_folder.read_tasks(config.run_dir, 0)
     yield f"{'step':>8}  {'task':<16}{'metric':<26}{'score':>8}  {'95% interval':<18}{'from step 0':<30}"
-    for step in scored_steps(config.run_dir):
+    for step in eval_folder.scored_steps(config.run_dir):
+        for domain, scores in heldout.get(step, {}).items():
+            difference = _heldout_difference(config, step, domain) if step and domain in heldout.get(0, {}) else ""
+            yield _line(step, domain, "bits_per_byte", scores["bits_per_byte"], scores["interval"], difference).rstrip()
         for task, scores in eval_folder.read_tasks(config.run_dir, step).items():
-            low, high = scores["interval"]
-            line = f"{step:>8}  {task:<16}{scores['metric']:<26}{scores['score']:>8.4f}  {f'{low:.4f} to {high:.4f}':<18}"
             difference = _difference(config, step, task, base[task], scores) if step and task in base else ""
-            yield f"{line}{difference:<34}{_not_known_clean(scores['decontaminated'])}".rstrip()
+            line = _line(step, task, scores["metric"], scores["score"], scores["interval"], difference)
+            yield f"{line}{_not_known_clean(scores['decontaminated'])}".rstrip()
+
+
+def _line(step: int, name: str, metric: str, score: float, interval: list[float], difference: str) -> str:
+    return f"{step:>8}  {name:<16}{metric:<26}{score:>8.4f}  {'{:.4f} to {:.4f}'.format(*interval):<18}{difference:<34}"
 
 
 def _not_known_clean(decontaminated: dict[str, bool | None]) -> str:
@@ -33,12 +38,28 @@ def _not_known_clean(decontaminated: dict[str, bool | None]) -> str:
 def _difference(config: Config, step: int, task: str, base: dict, scores: dict) -> str:
     if base["metric"] != scores["metric"] or base["settings"] != scores["settings"]:
         return "scored with other settings"
-    difference = paired_difference(*(_by_problem(config, at, task, scores["metric"]) for at in (0, step)))
+    return _said(paired_difference(*(_by_problem(config, at, task, scores["metric"]) for at in (0, step))))
+
+
+def _heldout_difference(config: Config, step: int, domain: str) -> str:
+    first, second = (_by_sample(config, at, domain) for at in (0, step))
+    if {sample: record["bytes"] for sample, record in first.items()} != {sample: record["bytes"] for sample, record in second.items()}:
+        return "scored on other samples"
+    bits = [second[sample]["bits"] - record["bits"] for sample, record in first.items()]
+    return _said(ratio(bits, [record["bytes"] for record in first.values()]))
+
+
+def _said(difference: Estimate) -> str:
     return f"{difference.value:+.4f} ± {difference.stderr:.4f} ({difference.low:+.4f} to {difference.high:+.4f})"
+
+
+def _by_sample(config: Config, step: int, domain: str) -> dict[int, dict]:
+    path = eval_folder.samples_path(config.run_dir, step, eval_folder.heldout_name(domain))
+    return {record["sample"]: record for record in read_records(path, {"sample": int, "bits": float, "bytes": float})}
 
 
 def _by_problem(config: Config, step: int, task: str, metric: str) -> dict:
     verdicts = verdicts_path(generations_path(config, step, task))
     if verdicts.exists():
         return scores_of_programs(verdicts)
-    return scores_by_problem(read_records(samples_path(config.run_dir, step, task), {"doc_id": int, "filter": str}), metric)
+    return scores_by_problem(read_records(eval_folder.samples_path(config.run_dir, step, task), {"doc_id": int, "filter": str}), metric)

@@ -16,7 +16,7 @@ _Z = NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `problems` problems with its standard error and 95% interval, in the units of the score."""
+    """A score over `problems` problems, or samples of text, with its standard error and 95% interval, in the units of the score."""
 
     value: float
     stderr: float
@@ -78,6 +78,19 @@ def paired_difference(first: Mapping[Hashable, float], second: Mapping[Hashable,
     mean = fmean(differences)
     error = _standard_error(math.fsum((difference - mean) ** 2 for difference in differences), n)
     return Estimate(mean, error, mean - _Z * error, mean + _Z * error, n)
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """Of a sum over a sum, as bits over bytes; a sample, with its part of both, is the unit that varies.
+
+    Standard error from the residuals numerator - ratio * denominator: Cochran 1977, "Sampling Techniques", section 6.4. Normal interval.
+    With the differences of two checkpoints on the same samples as numerators it is of their paired difference.
+    """
+    n, whole = _count(numerators), math.fsum(denominators)
+    value = math.fsum(numerators) / whole
+    squares = math.fsum((part - value * size) ** 2 for part, size in zip(numerators, denominators, strict=True))
+    error = _standard_error(squares, n) * n / whole
+    return Estimate(value, error, value - _Z * error, value + _Z * error, n)
 
 
 def _standard_error(squares: float, n: int) -> float:

@@ -1,12 +1,14 @@
 """Tasks that cannot be scored: each says why, the others are scored, and training is what it is without them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from conftest import launch, overrides, run_command
 
 from retemper.pipeline import eval_folder, run_folder
+from retemper.pipeline.cli import main
 from retemper.pipeline.eval_folder import FORGOTTEN, forgetting
 
 QUESTION = {"question": "Which is cold?", "choices": {"text": ["ice", "fire", "steam"], "label": ["A", "B", "C"]}, "answerKey": "A"}
@@ -53,7 +55,27 @@ def errors(run: Path) -> dict[str, str]:
 
 def test_a_run_without_tasks_needs_no_lm_eval(runs):
     assert max(record["step"] for record in run_folder.read_metrics(runs / "untasked")) == 4
-    assert {path.name for path in runs.glob("untasked/evals/*/*")} == {"heldout.json"}
+    assert {path.name for path in runs.glob("untasked/evals/*/*")} == {
+        "heldout.json",
+        "heldout-code.samples.jsonl.zst",
+        "heldout-math.samples.jsonl.zst",
+    }
+
+
+def test_heldout_scores_are_shown_with_their_difference_from_the_start(runs, capsys):
+    assert main(["evals", "show", str(runs / "untasked")]) == 0
+    shown, scores = capsys.readouterr().out, eval_folder.read_scores(runs / "untasked")
+    for domain in ("code", "math"):
+        now, low, high, difference, error = map(
+            float,
+            re.search(
+                rf"^ +4  {domain} +bits_per_byte +([\d.]+)  ([\d.]+) to ([\d.]+) +([-+][\d.]+) ± ([\d.]+) \(", shown, re.MULTILINE
+            ).groups(),
+        )
+        start, end = (scores[step][domain] for step in (0, 4))
+        assert low < now == round(end["bits_per_byte"], 4) < high
+        assert difference == pytest.approx(end["bits_per_byte"] - start["bits_per_byte"], abs=1e-4)
+        assert 0 < error < end["stderr"]  # of the same samples
 
 
 def test_each_task_says_what_is_wrong_with_it_and_the_others_are_scored(runs, files):

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 import pytest
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.evals.uncertainty import estimate, paired_difference, pass_at_k
+from retemper.pipeline.evals.uncertainty import estimate, paired_difference, pass_at_k, ratio
 
 
 def test_pass_at_k_is_exact_combinatorics():
@@ -112,3 +112,25 @@ def test_pairing_takes_the_covariance_off():
 def test_checkpoints_on_other_problems_do_not_compare():
     with pytest.raises(UserError, match="same problems.*2 are in one alone, b among them"):
         paired_difference({"a": 1, "b": 0}, {"a": 1, "c": 0})
+
+
+def test_a_ratio_is_the_mean_where_all_samples_are_of_one_size():
+    bits, found = [2.0, 3.0, 7.0, 4.0], ratio([2.0, 3.0, 7.0, 4.0], [4.0] * 4)
+    assert (found.value, found.problems) == (1.0, 4)
+    assert found.stderr == pytest.approx(stdev(bits) / math.sqrt(4) / 4)
+    # Sizes 1 and 3, ratio 6/4: residuals 3 - 1.5 and 3 - 4.5, √(2/1 · (1.5² + 1.5²)) / 4
+    assert ratio([3.0, 3.0], [1.0, 3.0]).stderr == pytest.approx(0.75)
+
+
+def test_the_interval_of_a_ratio_covers_what_it_says():
+    """Samples of unlike length whose bits go with their length, and once more as the difference of two checkpoints."""
+    chance, drawn, covered, covered_pairs = random.Random(3), 1000, 0, 0
+    for _ in range(drawn):
+        sizes = [chance.uniform(50, 400) for _ in range(100)]
+        hard = [chance.gauss(2.0, 0.5) for _ in sizes]  # bits per byte of a sample
+        bits = [size * each for size, each in zip(sizes, hard)]
+        gains = [size * chance.gauss(-0.1, 0.2) for size in sizes]
+        covered += (found := ratio(bits, sizes)).low <= 2.0 <= found.high
+        covered_pairs += (pair := ratio(gains, sizes)).low <= -0.1 <= pair.high
+        assert pair.stderr < found.stderr
+    assert 0.93 < covered / drawn < 0.97 and 0.93 < covered_pairs / drawn < 0.97
