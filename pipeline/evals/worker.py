@@ -74,15 +74,15 @@ class Worker:
                     load_task(task, self.config.evals)
 
     def _steps(self) -> list[int]:
-        """Milestones with a checkpoint, and before the first step the model that the run began from."""
-        committed = set(commit.committed_steps(self.config.run_dir))
-        return [0] * bool(self.config.init_from) + [step for step in self.config.milestone_steps if step in committed]
+        """Milestones with a checkpoint, or with programs of one; before the first step the model that the run began from."""
+        there = {*commit.committed_steps(self.config.run_dir), *eval_folder.scored_steps(self.config.run_dir)}
+        return [0] * bool(self.config.init_from) + [step for step in self.config.milestone_steps if step in there]
 
     def _note_vanished(self) -> None:
         """Checkpoints are saved in their order: a milestone without one, before one that is there, has none any more."""
         committed = commit.committed_steps(self.config.run_dir)
         for step in self.config.milestone_steps:
-            if "generate" in self.parts and step not in committed and step < max(committed, default=0):
+            if step not in committed and step < max(committed, default=0):
                 with self._noting(step, self._missing(step, "generate")):
                     raise UserError(f"{commit.folder_of(self.config.run_dir, step)} was removed before it was evaluated")
 

@@ -16,7 +16,8 @@ from conftest import ROOT, SEQ_LENGTH, launch, overrides, run_command
 from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.config import load_config
-from retemper.pipeline.records import read_records
+from retemper.pipeline.evals.worker import generations_path
+from retemper.pipeline.records import compress_records, read_records
 
 TASKS = {
     "humaneval": "{where:worker,limit:3,repeats:2,temperature:0.8,top_p:0.95}",
@@ -162,7 +163,7 @@ def test_a_worker_refuses_bad_files_before_any_work(workspace, shared_data, tmp_
         assert main(["evals", "worker", str(config.run_dir), *asked]) == 1 and said in capsys.readouterr().err
 
 
-def test_checkpoints_that_vanish_are_named_and_the_others_evaluated(workspace, shared_data, capsys):
+def test_checkpoints_that_vanish_are_named_and_what_is_left_of_them_evaluated(workspace, shared_data, capsys):
     from retemper.pipeline.cli import main
 
     two = [8 * SEQ_LENGTH, 16 * SEQ_LENGTH]
@@ -172,9 +173,13 @@ def test_checkpoints_that_vanish_are_named_and_the_others_evaluated(workspace, s
     run_folder.claim(config, 0)
     vanished, emptied = (config.run_dir / "checkpoints" / f"step-{step:08d}" for step in (1, 2))
     emptied.mkdir(parents=True)
+    problem = json.loads((shared_data / "evals" / "humaneval.jsonl").read_text().splitlines()[0])
+    programs = [{"task_id": problem["task_id"], "sample": n, "completion": ("\n" + problem["canonical_solution"]) * n} for n in range(2)]
+    run_folder.replace_bytes(generations_path(config, 1, "humaneval"), compress_records(programs))
     assert main(["evals", "worker", str(config.run_dir), *asked_tasks(shared_data)]) == 1
     said = capsys.readouterr().err
+    assert f"step 1, gsm8k: {vanished} was removed before it was evaluated" in said
     for task in TASKS:
-        assert f"step 1, {task}: {vanished} was removed before it was evaluated" in said
         assert f"step 2, {task}: {emptied} is no checkpoint" in said
-    assert not list((config.run_dir / "evals").glob("*/*"))
+    assert "step 1, humaneval" not in said and eval_folder.read_tasks(config.run_dir, 1)["humaneval"]["score"] == 0.5
+    assert not eval_folder.read_tasks(config.run_dir, 2)

@@ -136,6 +136,22 @@ def test_generations_are_scored_where_they_lie(small):
     assert problem_scores(verdicts_path(generations)) == pytest.approx({"HumanEval/0": 0, "HumanEval/1": 1 / 3, "HumanEval/2": 2 / 3})
 
 
+@pytest.mark.slow
+def test_fifty_samples_of_every_problem_are_scored_at_the_papers_size(problems, shared_data, tmp_path):
+    """8,200 programs: of the n-th problem n modulo 51 samples are its own answer, the others have no body."""
+    records = [
+        {"task_id": problem["task_id"], "sample": sample, "completion": gold("humaneval", problem) if sample < number % 51 else ""}
+        for number, problem in enumerate(problems["humaneval"])
+        for sample in range(50)
+    ]
+    (generations := tmp_path / "humaneval.jsonl.zst").write_bytes(compress_records(records))
+    scores = score_generations("humaneval", shared_data / "evals" / "humaneval.jsonl", generations, ks=[1, 10])
+    right = [number % 51 for number in range(164)]
+    assert scores["pass@1"]["value"] == pytest.approx(sum(right) / 50 / 164)
+    exact = sum(1 - math.comb(50 - passed, 10) / math.comb(50, 10) for passed in right) / 164
+    assert scores["pass@10"]["value"] == pytest.approx(exact)
+
+
 def zst(text: str) -> bytes:
     return zstandard.compress(text.encode())
 
