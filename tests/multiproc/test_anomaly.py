@@ -12,7 +12,7 @@ from conftest import ROOT, launch, overrides, run_command
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
 
-STEPS = 40
+STEPS = 30
 RUN = ["parallel=tp2", "checkpoint.save_every_steps=5", "evals.heldout={}", f"train.tokens={STEPS * 8 * 64}", "optimizer.lr=1e-3"]
 ROLLBACK = ["anomaly.policy=rollback", "anomaly.spike_deviations=40"]  # a gradient norm of real text leaps by up to 34
 SPOILED = {"nan_gradient": 7, "garbage_batch": 21}  # fault -> the step that it spoils

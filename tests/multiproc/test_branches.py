@@ -24,9 +24,10 @@ def runs(workspace):
     cases = [{"overrides": overrides(workspace, "base", "study=branching", f"train.tokens={4 * STEP}")}]
     for method in METHODS:
         straight = [case(method, f"straight-{steps}", f"train.tokens={steps * STEP}", WARMUP) for steps in BRANCHES if steps > 4]
-        # The second branch is cut off in its cooldown: sixteen steps of the trunk, one of the first branch, one of the second.
-        cut_off = case(method, "trunk", *TRUNK, "checkpoint.save_every_steps=1", stop_after=18)
-        cases += [*straight, cut_off, case(method, "trunk", *TRUNK, "checkpoint.save_every_steps=1")]
+        # The second branch is cut off in its cooldown, after the save of its step 9: sixteen steps of the trunk, one of the first
+        # branch, one of the second.
+        cut_off = case(method, "trunk", *TRUNK, "checkpoint.save_every_steps=3", stop_after=18)
+        cases += [*straight, cut_off, case(method, "trunk", *TRUNK, "checkpoint.save_every_steps=3")]
     launch(2, [{**case, "overrides": [*case["overrides"], "parallel=tp2"]} for case in cases])
     return workspace / "runs"
 

@@ -24,7 +24,6 @@ FOUR_RANKS = {
     "tp2pp2": ["parallel=tp2", "parallel.pipeline_parallel_size=2"],
     "tp2spcp2": ["parallel=tp2", "parallel.sequence_parallel=true", "parallel.context_parallel_size=2"],
 }
-PLAIN = list(TWO_RANKS)
 # Layouts under which activations are computed again in the backward pass.
 RECOMPUTED = {"full": "tp2sp", "selective": "pp2vpp2"}
 TWO_RANKS |= {f"{layout}-{recompute}": [*TWO_RANKS[layout], f"parallel.recompute={recompute}"] for recompute, layout in RECOMPUTED.items()}
@@ -37,9 +36,10 @@ METHODS = {"full": []} | {
 }
 VARIANTS = {name: [*METHODS["r4-all"], f"method.lora.{name}=true"] for name in ("dora", "pissa")}
 VARIANTS["rslora-plus"] = [*METHODS["r4-all"], "method.lora.rslora=true", "method.lora.lr_ratio=4"]
-PAIRS = [(method, layout) for method in ("full", "r4-all", "r16-mlp") for layout in (*PLAIN, "tp2pp2")]
-PAIRS += [("r4-attention", layout) for layout in ("tp2sp", "tp2pp2")]
-PAIRS += [(method, layout) for method in ("full", "r4-all", "r16-mlp") for layout in TWO_RANKS if layout not in PLAIN]
+PAIRS = [(method, layout) for method in ("full", "r4-all") for layout in (*TWO_RANKS, "tp2pp2")]
+PAIRS += [(method, layout) for method in ("r4-attention", "r16-mlp") for layout in ("tp2sp", "tp2pp2")]
+# Selective recomputation breaks where only feed-forward layers are adapted, full where the embeddings ask for no gradient.
+PAIRS += [("r16-mlp", f"{layout}-{recompute}") for recompute, layout in RECOMPUTED.items()]
 PAIRS += [(method, "tp2sp") for method in VARIANTS]
 SLOW_PAIRS = [(method, layout) for method in METHODS | VARIANTS for layout in LAYOUTS if (method, layout) not in PAIRS]
 # Fault -> the layout that shows it.

@@ -20,11 +20,11 @@ JOB = Path(__file__).parent / "tokenize_job.py"
 def job(workspace, tmp_path_factory):
     """start(folder, log) -> a running job on real code, in about twenty parts and six buckets, on two workers."""
     folder = tmp_path_factory.mktemp("kill")
-    source = {"kind": "text", "path": "stdlib", "glob": "*.py"}
+    source = {"kind": "text", "path": "stdlib", "glob": "[a-m]*.py"}
 
     def start(path: Path, log: Path) -> subprocess.Popen:
         corpus = data_config(workspace, "kill", path=str(path), source=source, compression="zstd", tasks=2, packing="best_fit")
-        command = [sys.executable, str(JOB), corpus.model_dump_json(), "300000", "1500000"]
+        command = [sys.executable, str(JOB), corpus.model_dump_json(), "150000", "750000"]
         with open(log, "w") as output:
             return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -120,4 +120,4 @@ def _processes() -> list[tuple[str, int]]:
 
 def test_the_manifest_says_what_it_took(job):
     manifest = json.loads((job.whole / "manifest.json").read_text())
-    assert manifest["source"]["files"] > 100 and manifest["splits"]["train"]["samples"] > 1000
+    assert manifest["source"]["files"] > 50 and manifest["splits"]["train"]["samples"] > 1000

@@ -24,6 +24,9 @@ LORA = ["method=lora", "method.lora.rank=4", "optimizer.lr=1e-3"]
 LION = ["optimizer=lion", "optimizer.lr=5e-4", "optimizer.weight_decay=0.01"]
 
 
+# Runs whose held-out scores are looked at.
+SCORED = {"base", "lora-learns", *(f"{method}-{where}" for method in ("full", "lora") for where in ("single", "tp2", "pp2"))}
+
 # What a restart must bring back beside weights and optimizer: the data position, the seed, the random state of dropout.
 RESTART_FAULTS = ["lost_data_position", "another_seed", "lost_random_state"]
 
@@ -36,7 +39,8 @@ def runs(workspace, pairs):
     def case(name, *changes, **how):
         continued = [] if name == "base" else [base]
         corpus = "math" if name == "base" else "code"
-        return {"overrides": overrides(workspace, name, *continued, *changes, corpus=corpus)} | how
+        scored = [] if name in SCORED else ["evals.heldout={}"]
+        return {"overrides": overrides(workspace, name, *continued, *scored, *changes, corpus=corpus)} | how
 
     def interrupted(name, *changes, layout="tp2"):
         return case(name, *changes, *LAYOUTS[layout], "checkpoint.save_every_steps=5", stop_after=7)

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SEQ_LENGTH, launch, overrides, run_command
+from conftest import ROOT, SEQ_LENGTH, launch, overrides
 
 from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
+from retemper.pipeline.cli import main
 from retemper.pipeline.config import load_config
 from retemper.pipeline.evals.worker import generations_path
 from retemper.pipeline.records import compress_records, read_records
@@ -87,7 +88,7 @@ def check_scores(asked: list[str], steps: int) -> None:
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_what_a_killed_worker_left_others_finish_once(trained, tmp_path):
+def test_what_a_killed_worker_left_others_finish_once(trained, tmp_path, capsys):
     steps = 1
     asked, logs = trained("worked", steps), [tmp_path / f"worker{number}" for number in range(3)]
     doomed = Process(asked, logs[0])
@@ -99,12 +100,12 @@ def test_what_a_killed_worker_left_others_finish_once(trained, tmp_path):
     # The first may have been killed between a result and its word of it.
     assert len(said := results(logs)) == len(set(said)) >= (steps + 1) * len(TASKS) - 1
     check_scores(asked, steps)
-    shown = run_command(["evals", "show", asked[0]]).stdout
+    assert main(["evals", "show", asked[0]]) == 0
+    shown = capsys.readouterr().out
     assert len(re.findall(r"^ +[01]  (?:humaneval +pass@1|gsm8k +exact_match)", shown, re.MULTILINE)) == 4
     assert re.search(r"^ +1  humaneval .* \+0\.0000 ± 0\.0000 ", shown, re.MULTILINE)
 
-    again = run_command(["evals", "worker", *asked, "--once"])
-    assert again.returncode == 0 and not again.stdout
+    assert main(["evals", "worker", *asked, "--once"]) == 0 and "step" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -127,8 +128,6 @@ def test_twenty_kills_lose_and_double_nothing(trained, tmp_path):
 
 
 def test_a_worker_refuses_what_it_cannot_do(workspace, capsys):
-    from retemper.pipeline.cli import main
-
     assert main(["evals", "worker", str(workspace)]) == 1
     assert "it has no config.json" in capsys.readouterr().err
     config = load_config(overrides(workspace, "unscored"))
@@ -140,8 +139,6 @@ def test_a_worker_refuses_what_it_cannot_do(workspace, capsys):
 
 
 def test_a_worker_refuses_bad_files_before_any_work(workspace, shared_data, tmp_path, capsys):
-    from retemper.pipeline.cli import main
-
     (other := tmp_path / "another-tokenizer").mkdir()
     for file in (workspace / "data" / "tokenizer").iterdir():
         (other / file.name).write_text(file.read_text() + " ")
@@ -164,8 +161,6 @@ def test_a_worker_refuses_bad_files_before_any_work(workspace, shared_data, tmp_
 
 
 def test_checkpoints_that_vanish_are_named_and_what_is_left_of_them_evaluated(workspace, shared_data, capsys):
-    from retemper.pipeline.cli import main
-
     two = [8 * SEQ_LENGTH, 16 * SEQ_LENGTH]
     config = load_config(
         overrides(workspace, "vanished", f"train.tokens={two[1]}", f"checkpoint.milestones={two}", "schedule.warmup_tokens=0")
