@@ -45,7 +45,7 @@ def demo(world_size: int, *layouts: list[str]) -> None:
 
 def test_the_demos_memory_is_what_its_steps_take():
     demo(1, ONE_RANK["single"])
-    demo(2, *TWO_RANKS.values())
+    demo(2, TWO_RANKS["tp2"])
 
 
 SCORED = ["evals.micro_batch_size=16", "train.micro_batch_size=1", "parallel.recompute=full"]
@@ -71,7 +71,7 @@ OTHERS_OF_TWO += [["parallel=tp2", "precision=bf16", "evals.micro_batch_size=1"]
 @pytest.mark.slow
 def test_the_demos_memory_in_other_layouts():
     demo(1, *OTHERS_OF_ONE)
-    demo(2, *OTHERS_OF_TWO)
+    demo(2, TWO_RANKS["pp2"], *OTHERS_OF_TWO)
 
 
 def drawn_shape(draw: random.Random) -> list[str]:
