@@ -97,9 +97,7 @@ def _duration(hours: float) -> str:
 
 
 def _checkpoints(config: Config) -> str:
-    every = config.checkpoint.save_every_steps
-    count = len({*config.milestone_steps, *config.branch_steps, *(range(every, config.steps + 1, every) if every else ())})
-    size = checkpoint_bytes(config)
+    count, size = len(config.saved_steps), checkpoint_bytes(config)
     return f"checkpoints: {count} of {_size(size)}{', adapters alone' if config.method.lora else ''}, {_size(count * size)} in all"
 
 

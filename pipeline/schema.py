@@ -465,5 +465,11 @@ class Config(ModelSetup):
         """Steps after which a milestone's checkpoint is saved and evaluated; the last step is always one."""
         return sorted({min(max(1, tokens // self.tokens_per_step), self.steps) for tokens in self.checkpoint.milestones} | {self.steps})
 
+    @property
+    def saved_steps(self) -> set[int]:
+        """Steps after which a checkpoint is saved: milestones, beginnings of branches, and every few."""
+        every = self.checkpoint.save_every_steps
+        return {*self.milestone_steps, *self.branch_steps, *(range(every, self.steps + 1, every) if every else ())}
+
     def to_json(self) -> str:
         return json.dumps(self.model_dump(), indent=2)

@@ -35,7 +35,7 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
     checkpointer = Checkpointer(config, topology, model, optimizer, fingerprints)
     state = checkpointer.restore()
     schedule.step(state.consumed_samples * config.data.seq_length)
-    ledger, without = Ledger(config, topology), left_out(config)
+    ledger, without, saved_steps = Ledger(config, topology), left_out(config), config.saved_steps
     counts = parameter_counts(model, config.parallel.tensor_parallel_size)
     with (
         TrainingBatches(config, topology, state.samples_of_data, config.steps - state.step) as batches,
@@ -63,7 +63,7 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
             log.step(result)
             profiled()
             stopping = asked_to_stop()
-            if stopping or _saves_after(config, state.step):
+            if stopping or state.step in saved_steps:
                 with log.saving():
                     checkpointer.save(state)
             if stopping:
@@ -72,8 +72,3 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
             if state.step in config.milestone_steps:
                 log.scores(evaluate(config, topology, model, state.step))
     return None
-
-
-def _saves_after(config: Config, step: int) -> bool:
-    every = config.checkpoint.save_every_steps
-    return step in (*config.milestone_steps, *config.branch_steps) or (every > 0 and step % every == 0)
