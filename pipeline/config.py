@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.flops import linear_layers
-from retemper.pipeline.schema import Config, DataConfig, ModelSetup, ParallelConfig, ScheduleConfig, Section
+from retemper.pipeline.schema import TASKS_WITH_FILES, Config, DataConfig, ModelSetup, ParallelConfig, ScheduleConfig, Section
 
 
 def load_config(overrides: list[str]) -> Config:
@@ -402,6 +402,10 @@ def _conflicts(config: Config):
     for tokens in config.checkpoint.milestones:
         if tokens > train.tokens:
             yield f"checkpoint.milestones: {tokens} is beyond train.tokens={train.tokens}"
+    for name in config.evals.tasks if config.evals.tasks_dir else ():
+        if name not in TASKS_WITH_FILES:
+            known = ", ".join(TASKS_WITH_FILES)
+            yield f"evals.tasks.{name}: evals.tasks_dir has files of {known} only{_nearest(name, list(TASKS_WITH_FILES))}"
     for name in ("humaneval", "mbpp"):
         if name in config.evals.inline:
             yield f"evals.tasks.{name}.where=inline: generated programs are run by workers alone; set it to worker"

@@ -1,12 +1,14 @@
 """What evals/<step>/ holds of a step, written once whoever scored it, and which of its figures W&B has."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from retemper.pipeline.errors import UserError
 from retemper.pipeline.leases import write_once
 from retemper.pipeline.records import compress_records
 from retemper.pipeline.run_folder import replace_bytes, replace_file
+from retemper.pipeline.schema import TaskConfig
 
 # Whose mean is the forgetting score of "LoRA Learns Less and Forgets Less" (arXiv 2405.09673).
 FORGOTTEN = ("hellaswag", "arc_challenge", "winogrande")
@@ -42,8 +44,37 @@ def task_path(run_dir: Path, step: int, task: str) -> Path:
 
 def read_tasks(run_dir: Path, step: int) -> dict[str, dict]:
     """task -> its scores at one step; what failed is left out."""
-    files = [path for path in sorted(scores_path(run_dir, step).parent.glob("*.json")) if path.name != "heldout.json"]
-    return {path.stem: scores for path in files if "error" not in (scores := json.loads(path.read_text()))}
+    return {task: scores for task, scores in _read(run_dir, step) if "error" not in scores}
+
+
+def read_errors(run_dir: Path, step: int) -> dict[str, str]:
+    """task -> why it was not scored at one step."""
+    return {task: scores["error"] for task, scores in _read(run_dir, step) if "error" in scores}
+
+
+def _read(run_dir: Path, step: int) -> Iterator[tuple[str, dict]]:
+    for path in sorted(scores_path(run_dir, step).parent.glob("*.json")):
+        if path.name != "heldout.json":
+            yield path.stem, json.loads(path.read_text())
+
+
+def check_settings(run_dir: Path, tasks: dict[str, TaskConfig]) -> None:
+    """Refuse to go on with other settings than those of scores that are there. Raises UserError that names them."""
+    problems = []
+    for step in scored_steps(run_dir):
+        for task, scores in read_tasks(run_dir, step).items():
+            # Shots that are not asked for are the task's own.
+            asked = (
+                {key: value for key, value in tasks[task].settings.items() if key != "shots" or value is not None} if task in tasks else {}
+            )
+            was = {key: scores["settings"].get(key) for key in asked}
+            changes = [f"{key} {was[key]}, now {asked[key]}" for key in asked if was[key] != asked[key]]
+            problems += [f"  - {task_path(run_dir, step, task)}: {', '.join(changes)}"] * bool(changes)
+    if problems:
+        raise UserError(
+            "\n".join(["These were scored with other settings than are asked for:", *problems])
+            + "\nAsk as they were scored, or move them away to score anew"
+        )
 
 
 def write_result(run_dir: Path, step: int, task: str, scores: dict, problems: list[dict]) -> bool:

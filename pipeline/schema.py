@@ -314,6 +314,9 @@ class CheckpointConfig(Section):
     milestones: list[Tokens] = Field(default=[], description="saved and evaluated")
 
 
+TASKS_WITH_FILES = ("hellaswag", "arc_challenge", "winogrande", "gsm8k", "humaneval", "mbpp")  # that can be read from evals.tasks_dir
+
+
 class TaskConfig(Section):
     """How a task of lm-eval is run; what is null is as the task itself has it."""
 
@@ -326,6 +329,11 @@ class TaskConfig(Section):
     temperature: float | None = Field(None, ge=0, description="of generated text; 0 takes the likeliest token")
     top_p: float | None = Field(None, gt=0, le=1, description="tokens are drawn from the least set that holds this share")
     max_new_tokens: PositiveInt | None = Field(None, description="of one answer")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What scores depend on."""
+        return self.model_dump(mode="json", exclude={"where"})
 
     @property
     def generation(self) -> dict[str, Any]:

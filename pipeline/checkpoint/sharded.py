@@ -80,8 +80,13 @@ class Checkpointer:
             return self.load(self.config.cooldown_begins(self.config.train.tokens), Path(trunk))
         return TrainState()
 
+    def begin(self) -> None:
+        """Load the weights that the run begins with, where they are not drawn."""
+        if self.config.init_from:
+            self._load_base()
+
     def load(self, step: int, run_dir: Path | None = None) -> TrainState:
-        """Load the checkpoint after `step` steps of this run, or of another (with LoRA: onto the base that restore loaded)."""
+        """Load the checkpoint after `step` steps of this run, or of another (with LoRA: onto the base that restore or begin loaded)."""
         folder = commit.folder_of(run_dir or self.config.run_dir, step)
         meta = verified_meta(folder)
         state = TrainState.from_dict(meta["train_state"])

@@ -32,7 +32,7 @@ def score_task(name: str, config: Config, lm: TemplateLM) -> tuple[dict, list[di
         "version": results["versions"][name],
         **estimate(list(scores_by_problem(problems, metric).values())).headline(metric),
         "metrics": metrics,
-        "settings": asked.model_dump(mode="json") | {"shots": task.config.num_fewshot, "lm_eval": lm_eval.__version__, "seed": config.seed},
+        "settings": asked.settings | {"shots": task.config.num_fewshot, "lm_eval": lm_eval.__version__, "seed": config.seed},
         "seconds": round(time.perf_counter() - started, 3),
     }
     return scores, [_record(problem) for problem in problems]

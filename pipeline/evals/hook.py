@@ -24,8 +24,7 @@ def evaluate(config: Config, topology: Topology, model, step: int) -> Scores | N
 
     Returns the new scores; None where there was nothing to score. A task that cannot be scored has its error in their place.
     """
-    known, tasks = from_rank_zero((eval_folder.read_scores(config.run_dir).get(step, {}), unscored(config, step)))
-    missing = [domain for domain in config.evals.heldout if domain not in known]
+    missing, tasks = from_rank_zero(unscored(config, step))
     if not (missing or tasks):
         return None
     started = time.perf_counter()
@@ -38,10 +37,11 @@ def evaluate(config: Config, topology: Topology, model, step: int) -> Scores | N
     return Scores(scores, seconds, scored, eval_folder.forgetting(eval_folder.read_tasks(config.run_dir, step)) if scored else None)
 
 
-def unscored(config: Config, step: int) -> list[str]:
-    """The inline tasks without scores at a step."""
-    known = eval_folder.read_tasks(config.run_dir, step) if config.evals.inline else {}
-    return [name for name in config.evals.inline if name not in known]
+def unscored(config: Config, step: int) -> tuple[list[str], list[str]]:
+    """The held-out domains and the inline tasks without scores at a step."""
+    domains = eval_folder.read_scores(config.run_dir).get(step, {})
+    tasks = eval_folder.read_tasks(config.run_dir, step) if config.evals.inline else {}
+    return [name for name in config.evals.heldout if name not in domains], [name for name in config.evals.inline if name not in tasks]
 
 
 def _score(config: Config, topology: Topology, model, step: int, names: list[str]) -> dict[str, dict]:

@@ -1,6 +1,5 @@
 """Tasks on the live model, one after the other: what one of them does wrong is its own matter. Rank 0 alone imports this."""
 
-import logging
 from collections.abc import Iterator
 
 from retemper.pipeline.errors import UserError
@@ -28,6 +27,4 @@ def _attempt(name: str, config: Config, team: Team) -> tuple[dict, list[dict]]:
 
 
 def _score(name: str, config: Config, team: Team) -> tuple[dict, list[dict]]:
-    for noisy in ("lm_eval", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     return score_task(name, config, ShardedLM(team, load_tokenizer(config), config.seed, name))

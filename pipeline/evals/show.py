@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from retemper.pipeline import eval_folder
+from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.score_code import problem_scores as scores_of_programs
 from retemper.pipeline.evals.score_code import verdicts_path
 from retemper.pipeline.evals.uncertainty import Estimate, paired_difference, ratio, scores_by_problem
@@ -13,26 +14,34 @@ from retemper.pipeline.schema import Config
 
 def table(config: Config) -> Iterator[str]:
     """A line for each domain and task of each step. The difference is of the same problems, with its standard error and 95% interval."""
-    heldout, base = eval_folder.read_scores(config.run_dir), eval_folder.read_tasks(config.run_dir, 0)
-    yield f"{'step':>8}  {'task':<16}{'metric':<26}{'score':>8}  {'95% interval':<18}{'from step 0':<30}"
-    for step in eval_folder.scored_steps(config.run_dir):
+    steps, heldout = eval_folder.scored_steps(config.run_dir), eval_folder.read_scores(config.run_dir)
+    if not steps:
+        raise UserError(f"{config.run_dir} has no scores yet: `retemper eval` and `retemper evals worker` make them")
+    base = eval_folder.read_tasks(config.run_dir, 0)
+    yield f"{'step':>8}  {'task':<16}{'metric':<26}{'n':>6}{'score':>9}  {'95% interval':<18}from step 0"
+    for step in steps:
         for domain, scores in heldout.get(step, {}).items():
             difference = _heldout_difference(config, step, domain) if step and domain in heldout.get(0, {}) else ""
-            yield _line(step, domain, "bits_per_byte", scores["bits_per_byte"], scores["interval"], difference).rstrip()
-        for task, scores in eval_folder.read_tasks(config.run_dir, step).items():
+            yield _line(step, domain, "bits_per_byte", scores | {"score": scores["bits_per_byte"]}, difference)
+        tasks = eval_folder.read_tasks(config.run_dir, step)
+        for task, scores in tasks.items():
             difference = _difference(config, step, task, base[task], scores) if step and task in base else ""
-            line = _line(step, task, scores["metric"], scores["score"], scores["interval"], difference)
-            yield f"{line}{_not_known_clean(scores['decontaminated'])}".rstrip()
+            yield _line(step, task, scores["metric"], scores, f"{difference}  {_not_known_clean(scores['decontaminated'])}")
+        if (mean := eval_folder.forgetting(tasks)) is not None:
+            yield f"{step:>8}  {'forgetting score':<16}{f' mean of {len(eval_folder.FORGOTTEN)}':<26}{'':>6}{mean:>9.4f}"
+        for task, error in eval_folder.read_errors(config.run_dir, step).items():
+            yield f"{step:>8}  {task:<16}was not scored: {error}"
 
 
-def _line(step: int, name: str, metric: str, score: float, interval: list[float], difference: str) -> str:
-    return f"{step:>8}  {name:<16}{metric:<26}{score:>8.4f}  {'{:.4f} to {:.4f}'.format(*interval):<18}{difference:<34}"
+def _line(step: int, name: str, metric: str, scores: dict, difference: str) -> str:
+    interval = "{:.4f} to {:.4f}".format(*scores["interval"])
+    return f"{step:>8}  {name:<16}{metric:<26}{scores['samples']:>6}{scores['score']:>9.4f}  {interval:<18}{difference}".rstrip()
 
 
 def _not_known_clean(decontaminated: dict[str, bool | None]) -> str:
     """Which training streams may hold the task's problems."""
     streams = [name for name, clean in decontaminated.items() if not clean]
-    return f"not decontaminated: {', '.join(streams)}" if streams else ""
+    return f"not decontaminated in {', '.join(streams)}" if streams else ""
 
 
 def _difference(config: Config, step: int, task: str, base: dict, scores: dict) -> str:
@@ -50,6 +59,8 @@ def _heldout_difference(config: Config, step: int, domain: str) -> str:
 
 
 def _said(difference: Estimate) -> str:
+    if difference.stderr == 0:
+        return f"{difference.value:+.4f} on each of {difference.problems}"  # which is no certainty of others
     return f"{difference.value:+.4f} ± {difference.stderr:.4f} ({difference.low:+.4f} to {difference.high:+.4f})"
 
 

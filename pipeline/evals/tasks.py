@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ from retemper.pipeline.schema import EvalsConfig
 
 # Compiled anew for every problem and every solved example they take nine tenths of a task's time beside the model's (lm-eval #1286).
 utils.env.from_string = functools.lru_cache(maxsize=64)(utils.env.from_string)
+
+for _noisy in ("lm_eval", "datasets", "huggingface_hub", "urllib3"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 _DEFINITIONS = Path(lm_eval.__file__).parent / "tasks"
 _SHOTS_SEED = 1234  # of which solved examples stand before a problem; lm-eval's own

@@ -60,7 +60,8 @@ class Worker:
             raise UserError(f"{self.config.run_dir} is not evaluated whole:\n{listed}")
 
     def _check(self) -> None:
-        """Refuse files and tokenizers that are not what they must be before a model is exported."""
+        """Refuse files and tokenizers that are not what they must be, and settings that change, before a model is exported."""
+        eval_folder.check_settings(self.config.run_dir, {task: self.config.evals.tasks[task] for task in self.config.evals.of_workers})
         for task in self.config.evals.of_workers:
             if task in CODE_TASKS:
                 read_problems(self.config, task)
@@ -163,7 +164,7 @@ def score_programs(config: Config, step: int, task: str) -> dict:
         "decontaminated": decontaminated(config, task),
         "metrics": {name: {"value": estimate.value, "stderr": estimate.stderr} for name, estimate in estimates.items()},
         "programs": scored,
-        "settings": asked.model_dump(mode="json") | {"seed": config.seed},
+        "settings": asked.settings | {"seed": config.seed},
     }
 
 

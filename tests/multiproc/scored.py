@@ -1,6 +1,6 @@
-"""One rank that scores the weights a run begins with, megatron's groups built anew for each case. Run by conftest.launch.
+"""One rank that scores the weights a run begins with, or all its checkpoints, megatron's groups built anew for each case. Run by conftest.launch.
 
-A case: {"overrides": [...]}. Its results are evals/00000000 in its run folder.
+A case: {"overrides": [...]}, and "all": as `retemper eval` does. Its results are evals/ in its run folder.
 """
 
 from retemper.pipeline.config import load_config
@@ -10,12 +10,17 @@ from retemper.pipeline.preflight import preflight
 
 def main(cases: list[dict]) -> None:
     from retemper.pipeline.checkpoint.sharded import Checkpointer
+    from retemper.pipeline.evals.__main__ import score_checkpoints
     from retemper.pipeline.evals.hook import evaluate
     from retemper.pipeline.model.build import build_model
 
     for case in cases:
         config = load_config(case["overrides"])
         place = topology.start(config.parallel)
+        if case.get("all"):
+            score_checkpoints(config, place, preflight(config))
+            topology.stop(leave=False)
+            continue
         model = build_model(config, place)
         Checkpointer(config, place, model, None, preflight(config)).restore()
         evaluate(config, place, model, 0)

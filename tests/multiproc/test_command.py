@@ -123,6 +123,7 @@ def test_eval_scores_the_checkpoints_that_have_none(killed_and_continued, worksp
     folder = workspace / "runs" / "test" / "straight"
     before = eval_folder.read_scores(folder)
     assert set(before) == {0, 10}
+    eval_folder.scores_path(folder, 0).unlink()
     result = run_command(["eval", *overrides(workspace, "straight", *SAVE)])
     assert result.returncode == 0, result.stderr[-3000:]
     after = eval_folder.read_scores(folder)

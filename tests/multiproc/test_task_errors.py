@@ -69,13 +69,18 @@ def test_heldout_scores_are_shown_with_their_difference_from_the_start(runs, cap
         now, low, high, difference, error = map(
             float,
             re.search(
-                rf"^ +4  {domain} +bits_per_byte +([\d.]+)  ([\d.]+) to ([\d.]+) +([-+][\d.]+) ± ([\d.]+) \(", shown, re.MULTILINE
+                rf"^ +4  {domain} +bits_per_byte +\d+ +([\d.]+)  ([\d.]+) to ([\d.]+) +([-+][\d.]+) ± ([\d.]+) \(", shown, re.MULTILINE
             ).groups(),
         )
         start, end = (scores[step][domain] for step in (0, 4))
         assert low < now == round(end["bits_per_byte"], 4) < high
         assert difference == pytest.approx(end["bits_per_byte"] - start["bits_per_byte"], abs=1e-4)
         assert 0 < error < end["stderr"]  # of the same samples
+
+
+def test_tasks_that_failed_are_shown(runs, capsys):
+    assert main(["evals", "show", str(runs / "retokenized")]) == 0
+    assert len(re.findall(r"^ +[04]  \w+ +was not scored: .* is another tokenizer", capsys.readouterr().out, re.MULTILINE)) == 6
 
 
 def test_each_task_says_what_is_wrong_with_it_and_the_others_are_scored(runs, files):
@@ -102,10 +107,15 @@ def test_checkpoints_are_scored_afterwards_on_what_failed_alone(workspace, runs,
     write(files / "winogrande_validation.jsonl", [SENTENCE, SENTENCE | {"answer": "1"}])
     write(files / "hellaswag_validation_2.jsonl", [ENDING, ENDING | {"gold": 1}])
     before = (runs / "tasked" / "evals" / "00000004" / "arc_challenge.json").read_text()
+    begun = eval_folder.read_tasks(runs / "tasked", 0)["arc_challenge"]
+    eval_folder.task_path(runs / "tasked", 0, "arc_challenge").unlink()
     done = run_command(["eval", *overrides(workspace, "tasked", *RUN, *TASKS, f"evals.tasks_dir={files}", "track.wandb=offline")])
     assert done.returncode == 0, done.stderr
     assert set(errors(runs / "tasked").values()) == {None}
     assert (runs / "tasked" / "evals" / "00000004" / "arc_challenge.json").read_text() == before
+    # And of the model that it began with.
+    at_begin = eval_folder.read_tasks(runs / "tasked", 0)
+    assert at_begin.keys() == set(FORGOTTEN) and at_begin["arc_challenge"] | {"seconds": 0} == begun | {"seconds": 0}
     scores = eval_folder.read_tasks(runs / "tasked", 4)
     assert f"forgetting score {forgetting(scores):.4f}" in done.stdout and "arc_challenge" not in done.stdout.splitlines()[0]
     assert list((runs / "tasked" / "wandb").glob("offline-run-*/run-*.wandb"))

@@ -1,6 +1,7 @@
 """The same losses and scores on one rank and on two, and after every restart; test_oracle.py looks at every weight and gradient."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,16 @@ def test_heldout_scores_agree_with_one_rank(runs, method, layout):
             found = got[step][domain]
             assert found.pop("interval") == pytest.approx(scores.pop("interval"), rel=1e-5), (step, domain)
             assert found == pytest.approx(scores, rel=1e-5), (step, domain)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_scores_made_later_are_those_of_the_run_from_its_begin_on(workspace, runs, method, tmp_path):
+    shutil.copytree(runs / f"{method}-tp2", tmp_path / "test" / f"{method}-tp2")
+    shutil.rmtree(tmp_path / "test" / f"{method}-tp2" / "evals")
+    changes = [f"init_from={runs / 'base'}", *(LORA if method == "lora" else []), *LAYOUTS["tp2"]]
+    asked = [*overrides(workspace, f"{method}-tp2", *changes, corpus="code"), f"runs_dir={tmp_path}"]
+    launch(2, [{"overrides": asked, "all": True}], "scored")
+    assert eval_folder.read_scores(tmp_path / "test" / f"{method}-tp2") == eval_folder.read_scores(runs / f"{method}-tp2")
 
 
 def test_both_methods_learn(runs):

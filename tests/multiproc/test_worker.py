@@ -103,9 +103,11 @@ def test_what_a_killed_worker_left_others_finish_once(trained, tmp_path, capsys)
     assert main(["evals", "show", asked[0]]) == 0
     shown = capsys.readouterr().out
     assert len(re.findall(r"^ +[01]  (?:humaneval +pass@1|gsm8k +exact_match)", shown, re.MULTILINE)) == 4
-    assert re.search(r"^ +1  humaneval .* \+0\.0000 ± 0\.0000 ", shown, re.MULTILINE)
+    assert re.search(r"^ +1  humaneval .* \+0\.0000 on each of 3 ", shown, re.MULTILINE)
 
     assert main(["evals", "worker", *asked, "--once"]) == 0 and "step" not in capsys.readouterr().out
+    assert main(["evals", "worker", *asked, "evals.tasks.humaneval.limit=4", "--once"]) == 1
+    assert f"{eval_folder.task_path(Path(asked[0]), 0, 'humaneval')}: limit 3, now 4" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -159,6 +159,7 @@ def test_every_evals_preset_loads(name):
 def test_generated_programs_are_not_run_inline():
     said = problems("evals=paper", "evals.tasks.humaneval.where=inline", "evals.tasks.heldout.limit=1")
     assert "evals.tasks.humaneval.where=inline" in said and "evals.tasks.heldout: that name is taken" in said
+    assert "did you mean arc_challenge?" in problems("evals.tasks_dir=tasks", "evals.tasks.arc_chalenge.limit=1")
 
 
 def test_empty_braces_empty_what_a_preset_names():
