@@ -62,14 +62,13 @@ def check_settings(run_dir: Path, tasks: dict[str, TaskConfig]) -> None:
     """Refuse to go on with other settings than those of scores that are there. Raises UserError that names them."""
     problems = []
     for step in scored_steps(run_dir):
-        for task, scores in read_tasks(run_dir, step).items():
-            # Shots that are not asked for are the task's own.
-            asked = (
-                {key: value for key, value in tasks[task].settings.items() if key != "shots" or value is not None} if task in tasks else {}
-            )
-            was = {key: scores["settings"].get(key) for key in asked}
-            changes = [f"{key} {was[key]}, now {asked[key]}" for key in asked if was[key] != asked[key]]
-            problems += [f"  - {task_path(run_dir, step, task)}: {', '.join(changes)}"] * bool(changes)
+        scored = read_tasks(run_dir, step)
+        for task in sorted(scored.keys() & tasks.keys()):
+            was, asked = scored[task]["settings"], tasks[task].settings
+            if asked["shots"] is None:
+                del asked["shots"]  # the task's own
+            if changes := [f"{key} {was.get(key)}, now {value}" for key, value in asked.items() if was.get(key) != value]:
+                problems.append(f"  - {task_path(run_dir, step, task)}: {', '.join(changes)}")
     if problems:
         raise UserError(
             "\n".join(["These were scored with other settings than are asked for:", *problems])
@@ -87,7 +86,7 @@ def write_result(run_dir: Path, step: int, task: str, scores: dict, problems: li
         return False
     if problems:
         replace_bytes(samples_path(run_dir, step, task), compress_records(problems))
-    path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # an error
     return write_once(path, json.dumps({"step": step, "task": task} | scores, indent=2).encode())
 
 

@@ -148,9 +148,8 @@ class Worker:
                 self._commit(step, task, score_programs(self.config, step, task), [])
 
     def _commit(self, step: int, task: str, scores: dict, problems: list[dict]) -> None:
-        if eval_folder.write_result(
-            self.config.run_dir, step, task, scores, problems
-        ):  # else this lease had expired, and its successor was faster
+        # Not written where this lease had expired, and its successor was faster.
+        if eval_folder.write_result(self.config.run_dir, step, task, scores, problems):
             print(f"step {step:>6}  {task}: {scores['metric']} {scores['score']:.4f} ± {scores['stderr']:.4f}", flush=True)
 
 
