@@ -143,7 +143,12 @@ def test_a_plan_is_light():
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
-    before = seconds()
-    result = subprocess.run([sys.executable, "-c", code, "plan", *SEVEN_B, "--gpu-memory", "30"], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.endswith("set()\n") and "do with" in result.stderr
-    assert seconds() - before < 2  # of the processor: others may use the machine
+    taken = []
+    for _ in range(3):  # the least counts: on a busy machine the same work takes more of the processor
+        before = seconds()
+        result = subprocess.run(
+            [sys.executable, "-c", code, "plan", *SEVEN_B, "--gpu-memory", "30"], cwd=ROOT, capture_output=True, text=True
+        )
+        taken.append(seconds() - before)
+        assert result.stdout.endswith("set()\n") and "do with" in result.stderr
+    assert min(taken) < 2
