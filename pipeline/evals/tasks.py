@@ -39,7 +39,7 @@ class _Local:
     changes: dict[str, Any] = field(default_factory=dict)  # to the definition
 
 
-_LOCAL = {
+LOCAL_TASKS = {
     "hellaswag": _Local(
         "hellaswag",
         {"validation": "hellaswag_validation*.jsonl"},
@@ -109,16 +109,14 @@ def chosen_problems(problems: int, limit: int | None) -> list[int] | None:
 
 
 def _manager(name: str) -> TaskManager:
-    if name not in _LOCAL:
+    if name not in LOCAL_TASKS:
         return TaskManager()  # reads some 15,000 files, for half a minute
-    return TaskManager(include_path=str(_DEFINITIONS / _LOCAL[name].folder), include_defaults=False)
+    return TaskManager(include_path=str(_DEFINITIONS / LOCAL_TASKS[name].folder), include_defaults=False)
 
 
 def _from_files(name: str, folder: Path) -> dict[str, Any]:
     """The changes to a definition by which it reads local files."""
-    if name not in _LOCAL:
-        raise UserError(f"evals.tasks.{name}: evals.tasks_dir has files for {', '.join(_LOCAL)} only; leave one of them out")
-    local = _LOCAL[name]
+    local = LOCAL_TASKS[name]
     splits = {split: _records(_file(name, folder, pattern), local) for split, pattern in local.files.items()}
     made = datasets.DatasetDict({split: datasets.Dataset.from_list(records) for split, records in splits.items()})
     return local.changes | {"custom_dataset": lambda **_metadata: made}

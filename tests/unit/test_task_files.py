@@ -9,7 +9,7 @@ from conftest import overrides
 
 from retemper.pipeline.config import load_config
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import EvalsConfig, TaskConfig
+from retemper.pipeline.schema import TASKS_WITH_FILES, EvalsConfig, TaskConfig
 
 
 def load(name: str, folder, **settings):
@@ -54,8 +54,11 @@ def test_a_record_that_is_none_is_named_by_its_line(name, tmp_path):
     assert "is empty" in refusal(name, tmp_path)
 
 
-def test_what_has_no_files_here_is_refused(tmp_path):
-    assert "evals.tasks.lambada: evals.tasks_dir has files for hellaswag" in refusal("lambada", tmp_path)
+def test_every_task_that_may_be_asked_of_files_can_be_read():
+    from retemper.pipeline.evals.code_tasks import CODE_TASKS
+    from retemper.pipeline.evals.tasks import LOCAL_TASKS
+
+    assert set(TASKS_WITH_FILES) == LOCAL_TASKS.keys() | CODE_TASKS.keys()
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused(workspace):
@@ -99,7 +102,7 @@ def knowing(right: bool):
             return list(string.encode())
 
         def _loglikelihood_tokens(self, requests, **_options):
-            raise NotImplementedError
+            pytest.fail("tasks ask for texts, whose tokens nobody looks at here")
 
         loglikelihood_rolling = _loglikelihood_tokens
 
