@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def _import(arguments) -> int:
     from retemper.launch.torchrun import run_here
     from retemper.pipeline.config import check_setup, load_parallel
     from retemper.pipeline.huggingface.config import model_of, read_config
-    from retemper.pipeline.schema import MethodConfig, ModelSetup
+    from retemper.pipeline.schema.model import MethodConfig, ModelSetup
 
     parallel = load_parallel(arguments.overrides)
     _refuse_existing(arguments.run)

@@ -12,7 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.flops import linear_layers
-from retemper.pipeline.schema import TASKS_WITH_FILES, Config, DataConfig, ModelSetup, ParallelConfig, ScheduleConfig, Section
+from retemper.pipeline.schema.base import Section
+from retemper.pipeline.schema.data import DataConfig
+from retemper.pipeline.schema.evals import TASKS_WITH_FILES
+from retemper.pipeline.schema.model import ModelSetup, ParallelConfig
+from retemper.pipeline.schema.run import Config
+from retemper.pipeline.schema.train import ScheduleConfig
 
 
 def load_config(overrides: list[str]) -> Config:

@@ -8,7 +8,7 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.leases import write_once
 from retemper.pipeline.records import compress_records
 from retemper.pipeline.run_folder import replace_bytes, replace_file
-from retemper.pipeline.schema import TaskConfig
+from retemper.pipeline.schema.evals import TaskConfig
 
 # Whose mean is the forgetting score of "LoRA Learns Less and Forgets Less" (arXiv 2405.09673).
 FORGOTTEN = ("hellaswag", "arc_challenge", "winogrande")

@@ -6,7 +6,7 @@ activations; and what an implementation does beyond the model, as computing acti
 attention that packed documents mask away, which is counted as if a sample were one document.
 """
 
-from retemper.pipeline.schema import LoraConfig, ModelConfig
+from retemper.pipeline.schema.model import LoraConfig, ModelConfig
 
 # Dense FLOP/s of a tensor core by the name that CUDA reports, first match first; where NVIDIA prints a figure with sparsity, half of it.
 # https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet (H100: SXM, PCIe, NVL),

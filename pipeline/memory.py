@@ -10,7 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from retemper.pipeline.flops import linear_layers
-from retemper.pipeline.schema import Config, ModelSetup
+from retemper.pipeline.schema.model import ModelSetup
+from retemper.pipeline.schema.run import Config
 
 # Elements by (adapter or base, sharded over tensor-parallel ranks or on each of them).
 Weights = Counter[tuple[str, bool]]

@@ -12,7 +12,7 @@ from retemper.pipeline.data.manifest import find_manifest
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.flops import flops_per_token, peak_flops
 from retemper.pipeline.memory import RankMemory, moments_of, parameter_counts, worst_rank
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 # Of a GPU's memory, for CUDA's context, NCCL's buffers and what the allocator cannot use: an allowance, not a measurement.
 _RESERVED = 0.1

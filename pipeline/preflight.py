@@ -6,7 +6,7 @@ from typing import Any
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.data.corpus import check_corpora
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 
 def preflight(config: Config) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from retemper.pipeline.config import changed_keys, load_config
 from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.preflight import preflight
-from retemper.pipeline.schema import Config, ModelSetup
+from retemper.pipeline.schema.model import ModelSetup
+from retemper.pipeline.schema.run import Config
 
 # What every rank finds, rank 0 says: the launcher ends the others once it has left. What one other rank finds, that
 # rank says after this time.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from retemper.pipeline.config import changed_keys
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 METRICS, LEDGER, SKIPPED = "metrics.jsonl", "ledger", "skipped"  # one line a step; the latter two are folders of a file a rank
 LEFT_OUT = "left_out.jsonl"  # one line a batch that a rollback left out

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from retemper.pipeline.eval_folder import mark_mirrored, unmirrored
 from retemper.pipeline.leases import is_held, lease
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 _AXIS = "step"  # of all figures. W&B's own step never goes back to a checkpoint that was scored late, and drops what is given with a smaller one
 _TRAINING, _MIRRORING = "training", "mirroring"  # leases

@@ -62,7 +62,7 @@ def workspace(tmp_path_factory) -> Path:
 
 def data_config(folder: Path, name: str, kind: str = "text", documents: Path = Path(), **changes):
     """A DataConfig below `folder`, of Python files below `documents`."""
-    from retemper.pipeline.schema import DataConfig
+    from retemper.pipeline.schema.data import DataConfig
 
     values = {
         "name": name,

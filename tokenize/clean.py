@@ -5,7 +5,7 @@ import re
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from retemper.pipeline.schema import CleanConfig
+from retemper.pipeline.schema.data import CleanConfig
 
 _HEAD_LINES = 5
 # The words by which BigCode's preparation of The Stack knew generated files.

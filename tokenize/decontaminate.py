@@ -17,7 +17,7 @@ from datatrove.io import get_datafolder
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import DecontaminateConfig, SourceConfig
+from retemper.pipeline.schema.data import DecontaminateConfig, SourceConfig
 from retemper.tokenize.listing import list_parts, locate
 
 # Problems with fewer words than an n-gram are known by n-grams of this length; shorter ones are not looked for.

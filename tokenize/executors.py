@@ -17,7 +17,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import CorpusConfig
+from retemper.pipeline.schema.data import CorpusConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.progress import PROCESSES, count_in, progress_bar, shared_counters
 

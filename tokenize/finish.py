@@ -18,7 +18,7 @@ from retemper.pipeline.data.manifest import MANIFEST, READ_BY_TRAINING, Damaged,
 from retemper.pipeline.data.store import Missing
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.run_folder import replace_file
-from retemper.pipeline.schema import CorpusConfig
+from retemper.pipeline.schema.data import CorpusConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.split import HELDOUT, TRAIN
 from retemper.tokenize.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 from retemper.pipeline.config import changed_keys
 from retemper.pipeline.data.manifest import find_manifest
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import CorpusConfig
+from retemper.pipeline.schema.data import CorpusConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.clean import Clean
 from retemper.tokenize.decontaminate import Decontaminate, Problems

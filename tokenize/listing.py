@@ -13,7 +13,7 @@ from datatrove.io import get_datafolder
 from fsspec.utils import glob_translate
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import SourceConfig
+from retemper.pipeline.schema.data import SourceConfig
 
 # A part is what one task does and a restart repeats. Its size must not depend on how many tasks there are.
 PART_BYTES = 64 << 20

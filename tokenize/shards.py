@@ -9,7 +9,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import CorpusConfig
+from retemper.pipeline.schema.data import CorpusConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.pack import Piece, best_fit, concat
 from retemper.tokenize.progress import advance

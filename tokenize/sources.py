@@ -14,7 +14,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.readers.base import BaseDiskReader
 from loguru import logger
 
-from retemper.pipeline.schema import SourceConfig
+from retemper.pipeline.schema.data import SourceConfig
 from retemper.tokenize.listing import COMPRESSED, FileRange, list_parts, locate
 
 # datatrove logs every file it opens; the progress bar and the manifest's counts say what matters.

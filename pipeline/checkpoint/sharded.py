@@ -22,7 +22,7 @@ from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.model.adapter import is_adapter
 from retemper.pipeline.model.lora import begin_at_base
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 # Optimizer states that load at another TP, PP or DP; megatron's default cannot change the topology.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}

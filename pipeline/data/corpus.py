@@ -6,7 +6,8 @@ from typing import Any
 from retemper.pipeline.data.manifest import find_manifest, read_manifest
 from retemper.pipeline.data.order import ORDER_VERSION
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config, StreamConfig
+from retemper.pipeline.schema.data import StreamConfig
+from retemper.pipeline.schema.run import Config
 
 
 def stream_paths(config: Config) -> dict[str, str]:

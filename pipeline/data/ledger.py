@@ -11,7 +11,7 @@ from retemper.pipeline import run_folder
 from retemper.pipeline.data.reader import StepData, Streams
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 _SHOWN_PROBLEMS = 10
 

@@ -18,7 +18,7 @@ from retemper.pipeline.data.shards import BadShard, TokenShards
 from retemper.pipeline.distributed.seeds import derive_seed
 from retemper.pipeline.distributed.topology import Topology, anywhere_in_model
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 _STEPS_AHEAD = 4  # read while a step computes, so that the next shards are there before they are needed
 _OPENED_AT_ONCE = 8  # shards of a step that are fetched and hashed together

@@ -12,7 +12,7 @@ from retemper.pipeline.data.batch import learned_tokens
 from retemper.pipeline.data.mds import Samples
 from retemper.pipeline.data.reader import Streams
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a document must not steer the terminal
 _FILE_SHIFT = np.uint64(40)  # of a document's number: the source file above, the position in it below (tokenize/shards.py)

@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import ModelSetup, ParallelConfig
+from retemper.pipeline.schema.model import ModelSetup, ParallelConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.sandbox.run import Limits, Program
 from retemper.pipeline.records import read_records
 from retemper.pipeline.run_folder import replace_file
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 
 @dataclass(frozen=True)

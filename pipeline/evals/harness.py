@@ -9,7 +9,7 @@ from lm_eval.evaluator import evaluate
 from retemper.pipeline.data.corpus import decontaminated
 from retemper.pipeline.evals.tasks import chosen_problems, load_task
 from retemper.pipeline.evals.uncertainty import estimate, scores_by_problem
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 BY_TOKEN_LOSS = "acc_token_loss"
 

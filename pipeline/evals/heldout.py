@@ -16,7 +16,7 @@ from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.distributed.topology import Topology, from_last_stage
 from retemper.pipeline.evals.uncertainty import ratio
 from retemper.pipeline.model.forward import run_schedule
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 _CHOICE = 0  # the seed of the held-out choice: the same samples for every run that compares
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from retemper.pipeline import eval_folder
 from retemper.pipeline.distributed.topology import Topology, from_rank_zero
 from retemper.pipeline.evals.heldout import heldout_scores
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from retemper.pipeline.evals.harness import score_task
 from retemper.pipeline.evals.sharded_lm import ShardedLM
 from retemper.pipeline.evals.team import Team
 from retemper.pipeline.evals.tokenizer import load_tokenizer
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 
 def score_tasks(config: Config, team: Team, names: list[str]) -> Iterator[tuple[str, dict, list[dict]]]:

@@ -9,7 +9,7 @@ from retemper.pipeline.evals.score_code import verdicts_path
 from retemper.pipeline.evals.uncertainty import Estimate, paired_difference, ratio, scores_by_problem
 from retemper.pipeline.evals.worker import generations_path
 from retemper.pipeline.records import read_records
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 
 def table(config: Config) -> Iterator[str]:

@@ -16,7 +16,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import EvalsConfig
+from retemper.pipeline.schema.evals import EvalsConfig
 
 # Compiled anew for every problem and every solved example they take nine tenths of a task's time beside the model's (lm-eval #1286).
 utils.env.from_string = functools.lru_cache(maxsize=64)(utils.env.from_string)

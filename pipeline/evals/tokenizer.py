@@ -4,7 +4,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from retemper.pipeline.data.manifest import read_manifest
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 from retemper.tokenize.tokenizer import Tokenizer
 
 

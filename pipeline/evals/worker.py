@@ -22,7 +22,7 @@ from retemper.pipeline.evals.code_tasks import CODE_TASKS, problems_file, read_p
 from retemper.pipeline.evals.score_code import score_generations
 from retemper.pipeline.evals.uncertainty import Estimate
 from retemper.pipeline.leases import lease, write_once
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 from retemper.pipeline.track import mirror_scores
 
 PARTS = ("generate", "score")

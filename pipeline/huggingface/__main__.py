@@ -13,7 +13,7 @@ from retemper.pipeline.config import check_setup, load_parallel
 from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.ranks import leave, run_prepared
-from retemper.pipeline.schema import MethodConfig, ModelSetup, ParallelConfig
+from retemper.pipeline.schema.model import MethodConfig, ModelSetup, ParallelConfig
 
 
 def main(verb: str, options: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import ModelConfig, RopeScaling
+from retemper.pipeline.schema.model import ModelConfig, RopeScaling
 
 # Architecture -> what of its keys it fixes.
 _ARCHITECTURES: dict[str, dict[str, Any]] = {

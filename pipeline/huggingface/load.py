@@ -16,7 +16,7 @@ from retemper.pipeline.huggingface.folder import TOKENIZER_FILES, Weights
 from retemper.pipeline.huggingface.names import Shard
 from retemper.pipeline.model.build import build_layers
 from retemper.pipeline.run_folder import replace_file
-from retemper.pipeline.schema import ModelSetup
+from retemper.pipeline.schema.model import ModelSetup
 
 # What an import keeps of the folder it came from, for exports: the files beside the weights, and of each tensor its type.
 ORIGIN, SOURCE = "huggingface", "source.json"

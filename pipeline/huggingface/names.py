@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from retemper.pipeline.schema import ModelConfig
+from retemper.pipeline.schema.model import ModelConfig
 
 Region = tuple[slice, ...]
 

@@ -20,7 +20,7 @@ from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.model.adapter import is_adapter
 from retemper.pipeline.model.build import build_layers
-from retemper.pipeline.schema import ModelSetup, ParallelConfig
+from retemper.pipeline.schema.model import ModelSetup, ParallelConfig
 
 
 class StreamedModel:

@@ -10,7 +10,7 @@ import math
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from retemper.pipeline.schema import LoraConfig
+from retemper.pipeline.schema.model import LoraConfig
 
 
 def is_adapter(name: str) -> bool:

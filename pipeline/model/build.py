@@ -20,7 +20,7 @@ from retemper.pipeline.model.attention import SdpaAttention
 from retemper.pipeline.model.fp8 import forget_scales, hold_in_fp8_alone, plain_weights
 from retemper.pipeline.model.kernels import kernels_here, start_tensor_parallel_overlap
 from retemper.pipeline.model.weights import init_weights
-from retemper.pipeline.schema import LoraConfig, ModelSetup, RopeScaling
+from retemper.pipeline.schema.model import LoraConfig, ModelSetup, RopeScaling
 
 
 class RMSNorm(torch.nn.RMSNorm):

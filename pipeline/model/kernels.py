@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config, ModelSetup
+from retemper.pipeline.schema.model import ModelSetup
+from retemper.pipeline.schema.run import Config
 
 # Since this version FP8 scales can be taken by block, and recipes say themselves whether a GPU can do them.
 _OLDEST_TRANSFORMER_ENGINE = (2, 9)

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from retemper.pipeline.model.adapter import Adapter, Dropout, is_adapter, mark, principal_factors, row_norms, scale_of, turned
-from retemper.pipeline.schema import LoraConfig
+from retemper.pipeline.schema.model import LoraConfig
 
 
 def freeze_base(model: torch.nn.Module) -> None:

@@ -6,7 +6,7 @@ Shapes as in lora.py.
 from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
 from retemper.pipeline.model.lora import ColumnAdapters, GateUpOutputs, QkvOutputs, RowAdapter
-from retemper.pipeline.schema import LoraConfig
+from retemper.pipeline.schema.model import LoraConfig
 
 
 class _TEColumn(ColumnAdapters, TELayerNormColumnParallelLinear):

@@ -7,7 +7,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors
 
 from retemper.pipeline.distributed.seeds import derive_seed
-from retemper.pipeline.schema import ModelConfig
+from retemper.pipeline.schema.model import ModelConfig
 
 
 @torch.no_grad()

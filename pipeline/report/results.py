@@ -6,7 +6,7 @@ from pathlib import Path
 from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.config import check_config
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from retemper.pipeline.config import load_config
 from retemper.pipeline.preflight import preflight
 from retemper.pipeline.report.page import write_report
 from retemper.pipeline.report.results import comparison, format_table, read_study, table
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 # The tokenizer is trained on every eighth file of each corpus.
 _SAMPLED_PART = 8

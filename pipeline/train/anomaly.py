@@ -9,7 +9,7 @@ from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 _WINDOW = 100  # steps whose mean and deviation the next one is held against
 _ENOUGH = 20  # of them at least

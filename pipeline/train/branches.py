@@ -10,7 +10,8 @@ from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.distributed.topology import Topology, asked_to_stop, from_rank_zero
 from retemper.pipeline.evals.hook import unscored
-from retemper.pipeline.schema import Config, format_tokens
+from retemper.pipeline.schema.base import format_tokens
+from retemper.pipeline.schema.run import Config
 from retemper.pipeline.train.loop import train
 
 

@@ -15,7 +15,7 @@ from retemper.pipeline.data.reader import TrainingBatches
 from retemper.pipeline.evals.hook import Scores, format_scores
 from retemper.pipeline.flops import flops_per_token, peak_flops
 from retemper.pipeline.model.kernels import kernels_here
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 from retemper.pipeline.track import TrainingTracker
 from retemper.pipeline.train.step import StepResult
 

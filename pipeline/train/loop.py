@@ -10,7 +10,7 @@ from retemper.pipeline.distributed.seeds import seed_step
 from retemper.pipeline.distributed.topology import Topology, asked_to_stop
 from retemper.pipeline.evals.hook import evaluate
 from retemper.pipeline.model.build import build_model, parameter_counts
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 from retemper.pipeline.train.anomaly import Anomaly, left_out, roll_back
 from retemper.pipeline.train.log import Log
 from retemper.pipeline.train.optimizer import build_optimizer, build_schedule

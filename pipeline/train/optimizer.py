@@ -3,7 +3,7 @@
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 from retemper.pipeline.train.lion import Lion
 
 

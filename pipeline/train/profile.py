@@ -6,7 +6,7 @@ import torch
 
 from retemper.pipeline import run_folder
 from retemper.pipeline.distributed.topology import Topology
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.data.batch import Batch
 from retemper.pipeline.distributed.topology import from_last_stage
 from retemper.pipeline.model.forward import run_schedule
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 from retemper.pipeline.train.anomaly import Anomaly, anomaly_in, remember
 from retemper.pipeline.train.norms import norms_of_step
 

@@ -22,7 +22,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
 
-from retemper.pipeline.schema import DataConfig
+from retemper.pipeline.schema.data import DataConfig
 from retemper.tokenize.encode import Encode
 from retemper.tokenize.job import tokenize
 from retemper.tokenize.sources import read_documents

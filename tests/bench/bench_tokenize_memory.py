@@ -16,7 +16,7 @@ from bench_tokenize import ROOT, collect, config
 
 WORKER = """
 import sys
-from retemper.pipeline.schema import DataConfig
+from retemper.pipeline.schema.data import DataConfig
 from retemper.tokenize.job import tokenize
 tokenize(DataConfig.model_validate_json(sys.argv[1]), progress=False)
 status = open("/proc/self/status").read()

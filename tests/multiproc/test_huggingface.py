@@ -16,7 +16,7 @@ from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.config import load_config
 from retemper.pipeline.data.reader import Streams
 from retemper.pipeline.huggingface.names import LINEAR
-from retemper.pipeline.schema import Config
+from retemper.pipeline.schema.run import Config
 from retemper.tokenize.job import tokenize
 
 # What every random model has, and what tells the families apart. 300 tokens: no multiple of 128.

@@ -7,7 +7,7 @@ import json
 import sys
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import DataConfig
+from retemper.pipeline.schema.data import DataConfig
 from retemper.tokenize import listing, plan
 from retemper.tokenize.job import tokenize
 

@@ -5,7 +5,7 @@ from conftest import overrides
 
 from retemper.pipeline.config import changed_keys, load_config, load_data_config, preset_names
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import format_tokens, parse_tokens
+from retemper.pipeline.schema.base import format_tokens, parse_tokens
 
 
 def problems(*changes: str, tmp="/nowhere") -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import DecontaminateConfig
+from retemper.pipeline.schema.data import DecontaminateConfig
 from retemper.tokenize import decontaminate
 from retemper.tokenize.decontaminate import Problems
 

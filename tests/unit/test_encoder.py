@@ -10,7 +10,7 @@ import pytest
 from conftest import data_config
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import SourceConfig
+from retemper.pipeline.schema.data import SourceConfig
 from retemper.tokenize import encoder as encoders
 from retemper.tokenize.encoder import Encoder, choose_encoder, load_encoder
 from retemper.tokenize.job import tokenize

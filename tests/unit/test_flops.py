@@ -5,7 +5,7 @@ import yaml
 from conftest import ROOT
 
 from retemper.pipeline.flops import flops_per_token, peak_flops
-from retemper.pipeline.schema import LoraConfig, ModelConfig
+from retemper.pipeline.schema.model import LoraConfig, ModelConfig
 
 LLAMA2_7B = ModelConfig(**yaml.safe_load((ROOT / "conf" / "model" / "llama2_7b.yaml").read_text()))
 RANK_16 = LoraConfig(rank=16, alpha=32.0, targets="all")

@@ -9,7 +9,7 @@ from conftest import ROOT, overrides
 from retemper.pipeline.config import load_config
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.memory import rank_memory
-from retemper.pipeline.schema import ModelSetup
+from retemper.pipeline.schema.model import ModelSetup
 
 RECIPES = {"fp8_delayed": "delayed", "fp8_tensorwise": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
 LORA = ["method=lora", "init_from=unread"]

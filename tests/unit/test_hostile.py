@@ -24,7 +24,7 @@ from retemper.tokenize.tokenizer import Tokenizer
 JOB = """
 import json, sys, threading
 import psutil
-from retemper.pipeline.schema import DataConfig
+from retemper.pipeline.schema.data import DataConfig
 from retemper.tokenize.job import tokenize
 
 peak, done = [0], threading.Event()

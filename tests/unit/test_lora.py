@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from retemper.pipeline.schema import LoraConfig
+from retemper.pipeline.schema.model import LoraConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of megatron-core's imports
 

@@ -9,7 +9,7 @@ from conftest import overrides
 
 from retemper.pipeline.config import load_config
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema import TASKS_WITH_FILES, EvalsConfig, TaskConfig
+from retemper.pipeline.schema.evals import TASKS_WITH_FILES, EvalsConfig, TaskConfig
 
 
 def load(name: str, folder, **settings):

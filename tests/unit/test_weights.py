@@ -16,7 +16,7 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.huggingface.config import config_of, model_of
 from retemper.pipeline.huggingface.folder import Weights
 from retemper.pipeline.huggingface.names import Shard, tensor_shapes
-from retemper.pipeline.schema import ModelConfig, RopeScaling
+from retemper.pipeline.schema.model import ModelConfig, RopeScaling
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4, num_query_groups=2, vocab_size=50, max_sequence_length=32
