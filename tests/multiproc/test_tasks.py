@@ -45,8 +45,10 @@ class Scored:
         self.base, self.exported = workspace / "scored" / "base", workspace / "scored" / "exported"
         self.corpus = data_config(workspace, "scored", documents=Path(json.__file__).parent, tokenizer=str(folder), bos=True)
         tokenize(self.corpus, progress=False)
-        imported = {"folder": str(folder), "run": str(self.base), "trust": None, "overrides": ["parallel=tp2"]}
-        launch(2, [{"import": imported}], "exchange")
+        world_size = 1 if torch.cuda.device_count() == 1 else 2
+        layout = ["parallel=tp2"] if world_size == 2 else []
+        imported = {"folder": str(folder), "run": str(self.base), "trust": None, "overrides": layout}
+        launch(world_size, [{"import": imported}], "exchange")
         exported = {"run": str(self.base), "folder": str(self.exported), "step": None, "adapter": False, "base": None, "tokenizer": None}
         launch(1, [{"export": exported}], "exchange")
 
@@ -148,15 +150,26 @@ def answers(scored: Scored, run: str) -> list[str]:
 GENERATED = TWO | {"dp2": ["parallel=dp2"]}
 
 
-def test_greedy_text_is_that_of_lm_evals_own_class_at_every_layout(scored, theirs):
-    scored.score(1, {"written-one": WRITTEN})
-    scored.score(2, {f"written-{name}": [*WRITTEN, *where] for name, where in GENERATED.items()})
+def compare_greedy_text(scored: Scored, theirs, runs: list[str]) -> None:
     _metrics, problems = theirs(WRITTEN)["gsm8k"]
     expected = [problem["resps"][0][0] for problem in problems if problem["filter"] == "strict-match"]
     assert len(expected) == 20 and len(set(expected)) > 10
-    for run in ("one", *GENERATED):
-        assert answers(scored, f"written-{run}") == expected, run
+    for run in runs:
+        assert answers(scored, run) == expected, run
+
+
+def test_greedy_text_is_that_of_lm_evals_own_class_at_every_layout(scored, theirs):
+    scored.score(1, {"written-one": WRITTEN})
+    scored.score(2, {f"written-{name}": [*WRITTEN, *where] for name, where in GENERATED.items()})
+    compare_greedy_text(scored, theirs, ["written-one", *(f"written-{name}" for name in GENERATED)])
     assert scored.scores("written-tp2", "gsm8k")["metric"] == "exact_match/strict-match"
+
+
+@pytest.mark.gpu
+def test_a_gpu_says_the_same(scored, theirs):
+    scored.score(1, {"plain-gpu": PLAIN, "written-gpu": WRITTEN})
+    compare_choices(scored, theirs, "plain-gpu", PLAIN)
+    compare_greedy_text(scored, theirs, ["written-gpu"])
 
 
 def test_drawn_text_follows_from_the_seed_alone(scored):

@@ -1,6 +1,7 @@
 """`retemper plan`: its figures against counts by hand, what it refuses and proposes, and that it is light."""
 
 import resource
+import statistics
 import subprocess
 import sys
 
@@ -137,18 +138,18 @@ def test_every_shipped_run_is_planned(plan, preset):
 
 
 def test_a_plan_is_light():
+    """It takes less of the processor than to import torch does: both in turn, for machines differ and are busy."""
     code = "import sys; from retemper.pipeline.cli import main; main(sys.argv[1:]); print({'torch', 'megatron'} & sys.modules.keys())"
 
-    def seconds() -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
+    def measured(*command: str) -> tuple[float, subprocess.CompletedProcess]:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = subprocess.run([sys.executable, "-c", *command], cwd=ROOT, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result
 
-    taken = []
-    for _ in range(3):  # the least counts: on a busy machine the same work takes more of the processor
-        before = seconds()
-        result = subprocess.run(
-            [sys.executable, "-c", code, "plan", *SEVEN_B, "--gpu-memory", "30"], cwd=ROOT, capture_output=True, text=True
-        )
-        taken.append(seconds() - before)
+    ratios = []
+    for _ in range(3):
+        taken, result = measured(code, "plan", *SEVEN_B, "--gpu-memory", "30")
         assert result.stdout.endswith("set()\n") and "do with" in result.stderr
-    assert min(taken) < 2
+        ratios.append(taken / measured("import torch")[0])
+    assert statistics.median(ratios) < 1
