@@ -29,7 +29,7 @@ class Batch:
         if device.type == "cpu":
             return self
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return replace(self, **{name: tensor.contiguous().pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     def of_context_rank(self, rank: int, size: int) -> "Batch":
         """An early and a late part of every sequence, as megatron-core deals them out to context-parallel ranks: causal attention

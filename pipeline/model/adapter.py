@@ -100,9 +100,13 @@ class Dropout(torch.nn.Module):
             return torch.nn.functional.dropout(x_SBI, self.probability)
 
 
-def turned(adapter: Adapter, norms_O: torch.Tensor, plain_SBO: torch.Tensor, delta_SBO: torch.Tensor) -> torch.Tensor:
-    """DoRA: what must be added to the base's output, so that the updated weight has each row of the magnitude learned for it."""
-    gain_O = (adapter.lora_magnitude / norms_O).to(plain_SBO.dtype)
+def gains_of(adapter: Adapter, norms_O: torch.Tensor) -> torch.Tensor:
+    """DoRA: what gives each row of the updated weight, of these norms, the magnitude learned for it; (O,)."""
+    return (adapter.lora_magnitude / norms_O).to(adapter.lora_B.dtype)
+
+
+def turned(gain_O: torch.Tensor, plain_SBO: torch.Tensor, delta_SBO: torch.Tensor) -> torch.Tensor:
+    """DoRA: what must be added to the base's output, so that each row of the updated weight is `gain` times what it was."""
     return (gain_O - 1) * plain_SBO + gain_O * delta_SBO
 
 

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from retemper.pipeline.model.adapter import Adapter, Dropout, is_adapter, mark, principal_factors, row_norms, scale_of, turned
+from retemper.pipeline.model.adapter import Adapter, Dropout, gains_of, is_adapter, mark, principal_factors, row_norms, scale_of, turned
 from retemper.pipeline.schema.model import LoraConfig
 
 
@@ -72,47 +72,56 @@ class ColumnAdapters:
             mark(adapter, adapter.sharded_axes(of_B=0, of_magnitude=0))
 
     def output_sizes(self) -> dict[str, int]:
-        """Output features of each target on this rank."""
+        """Output features on this rank of each part of the layer, adapted or not."""
         raise AssertionError("set by the layer")
 
-    def combine(self, deltas: dict[str, torch.Tensor], like_SBO: torch.Tensor) -> torch.Tensor:
-        """The targets' outputs in the fused layer's order."""
+    def fuse(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(O, ...) in the fused layer's order, of what each part of it has along its output features."""
         raise AssertionError("set by the layer")
 
     def split(self, fused: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each target's part of the fused layer's output features, which are the last axis: what combine puts together."""
+        """What fuse put together."""
         raise AssertionError("set by the layer")
 
     def with_adapters(self, output_SBO: torch.Tensor, x_SBI: torch.Tensor) -> torch.Tensor:
-        """The base layer's output for x, and the adapters' on top."""
-        x_SBI = self.dropout(x_SBI)
-        deltas = {name: self._delta(adapter, x_SBI) for name, adapter in self.adapters.items()}
+        """The base layer's output for x, and the adapters' on top: one A and one B of all of them, whose ranks do not touch, for a product
+        and a sum of the fused layer's width are what an adapter costs."""
+        A_RI, B_OR = self._joined({name: adapter() for name, adapter in self.adapters.items()})
+        hidden_SBR = torch.nn.functional.linear(self.dropout(x_SBI), A_RI)
+        # The gradient of hidden is a sum over the ranks that hold a part of B: R numbers a token, not I.
+        if self.config.sequence_parallel:
+            hidden_SBR = gather_from_sequence_parallel_region(hidden_SBR, group=self.adapter_group)
+        else:
+            hidden_SBR = copy_to_tensor_model_parallel_region(hidden_SBR, group=self.adapter_group)
+        delta_SBO = torch.nn.functional.linear(hidden_SBR * self.scale, B_OR)
         if self.lora.dora:
-            plain = self.split(output_SBO if self.bias is None or not self.bias.numel() else output_SBO - self.bias)
-            deltas = {name: turned(self.adapters[name], self._row_norms(name), plain[name], delta) for name, delta in deltas.items()}
-        return output_SBO + self.combine(deltas, output_SBO)
+            plain_SBO = output_SBO if self.bias is None or not self.bias.numel() else output_SBO - self.bias
+            delta_SBO = turned(self._gains(), plain_SBO, delta_SBO)
+        return output_SBO + delta_SBO
+
+    def _joined(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of all adapters, R their ranks' sum: B in blocks, of a part without an adapter zero."""
+        A_RI = torch.cat([A_RI for A_RI, _B in factors.values()])
+        sizes = self.output_sizes()
+        blocks = torch.block_diag(*(factors[name][1] if name in factors else A_RI.new_zeros(size, 0) for name, size in sizes.items()))
+        return A_RI, self.fuse(dict(zip(sizes, blocks.split(list(sizes.values())), strict=True)))
+
+    def _gains(self) -> torch.Tensor:
+        gains = {name: gains_of(adapter, self._row_norms(name)) for name, adapter in self.adapters.items()}
+        like = next(iter(gains.values()))
+        return self.fuse({name: gains.get(name, like.new_ones(size)) for name, size in self.output_sizes().items()})
 
     def begin_at_base(self) -> None:
         for name, adapter in self.adapters.items():
             if self.lora.pissa:
-                weight_OI = _gather(self.split(self.weight.t())[name].t(), 0, self.adapter_group)
+                weight_OI = _gather(self.split(self.weight)[name], 0, self.adapter_group)
                 A_RI, B_OR = principal_factors(weight_OI, self.lora.rank, self.scale)
                 adapter.begin(A_RI, B_OR.chunk(self.adapter_group.size())[self.adapter_group.rank()])
             if self.lora.dora:
                 adapter.lora_magnitude.copy_(self._row_norms(name))
 
     def _row_norms(self, name: str) -> torch.Tensor:
-        return row_norms(self.split(self.weight.t())[name].t(), *self.adapters[name](), self.scale)
-
-    def _delta(self, adapter: Adapter, x_SBI: torch.Tensor) -> torch.Tensor:
-        A_RI, B_OR = adapter()
-        hidden_SBR = torch.nn.functional.linear(x_SBI, A_RI)
-        # The gradient of hidden is a sum over the ranks that hold a part of B: R numbers a token, not I.
-        if self.config.sequence_parallel:
-            hidden_SBR = gather_from_sequence_parallel_region(hidden_SBR, group=self.adapter_group)
-        else:
-            hidden_SBR = copy_to_tensor_model_parallel_region(hidden_SBR, group=self.adapter_group)
-        return torch.nn.functional.linear(hidden_SBR, B_OR) * self.scale
+        return row_norms(self.split(self.weight)[name], *self.adapters[name](), self.scale)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         axes = {"of_B": 0, "of_magnitude": 0}
@@ -127,20 +136,15 @@ class QkvOutputs:
         kv_size = self.config.kv_channels * self.config.num_query_groups // tensor_parallel_size
         return {"q": self.config.kv_channels * self.config.num_attention_heads // tensor_parallel_size, "k": kv_size, "v": kv_size}
 
-    def combine(self, deltas, like_SBO):
+    def fuse(self, parts):
         groups = self.config.num_query_groups // self.config.tensor_model_parallel_size
-        leading = like_SBO.shape[:-1]
-        parts = [
-            (deltas[name] if name in deltas else like_SBO.new_zeros(*leading, size)).view(*leading, groups, -1)
-            for name, size in self.output_sizes().items()
-        ]
-        return torch.cat(parts, dim=-1).view(like_SBO.shape)
+        return torch.cat([part.unflatten(0, (groups, -1)) for part in parts.values()], dim=1).flatten(0, 1)
 
     def split(self, fused):
         sizes = self.output_sizes()
         groups = self.config.num_query_groups // self.config.tensor_model_parallel_size
-        parts = fused.unflatten(-1, (groups, -1)).split([size // groups for size in sizes.values()], dim=-1)
-        return {name: part.flatten(-2) for name, part in zip(sizes, parts, strict=True)}
+        parts = fused.unflatten(0, (groups, -1)).split([size // groups for size in sizes.values()], dim=1)
+        return {name: part.flatten(0, 1) for name, part in zip(sizes, parts, strict=True)}
 
 
 class GateUpOutputs:
@@ -149,14 +153,11 @@ class GateUpOutputs:
     def output_sizes(self) -> dict[str, int]:
         return dict.fromkeys(("gate", "up"), self.config.ffn_hidden_size // self.config.tensor_model_parallel_size)
 
-    def combine(self, deltas, like_SBO):
-        sizes = self.output_sizes()
-        return torch.cat(
-            [deltas[name] if name in deltas else like_SBO.new_zeros(*like_SBO.shape[:-1], size) for name, size in sizes.items()], dim=-1
-        )
+    def fuse(self, parts):
+        return torch.cat(list(parts.values()))
 
     def split(self, fused):
-        return dict(zip(("gate", "up"), fused.chunk(2, dim=-1), strict=True))
+        return dict(zip(("gate", "up"), fused.chunk(2), strict=True))
 
 
 class RowAdapter:
@@ -179,9 +180,9 @@ class RowAdapter:
         hidden_SBR = torch.nn.functional.linear(self.dropout(x_SBI), A_RI)
         split = self.config.sequence_parallel
         reduce = reduce_scatter_to_sequence_parallel_region if split else reduce_from_tensor_model_parallel_region
-        delta_SBO = torch.nn.functional.linear(reduce(hidden_SBR, group=self.adapter_group), B_OR) * self.scale
+        delta_SBO = torch.nn.functional.linear(reduce(hidden_SBR, group=self.adapter_group) * self.scale, B_OR)
         if self.lora.dora:
-            delta_SBO = turned(adapter, self._row_norms(adapter), output_SBO, delta_SBO)
+            delta_SBO = turned(gains_of(adapter, self._row_norms(adapter)), output_SBO, delta_SBO)
         return output_SBO + delta_SBO
 
     def begin_at_base(self) -> None:
