@@ -50,7 +50,7 @@ class Adapter(torch.nn.Module):
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of the whole update, in PiSSA's case of twice the rank. By a call, before which megatron-core waits for weights
         that are still being gathered."""
-        return joined_factors(dict(self.named_parameters()))
+        return joined_factors(self._parameters)
 
     def begin(self, A_RI: torch.Tensor, B_OR: torch.Tensor) -> None:
         for parameter, value in zip(

@@ -24,14 +24,19 @@ from unittest import mock
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "bench" / "gpu.json"
 LONG, SHORT = 4096, 512
-STEPS, WARM_UP, CURVE = 4, 2, 300
+STEPS, WARM_UP, CURVE = 3, 1, 300
 SECONDS = {"all": 570, "one": 45, "speed": 75, "curve": 150, "tests": 180}  # at most; one: below which nothing is begun
 
-SEVEN_B = ["model=llama2_7b", "train.micro_batch_size=1", "train.global_batch_size=16", f"train.tokens={STEPS * 16 * LONG}"]
+
+def of_batches(samples: int) -> list[str]:
+    return [f"train.global_batch_size={samples}", f"train.tokens={STEPS * samples * LONG}"]
+
+
+SEVEN_B = ["model=llama2_7b", "train.micro_batch_size=1", *of_batches(16)]
 SMALL = ["model.num_layers=12", "model.hidden_size=768", "model.ffn_hidden_size=2048", "model.num_attention_heads=12"]
 SMALL += ["model.num_query_groups=12", f"model.max_sequence_length={SHORT}", "train.micro_batch_size=32", "train.global_batch_size=32"]
 SMALL += [f"train.tokens={CURVE * 32 * SHORT}", "optimizer.lr=6e-4", f"schedule.warmup_tokens={30 * 32 * SHORT}", "model.vocab_size=2048"]
-LORA = ["method=lora", "init_from=unread"]
+LORA = ["method=lora", "init_from=unread", "optimizer.lr=1e-4", *of_batches(8)]
 HALF = ["model.num_layers=16"]
 
 
@@ -71,17 +76,17 @@ def measure(folder: Path, asked: list[str]) -> None:
     started, memory = time.monotonic(), torch.cuda.mem_get_info()[1] / 2**30
     whole = memory > 120  # with Lion's one moment
     full = ["optimizer=lion", "optimizer.lr=1e-5"] if whole else [*HALF, "optimizer.lr=1e-5", "parallel.recompute=selective"]
-    same = ["optimizer.lr=1e-4"] if whole else [*HALF, "optimizer.lr=1e-4"]
-    saving = ["parallel.recompute=selective"]
+    fp8, two = "precision=fp8_tensorwise", "train.micro_batch_size=2"
     speed = {
         "full bf16": full,
-        "full fp8_tensorwise": [*full, "precision=fp8_tensorwise"],
-        "lora bf16": [*LORA, "optimizer.lr=1e-4"],
-        "lora fp8_tensorwise": [*LORA, "optimizer.lr=1e-4", "precision=fp8_tensorwise"],
+        "full fp8_tensorwise": [*full, fp8],
+        "lora bf16": LORA,
+        "lora fp8_tensorwise": [*LORA, fp8],
+        "lora bf16, micro-batches of two": [*LORA, two],
+        "lora fp8_tensorwise, micro-batches of two": [*LORA, fp8, two],
+        "lora bf16, shape of full": LORA if whole else [*LORA, *HALF],
         "full fp8_delayed": [*full, "precision=fp8_delayed"],
-        "lora bf16, shape of full": [*same, *LORA],
-        "lora bf16, recomputed": [*LORA, "optimizer.lr=1e-4", *saving],
-        "lora fp8_tensorwise, recomputed": [*LORA, "optimizer.lr=1e-4", *saving, "precision=fp8_tensorwise"],
+        "lora fp8_tensorwise, recomputed": [*LORA, fp8, "parallel.recompute=selective"],
     }
     curves = {precision: [f"precision={precision}"] for precision in ("bf16", "fp8_tensorwise", "fp8_delayed")}
     timed = {name: lambda asked=asked: in_process(folder, LONG, [*SEVEN_B, *asked], "speed") for name, asked in speed.items()}
@@ -204,6 +209,7 @@ def compare(report: dict) -> dict:
         "full, fp8_delayed over bf16": ("full fp8_delayed", "full bf16"),
         "bf16, LoRA over full": ("lora bf16, shape of full", "full bf16"),
         "LoRA, fp8 over bf16": ("lora fp8_tensorwise", "lora bf16"),
+        "LoRA, fp8 over bf16, micro-batches of two": ("lora fp8_tensorwise, micro-batches of two", "lora bf16, micro-batches of two"),
     }
     found = {name: rate[one] / rate[other] for name, (one, other) in pairs.items() if one in rate and other in rate}
     curves = {name: smooth(part["loss"]) for name, part in parts.items() if "loss" in part}
