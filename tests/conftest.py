@@ -186,6 +186,21 @@ def pairs(workspace) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide(workspace) -> list[str]:
+    """Overrides of a model and of samples that every 8-bit recipe takes: in multiples of 128."""
+    import email
+
+    from retemper.tokenize.job import tokenize
+
+    length = 128
+    corpus = data_config(workspace, "wide", documents=Path(email.__file__).parent, seq_length=length)
+    tokenize(corpus, progress=False)
+    asked = [f"data.path={corpus.path}", "data.name=wide", f"data.seq_length={length}", f"model.max_sequence_length={length}"]
+    asked += [f"train.tokens={10 * 8 * length}", *(f"evals.heldout.{domain}={corpus.path}" for domain in ("code", "math"))]
+    return [*asked, "model.hidden_size=128", "model.ffn_hidden_size=256"]
+
+
+@pytest.fixture(scope="session")
 def store():
     """A real S3 endpoint on loopback with the empty bucket "corpora", behind a proxy that can be told to fail."""
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'retemper[s3]'")

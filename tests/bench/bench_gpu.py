@@ -112,9 +112,9 @@ def measure(folder: Path, asked: list[str]) -> None:
 
 
 def commit() -> str:
-    """That of the checkout, or of GIT_COMMIT where only its files are here."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return found or os.environ.get("GIT_COMMIT", "unknown")
+    """GIT_COMMIT for a copy that has no history, or another; else that of the checkout."""
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return os.environ.get("GIT_COMMIT") or asked.stdout.strip()
 
 
 def machine() -> dict:

@@ -20,11 +20,10 @@ def test_fused_layers_compute_what_plain_ones_do(workspace, method, layout):
 
 @pytest.mark.parametrize("precision", ["fp8_tensorwise", "fp8_delayed", "fp8_blockwise", "mxfp8"])
 @pytest.mark.parametrize("method", [[], ["fp8.param_gather=true"], LORA])
-def test_8_bits_compute_nearly_what_16_do(workspace, method, precision):
+def test_8_bits_compute_nearly_what_16_do(workspace, wide, method, precision):
     """And of a frozen base with one scale a tensor there is one byte a weight."""
     pytest.importorskip("transformer_engine", reason="Transformer Engine is not installed")
-    sizes = ["model.hidden_size=128", "model.ffn_hidden_size=256", f"precision={precision}"]
-    asked = overrides(workspace, "fp8", *sizes, *method)
+    asked = overrides(workspace, "fp8", *wide, f"precision={precision}", *method)
     from retemper.pipeline.config import load_config
     from retemper.pipeline.errors import UserError
     from retemper.pipeline.model.kernels import check_precision

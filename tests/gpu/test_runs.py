@@ -6,15 +6,14 @@ from conftest import launch, overrides
 from retemper.pipeline.run_folder import read_metrics
 
 pytestmark = pytest.mark.gpu
-SIZES = ["model.hidden_size=128", "model.ffn_hidden_size=256", "checkpoint.save_every_steps=5"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_tensorwise", "fp8_delayed", "fp8_blockwise"])
-def test_a_run_is_restarted_and_adapted_and_exported(workspace, precision):
+def test_a_run_is_restarted_and_adapted_and_exported(workspace, wide, precision):
     runs = workspace / "runs" / "test"
 
     def asked(name: str, *changes: str) -> list[str]:
-        return overrides(workspace, f"{precision}-{name}", *SIZES, f"precision={precision}", *changes)
+        return overrides(workspace, f"{precision}-{name}", *wide, "checkpoint.save_every_steps=5", f"precision={precision}", *changes)
 
     def losses(name: str) -> list[float]:
         return [record["loss"] for record in read_metrics(runs / f"{precision}-{name}")]
