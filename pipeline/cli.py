@@ -51,11 +51,17 @@ def _tokenize(arguments) -> int:
 
 
 def _train(arguments) -> int:
-    return _launch_here("retemper.pipeline.train", arguments.overrides)
+    from retemper.pipeline.config import load_config
+
+    return _launch_here("retemper.pipeline.train", load_config(arguments.overrides), arguments.overrides)
 
 
 def _eval(arguments) -> int:
-    return _launch_here("retemper.pipeline.evals", arguments.overrides)
+    from retemper.pipeline.config import load_run
+    from retemper.pipeline.evals.__main__ import SECTIONS
+
+    config = load_run(Path(arguments.run), arguments.overrides, SECTIONS)
+    return _launch_here("retemper.pipeline.evals", config, [arguments.run, *arguments.overrides])
 
 
 def _import(arguments) -> int:
@@ -92,14 +98,12 @@ def _refuse_existing(target: str) -> None:
         raise UserError(f"{target} exists already: remove it, or name another folder")
 
 
-def _launch_here(module: str, overrides: list[str]) -> int:
+def _launch_here(module: str, config, arguments: list[str]) -> int:
     from retemper.launch.torchrun import run_here
-    from retemper.pipeline.config import load_config
     from retemper.pipeline.preflight import preflight
 
-    config = load_config(overrides)
     preflight(config)
-    return run_here(module, overrides, config.parallel.world_size)
+    return run_here(module, arguments, config.parallel.world_size)
 
 
 def _evals(arguments) -> int:
@@ -277,8 +281,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--tokenizer", metavar="FOLDER", help="for a model that was never imported (default: the run's data.tokenizer)")
     add(
-        "eval", _eval, "Score every checkpoint of a run on what it has no scores of yet.",
-        "retemper eval run=demo_full", "retemper eval run=demo_full evals=quick evals.tasks_dir=tasks/",
+        "eval", _eval, "Score what a run began with and every checkpoint, on what they have no scores of yet, in its own layout or another.",
+        "retemper eval runs/demo/full", "retemper eval runs/demo/full evals=quick evals.tasks_dir=tasks/", "retemper eval runs/demo/full parallel=dp2",
+        positionals=("run",),
     )  # fmt: skip
     evals = add(
         "evals", _evals, "worker: score a run's checkpoints as they come on the tasks that are for workers, beside other workers and the "

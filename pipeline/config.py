@@ -5,6 +5,7 @@ import difflib
 import functools
 import json
 import operator
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,24 @@ def load_parallel(overrides: list[str]) -> ParallelConfig:
         raise _report([_describe(problem, "parallel.") for problem in error.errors()]) from None
 
 
-def load_run(run_dir: Path, overrides: list[str]) -> Config:
-    """The config of a run's folder, wherever that stands now, with evals.* as given here where some are. Raises UserError."""
-    if strange := [text for text in overrides if not text.startswith("evals")]:
-        raise UserError(f"{strange[0]}: the run's own config holds; only evals=… and evals.… are given here")
+def load_run(run_dir: Path, overrides: list[str], sections: tuple[str, ...] = ("evals",)) -> Config:
+    """The config of a run's folder, wherever that stands now, with these sections as given here where they are. Raises UserError.
+
+    Its held-out samples, which it has been scored on so far, stay unless others are given.
+    """
+    given = {text: re.split(r"[.=]", text)[0] for text in overrides}
+    if strange := [text for text, section in given.items() if section not in sections]:
+        keys = " and ".join(f"{section}=… and {section}.…" for section in sections)
+        raise UserError(f"{strange[0]}: the run's own config holds; only {keys} are given here")
     path = run_dir / "config.json"
     if not path.is_file():
         raise UserError(f"{run_dir} is no run folder: it has no config.json; name runs_dir/study/name of a run that has begun")
     raw = json.loads(path.read_text()) | {"runs_dir": str(run_dir.parent.parent)}
-    return check_config(raw | ({"evals": _compose(overrides)["evals"]} if overrides else {}))
+    asked = {section: value for section, value in _compose(overrides).items() if section in given.values()}
+    for key in ("heldout", "max_samples"):
+        if "evals" in asked and not any(text.startswith(f"evals.{key}") for text in overrides):
+            asked["evals"][key] = raw["evals"][key]
+    return check_config(raw | asked)
 
 
 def check_setup(setup: ModelSetup) -> ModelSetup:

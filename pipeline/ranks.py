@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from retemper.pipeline.config import changed_keys, load_config
+from retemper.pipeline.config import changed_keys
 from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.preflight import preflight
@@ -18,13 +18,13 @@ from retemper.pipeline.schema.run import Config
 _SECONDS_FOR_RANK_ZERO = 5
 
 
-def run_rank(overrides: list[str], work: Callable[[Config, topologies.Topology, dict[str, Any]], None]) -> int:
+def run_rank(load: Callable[[], Config], work: Callable[[Config, topologies.Topology, dict[str, Any]], None]) -> int:
     """Load and check the config, start the process groups, call work(config, topology, fingerprints). Returns the exit code."""
 
     from retemper.pipeline.model.kernels import check_precision
 
     def prepare() -> tuple[Config, dict[str, Any]]:
-        config = load_config(overrides)
+        config = load()
         topologies.check_world_size(config)
         prepared = preflight(config)
         check_precision(config)

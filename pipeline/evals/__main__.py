@@ -1,13 +1,21 @@
-"""One rank of `retemper eval`: scores for every committed checkpoint of a run that has none yet."""
+"""One rank of `retemper eval`: scores for every committed checkpoint of a run that has none yet.
+
+`torchrun --nproc-per-node 2 -m retemper.pipeline.evals RUN evals.…=… parallel.…=…`
+"""
 
 import sys
+from functools import partial
+from pathlib import Path
 
+from retemper.pipeline.config import load_run
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.ranks import leave, run_rank
 
+SECTIONS = ("evals", "parallel")  # what may differ from what the run was trained with
 
-def main(overrides: list[str]) -> int:
-    return run_rank(overrides, score_checkpoints)
+
+def main(run_dir: str, *overrides: str) -> int:
+    return run_rank(partial(load_run, Path(run_dir), list(overrides), SECTIONS), score_checkpoints)
 
 
 def score_checkpoints(config, topology, fingerprints) -> None:
@@ -50,4 +58,4 @@ def _steps(config, committed: list[int]) -> list[int]:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(main(*sys.argv[1:]))

@@ -1,7 +1,9 @@
 """One rank of a training run: `torchrun --nproc-per-node 2 -m retemper.pipeline.train run=… key=value …`."""
 
 import sys
+from functools import partial
 
+from retemper.pipeline.config import load_config
 from retemper.pipeline.distributed.topology import noting_signals
 from retemper.pipeline.ranks import leave, run_rank
 
@@ -13,7 +15,7 @@ def main(overrides: list[str]) -> int:
         with noting_signals():
             train_with_branches(config, topology, fingerprints)
 
-    return run_rank(overrides, work)
+    return run_rank(partial(load_config, overrides), work)
 
 
 # dist_checkpointing may start processes by spawn, which import this module again.

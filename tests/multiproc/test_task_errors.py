@@ -40,7 +40,7 @@ def runs(workspace, files) -> Path:
     other.mkdir()
     for file in (workspace / "data" / "tokenizer").iterdir():
         (other / file.name).write_text(file.read_text() + " ")
-    cases = {"untasked": [], "tasked": bad, "retokenized": [*bad, f"data.tokenizer={other}"]}
+    cases = {"untasked": [], "tasked": [*bad, "track.wandb=offline"], "retokenized": [*bad, f"data.tokenizer={other}"]}
     launch(
         2, [{"overrides": overrides(workspace, name, *RUN, *more), "fault": None if more else "no_harness"} for name, more in cases.items()]
     )
@@ -109,7 +109,8 @@ def test_checkpoints_are_scored_afterwards_on_what_failed_alone(workspace, runs,
     before = (runs / "tasked" / "evals" / "00000004" / "arc_challenge.json").read_text()
     begun = eval_folder.read_tasks(runs / "tasked", 0)["arc_challenge"]
     eval_folder.task_path(runs / "tasked", 0, "arc_challenge").unlink()
-    done = run_command(["eval", *overrides(workspace, "tasked", *RUN, *TASKS, f"evals.tasks_dir={files}", "track.wandb=offline")])
+    tracked = set((runs / "tasked" / "wandb").glob("offline-run-*/run-*.wandb"))
+    done = run_command(["eval", str(runs / "tasked"), *TASKS, f"evals.tasks_dir={files}"])
     assert done.returncode == 0, done.stderr
     assert set(errors(runs / "tasked").values()) == {None}
     assert (runs / "tasked" / "evals" / "00000004" / "arc_challenge.json").read_text() == before
@@ -118,4 +119,4 @@ def test_checkpoints_are_scored_afterwards_on_what_failed_alone(workspace, runs,
     assert at_begin.keys() == set(FORGOTTEN) and at_begin["arc_challenge"] | {"seconds": 0} == begun | {"seconds": 0}
     scores = eval_folder.read_tasks(runs / "tasked", 4)
     assert f"forgetting score {forgetting(scores):.4f}" in done.stdout and "arc_challenge" not in done.stdout.splitlines()[0]
-    assert list((runs / "tasked" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert set((runs / "tasked" / "wandb").glob("offline-run-*/run-*.wandb")) > tracked

@@ -113,7 +113,7 @@ def test_the_readmes_commands_run(workspace, tmp_path):
             check = ["make", "--dry-run", "-C", str(ROOT), command.split()[1]]
         elif command.startswith(". "):
             continue  # the activation; this test runs in the environment already
-        elif command.startswith(("retemper train ", "retemper eval ", "retemper data ", "torchrun ")):
+        elif command.startswith(("retemper train ", "retemper data ", "torchrun ")):
             keys = [word for word in command.split() if "=" in word and not word.startswith(("--", "step=", "samples="))]
             check = ["retemper", "config", *keys]
         elif command.startswith("retemper tokenize "):
@@ -124,7 +124,7 @@ def test_the_readmes_commands_run(workspace, tmp_path):
         elif command.startswith(("retemper import ", "retemper export ")):
             assert _parse(command.split()[1:]).folder
             continue
-        elif command.startswith("retemper evals "):
+        elif command.startswith(("retemper eval ", "retemper evals ")):
             assert _parse(command.split()[1:]).run
             continue
         elif command.startswith("retemper plan "):

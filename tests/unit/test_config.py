@@ -3,7 +3,7 @@
 import pytest
 from conftest import overrides
 
-from retemper.pipeline.config import changed_keys, load_config, load_data_config, preset_names
+from retemper.pipeline.config import changed_keys, load_config, load_data_config, load_run, preset_names
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.base import format_tokens, parse_tokens
 
@@ -154,6 +154,22 @@ def test_every_evals_preset_loads(name):
     evals = load_config(["run=demo_full", f"evals={name}"]).evals
     assert evals.heldout.keys() == {"code", "math"}
     assert bool(evals.inline) == (name != "none") and not {"humaneval", "gsm8k"} & set(evals.inline)
+
+
+def test_a_run_is_evaluated_as_its_folder_says_and_as_is_asked(tmp_path):
+    run = tmp_path / "moved" / "demo" / "full"
+    run.mkdir(parents=True)
+    trained = load_config(["run=demo_full", "evals.max_samples=7", "optimizer.lr=0.25"])
+    (run / "config.json").write_text(trained.model_dump_json())
+    found = load_run(run, ["evals=quick", "parallel=pp2"], ("evals", "parallel"))
+    assert found.run_dir == run and found.optimizer.lr == 0.25 and found.parallel.pipeline_parallel_size == 2
+    assert found.evals.heldout == trained.evals.heldout and found.evals.max_samples == 7 and "hellaswag" in found.evals.inline
+    assert load_run(run, ["evals.heldout.other=x"]).evals.heldout == {"other": "x"}
+    assert load_run(run, []).evals == trained.evals
+    with pytest.raises(UserError, match=r"^parallel=pp2: the run's own config holds; only evals=… and evals.… are given here$"):
+        load_run(run, ["parallel=pp2"])
+    with pytest.raises(UserError, match="is no run folder"):
+        load_run(tmp_path, [])
 
 
 def test_generated_programs_are_not_run_inline():
