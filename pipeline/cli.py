@@ -57,10 +57,9 @@ def _train(arguments) -> int:
 
 
 def _eval(arguments) -> int:
-    from retemper.pipeline.config import load_run
-    from retemper.pipeline.evals.__main__ import SECTIONS
+    from retemper.pipeline.config import OF_SCORING, load_run
 
-    config = load_run(Path(arguments.run), arguments.overrides, SECTIONS)
+    config = load_run(Path(arguments.run), arguments.overrides, OF_SCORING)
     return _launch_here("retemper.pipeline.evals", config, [arguments.run, *arguments.overrides])
 
 
@@ -235,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def add(name, function, summary, *examples, actions=(), positionals=(), overrides=True):
+    def add(name, function, summary, *examples, actions=(), positionals=(), overrides=_OVERRIDES):
         epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
         verb = verbs.add_parser(
             name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -246,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
         for positional in positionals:
             verb.add_argument(positional)
         if overrides:
-            verb.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+            verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
         return verb
 
     add(
@@ -272,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     export = add(
         "export", _export, "Write a checkpoint as files that stock transformers load, or an adapter for peft, compared before it is called done.",
         "retemper export runs/demo/full exported/", "retemper export runs/paper/lora adapter/ --adapter --step 500",
-        positionals=("run", "folder"), overrides=False,
+        positionals=("run", "folder"), overrides="",
     )  # fmt: skip
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     export.add_argument("--adapter", action="store_true", help="the adapters alone, for peft (default: merged into the model)")
@@ -283,14 +282,14 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "eval", _eval, "Score what a run began with and every checkpoint, on what they have no scores of yet, in its own layout or another.",
         "retemper eval runs/demo/full", "retemper eval runs/demo/full evals=quick evals.tasks_dir=tasks/", "retemper eval runs/demo/full parallel=dp2",
-        positionals=("run",),
+        positionals=("run",), overrides="in place of the run's own: evals, parallel, and where its files are now (data.path, init_from)",
     )  # fmt: skip
     evals = add(
         "evals", _evals, "worker: score a run's checkpoints as they come on the tasks that are for workers, beside other workers and the "
         "training, until the run is over. show: what was scored so far, with the difference from the step-0 model.",
         "retemper evals worker runs/paper/lora evals=paper evals.tasks_dir=tasks/", "retemper evals worker runs/paper/lora --only score",
         "retemper evals show runs/paper/lora",
-        actions=("worker", "show"), positionals=("run",),
+        actions=("worker", "show"), positionals=("run",), overrides="in place of the run's own: evals=… and evals.…=…",
     )  # fmt: skip
     evals.add_argument("--once", action="store_true", help="evaluate the checkpoints that are there, and end")
     evals.add_argument(
@@ -311,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
         actions=("show", "verify"),
     )  # fmt: skip
     report = add(
-        "report", _report, "Write report.html and PNG figures from the runs of a study.", "retemper report runs/demo", overrides=False
+        "report", _report, "Write report.html and PNG figures from the runs of a study.", "retemper report runs/demo", overrides=""
     )
     report.add_argument("study", help="the folder of a study, that is runs_dir/study")
     add(

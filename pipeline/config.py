@@ -5,6 +5,7 @@ import difflib
 import functools
 import json
 import operator
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -69,24 +70,50 @@ def load_parallel(overrides: list[str]) -> ParallelConfig:
         raise _report([_describe(problem, "parallel.") for problem in error.errors()]) from None
 
 
-def load_run(run_dir: Path, overrides: list[str], sections: tuple[str, ...] = ("evals",)) -> Config:
-    """The config of a run's folder, wherever that stands now, with these sections as given here where they are. Raises UserError.
+# What may be said anew of a run that is evaluated, and of one that ranks of a launch evaluate, who need its inputs and a layout.
+OF_EVALUATIONS = ("evals",)
+OF_SCORING = (*OF_EVALUATIONS, "parallel", "train.micro_batch_size", "track", "init_from", "data.path", "data.tokenizer")
+# Of its evaluations, what a preset leaves as it was: what the run has been scored on so far, and what fits its machine.
+_KEPT = ("heldout", "max_samples", "micro_batch_size", "tasks_dir")
 
-    Its held-out samples, which it has been scored on so far, stay unless others are given.
+
+def load_run(run_dir: Path, overrides: list[str], may_change: tuple[str, ...] = OF_EVALUATIONS) -> Config:
+    """The config of a run's folder, wherever that stands now, with keys as given here where they are. Raises UserError.
+
+    may_change: the sections and keys that may be given.
     """
-    given = {text: re.split(r"[.=]", text)[0] for text in overrides}
-    if strange := [text for text, section in given.items() if section not in sections]:
-        keys = " and ".join(f"{section}=… and {section}.…" for section in sections)
-        raise UserError(f"{strange[0]}: the run's own config holds; only {keys} are given here")
-    path = run_dir / "config.json"
+    if strange := [text for text in overrides if not any(_is_of(text, key) for key in may_change)]:
+        raise UserError(f"{strange[0]}: the run's own config holds; what can be given anew is {', '.join(may_change)}")
+    folder = Path(os.path.abspath(run_dir))
+    path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{run_dir} is no run folder: it has no config.json; name runs_dir/study/name of a run that has begun")
-    raw = json.loads(path.read_text()) | {"runs_dir": str(run_dir.parent.parent)}
-    asked = {section: value for section, value in _compose(overrides).items() if section in given.values()}
-    for key in ("heldout", "max_samples"):
-        if "evals" in asked and not any(text.startswith(f"evals.{key}") for text in overrides):
-            asked["evals"][key] = raw["evals"][key]
-    return check_config(raw | asked)
+    raw = json.loads(path.read_text())
+    if "evals" not in raw:
+        raise UserError(f"{run_dir} is an imported model, which no run has trained: name the folder of a run that begins from it")
+    raw |= {"runs_dir": str(folder.parent.parent), "study": folder.parent.name, "name": folder.name}
+    return check_config(_with_overrides(raw, overrides) if overrides else raw)
+
+
+def _is_of(text: str, key: str) -> bool:
+    """Whether an override sets a key, or one below it."""
+    return re.match(rf"{re.escape(key)}[.=]", text) is not None
+
+
+def _with_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A run's config with presets and single values in place of its own."""
+    composed, changed = _compose(overrides), copy.deepcopy(raw)
+    for section in ("evals", "parallel"):
+        if presets := [text for text in overrides if text.startswith(f"{section}=")]:
+            kept = {key: raw[section][key] for key in _KEPT} if section == "evals" else {}
+            changed[section] = _compose(presets)[section] | kept
+    for *sections, key in (text.partition("=")[0].split(".") for text in overrides):
+        if sections or key not in ("evals", "parallel"):
+            value, target = composed, changed
+            for section in sections:
+                value, target = value[section], target.setdefault(section, {})
+            target[key] = value[key]
+    return changed
 
 
 def check_setup(setup: ModelSetup) -> ModelSetup:

@@ -161,7 +161,7 @@ class _Activations:
         self.h, self.f, self.vocabulary = model.hidden_size, model.ffn_hidden_size // tp, config.padded_vocab_size // tp
         self.q, self.k = model.kv_channels * self.heads, model.kv_channels * model.num_query_groups // tp
         targets = self.lora.targets if self.lora else []
-        self.adapted = len({"gate", "up"} & set(targets))
+        self.adapted = not {"gate", "up"}.isdisjoint(targets)
         self.reads_product = self.full or "down" in targets  # what down reads is kept for the gradient of a weight
         of_column = {"q": self.q, "k": self.k, "v": self.k, "gate": self.f, "up": self.f}
         self.features = {target: (self.h, out) for target, out in of_column.items()} | {"o": (self.q, self.h), "down": (self.f, self.h)}
@@ -200,7 +200,7 @@ class _Activations:
         last = stage == self.config.parallel.pipeline_parallel_size - 1
         logits = self.tokens * self.vocabulary * (4 if self.element == 4 else 6) if last else 0
         # gate and up, SiLU's output, up + 0 and their product; or the base's gate and up, what adapters add, and the sum.
-        gates = 6 + self.adapted if self.adapted else 5
+        gates = 6 if self.adapted else 5
         return 4 * self.own * self.h * self.element + max(logits, gates * self.tokens * self.f * self.element)
 
     def norm(self, *targets: str) -> int:
@@ -221,18 +221,20 @@ class _Activations:
             kept = elements * (1 if in_fp8 else self.element)  # for the weight's gradient, as it was multiplied
         if adapted and self.lora.dropout:
             kept += elements * (self.element + (1 if self.fused else self.element))  # what dropout leaves, and its mask
-        return kept + sum(map(self.adapter, adapted))
+        return kept + (self.adapters(adapted, targets) if adapted else 0)
 
-    def adapter(self, target: str) -> int:
-        """What an adapter keeps beside its input: hidden states, and what DoRA and PiSSA compute with."""
-        features_in, features_out = self.features[target]
-        rank = self.lora.rank * (2 if self.lora.pissa else 1)
-        tokens = self.own if target in _SHARDED_BY_INPUT else self.tokens
+    def adapters(self, adapted: list[str], parts: tuple[str, ...]) -> int:
+        """What the adapters of a layer of these parts keep beside its input: hidden states, their factors where they are joined, and
+        what DoRA computes with."""
+        features_in, features_out = self.features[adapted[0]][0], sum(self.features[part][1] for part in parts)
+        rank = len(adapted) * self.lora.rank * (2 if self.lora.pissa else 1)
+        by_input = parts[0] in _SHARDED_BY_INPUT
+        tokens = self.own if by_input else self.tokens
         elements = tokens * rank
-        if self.lora.pissa:
-            elements += rank * (features_in + features_out)  # the factors and the initial ones, joined
+        if self.lora.pissa or not by_input:
+            elements += rank * (features_in + features_out)
         if self.lora.dora:
-            elements += 2 * tokens * features_out  # the base's output and the adapter's
+            elements += 2 * tokens * features_out  # the base's output and the adapters'
         return elements * self.element
 
     def attention(self) -> int:
@@ -260,10 +262,10 @@ class _Activations:
         return 4 * gate + self.input_of(("down",), self.tokens * self.f)
 
     def forward(self) -> int:
-        """Of adapters on gate and up, beyond what is kept once the layer is done: the base's output, what is added to it, and each
-        adapter's part of that, while SiLU's output, up + 0 and down's input are not there yet."""
+        """Of adapters on gate and up, beyond what is kept once the layer is done: the base's output and what is added to it, while
+        SiLU's output, up + 0 and down's input are not there yet."""
         later = 3 if self.reads_product else 2
-        return self.adapted and (4 + self.adapted - later) * self.tokens * self.f * self.element
+        return (4 - later) * self.tokens * self.f * self.element if self.adapted else 0
 
     def backward(self) -> int:
         """Of a feed-forward layer, beyond what is kept: the gradients of its output, of the product and of its two factors, less the

@@ -7,15 +7,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from retemper.pipeline.config import load_run
+from retemper.pipeline.config import OF_SCORING, load_run
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.ranks import leave, run_rank
 
-SECTIONS = ("evals", "parallel")  # what may differ from what the run was trained with
 
-
-def main(run_dir: str, *overrides: str) -> int:
-    return run_rank(partial(load_run, Path(run_dir), list(overrides), SECTIONS), score_checkpoints)
+def main(run_dir: str = "", *overrides: str) -> int:
+    return run_rank(partial(load_run, Path(run_dir), list(overrides), OF_SCORING), score_checkpoints)
 
 
 def score_checkpoints(config, topology, fingerprints) -> None:

@@ -84,4 +84,5 @@ def _format_metrics(scores: dict) -> str:
         f"{metric} {values['value']:.4f}" + ("" if values["stderr"] is None else f" ± {values['stderr']:.4f}")
         for metric, values in scores["metrics"].items()
     ]
-    return f"{'  '.join(figures)}  ({scores['samples']} problems, {scores['seconds']:.0f} s)"
+    cut = f", {scores['cut_prompts']} of them cut to the model's length" if scores["cut_prompts"] else ""
+    return f"{'  '.join(figures)}  ({scores['samples']} problems{cut}, {scores['seconds']:.0f} s)"

@@ -8,10 +8,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from transformers import PreTrainedTokenizerFast
 
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.evals.harness import NEW_TOKENS
 from retemper.pipeline.evals.team import Team
 from retemper.pipeline.model.inference import Sampling
 
-_NEW_TOKENS = 256  # of a task that does not say, as lm-eval's own classes have it
 _SAMPLING_KEYS = {"do_sample", "temperature", "top_p"}
 
 
@@ -63,7 +63,7 @@ class ShardedLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         answers: list[str] = [""] * len(requests)
-        settings = [normalize_gen_kwargs(request.args[1], _NEW_TOKENS) for request in requests]
+        settings = [normalize_gen_kwargs(request.args[1], NEW_TOKENS) for request in requests]
         for chosen in {repr(each): each for each in settings}.values():
             places = [place for place, each in enumerate(settings) if each == chosen]
             answers_of_these = self._generate([requests[place].args[0] for place in places], dict(chosen))

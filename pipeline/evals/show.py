@@ -11,43 +11,58 @@ from retemper.pipeline.evals.worker import generations_path
 from retemper.pipeline.records import read_records
 from retemper.pipeline.schema.run import Config
 
+COLUMNS = ("step", "task", "metric", "n", "score", "95% interval", "from step 0")
+
 
 def table(config: Config) -> Iterator[str]:
-    """A line for each domain and task of each step. The difference is of the same problems, with its standard error and 95% interval."""
-    steps, heldout = eval_folder.scored_steps(config.run_dir), eval_folder.read_scores(config.run_dir)
-    if not steps:
-        raise UserError(f"{config.run_dir} has no scores yet: `retemper eval` and `retemper evals worker` make them")
-    base = eval_folder.read_tasks(config.run_dir, 0)
-    yield f"{'step':>8}  {'task':<16}{'metric':<26}{'n':>6}{'score':>9}  {'95% interval':<18}from step 0"
-    for step in steps:
-        for domain, scores in heldout.get(step, {}).items():
-            difference = _heldout_difference(config, step, domain) if step and domain in heldout.get(0, {}) else ""
-            yield _line(step, domain, "bits_per_byte", scores | {"score": scores["bits_per_byte"]}, difference)
-        tasks = eval_folder.read_tasks(config.run_dir, step)
-        for task, scores in tasks.items():
-            difference = _difference(config, step, task, base[task], scores) if step and task in base else ""
-            yield _line(step, task, scores["metric"], scores, f"{difference}  {_not_known_clean(scores['decontaminated'])}")
-        if (mean := eval_folder.forgetting(tasks)) is not None:
-            yield f"{step:>8}  {'forgetting score':<16}{f' mean of {len(eval_folder.FORGOTTEN)}':<26}{'':>6}{mean:>9.4f}"
-        for task, error in eval_folder.read_errors(config.run_dir, step).items():
-            yield f"{step:>8}  {task:<16}was not scored: {error}"
+    """A line for each domain and task of each step."""
+    if not (steps := eval_folder.scored_steps(config.run_dir)):
+        raise UserError(
+            f"{config.run_dir} has no scores yet: `retemper eval {config.run_dir}` and `retemper evals worker {config.run_dir}` make them"
+        )
+    for row in [COLUMNS, *(row for step in steps for row in (*_heldout_rows(config, step), *task_rows(config, step)))]:
+        yield "{:>8}  {:<17}{:<26}{:>6}{:>9}  {:<18}{}".format(*row).rstrip()
 
 
-def _line(step: int, name: str, metric: str, scores: dict, difference: str) -> str:
+def task_rows(config: Config, step: int) -> Iterator[tuple[str, ...]]:
+    """COLUMNS of each task of a step. The difference is of the same problems, with its standard error and 95% interval."""
+    base, tasks = (eval_folder.read_tasks(config.run_dir, at) for at in (0, step))
+    for task, scores in tasks.items():
+        difference = _difference(config, step, task, base[task], scores) if step and task in base else ""
+        yield _row(step, task, scores["metric"], scores, "  ".join([difference, *_warnings(scores)]))
+    if (mean := eval_folder.forgetting(tasks)) is not None:
+        yield str(step), "forgetting score", f"mean of {len(eval_folder.FORGOTTEN)}", "", f"{mean:.4f}", "", ""
+    for task, error in eval_folder.read_errors(config.run_dir, step).items():
+        yield str(step), task, f"was not scored: {error}", "", "", "", ""
+
+
+def _heldout_rows(config: Config, step: int) -> Iterator[tuple[str, ...]]:
+    base, heldout = (eval_folder.read_scores(config.run_dir).get(at, {}) for at in (0, step))
+    for domain, scores in heldout.items():
+        difference = _heldout_difference(config, step, domain) if step and domain in base else ""
+        yield _row(step, domain, "bits_per_byte", scores | {"score": scores["bits_per_byte"]}, difference)
+
+
+def _row(step: int, name: str, metric: str, scores: dict, difference: str) -> tuple[str, ...]:
     interval = "{:.4f} to {:.4f}".format(*scores["interval"])
-    return f"{step:>8}  {name:<16}{metric:<26}{scores['samples']:>6}{scores['score']:>9.4f}  {interval:<18}{difference}".rstrip()
+    return str(step), name, metric, str(scores["samples"]), f"{scores['score']:.4f}", interval, difference
 
 
-def _not_known_clean(decontaminated: dict[str, bool | None]) -> str:
-    """Which training streams may hold the task's problems."""
-    streams = [name for name, clean in decontaminated.items() if not clean]
-    return f"not decontaminated in {', '.join(streams)}" if streams else ""
+def _warnings(scores: dict) -> Iterator[str]:
+    """What a score is to be read with: which training streams may hold the task's problems, and how many prompts lost their beginning."""
+    if streams := [name for name, clean in scores["decontaminated"].items() if not clean]:
+        yield f"not decontaminated in {', '.join(streams)}"
+    if cut := scores.get("cut_prompts"):
+        yield f"{cut} prompts cut to the model's length"
 
 
 def _difference(config: Config, step: int, task: str, base: dict, scores: dict) -> str:
     if base["metric"] != scores["metric"] or base["settings"] != scores["settings"]:
         return "scored with other settings"
-    return _said(paired_difference(*(_by_problem(config, at, task, scores["metric"]) for at in (0, step))))
+    try:
+        return _said(paired_difference(*(_by_problem(config, at, task, scores["metric"]) for at in (0, step))))
+    except UserError as error:  # the scores stand, whatever became of the files beside them
+        return f"not to be compared: {error}"
 
 
 def _heldout_difference(config: Config, step: int, domain: str) -> str:

@@ -5,7 +5,9 @@ import io
 from importlib.metadata import version
 from pathlib import Path
 
+from retemper.pipeline import eval_folder
 from retemper.pipeline.config import to_yaml
+from retemper.pipeline.evals import show
 from retemper.pipeline.report.results import RunResult, comparison, read_study, table
 from retemper.pipeline.run_folder import replace_file
 
@@ -53,11 +55,21 @@ def _page(title: str, runs: list[RunResult], drawings: dict[str, str]) -> str:
 <p>Bits per byte on held-out documents, lower is better. Learned: bits per byte gained on the trained domain since the
 start of the run. Forgotten: bits per byte lost on the others.</p>
 <div class="scroll">{_table(table(runs))}</div>
+{_tasks(runs)}
 <h2>Resolved configs</h2>
 {"".join(_config(run) for run in runs)}
 <p><small>{_versions()}</small></p>
 </body></html>
 """
+
+
+def _tasks(runs: list[RunResult]) -> str:
+    steps = [(run.config, step) for run in runs for step in eval_folder.scored_steps(run.config.run_dir)]
+    rows = [[config.name, *row] for config, step in steps for row in show.task_rows(config, step)]
+    if not rows:
+        return ""
+    said = "Scores of lm-eval's tasks, and their paired difference from the model that the run began from, with its standard error and 95% interval."
+    return f'<h2>Tasks</h2>\n<p>{said}</p>\n<div class="scroll">{_table([["run", *show.COLUMNS], *rows])}</div>'
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retemper.pipeline import eval_folder, run_folder
-from retemper.pipeline.config import check_config
+from retemper.pipeline.config import load_run
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.run import Config
 
@@ -63,9 +63,7 @@ def read_study(folder: Path) -> list[RunResult]:
 
 
 def _read_run(folder: Path) -> RunResult:
-    import json
-
-    config = check_config(json.loads((folder / "config.json").read_text()))
+    config = load_run(folder, [])
     curves: dict[str, dict[int, float]] = {}
     for step, scores in eval_folder.read_scores(folder).items():
         for domain, values in scores.items():

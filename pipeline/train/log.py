@@ -38,7 +38,7 @@ class Log:
         if state.data_changes and state.data_changes[-1]["step"] == state.step:
             print("\n".join([f"{label}: other data from here on:", *state.data_changes[-1]["difference"]]), flush=True)
         if state.step >= config.steps:
-            print(f"{label}: complete, {config.steps} steps; `retemper eval` scores what has no scores yet", flush=True)
+            print(f"{label}: complete, {config.steps} steps; `retemper eval {config.run_dir}` scores what has no scores yet", flush=True)
         # disable=None: a bar on a terminal only.
         self.bar = tqdm(total=config.steps, initial=state.step, desc=label, unit="step", dynamic_ncols=True, disable=None)
         self.mark = state.step, state.seconds, batches.seconds_waited

@@ -92,6 +92,8 @@ def measure(folder: Path, asked: list[str]) -> None:
     timed = {name: lambda asked=asked: in_process(folder, LONG, [*SEVEN_B, *asked], "speed") for name, asked in speed.items()}
     untimed = {f"curve {name}": lambda asked=asked: in_process(folder, SHORT, [*SMALL, *asked], "curve") for name, asked in curves.items()}
     untimed["tests"] = run_tests
+    if unknown := set(asked) - {*timed, *untimed}:
+        sys.exit(f"no such parts: {', '.join(sorted(unknown))}; there are {', '.join((*timed, *untimed))}")
     here = {"machine": machine(), "layers of full training": 32 if whole else 16}
     report = json.loads(RESULT.read_text()) if RESULT.exists() and asked else {}
 

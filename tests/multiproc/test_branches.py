@@ -16,53 +16,58 @@ METHODS = {"full": [], "lora": ["method=lora", "method.lora.rank=4", "optimizer.
 
 
 @pytest.fixture(scope="module")
-def runs(workspace):
-    def case(method, name, *changes, **how):
-        where = [f"study={method}", f"init_from={workspace / 'runs' / 'branching' / 'base'}", *METHODS[method]]
+def base(workspace):
+    launch(2, [{"overrides": overrides(workspace, "base", "study=branching", f"train.tokens={4 * STEP}", "parallel=tp2")}])
+    return workspace / "runs" / "branching" / "base"
+
+
+@pytest.fixture(scope="module", params=["full", pytest.param("lora", marks=pytest.mark.slow)])
+def runs(workspace, base, request):
+    """The folder of the study of a method: a trunk and its branches, and runs straight to the milestones."""
+    method = request.param
+
+    def case(name, *changes, **how):
+        where = [f"study={method}", f"init_from={base}", "parallel=tp2", *METHODS[method]]
         return {"overrides": overrides(workspace, name, *where, *changes)} | how
 
-    cases = [{"overrides": overrides(workspace, "base", "study=branching", f"train.tokens={4 * STEP}")}]
-    for method in METHODS:
-        straight = [case(method, f"straight-{steps}", f"train.tokens={steps * STEP}", WARMUP) for steps in BRANCHES if steps > 4]
-        # The second branch is cut off in its cooldown, after the save of its step 9: sixteen steps of the trunk, one of the first
-        # branch, one of the second.
-        cut_off = case(method, "trunk", *TRUNK, "checkpoint.save_every_steps=3", stop_after=18)
-        cases += [*straight, cut_off, case(method, "trunk", *TRUNK, "checkpoint.save_every_steps=3")]
-    launch(2, [{**case, "overrides": [*case["overrides"], "parallel=tp2"]} for case in cases])
-    return workspace / "runs"
+    straight = [case(f"straight-{steps}", f"train.tokens={steps * STEP}", WARMUP) for steps in BRANCHES if steps > 4]
+    # The second branch is cut off in its cooldown, after the save of its step 9: sixteen steps of the trunk, one of the first
+    # branch, one of the second.
+    cut_off = case("trunk", *TRUNK, "checkpoint.save_every_steps=3", stop_after=18)
+    launch(2, [*straight, cut_off, case("trunk", *TRUNK, "checkpoint.save_every_steps=3")])
+    return workspace / "runs" / method
 
 
 def curve(run) -> dict[int, tuple[float, ...]]:
     return {record["step"]: tuple(record[key] for key in ("loss", "grad_norm", "lr")) for record in run_folder.read_metrics(run)}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_branch_is_the_run_straight_to_its_milestone(runs, method):
+def test_a_branch_is_the_run_straight_to_its_milestone(runs):
     for steps in (10, 20):
-        straight, branch = curve(runs / method / f"straight-{steps}"), curve(runs / method / BRANCHES[steps])
+        straight, branch = curve(runs / f"straight-{steps}"), curve(runs / BRANCHES[steps])
         begins = {10: 8, 20: 16}[steps]
         assert sorted(branch) == list(range(begins + 1, steps + 1))
         assert branch == {step: values for step, values in straight.items() if step > begins}
-        scores = eval_folder.read_scores(runs / method / BRANCHES[steps])
-        assert scores == {steps: eval_folder.read_scores(runs / method / f"straight-{steps}")[steps]}
+        scores = eval_folder.read_scores(runs / BRANCHES[steps])
+        assert scores == {steps: eval_folder.read_scores(runs / f"straight-{steps}")[steps]}
 
 
 def test_the_rates_are_the_closed_form_on_trunk_and_branches(runs):
+    peak = 1e-3 if runs.name == "lora" else 5e-3
+
     def rate(step: int, cools_down_at: int | None = None) -> float:
         done = step - 1
-        return 5e-3 * min(1.0, done / 4, *([] if cools_down_at is None else [(cools_down_at - done) / (0.2 * cools_down_at)]))
+        return peak * min(1.0, done / 4, *([] if cools_down_at is None else [(cools_down_at - done) / (0.2 * cools_down_at)]))
 
-    assert [values[2] for values in curve(runs / "full" / "trunk").values()] == pytest.approx(
-        [rate(step) for step in range(1, 17)], rel=1e-9
-    )
+    assert [values[2] for values in curve(runs / "trunk").values()] == pytest.approx([rate(step) for step in range(1, 17)], rel=1e-9)
     for steps in (10, 20):
-        cooled = {step: values[2] for step, values in curve(runs / "full" / BRANCHES[steps]).items()}
+        cooled = {step: values[2] for step, values in curve(runs / BRANCHES[steps]).items()}
         assert cooled == pytest.approx({step: rate(step, steps) for step in cooled}, rel=1e-9)
     # Within the warm-up there is no cooldown.
-    assert {step: values[2] for step, values in curve(runs / "full" / BRANCHES[3]).items()} == pytest.approx({3: rate(3)}, rel=1e-9)
+    assert {step: values[2] for step, values in curve(runs / BRANCHES[3]).items()} == pytest.approx({3: rate(3)}, rel=1e-9)
 
 
 def test_the_trunk_keeps_what_its_branches_need(runs, workspace):
-    assert {2, 8, 16} <= set(committed_steps(runs / "full" / "trunk"))
-    config = load_config(overrides(workspace, "trunk", "study=full", *TRUNK))
+    assert {2, 8, 16} <= set(committed_steps(runs / "trunk"))
+    config = load_config(overrides(workspace, "trunk", *TRUNK))
     assert config.branch_steps == [2, 8, 16] and config.milestone_steps == [16]

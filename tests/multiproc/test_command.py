@@ -124,7 +124,7 @@ def test_eval_scores_the_checkpoints_that_have_none(killed_and_continued, worksp
     before = eval_folder.read_scores(folder)
     assert set(before) == {0, 10}
     eval_folder.scores_path(folder, 0).unlink()
-    result = run_command(["eval", str(folder)])
+    result = run_command(["eval", str(folder), "parallel=dp2"])
     assert result.returncode == 0, result.stderr[-3000:]
     after = eval_folder.read_scores(folder)
     assert set(after) == {0, 5, 10} and {0: after[0], 10: after[10]} == before

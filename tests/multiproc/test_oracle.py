@@ -35,9 +35,12 @@ METHODS = {"full": []} | {
     for targets in ("all", "attention", "mlp")
 }
 VARIANTS = {name: [*METHODS["r4-all"], f"method.lora.{name}=true"] for name in ("dora", "pissa")}
+# Of a fused layer's parts some have no adapter.
+PARTS = ["method=lora", "method.lora.rank=4", "method.lora.targets=[q,v,up]"]
+VARIANTS |= {"parts": PARTS, "parts-dora": [*PARTS, "method.lora.dora=true"]}
 VARIANTS["rslora-plus"] = [*METHODS["r4-all"], "method.lora.rslora=true", "method.lora.lr_ratio=4"]
-PAIRS = [(method, layout) for method in ("full", "r4-all") for layout in (*TWO_RANKS, "tp2pp2")]
-PAIRS += [(method, layout) for method in ("r4-attention", "r16-mlp") for layout in ("tp2sp", "tp2pp2")]
+PAIRS = [(method, layout) for method in ("full", "r4-all") for layout in TWO_RANKS]
+PAIRS += [(method, "tp2sp") for method in ("r4-attention", "r16-mlp")]
 # Selective recomputation breaks where only feed-forward layers are adapted, full where the embeddings ask for no gradient.
 PAIRS += [("r16-mlp", f"{layout}-{recompute}") for recompute, layout in RECOMPUTED.items()]
 PAIRS += [(method, "tp2sp") for method in VARIANTS]

@@ -6,7 +6,6 @@ import pytest
 from conftest import TINY, launch
 
 LORA = ["method=lora", "method.lora.rank=4", "init_from=unread"]
-ONE_RANK = {"single": ["parallel=single"]}
 TWO_RANKS = {"tp2": ["parallel=tp2"], "pp2": ["parallel=pp2"]}
 MORE_OF_TWO = {
     "tp2sp": ["parallel=tp2", "parallel.sequence_parallel=true"],
@@ -44,7 +43,6 @@ def demo(world_size: int, *layouts: list[str]) -> None:
 
 
 def test_the_demos_memory_is_what_its_steps_take():
-    demo(1, ONE_RANK["single"])
     demo(2, TWO_RANKS["tp2"])
 
 
@@ -70,7 +68,7 @@ OTHERS_OF_TWO += [["parallel=tp2", "precision=bf16", "evals.micro_batch_size=1"]
 
 @pytest.mark.slow
 def test_the_demos_memory_in_other_layouts():
-    demo(1, *OTHERS_OF_ONE)
+    demo(1, ["parallel=single"], *OTHERS_OF_ONE)
     demo(2, TWO_RANKS["pp2"], *OTHERS_OF_TWO)
 
 

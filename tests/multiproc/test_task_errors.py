@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_heldout_scores_are_shown_with_their_difference_from_the_start(runs, cap
 def test_tasks_that_failed_are_shown(runs, capsys):
     assert main(["evals", "show", str(runs / "retokenized")]) == 0
     assert len(re.findall(r"^ +[04]  \w+ +was not scored: .* is another tokenizer", capsys.readouterr().out, re.MULTILINE)) == 6
+
+
+def test_the_report_has_the_scores_of_tasks(runs, tmp_path):
+    study = tmp_path / "test"
+    shutil.copytree(runs / "tasked", study / "tasked")
+    assert main(["report", str(study)]) == 0
+    page = (study / "report.html").read_text()
+    score = eval_folder.read_tasks(study / "tasked", 4)["arc_challenge"]["score"]
+    assert re.search(rf"<td>tasked</td><td>4</td><td>arc_challenge</td><td>acc_token_loss</td><td>2</td><td>{score:.4f}</td>", page)
+    assert re.search(r"<td>tasked</td><td>4</td><td>hellaswag</td><td>was not scored: [^<]+ has no file hellaswag_validation", page)
 
 
 def test_each_task_says_what_is_wrong_with_it_and_the_others_are_scored(runs, files):

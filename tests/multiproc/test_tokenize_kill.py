@@ -62,8 +62,8 @@ def kill_until_done(job, tmp_path: Path, kills: int, rng: random.Random) -> int:
     return finished
 
 
-def test_two_kills(job, tmp_path):
-    assert kill_until_done(job, tmp_path, 2, random.Random(1))
+def test_a_kill(job, tmp_path):
+    assert kill_until_done(job, tmp_path, 1, random.Random(1))
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """Configs: presets that load, and one message for everything that is wrong."""
 
+from pathlib import Path
+
 import pytest
 from conftest import overrides
 
-from retemper.pipeline.config import changed_keys, load_config, load_data_config, load_run, preset_names
+from retemper.pipeline.config import OF_SCORING, changed_keys, load_config, load_data_config, load_run, preset_names
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.base import format_tokens, parse_tokens
 
@@ -161,15 +163,36 @@ def test_a_run_is_evaluated_as_its_folder_says_and_as_is_asked(tmp_path):
     run.mkdir(parents=True)
     trained = load_config(["run=demo_full", "evals.max_samples=7", "optimizer.lr=0.25"])
     (run / "config.json").write_text(trained.model_dump_json())
-    found = load_run(run, ["evals=quick", "parallel=pp2"], ("evals", "parallel"))
-    assert found.run_dir == run and found.optimizer.lr == 0.25 and found.parallel.pipeline_parallel_size == 2
+    found = load_run(run, ["evals=quick", "parallel=pp2", "parallel.overlap=true", "data.path=there"], OF_SCORING)
+    assert found.run_dir == run and found.optimizer.lr == 0.25 and found.data.path == "there"
+    assert found.parallel.pipeline_parallel_size == 2 and found.parallel.overlap
     assert found.evals.heldout == trained.evals.heldout and found.evals.max_samples == 7 and "hellaswag" in found.evals.inline
-    assert load_run(run, ["evals.heldout.other=x"]).evals.heldout == {"other": "x"}
-    assert load_run(run, []).evals == trained.evals
-    with pytest.raises(UserError, match=r"^parallel=pp2: the run's own config holds; only evals=… and evals.… are given here$"):
+    assert load_run(run, []) == trained.model_copy(update={"runs_dir": str(run.parents[1])})
+    with pytest.raises(UserError, match=r"^parallel=pp2: the run's own config holds; what can be given anew is evals$"):
         load_run(run, ["parallel=pp2"])
+
+
+def test_a_single_key_of_a_runs_evaluations_leaves_the_others(tmp_path, monkeypatch):
+    run = tmp_path / "demo" / "full"
+    run.mkdir(parents=True)
+    trained = load_config(["run=demo_full", "parallel=tp2", "evals=quick", "evals.tasks_dir=tasks", "evals.micro_batch_size=4"])
+    (run / "config.json").write_text(trained.model_dump_json())
+    found = load_run(run, ["evals.micro_batch_size=2", "evals.tasks.hellaswag.limit=50", "evals.heldout.more=x"])
+    expected = trained.evals.model_dump()
+    expected["micro_batch_size"], expected["tasks"]["hellaswag"]["limit"], expected["heldout"]["more"] = 2, 50, "x"
+    assert found.evals.model_dump() == expected and found.parallel == trained.parallel
+    assert load_run(run, ["evals.heldout={}", "evals.tasks={humaneval:{where:worker}}"]).evals.tasks.keys() == {"humaneval"}
+    assert load_run(run, ["evals=paper"]).evals.tasks_dir == "tasks"
+    monkeypatch.chdir(run)
+    assert load_run(Path(), []).run_dir == run
+
+
+def test_what_is_no_run_is_not_evaluated(tmp_path):
     with pytest.raises(UserError, match="is no run folder"):
         load_run(tmp_path, [])
+    (tmp_path / "config.json").write_text('{"model": {}, "method": {"name": "full"}}')
+    with pytest.raises(UserError, match="is an imported model, which no run has trained"):
+        load_run(tmp_path, ["evals=quick"])
 
 
 def test_generated_programs_are_not_run_inline():
