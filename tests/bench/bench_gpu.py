@@ -73,23 +73,9 @@ def measure(folder: Path, asked: list[str]) -> None:
     """All parts, or those that are asked for beside what an earlier result has of others."""
     import torch
 
-    started, memory = time.monotonic(), torch.cuda.mem_get_info()[1] / 2**30
-    whole = memory > 120  # with Lion's one moment
-    full = ["optimizer=lion", "optimizer.lr=1e-5"] if whole else [*HALF, "optimizer.lr=1e-5", "parallel.recompute=selective"]
-    fp8, two = "precision=fp8_tensorwise", "train.micro_batch_size=2"
-    speed = {
-        "full bf16": full,
-        "full fp8_tensorwise": [*full, fp8],
-        "lora bf16": LORA,
-        "lora fp8_tensorwise": [*LORA, fp8],
-        "lora bf16, micro-batches of two": [*LORA, two],
-        "lora fp8_tensorwise, micro-batches of two": [*LORA, fp8, two],
-        "lora bf16, shape of full": LORA if whole else [*LORA, *HALF],
-        "full fp8_delayed": [*full, "precision=fp8_delayed"],
-        "lora fp8_tensorwise, recomputed": [*LORA, fp8, "parallel.recompute=selective"],
-    }
+    started, whole = time.monotonic(), torch.cuda.mem_get_info()[1] / 2**30 > 120
+    timed = {name: lambda asked=asked: in_process(folder, LONG, [*SEVEN_B, *asked], "speed") for name, asked in of_speed(whole).items()}
     curves = {precision: [f"precision={precision}"] for precision in ("bf16", "fp8_tensorwise", "fp8_delayed")}
-    timed = {name: lambda asked=asked: in_process(folder, LONG, [*SEVEN_B, *asked], "speed") for name, asked in speed.items()}
     untimed = {f"curve {name}": lambda asked=asked: in_process(folder, SHORT, [*SMALL, *asked], "curve") for name, asked in curves.items()}
     untimed["tests"] = run_tests
     if unknown := set(asked) - {*timed, *untimed}:
@@ -98,7 +84,7 @@ def measure(folder: Path, asked: list[str]) -> None:
     report = json.loads(RESULT.read_text()) if RESULT.exists() and asked else {}
 
     def keep(name: str, part: dict) -> None:  # at once, whatever comes
-        report.update(here | {name: part | {"commit": commit()}, "compared": compare(report | {name: part})})
+        report.update(here | {name: part | {"commit": commit()}, "compared": compare(report | here | {name: part})})
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -111,6 +97,23 @@ def measure(folder: Path, asked: list[str]) -> None:
             left = SECONDS["all"] - (time.monotonic() - started)
             keep(name, part() if left > SECONDS["one"] else {"failed": "no time was left"})
     print(json.dumps({name: part for name, part in report.items() if not name.startswith("curve")}, indent=2))
+
+
+def of_speed(whole: bool) -> dict[str, list[str]]:
+    """Part -> what it asks for. whole: all layers fit full training, with Lion's one moment."""
+    full = ["optimizer=lion", "optimizer.lr=1e-5"] if whole else [*HALF, "optimizer.lr=1e-5", "parallel.recompute=selective"]
+    fp8, two = "precision=fp8_tensorwise", "train.micro_batch_size=2"
+    parts = {
+        "full bf16": full,
+        "full fp8_tensorwise": [*full, fp8],
+        "lora bf16": LORA,
+        "lora fp8_tensorwise": [*LORA, fp8],
+        "lora bf16, micro-batches of two": [*LORA, two],
+        "lora fp8_tensorwise, micro-batches of two": [*LORA, fp8, two],
+        "full fp8_delayed": [*full, "precision=fp8_delayed"],
+        "lora fp8_tensorwise, recomputed": [*LORA, fp8, "parallel.recompute=selective"],
+    }
+    return parts if whole else parts | {"lora bf16, shape of full": [*LORA, *HALF]}
 
 
 def commit() -> str:
@@ -209,7 +212,7 @@ def compare(report: dict) -> dict:
     pairs = {
         "full, fp8_tensorwise over bf16": ("full fp8_tensorwise", "full bf16"),
         "full, fp8_delayed over bf16": ("full fp8_delayed", "full bf16"),
-        "bf16, LoRA over full": ("lora bf16, shape of full", "full bf16"),
+        "bf16, LoRA over full": ("lora bf16" if report["layers of full training"] == 32 else "lora bf16, shape of full", "full bf16"),
         "LoRA, fp8 over bf16": ("lora fp8_tensorwise", "lora bf16"),
         "LoRA, fp8 over bf16, micro-batches of two": ("lora fp8_tensorwise, micro-batches of two", "lora bf16, micro-batches of two"),
     }
