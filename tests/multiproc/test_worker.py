@@ -137,7 +137,7 @@ def test_a_worker_refuses_what_it_cannot_do(workspace, capsys):
     assert main(["evals", "worker", str(config.run_dir)]) == 1
     assert "names no task for workers" in capsys.readouterr().err
     assert main(["evals", "worker", str(config.run_dir), "seed=3"]) == 1
-    assert "only evals=… and evals.… are given here" in capsys.readouterr().err
+    assert "seed=3: the run's own config holds; what can be given anew is evals" in capsys.readouterr().err
 
 
 def test_a_worker_refuses_bad_files_before_any_work(workspace, shared_data, tmp_path, capsys):
