@@ -96,7 +96,7 @@ def knowing(right: bool):
     from lm_eval.api.model import TemplateLM
 
     class Knowing(TemplateLM):
-        eot_token_id = 0
+        eot_token_id, max_length = 0, 512  # a token is a byte
 
         def tok_encode(self, string, **_options):
             return list(string.encode())
@@ -130,4 +130,5 @@ def test_right_answers_score_one_and_wrong_ones_nothing(name, count, workspace, 
     for right in (True, False):
         scores, problems = score_task(name, config, knowing(right))
         assert scores["samples"] == count == len({problem["doc_id"] for problem in problems})
+        assert scores["cut_prompts"] == {"gsm8k": count, "winogrande": 0}.get(name, scores["cut_prompts"])
         assert scores["score"] == right and {value["value"] for value in scores["metrics"].values()} == {right}
