@@ -20,7 +20,8 @@ def table(config: Config) -> Iterator[str]:
         raise UserError(
             f"{config.run_dir} has no scores yet: `retemper eval {config.run_dir}` and `retemper evals worker {config.run_dir}` make them"
         )
-    for row in [COLUMNS, *(row for step in steps for row in (*_heldout_rows(config, step), *task_rows(config, step)))]:
+    heldout = eval_folder.read_scores(config.run_dir)
+    for row in [COLUMNS, *(row for step in steps for row in (*_heldout_rows(config, step, heldout), *task_rows(config, step)))]:
         yield "{:>8}  {:<17}{:<26}{:>6}{:>9}  {:<18}{}".format(*row).rstrip()
 
 
@@ -36,10 +37,9 @@ def task_rows(config: Config, step: int) -> Iterator[tuple[str, ...]]:
         yield str(step), task, f"was not scored: {error}", "", "", "", ""
 
 
-def _heldout_rows(config: Config, step: int) -> Iterator[tuple[str, ...]]:
-    base, heldout = (eval_folder.read_scores(config.run_dir).get(at, {}) for at in (0, step))
-    for domain, scores in heldout.items():
-        difference = _heldout_difference(config, step, domain) if step and domain in base else ""
+def _heldout_rows(config: Config, step: int, heldout: dict[int, dict[str, dict]]) -> Iterator[tuple[str, ...]]:
+    for domain, scores in heldout.get(step, {}).items():
+        difference = _heldout_difference(config, step, domain) if step and domain in heldout.get(0, {}) else ""
         yield _row(step, domain, "bits_per_byte", scores | {"score": scores["bits_per_byte"]}, difference)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -32,17 +33,30 @@ def records(path: Path):
             continue
         _checksum, length, kind = HEADER.unpack_from(content, place)
         place += HEADER.size + length
+        if place > len(content):
+            return  # it is being written
         record += content[place - length : place]
         if kind in (1, 4):
             yield Record.FromString(record)
             record = b""
 
 
+def finished(path: Path) -> list[Record]:
+    """The records of a .wandb file once its last is there: wandb's own process writes it a moment after the run was finished."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = list(records(path))
+        if any(record.HasField("exit") for record in found):
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{path} is not finished after a minute")
+
+
 def told(config) -> list[dict]:
     """Every row of history, in the order of the processes that wrote them."""
     rows = []
     for path in sorted(config.run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        for record in records(path):
+        for record in finished(path):
             if record.HasField("history"):
                 row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
                 rows.append({key: value for key, value in row.items() if not key.startswith("_")})
