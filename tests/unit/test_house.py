@@ -54,7 +54,7 @@ FLOORS = [
     {"errors"},
     {"schema"},
     {"flops"},
-    {"memory"},
+    {"memory", "rules"},
     {"config"},
     {"distributed", "run_folder", "leases", "records", "eval_folder"},
     {"data", "model", "track"},
