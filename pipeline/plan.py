@@ -12,10 +12,13 @@ from retemper.pipeline.data.manifest import find_manifest
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.flops import flops_per_token, peak_flops
 from retemper.pipeline.memory import RankMemory, moments_of, parameter_counts, worst_rank
+from retemper.pipeline.rates import nearest
 from retemper.pipeline.schema.run import Config
 
 # Of a GPU's memory, for CUDA's context, NCCL's buffers and what the allocator cannot use: an allowance, not a measurement.
 _RESERVED = 0.1
+# Of a GPU's peak, where nothing like the run was measured: an assumption.
+_ASSUMED_MFU = 0.4
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Machine:
     gpu: str
     gpu_memory: float  # GiB
     gpus_per_node: int
-    mfu: float  # expected, of the GPU's peak
+    mfu: float | None  # expected, of the GPU's peak; None: as it was measured
     price: float | None  # of a GPU for an hour
 
     @property
@@ -82,13 +85,32 @@ def _time(config: Config, machine: Machine) -> Iterator[str]:
     if not peak:
         yield f"time: not known, for the peak of {machine.gpu} at precision={config.precision} is not"
         return
-    rate = machine.mfu * peak * config.parallel.world_size / flops
+    mfu, source = _mfu(config, machine)
+    rate = mfu * peak * config.parallel.world_size / flops
     hours = tokens / rate / 3600
     gpu_hours = hours * config.parallel.world_size
     cost = f", {gpu_hours * machine.price:,.0f} at {machine.price:g} each" if machine.price else ""
     yield (
-        f"time: {rate:,.0f} tokens/s at MFU {machine.mfu:g} of {machine.gpu}'s {peak / 1e12:,.0f} TFLOP/s: {_duration(hours)}, "
+        f"time: {rate:,.0f} tokens/s at MFU {mfu:.3g} of {machine.gpu}'s {peak / 1e12:,.0f} TFLOP/s: {_duration(hours)}, "
         f"{gpu_hours:,.1f} GPU-hours{cost}; saves and evaluations aside"
+    )
+    yield f"  {source}"
+
+
+def _mfu(config: Config, machine: Machine) -> tuple[float, str]:
+    """Expected share of the peak, and where it is from."""
+    if machine.mfu:
+        return machine.mfu, "this MFU was asked for"
+    measured = nearest(config, machine.gpu)
+    if measured is None:
+        return _ASSUMED_MFU, (
+            f"this MFU is assumed: nothing was measured with method={config.method.name} "
+            f"precision={config.precision} on a card like {machine.gpu}"
+        )
+    return measured.mfu, (
+        f"this MFU was measured on one {measured.gpu} at commit {measured.commit[:7]}: "
+        f"{measured.method}, {measured.precision}, Llama-2-7B's shape, {measured.tokens:,} tokens "
+        "a micro-batch, without recomputation or communication"
     )
 
 

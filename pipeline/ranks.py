@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from retemper.pipeline.config import changed_keys
+from retemper.pipeline.distributed import environment
 from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.preflight import preflight
@@ -26,6 +27,7 @@ def run_rank(load: Callable[[], Config], work: Callable[[Config, topologies.Topo
     def prepare() -> tuple[Config, dict[str, Any]]:
         config = load()
         topologies.check_world_size(config)
+        _prepare_environment(config)  # before check_precision, which starts CUDA
         prepared = preflight(config)
         check_precision(config)
         return config, prepared
@@ -58,6 +60,12 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _prepare_environment(config: Config) -> None:
+    warning = environment.prepare(config.parallel).warning
+    if warning and topologies.is_main_process():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _refuse_other_inputs(rank: int, fingerprints: dict[str, Any]) -> None:

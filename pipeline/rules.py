@@ -98,6 +98,10 @@ def _fp8_conflicts(config: ModelSetup):
         yield "fp8.param_gather=true is of full training: with method=lora the base is held in FP8 anyway"
     if config.fp8.param_gather and recipe == "mxfp8":
         yield "fp8.param_gather=true does not go with precision=mxfp8: leave it out"
+    if config.fp8.keep_transposed and not (lora and recipe == "tensorwise"):
+        yield "fp8.keep_transposed=true is of method=lora with precision=fp8_tensorwise: other weights keep both orders anyway"
+    if config.fp8.attention and recipe not in ("delayed", "tensorwise"):
+        yield f"fp8.attention=true goes with precision=fp8_tensorwise or fp8_delayed, not with {config.precision}"
     if config.fp8.bf16_layers and recipe == "delayed":
         yield "fp8.bf16_layers does not go with precision=fp8_delayed, whose scales are of the whole model: take fp8_tensorwise or 0"
     if config.fp8.bf16_layers > (of_stage := config.model.num_layers // config.parallel.pipeline_parallel_size):
@@ -151,6 +155,25 @@ def _branch_conflicts(config: Config):
             )
 
 
+def graph_conflicts(config: Config):
+    """Yield every reason why a micro-batch's passes cannot be recorded as a CUDA graph (model/graph.py)."""
+    parallel = config.parallel
+    if parallel.pipeline_parallel_size > 1:
+        yield "parallel.pipeline_parallel_size > 1: stages wait for each other between kernels"
+    if config.data.mask_documents:
+        yield "data.mask_documents=true: the shapes of attention change with the documents"
+    if parallel.overlap or parallel.tensor_parallel_overlap:
+        yield "parallel.overlap and tensor_parallel_overlap start communication from the host"
+    if config.precision == "fp8_delayed" or config.fp8.param_gather:
+        yield "precision=fp8_delayed and fp8.param_gather=true keep on the host which scales and weights are new"
+
+
+def _graph_conflicts(config: Config):
+    if config.train.cuda_graph == "on":
+        for reason in graph_conflicts(config):
+            yield f"train.cuda_graph=on does not go with {reason}; take auto"
+
+
 def _schedule_conflicts(schedule: ScheduleConfig):
     if schedule.name == "inverse_sqrt" and not schedule.warmup_tokens:
         yield "schedule.name=inverse_sqrt falls with sqrt(schedule.warmup_tokens / tokens): set schedule.warmup_tokens above 0"
@@ -171,6 +194,8 @@ def conflicts(config: Config):
             f"{'2 × parallel.context_parallel_size' if cp > 1 else 'parallel.tensor_parallel_size'}"
             f"{' × parallel.tensor_parallel_size' if cp > 1 and parallel.sequence_parallel else ''} makes of it"
         )
+    if config.fp8.attention and config.data.mask_documents:
+        yield "fp8.attention=true does not go with data.mask_documents=true; set one of them to its default"
     if cp > 1 and config.data.mask_documents:
         yield "data.mask_documents=true does not go with parallel.context_parallel_size > 1; set one of them to its default"
     if train.global_batch_size % (train.micro_batch_size * dp):
@@ -197,6 +222,7 @@ def conflicts(config: Config):
     yield from _overlap_conflicts(config)
     yield from _branch_conflicts(config)
     yield from _schedule_conflicts(config.schedule)
+    yield from _graph_conflicts(config)
     for tokens in config.checkpoint.milestones:
         if tokens > train.tokens:
             yield f"checkpoint.milestones: {tokens} is beyond train.tokens={train.tokens}"

@@ -1,18 +1,31 @@
 """megatron-core on a machine without CUDA: its hard-wired CUDA calls, redirected to the CPU.
 
 megatron-core 0.19 runs its real tensor, pipeline and data parallelism over gloo once these calls answer for the CPU.
-Nothing here changes what is computed: each redirection is a device argument, a stream, a random state or a type name.
+Nothing here changes what is computed: each redirection is a device argument, a stream, a random state, a type name or
+the choice of a kernel for CPU tensors.
 `patch()` must run before megatron.core is imported; it runs once per process and does nothing where CUDA is present.
 """
 
 import contextlib
 import functools
 import os
+import sys
 
 import torch
 
 # Factory functions that megatron-core calls with device="cuda".
 _FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
+
+# Packages whose kernels megatron-core takes, in many of its modules, wherever they can be imported:
+# for the optimizer, the norm and the clipping of gradients (transformer_engine, or apex with amp_C),
+# for norms (apex) and sums of weight gradients (fused_weight_gradient_mlp_cuda, of apex).
+_CUDA_ONLY = (
+    "transformer_engine",
+    "transformer_engine_torch",
+    "apex",
+    "amp_C",
+    "fused_weight_gradient_mlp_cuda",
+)
 
 _patched = False
 
@@ -31,6 +44,7 @@ def patch() -> None:
     _redirect_random_state()
     _redirect_streams()
     _redirect_types()
+    _hide_cuda_packages()
     _redirect_megatron()
 
 
@@ -93,6 +107,16 @@ def _redirect_types() -> None:
         return original(self).replace("torch.", "torch.cuda.", 1) if self.device.type == "cpu" else original(self)
 
     torch.Tensor.type = type_as_on_cuda
+
+
+def _hide_cuda_packages() -> None:
+    """Make Transformer Engine and apex fail to import in this process, as where they are missing.
+
+    Both can be installed without a GPU, as on a login node, but their kernels take CUDA tensors only.
+    Without them megatron-core computes with torch's.
+    """
+    for name in _CUDA_ONLY:
+        sys.modules[name] = None  # import raises ModuleNotFoundError, find_spec finds nothing
 
 
 def _redirect_megatron() -> None:

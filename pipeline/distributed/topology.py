@@ -241,6 +241,8 @@ def _join(torch) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # CUDA records no graph of the default stream, and autograd works on the stream that a parameter was made on.
+        torch.cuda.set_stream(torch.cuda.Stream())
         _check_shared_memory(int(os.environ["LOCAL_WORLD_SIZE"]))
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))

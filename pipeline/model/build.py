@@ -16,11 +16,13 @@ from megatron.core.utils import unwrap_model
 
 from retemper.pipeline.distributed.topology import Topology, sum_over_stages
 from retemper.pipeline.model import lora
+from retemper.pipeline.model.adapted import hand_out_gradients
 from retemper.pipeline.model.attention import SdpaAttention
 from retemper.pipeline.model.fp8 import forget_scales, hold_in_fp8_alone, plain_weights
 from retemper.pipeline.model.kernels import kernels_here, start_tensor_parallel_overlap
 from retemper.pipeline.model.weights import init_weights
-from retemper.pipeline.schema.model import LoraConfig, ModelSetup, RopeScaling
+from retemper.pipeline.schema.model import ModelSetup, RopeScaling
+from retemper.pipeline.schema.run import Config
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -58,7 +60,7 @@ def _trainable(model: GPTModel, config: ModelSetup, topology: Topology) -> Distr
     if config.method.name == "lora":
         lora.freeze_base(model)
         if config.fp8_weights:
-            hold_in_fp8_alone(model)
+            hold_in_fp8_alone(model, keep_transposed=config.fp8.keep_transposed)
         if model.pre_process and config.parallel.recompute != "none":
             lora.open_to_gradients(model.embedding)
     lora.check_what_trains({name: parameter.requires_grad for name, parameter in model.named_parameters()}, config.method.lora)
@@ -186,13 +188,28 @@ def transformer_config(config: ModelSetup) -> TransformerConfig:
         bf16=bf16,
         # Means over all tokens of the global batch, right also when loss masks differ between ranks.
         calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
+        finalize_model_grads_func=_finalize_gradients,
         gradient_accumulation_fusion=kernels.apex,
         bias_activation_fusion=bool(kernels.gpu),
         apply_rope_fusion=bool(kernels.transformer_engine),
+        # Queries, keys and values rotated where they lie, without being parted first.
+        fused_single_qkv_rope=bool(kernels.transformer_engine) and not (model.qk_norm or _masks_documents(config)),
+        # Of a frozen head the loss has a way of its own (frozen_head.py).
+        cross_entropy_loss_fusion=bool(kernels.gpu) and config.method.name == "full",
+        cross_entropy_fusion_impl="native",
         masked_softmax_fusion=False,  # attention is Transformer Engine's or torch's, fused as a whole
         **_fp8(config),
     )
+
+
+def _masks_documents(config: ModelSetup) -> bool:
+    return isinstance(config, Config) and config.data.mask_documents
+
+
+def _finalize_gradients(stages: list[torch.nn.Module], *args, **kwargs) -> None:
+    """megatron-core's reduction of gradients over ranks, after the last micro-batch of a step."""
+    hand_out_gradients(stages)
+    finalize_model_grads(stages, *args, **kwargs)
 
 
 def _fp8(config: ModelSetup) -> dict[str, object]:
@@ -207,6 +224,7 @@ def _fp8(config: ModelSetup) -> dict[str, object]:
         # Transformer Engine's own defaults: the largest of the last 1024 steps.
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
+        "fp8_dot_product_attention": config.fp8.attention,
         "first_last_layers_bf16": config.fp8.bf16_layers > 0,
         "num_layers_at_start_in_bf16": config.fp8.bf16_layers,
         "num_layers_at_end_in_bf16": config.fp8.bf16_layers,
@@ -227,7 +245,7 @@ def parameter_counts(model: torch.nn.ModuleList, tensor_parallel_size: int) -> t
 def _block_spec(config: ModelSetup, local: bool) -> TransformerBlockSubmodules:
     layer = _local_layer(config) if local else get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=config.model.qk_norm)
     if config.method.lora:
-        _use_adapters(layer, config.method.lora, local)
+        _use_adapters(layer, config, local)
     parallel = config.parallel
     layers = config.model.num_layers // (parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size)
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
@@ -243,16 +261,17 @@ def _local_layer(config: ModelSetup) -> TransformerLayerSubmodules:
     return layer
 
 
-def _use_adapters(layer: TransformerLayerSubmodules, settings: LoraConfig, local: bool) -> None:
+def _use_adapters(layer: TransformerLayerSubmodules, config: ModelSetup, local: bool) -> None:
     """Let a layer spec build its targeted linear layers with adapters."""
+    attention = layer.self_attention.submodules
+    mlp = layer.mlp.keywords["submodules"]
+    settings, fused = config.method.lora, config.fused_adapters
     if local:
         qkv, gate_up, row = lora.LoraQkvLinear, lora.LoraGateUpLinear, lora.LoraRowLinear
     else:
         from retemper.pipeline.model import lora_te
 
-        qkv, gate_up, row = lora_te.TELoraQkvLinear, lora_te.TELoraGateUpLinear, lora_te.TELoraRowLinear
-    attention = layer.self_attention.submodules
-    mlp = layer.mlp.keywords["submodules"]
+        qkv, gate_up, row = lora_te.layers(fused=fused)
     for submodules, name, adapted, targets in (
         (attention, "linear_qkv", qkv, ("q", "k", "v")),
         (attention, "linear_proj", row, ("o",)),
@@ -260,4 +279,6 @@ def _use_adapters(layer: TransformerLayerSubmodules, settings: LoraConfig, local
         (mlp, "linear_fc2", row, ("down",)),
     ):
         if targeted := [target for target in targets if target in settings.targets]:
-            setattr(submodules, name, partial(adapted, lora=settings, targets=targeted))
+            setattr(submodules, name, partial(adapted, lora=settings, targets=targeted, fused=fused))
+            if fused and not local and name in lora_te.NORMS:
+                lora_te.set_norm_apart(layer, name)

@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterator
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 
 from retemper.pipeline.data.batch import Batch
+from retemper.pipeline.model import frozen_head
+from retemper.pipeline.model.adapted import join_factors
 
 
 def run_schedule(model: torch.nn.ModuleList, batches: list[Batch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
@@ -15,7 +18,9 @@ def run_schedule(model: torch.nn.ModuleList, batches: list[Batch], *, forward_on
     Returns for each micro-batch, on the last pipeline stage alone: loss (sum of nats), tokens (labels that count) and
     losses_BT (nats of every position), of what this context-parallel rank holds of the sequences.
     """
-    return through_stages(model, batches, _forward_step, forward_only=forward_only)
+    if model.training:
+        join_factors(list(model))
+    return through_stages(model, batches, forward_step, forward_only=forward_only)
 
 
 def through_stages(model: torch.nn.ModuleList, batches: list[Batch], forward_step: Callable, *, forward_only: bool) -> list:
@@ -38,10 +43,16 @@ def through_stages(model: torch.nn.ModuleList, batches: list[Batch], forward_ste
     return outputs[: len(batches)]
 
 
-def _forward_step(batches: Iterator[Batch], model):
+def forward_step(batches: Iterator[Batch], model):
+    """The step that megatron-core's schedules take for each micro-batch: the model's output, and the function of its loss."""
     batch = next(batches)
     output_BT = model(
-        batch.tokens_BT, batch.position_ids_BT, attention_mask=None, labels=batch.labels_BT, packed_seq_params=_packed_seq_params(batch)
+        batch.tokens_BT,
+        batch.position_ids_BT,
+        attention_mask=None,
+        labels=batch.labels_BT,
+        packed_seq_params=_packed_seq_params(batch),
+        output_processor=frozen_head.losses if frozen_head.is_frozen(unwrap_model(model)) else None,
     )
     return output_BT, lambda losses_BT: _loss(losses_BT, batch)
 

@@ -28,19 +28,22 @@ def plain_weights(model: torch.nn.Module, *, trained: bool) -> Iterator[None]:
         layer._parameters["weight"] = weight
 
 
-def hold_in_fp8_alone(model: torch.nn.Module) -> None:
+def hold_in_fp8_alone(model: torch.nn.Module, *, keep_transposed: bool) -> None:
     """Of frozen weights keep one byte a number: no bf16 copy, and no transposed one between backward passes.
 
     On Hopper, whose FP8 multiplication takes one order of its operands alone, Transformer Engine keeps from a backward pass on the
     transposed weight too: as many bytes again. With scales by block both orders stay, for one is not to be had from the other
     without rounding anew.
+
+    keep_transposed: let it, for a backward pass that does not transpose.
     """
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
         if is_float8tensor(weight) and hasattr(weight, "_transpose"):  # the kind of one scale a tensor
             weight._quantizer.set_usage(columnwise=False)
             weight.update_usage(columnwise_usage=False)
-            layer.register_forward_pre_hook(_forgetting_transposed(weight))
+            if not keep_transposed:
+                layer.register_forward_pre_hook(_forgetting_transposed(weight))
 
 
 def _forget_origin(weight: torch.nn.Parameter) -> None:

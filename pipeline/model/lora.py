@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from retemper.pipeline.model.adapted import TorchProducts, adapted_column, adapted_row
 from retemper.pipeline.model.adapter import Adapter, Dropout, gains_of, is_adapter, mark, principal_factors, row_norms, scale_of, turned
 from retemper.pipeline.schema.model import LoraConfig
 
@@ -60,9 +61,13 @@ def begin_at_base(model: torch.nn.Module) -> None:
 class ColumnAdapters:
     """Adapters of a column-parallel layer: A on every rank, B sharded by output features as the base weight is."""
 
-    def add_adapters(self, lora: LoraConfig, targets: list[str], in_features: int, group) -> None:
-        """group: the tensor-parallel one. Called once the layer stands."""
+    def add_adapters(self, lora: LoraConfig, targets: list[str], in_features: int, group, *, fused: bool) -> None:
+        """Give the layer its adapters, once it is built.
+
+        group: the tensor-parallel one. fused: layer and adapters are one function in training (adapted.py).
+        """
         self.lora, self.scale, self.adapter_group = lora, scale_of(lora), group
+        self.fused, self.factors = fused, None
         self.dropout = Dropout(lora.dropout, sharded_input=self.config.sequence_parallel)
         sizes = self.output_sizes()
         self.adapters = torch.nn.ModuleDict({name: Adapter(in_features, sizes[name], lora, self.config) for name in targets})
@@ -79,9 +84,17 @@ class ColumnAdapters:
         """(O, ...) in the fused layer's order, of what each part of it has along its output features."""
         raise AssertionError("set by the layer")
 
+    def views(self, fused: torch.Tensor, dim: int) -> dict[str, torch.Tensor]:
+        """Each part's view of a tensor whose dimension `dim` has the output features in the fused layer's order.
+
+        Where a part's features do not stand together that dimension becomes two.
+        """
+        raise AssertionError("set by the layer")
+
     def split(self, fused: torch.Tensor) -> dict[str, torch.Tensor]:
         """What fuse put together."""
-        raise AssertionError("set by the layer")
+        sizes = self.output_sizes()
+        return {name: part.reshape(sizes[name], *fused.shape[1:]) for name, part in self.views(fused, 0).items()}
 
     def with_adapters(self, output_SBO: torch.Tensor, x_SBI: torch.Tensor) -> torch.Tensor:
         """The base layer's output for x, and the adapters' on top: one A and one B of all of them, whose ranks do not touch, for a product
@@ -140,11 +153,11 @@ class QkvOutputs:
         groups = self.config.num_query_groups // self.config.tensor_model_parallel_size
         return torch.cat([part.unflatten(0, (groups, -1)) for part in parts.values()], dim=1).flatten(0, 1)
 
-    def split(self, fused):
+    def views(self, fused, dim):
         sizes = self.output_sizes()
         groups = self.config.num_query_groups // self.config.tensor_model_parallel_size
-        parts = fused.unflatten(0, (groups, -1)).split([size // groups for size in sizes.values()], dim=1)
-        return {name: part.flatten(0, 1) for name, part in zip(sizes, parts, strict=True)}
+        parts = fused.unflatten(dim, (groups, -1)).split([size // groups for size in sizes.values()], dim=dim + 1)
+        return dict(zip(sizes, parts, strict=True))
 
 
 class GateUpOutputs:
@@ -156,22 +169,33 @@ class GateUpOutputs:
     def fuse(self, parts):
         return torch.cat(list(parts.values()))
 
-    def split(self, fused):
-        return dict(zip(("gate", "up"), fused.chunk(2), strict=True))
+    def views(self, fused, dim):
+        return dict(zip(("gate", "up"), fused.chunk(2, dim=dim), strict=True))
 
 
 class RowAdapter:
     """The adapter of a row-parallel layer: A sharded by input features as the base weight is, B on every rank."""
 
-    def add_adapter(self, lora: LoraConfig, target: str, in_features: int, out_features: int, group) -> None:
-        """in_features: of this rank. group: the tensor-parallel one. Called once the layer stands."""
+    def add_adapter(
+        self, lora: LoraConfig, target: str, in_features: int, out_features: int, group, *, fused: bool
+    ) -> None:
+        """Give the layer its adapter, once it is built.
+
+        in_features: of this rank. group: the tensor-parallel one. fused: layer and adapter are one function in training
+        (adapted.py).
+        """
         self.lora, self.scale, self.adapter_group = lora, scale_of(lora), group
+        self.fused, self.factors = fused, None
         self.dropout = Dropout(lora.dropout, sharded_input=True)
         adapter = Adapter(in_features, out_features, lora, self.config)
         mark(adapter, adapter.sharded_axes(of_A=1))
         for parameter in (adapter.lora_B, *([adapter.lora_magnitude] if lora.dora else [])):
             parameter.sequence_parallel = self.config.sequence_parallel
         self.adapters = torch.nn.ModuleDict({target: adapter})
+
+    def output_sizes(self) -> dict[str, int]:
+        """Output features of the one part that the layer has."""
+        return {name: adapter.lora_B.shape[0] for name, adapter in self.adapters.items()}
 
     def with_adapter(self, output_SBO: torch.Tensor, x_SBI: torch.Tensor) -> torch.Tensor:
         """The base layer's output for x, and the adapter's on top."""
@@ -203,12 +227,14 @@ class RowAdapter:
         return _sharded(self, {"weight": 1} | _named_axes(self.adapters, of_A=1), prefix, sharded_offsets, metadata)
 
 
-class _LocalColumn(ColumnAdapters, ColumnParallelLinear):
-    def __init__(self, *args, lora: LoraConfig, targets: list[str], **kwargs):
+class _LocalColumn(ColumnAdapters, TorchProducts, ColumnParallelLinear):
+    def __init__(self, *args, lora: LoraConfig, targets: list[str], fused: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.add_adapters(lora, targets, self.input_size, self.tp_group)
+        self.add_adapters(lora, targets, self.input_size, self.tp_group, fused=fused)
 
     def forward(self, input_, weight=None, runtime_gather_output=None):
+        if self.fused and self.training:
+            return adapted_column(self, input_), None
         output_SBO, bias = super().forward(input_, weight, runtime_gather_output)
         return self.with_adapters(output_SBO, input_), bias
 
@@ -221,14 +247,17 @@ class LoraGateUpLinear(GateUpOutputs, _LocalColumn):
     """gate and up of megatron-core's own layers."""
 
 
-class LoraRowLinear(RowAdapter, RowParallelLinear):
+class LoraRowLinear(RowAdapter, TorchProducts, RowParallelLinear):
     """o, or down, of megatron-core's own layers."""
 
-    def __init__(self, *args, lora: LoraConfig, targets: list[str], **kwargs):
+    def __init__(self, *args, lora: LoraConfig, targets: list[str], fused: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.add_adapter(lora, *targets, self.input_size_per_partition, self.output_size, self.tp_group)
+        sizes = self.input_size_per_partition, self.output_size
+        self.add_adapter(lora, *targets, *sizes, self.tp_group, fused=fused)
 
     def forward(self, input_):
+        if self.fused and self.training:
+            return adapted_row(self, input_), None
         output_SBO, bias = super().forward(input_)
         return self.with_adapter(output_SBO, input_), bias
 

@@ -74,6 +74,11 @@ class LoraConfig(Section):
     targets: Annotated[list[LoraTarget], BeforeValidator(_listed)] = Field(
         min_length=1, description="all, attention (q, k, v, o), mlp (gate, up, down), or a list of them, as [q,v]"
     )
+    kernel: Literal["fused", "plain"] = Field(
+        "fused",
+        description="fused: a frozen layer with its adapters is one function that adds the base's product onto theirs; plain: "
+        "each product and sum is an operation of its own. dropout, dora, pissa and parallel.overlap are always computed plainly",
+    )
 
 
 class MethodConfig(Section):
@@ -126,6 +131,12 @@ class Fp8Config(Section):
         description="full training keeps and gathers its weights in FP8, beside float32 ones of the optimizer; a frozen base is always in FP8",
     )
     bf16_layers: Annotated[int, Field(ge=0)] = Field(0, description="of the first layers, and as many of the last, that stay in bf16")
+    keep_transposed: bool = Field(
+        False,
+        description="with method=lora keep the transposed copy of each frozen weight, one more byte a weight, "
+        "instead of making it anew in every backward pass",
+    )
+    attention: bool = Field(False, description="compute attention in FP8 too, with precision=fp8_tensorwise or fp8_delayed")
 
 
 class ModelSetup(Section):
@@ -149,6 +160,15 @@ class ModelSetup(Section):
     def fp8_weights(self) -> bool:
         """Whether weights of linear layers are held in FP8, and not in bf16."""
         return self.fp8_recipe is not None and (self.fp8.param_gather or self.method.name == "lora")
+
+    @property
+    def fused_adapters(self) -> bool:
+        """Whether a frozen layer and its adapters are one function in training (model/adapted.py)."""
+        lora, parallel = self.method.lora, self.parallel
+        if lora is None or lora.kernel == "plain":
+            return False
+        overlap = parallel.overlap or parallel.tensor_parallel_overlap
+        return not (lora.dropout or lora.dora or lora.pissa or overlap)
 
     @property
     def padded_vocab_size(self) -> int:

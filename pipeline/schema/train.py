@@ -40,6 +40,11 @@ class TrainConfig(Section):
     global_batch_size: PositiveInt = Field(description="samples per optimizer step, over all ranks")
     micro_batch_size: PositiveInt = Field(description="samples per forward pass of one rank")
     log_every_steps: PositiveInt = 10
+    cuda_graph: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="record the kernels of one micro-batch once and replay them, so that the GPU does not wait for the host; "
+        "auto: on a GPU, wherever the run allows it",
+    )
     branches: list[Tokens] = Field(
         default=[],
         description="milestones as the paper has them: this run's rate stays constant, and for each of these token counts a run of its own "

@@ -1,13 +1,20 @@
-"""Lion, in the form megatron-core's distributed optimizer steps and saves: parameter groups with max_lr, a state of exp_avg."""
+"""Lion, in the form that megatron-core's distributed optimizer steps and saves.
+
+Its parameter groups have max_lr, its state is exp_avg.
+"""
+
+import functools
+import importlib.util
 
 import torch
 
 
 class Lion(torch.optim.Optimizer):
-    """Lion (Chen et al. 2023, arXiv 2302.06675) with fully decoupled weight decay, as LLM Foundry's DecoupledLionW has it.
+    """Lion (Chen et al. 2023, arXiv 2302.06675) with fully decoupled weight decay.
 
-    Every group names lr, max_lr (its peak), betas and weight_decay. A step multiplies weights by 1 - lr / max_lr * weight_decay
-    and moves each by lr.
+    The decay is that of LLM Foundry's DecoupledLionW. Every group names lr, max_lr (its peak),
+    betas and weight_decay. A step multiplies weights by 1 - lr / max_lr * weight_decay and moves
+    each by lr. On CUDA, where Triton is installed, the step of a parameter is one kernel.
     """
 
     @torch.no_grad()
@@ -20,6 +27,32 @@ class Lion(torch.optim.Optimizer):
                     continue
                 if not self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
-                momentum = self.state[p]["exp_avg"]
-                p.mul_(kept).add_(momentum.lerp(p.grad, 1 - beta1).sign_(), alpha=-group["lr"])
-                momentum.lerp_(p.grad, 1 - beta2)
+                step_of_one = _step_on_cuda() if p.is_cuda else plain_step
+                step_of_one(p, p.grad, self.state[p]["exp_avg"], kept, group["lr"], beta1, beta2)
+
+
+def plain_step(
+    p: torch.Tensor,
+    grad: torch.Tensor,
+    momentum: torch.Tensor,
+    kept: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+) -> None:
+    """Multiply p by `kept`, move it by lr against the direction, and update momentum, in place.
+
+    The tensors have one shape.
+    """
+    p.mul_(kept).add_(momentum.lerp(grad, 1 - beta1).sign_(), alpha=-lr)
+    momentum.lerp_(grad, 1 - beta2)
+
+
+@functools.cache
+def _step_on_cuda():
+    """The Triton kernel, or without Triton the plain step."""
+    if importlib.util.find_spec("triton") is None:
+        return plain_step
+    from retemper.pipeline.train.lion_triton import lion_step
+
+    return lion_step

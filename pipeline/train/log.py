@@ -12,6 +12,7 @@ from tqdm import tqdm
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.data.reader import TrainingBatches
+from retemper.pipeline.distributed.environment import in_force
 from retemper.pipeline.evals.hook import Scores, format_scores
 from retemper.pipeline.flops import flops_per_token, peak_flops
 from retemper.pipeline.model.kernels import kernels_here
@@ -35,6 +36,8 @@ class Log:
             flush=True,
         )
         print(f"{label}: kernels: {kernels_here()}", flush=True)
+        if variables := str(in_force()):
+            print(f"{label}: environment: {variables}", flush=True)
         if state.data_changes and state.data_changes[-1]["step"] == state.step:
             print("\n".join([f"{label}: other data from here on:", *state.data_changes[-1]["difference"]]), flush=True)
         if state.step >= config.steps:

@@ -10,6 +10,7 @@ from retemper.pipeline.distributed.seeds import seed_step
 from retemper.pipeline.distributed.topology import Topology, asked_to_stop
 from retemper.pipeline.evals.hook import evaluate
 from retemper.pipeline.model.build import build_model, parameter_counts
+from retemper.pipeline.model.graph import Passes
 from retemper.pipeline.schema.run import Config
 from retemper.pipeline.train.anomaly import Anomaly, left_out, roll_back
 from retemper.pipeline.train.log import Log
@@ -30,6 +31,7 @@ def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> N
 def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> Anomaly | None:
     """Train on, until the end, a signal to stop or a step that must not count, which is returned."""
     model = build_model(config, topology)
+    passes = Passes(config, topology, model)
     optimizer = build_optimizer(config, model)
     schedule = build_schedule(config, optimizer)
     checkpointer = Checkpointer(config, topology, model, optimizer, fingerprints)
@@ -53,7 +55,7 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
                 result = None
                 schedule.step(config.tokens_per_step)
             else:
-                result = train_step(config, state, model, optimizer, schedule, data.micro_batches)
+                result = train_step(config, state, passes, optimizer, schedule, data.micro_batches)
             if isinstance(result, Anomaly):
                 return result
             state.step += 1

@@ -7,7 +7,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.data.batch import Batch
 from retemper.pipeline.distributed.topology import from_last_stage
-from retemper.pipeline.model.forward import run_schedule
+from retemper.pipeline.model.graph import Passes
 from retemper.pipeline.schema.run import Config
 from retemper.pipeline.train.anomaly import Anomaly, anomaly_in, remember
 from retemper.pipeline.train.norms import norms_of_step
@@ -23,15 +23,17 @@ class StepResult:
     norms: dict[str, float]  # of weights and of their update, by kind, where they are logged
 
 
-def train_step(config: Config, state: TrainState, model, optimizer, schedule, batches: list[Batch]) -> StepResult | Anomaly:
+def train_step(
+    config: Config, state: TrainState, passes: Passes, optimizer, schedule, batches: list[Batch]
+) -> StepResult | Anomaly:
     """Forward and backward over this rank's micro-batches, gradients reduced, one optimizer step.
 
     Loss and gradient norm are looked at before it: an Anomaly has changed no weight.
     """
-    for stage in model:
+    for stage in passes.model:
         stage.zero_grad_buffer()
     optimizer.zero_grad()
-    outputs = run_schedule(model, batches, forward_only=False)
+    outputs = passes(batches)
     nats, tokens = from_last_stage([float(sum(output[key] for output in outputs)) for key in ("loss", "tokens")])
     loss = nats / max(tokens, 1)
     if anomaly := anomaly_in(config, state, "losses", loss):
@@ -41,7 +43,7 @@ def train_step(config: Config, state: TrainState, model, optimizer, schedule, ba
         return anomaly
     lr = min(group["lr"] for group in optimizer.param_groups)  # LoRA+ gives B a higher one
     step_by_gradients(config, optimizer, grad_norm)
-    norms = norms_of_step(model, optimizer) if config.logs_after(state.step + 1) else {}
+    norms = norms_of_step(passes.model, optimizer) if config.logs_after(state.step + 1) else {}
     schedule.step(config.tokens_per_step)
     remember(state, loss, grad_norm)
     return StepResult(loss, grad_norm, lr, norms)

@@ -55,9 +55,9 @@ class BareSteps:
             self.model, self.optimizer = model, build_optimizer(config, model)
             return self.optimizer
 
-        def noting_step(config, state, model, optimizer, schedule, batches):
+        def noting_step(config, state, passes, optimizer, schedule, batches):
             self.batches, self.schedule, self.tokens = batches, schedule, config.tokens_per_step
-            return train_step(config, state, model, optimizer, schedule, batches)
+            return train_step(config, state, passes, optimizer, schedule, batches)
 
         def after_step():
             stopping = asked_to_stop()

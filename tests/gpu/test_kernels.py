@@ -18,6 +18,14 @@ def test_fused_layers_compute_what_plain_ones_do(workspace, method, layout):
     launch(world_size, [{"probe": "kernels", "overrides": overrides(workspace, "kernels", *method, *layout)}], "probes")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8_tensorwise", "fp8_blockwise"])
+@pytest.mark.parametrize("changes", [[], ["method.lora.targets=[q,v,up]"], ["method.lora.rank=64"], ["model.qkv_bias=true"]])
+def test_adapted_layers_are_one_function(workspace, wide, changes, precision):
+    pytest.importorskip("transformer_engine", reason="Transformer Engine is not installed")
+    asked = overrides(workspace, "adapted", *wide, f"precision={precision}", *LORA, *changes)
+    launch(1, [{"probe": "adapted", "overrides": asked}], "probes")
+
+
 @pytest.mark.parametrize("precision", ["fp8_tensorwise", "fp8_delayed", "fp8_blockwise", "mxfp8"])
 @pytest.mark.parametrize("method", [[], ["fp8.param_gather=true"], LORA])
 def test_8_bits_compute_nearly_what_16_do(workspace, wide, method, precision):

@@ -32,3 +32,28 @@ def test_a_run_is_restarted_and_adapted_and_exported(workspace, wide, precision)
     exported = {"run": str(runs / adapted), "folder": str(workspace / precision), "step": None, "adapter": False, "base": None}
     launch(1, [{"export": exported | {"tokenizer": None}}], "exchange")
     assert (workspace / precision / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_tensorwise"])
+@pytest.mark.parametrize("method", ["full", "lora", "dropout"])
+def test_recorded_passes_train_as_others_do(workspace, wide, precision, method):
+    """With held-out text scored in between, and restarted: attention's backward pass sums in any order."""
+    changes = [] if method == "full" else ["method=lora", "init_from=unread", "method.lora.rank=4", "optimizer.lr=1e-3"]
+    if method == "dropout":
+        changes.append("method.lora.dropout=0.1")
+    if method != "full":
+        launch(1, [{"overrides": overrides(workspace, f"graph-{precision}-base", *wide, f"precision={precision}", "train.cuda_graph=on")}])
+        changes[1] = f"init_from={workspace / 'runs' / 'test' / f'graph-{precision}-base'}"
+
+    def run(name: str, *more: str, **how) -> dict:
+        asked = ["train.micro_batch_size=2", "checkpoint.save_every_steps=5", f"precision={precision}", *changes, *more]
+        return {"overrides": overrides(workspace, f"graph-{precision}-{method}-{name}", *wide, *asked)} | how
+
+    on = "train.cuda_graph=on"
+    launch(1, [run("off", "train.cuda_graph=off"), run("on", on), run("cut", on, stop_after=7), run("cut", on)])
+
+    def losses(name: str) -> list[float]:
+        return [record["loss"] for record in read_metrics(workspace / "runs" / "test" / f"graph-{precision}-{method}-{name}")]
+
+    assert losses("on") == pytest.approx(losses("off"), rel=1e-3)
+    assert losses("cut") == pytest.approx(losses("off"), rel=1e-3)

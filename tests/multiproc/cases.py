@@ -1,7 +1,7 @@
 """One rank that trains a list of cases, megatron's groups built anew for each. Run by conftest.launch.
 
-A case: {"overrides": [...]}, and "stop_after": a step, "fault": a name, or "copy_of": the folder of a run that it goes on
-with. Its results are its run folder.
+A case: {"overrides": [...]}, and "stop_after": a step, "fault": a name, "copy_of": the folder of a run that it goes on
+with, or "graph": true, which lets train.cuda_graph=on run on a CPU. Its results are its run folder.
 """
 
 import contextlib
@@ -32,13 +32,24 @@ def main(cases: list[dict]) -> None:
         if "copy_of" in case and place.rank == 0:
             shutil.copytree(case["copy_of"], config.run_dir)
         topology.barrier()
-        with FAULTS[case.get("fault")]():
+        with FAULTS[case.get("fault")](), stand_in_graph() if case.get("graph") else contextlib.nullcontext():
             try:
                 with interruption(loop, case.get("stop_after")):
                     train_with_branches(config, place, fingerprints)
             except Stopped:
                 pass
         topology.stop(leave=False)
+
+
+def stand_in_graph():
+    """Call what a CUDA graph would replay: everything else about recorded passes stays as it is."""
+    from retemper.pipeline.model import graph
+
+    def record(function):
+        function()
+        return function
+
+    return mock.patch.object(graph, "record", record)
 
 
 def interruption(loop, stop_after: int | None):
@@ -56,9 +67,13 @@ def interruption(loop, stop_after: int | None):
 
 def unreduced_adapter_gradient():
     """The bug of several peers: the gradient of the replicated LoRA factor is not summed over tensor-parallel ranks."""
-    from retemper.pipeline.model import lora
+    from retemper.pipeline.model import adapted
 
-    return mock.patch.object(lora, "copy_to_tensor_model_parallel_region", lambda tensor, group: tensor)
+    def reduce(tensor, group, reduce=adapted.reduce_from_tensor_model_parallel_region):
+        is_hidden_gradient = tensor.ndim == 2 and tensor.shape[1] <= 16
+        return tensor if is_hidden_gradient else reduce(tensor, group=group)
+
+    return mock.patch.object(adapted, "reduce_from_tensor_model_parallel_region", reduce)
 
 
 def unmarked_adapter_factor():
@@ -147,14 +162,14 @@ def nan_gradient():
     """One rank's gradients are not numbers in step 7."""
     from retemper.pipeline.train import loop
 
-    def train_step(config, state, model, optimizer, schedule, batches, train_step=loop.train_step):
+    def train_step(config, state, passes, optimizer, schedule, batches, train_step=loop.train_step):
         def prepare(prepare_grads=optimizer.prepare_grads):
             if state.step + 1 == 7 and torch.distributed.get_rank() == 1:
-                model[0].buffers[0].grad_data.fill_(float("nan"))
+                passes.model[0].buffers[0].grad_data.fill_(float("nan"))
             return prepare_grads()
 
         with mock.patch.object(optimizer, "prepare_grads", prepare):
-            return train_step(config, state, model, optimizer, schedule, batches)
+            return train_step(config, state, passes, optimizer, schedule, batches)
 
     return mock.patch.object(loop, "train_step", train_step)
 
@@ -163,10 +178,10 @@ def garbage_batch():
     """The labels of step 21 have nothing to do with its tokens."""
     from retemper.pipeline.train import loop
 
-    def train_step(config, state, model, optimizer, schedule, batches, train_step=loop.train_step):
+    def train_step(config, state, passes, optimizer, schedule, batches, train_step=loop.train_step):
         if state.step + 1 == 21:
             batches = [replace(batch, labels_BT=torch.full_like(batch.labels_BT, 299)) for batch in batches]
-        return train_step(config, state, model, optimizer, schedule, batches)
+        return train_step(config, state, passes, optimizer, schedule, batches)
 
     return mock.patch.object(loop, "train_step", train_step)
 

@@ -25,6 +25,7 @@ def main(cases: list[dict]) -> None:
         "dropout": dropout,
         "frozen": frozen,
         "kernels": kernels,
+        "adapted": adapted,
         "fp8": fp8,
         "counts": counts,
         "memory": memory,
@@ -180,28 +181,51 @@ def fp8(config, place, model) -> None:
 def kernels(config, place, model) -> None:
     """Transformer Engine's layers compute what megatron-core's own do: losses, and the gradient of everything that trains."""
     from retemper.pipeline.model import build
-    from retemper.pipeline.model.forward import run_schedule
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with mock.patch.object(build, "HAVE_TE", False):
-        plain = build.build_model(config, place)
+        plain = build.build_model(plainly_adapted(config), place)
     batch = batch_of(config, samples_of(config)).to(place.device)
-
-    def measured(model) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(1)
-        names = {_local_name(name): parameter for name, parameter in model.named_parameters()}
-        for name in sorted(names):
-            if names[name].requires_grad:  # B begins at zero, and A's gradient with it
-                names[name].data += 0.02 * torch.randn(names[name].shape, generator=generator).to(names[name])
-        (output,) = run_schedule(model, [batch], forward_only=False)
-        gradients = {f"gradient of {name}": parameter.main_grad.clone() for name, parameter in names.items() if parameter.requires_grad}
-        return {"losses": output["losses_BT"]} | gradients
-
-    expected, got = measured(plain), measured(model)
+    expected, got = losses_and_gradients(plain, batch), losses_and_gradients(model, batch)
     assert expected.keys() == got.keys() and type(model[0].module.decoder.layers[0]) is type(plain[0].module.decoder.layers[0])
     assert type(model[0].module.decoder.layers[0].mlp.linear_fc1) is not type(plain[0].module.decoder.layers[0].mlp.linear_fc1)
     for name, value in expected.items():
         assert (got[name] - value).norm() <= 1e-4 * value.norm(), name
+
+
+def adapted(config, place, model) -> None:
+    """A frozen layer and its adapters as one function compute what they do apart, on the same layers and in the same precision."""
+    from retemper.pipeline.model import build
+
+    plain = build.build_model(plainly_adapted(config), place)
+    batch = batch_of(config, samples_of(config)).to(place.device)
+    expected, got = losses_and_gradients(plain, batch), losses_and_gradients(model, batch)
+    assert expected.keys() == got.keys() and any(getattr(layer, "fused", False) for layer in model.modules())
+    furthest = max(((got[name] - value).norm() / value.norm()).item() for name, value in expected.items())
+    print(f"adapted: {config.precision}: {furthest:.2e}", flush=True)
+    assert furthest <= {"fp32": 1e-5, "bf16": 0.03}.get(config.precision, 0.1)
+
+
+def plainly_adapted(config):
+    """The config with adapters' products as operations of their own."""
+    if not config.method.lora:
+        return config
+    lora = config.method.lora.model_copy(update={"kernel": "plain"})
+    return config.model_copy(update={"method": config.method.model_copy(update={"lora": lora})})
+
+
+def losses_and_gradients(model, batch) -> dict[str, torch.Tensor]:
+    """Of one micro-batch, by the names that parameters have in megatron-core's own layers; weights are moved a little at first."""
+    from retemper.pipeline.model.forward import run_schedule
+
+    generator = torch.Generator().manual_seed(1)
+    names = {_local_name(name): parameter for name, parameter in model.named_parameters()}
+    for name in sorted(names):
+        if names[name].requires_grad:  # B begins at zero, and A's gradient with it
+            names[name].data += 0.02 * torch.randn(names[name].shape, generator=generator).to(names[name])
+    (output,) = run_schedule(model, [batch], forward_only=False)
+    gradients = {f"gradient of {name}": parameter.main_grad.clone() for name, parameter in names.items() if parameter.requires_grad}
+    return {"losses": output["losses_BT"]} | gradients
 
 
 def _local_name(name: str) -> str:

@@ -1,5 +1,6 @@
 """`retemper plan`: its figures against counts by hand, what it refuses and proposes, and that it is light."""
 
+import json
 import resource
 import statistics
 import subprocess
@@ -10,6 +11,7 @@ from conftest import ROOT, overrides
 
 from retemper.pipeline.cli import main
 from retemper.pipeline.config import preset_names
+from retemper.pipeline.rates import MEASURED
 
 SEVEN_B = [
     *["study=paper", "name=full", "model=llama2_7b", "data=starcoder_python", "data.path=shards/unmade", "train.tokens=20B"],
@@ -53,12 +55,58 @@ def test_llama2_7b_in_full_on_one_node_is_the_count_by_hand(plan):
     assert bytes_of(said, "weights") == 2 * parameters and bytes_of(said, "gradients") == 4 * parameters
     assert bytes_of(said, "optimizer") == 12 * parameters // 8
     tokens, steps = 192 * 4096, 20_000_000_000 // (192 * 4096)
-    rate = 0.4 * 8 * 989e12 / 42_863_689_728
+    rate = 8 * 13_012.9  # of one H200, whose peak is an H100's, with this model and micro-batch
     hours = steps * tokens / rate / 3600
     assert f"{steps:,} steps of {tokens:,} tokens" in said and f"{rate:,.0f} tokens/s" in said
     assert f"{hours / 24:.1f} days, {8 * hours:,.1f} GPU-hours, {8 * hours * 2.5:,.0f} at 2.5 each" in said
     assert f"1 of {14 * parameters / 2**30:.2f} GiB" in said
     assert f"starcoder_python: {steps * 192:,} samples needed; shards/unmade holds no token corpus yet" in said
+
+
+@pytest.mark.parametrize("measured", MEASURED, ids=lambda measured: measured.part)
+def test_rates_are_those_of_the_bench(measured):
+    result = json.loads((ROOT / "bench" / measured.file).read_text())
+    record = result.get("parts", result)[measured.part]
+    assert measured.tokens_per_second == pytest.approx(record["tokens_per_second"], abs=0.05)
+    assert measured.commit == record["commit"]
+    assert measured.gpu in record.get("machine", result.get("machine"))["gpu"]
+
+
+LORA = ["method=lora", "init_from=unread"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens_per_second"),
+    [
+        (["precision=fp8_tensorwise"], 8 * 18_285.4),
+        (["precision=fp8_delayed"], 8 * 18_285.4),  # no such run was measured, but in 8 bits
+        (LORA, 8 * 16_155.0),
+        ([*LORA, "train.micro_batch_size=2"], 8 * 16_674.0),
+        ([*LORA, "train.micro_batch_size=4"], 8 * 16_674.0),
+        ([*LORA, "precision=fp8_tensorwise"], 8 * 14_974.2),
+        ([*LORA, "precision=fp8_tensorwise", "train.micro_batch_size=2"], 8 * 21_632.5),
+        (["--gpu", "NVIDIA H100 PCIe"], 8 * 13_012.9 * 756 / 989),  # the same share of its peak
+    ],
+)
+def test_time_is_by_the_nearest_measurement(plan, asked, tokens_per_second):
+    said = plan(*SEVEN_B, *asked, "--gpu-memory", "141")
+    (line,) = (line for line in said.splitlines() if line.startswith("time: "))
+    assert float(line.split()[1].replace(",", "")) == pytest.approx(tokens_per_second, rel=1e-4)
+    assert "  this MFU was measured on one H200 at commit 645f4c6: " in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "mfu", "said"),
+    [
+        (["--gpu", "A100"], 0.4, "this MFU is assumed: nothing was measured with method=full precision=bf16 on a card like A100"),
+        (["--mfu", "0.4"], 0.4, "this MFU was asked for"),
+        (["--mfu", "0.3"], 0.3, "this MFU was asked for"),
+    ],
+)
+def test_a_share_of_the_peak_is_asked_for_or_assumed_where_nothing_was_measured(plan, asked, mfu, said):
+    lines = plan(*SEVEN_B, *asked).splitlines()
+    (at,) = (number for number, line in enumerate(lines) if line.startswith("time: "))
+    assert f" at MFU {mfu} of " in lines[at] and lines[at + 1] == f"  {said}"
 
 
 def test_of_a_frozen_base_there_are_weights_alone(plan):

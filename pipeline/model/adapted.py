@@ -1,0 +1,282 @@
+"""A frozen linear layer and its adapters as one differentiable function.
+
+Written as separate operations (lora.py), an adapted layer launches about three times as many kernels as it has matrix
+products: sums of whole outputs, scalings, copies of gradients. Here the adapters' product is written first and the frozen
+weight's product is accumulated onto it; the gradient of the input is made in the same way; gradients of A and B go into
+the buffers that megatron-core reduces (`main_grad`) without a copy. Nothing is kept of the frozen weight's input beyond
+what A's gradient needs.
+
+Shapes: T tokens (sequence x batch) that a rank's matrices see, R the ranks of a layer's adapters together, I and O the
+features in and out on this rank. Under sequence parallelism a column-parallel layer's input and a row-parallel layer's
+output hold this rank's share of the tokens.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+
+from retemper.pipeline.model.adapter import Adapter
+
+# From this rank on a product with each part's own B is cheaper than one with all of them in blocks, which multiplies zeros.
+_APART_FROM_RANK = 64
+
+
+class TorchProducts:
+    """The products of a frozen layer's weight by torch. A layer with other kernels replaces them (lora_te.py)."""
+
+    def add_output(self, output_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
+        """Add the frozen weight's output for x. Returns what add_input_gradient needs to know of it."""
+        output_TO.addmm_(x_TI, self.weight.t())
+
+    def add_input_gradient(self, gradient_TI: torch.Tensor, gradient_TO: torch.Tensor, _context) -> None:
+        """Add the gradient that reaches the input through the frozen weight."""
+        gradient_TI.addmm_(gradient_TO, self.weight)
+
+    def add_weight_gradient(self, main_grad: torch.Tensor, left_TX: torch.Tensor, right_TY: torch.Tensor) -> None:
+        """Add left^T right, a factor's gradient, to the float32 buffer (X, Y) where gradients are summed."""
+        if main_grad.dtype == left_TX.dtype:
+            main_grad.addmm_(left_TX.t(), right_TY)
+        else:
+            main_grad.add_(left_TX.t() @ right_TY)
+
+
+class Factors:
+    """The factors of a layer's adapters, in the form in which its function multiplies by them.
+
+    One adapter's A and B are used as they are. Of several, A stands joined, so that the input is read once, and B in blocks
+    of one matrix as wide as the layer, unless their rank is large: then each part of the output has a product of its own.
+    What is joined is a copy: `refresh` brings it up to date, and `hand_out` gives each parameter its part of the gradients.
+    """
+
+    def __init__(self, layer: torch.nn.Module):
+        self.layer = layer
+        self.adapters: dict[str, Adapter] = dict(layer.adapters)
+        self.joined = len(layer.output_sizes()) > 1
+        ranks = [adapter.lora_A.shape[0] for adapter in self.adapters.values()]
+        self.in_blocks = self.joined and max(ranks) < _APART_FROM_RANK
+        ends = torch.tensor(ranks).cumsum(0).tolist()
+        self.rows = {
+            name: slice(end - rank, end)
+            for name, rank, end in zip(self.adapters, ranks, ends, strict=True)
+        }
+        first = next(iter(self.adapters.values()))
+        if not self.joined:
+            self.A_RI = first.lora_A
+            return
+        self.A_RI = first.lora_A.new_empty(sum(ranks), first.lora_A.shape[1])
+        self.grad_A_RI = self.A_RI.new_zeros(self.A_RI.shape, dtype=torch.float32)
+        if self.in_blocks:
+            features = sum(layer.output_sizes().values())
+            self.B_OR = self.A_RI.new_zeros(features, sum(ranks))
+            self.grad_B_OR = self.B_OR.new_zeros(self.B_OR.shape, dtype=torch.float32)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the parameters, which an optimizer or a checkpoint may have changed, into what is joined of them."""
+        if not self.joined:
+            return
+        for name, adapter in self.adapters.items():
+            self.A_RI[self.rows[name]].copy_(adapter.lora_A)
+        if self.in_blocks:
+            for adapter, block in self._blocks(self.B_OR):
+                block.copy_(adapter.lora_B.view(block.shape))
+
+    @torch.no_grad()
+    def hand_out(self) -> None:
+        """Add what has been summed of joined factors' gradients to each parameter's, and begin at zero again."""
+        if not self.joined:
+            return
+        for name, adapter in self.adapters.items():
+            adapter.lora_A.main_grad.add_(self.grad_A_RI[self.rows[name]])
+        if self.in_blocks:
+            for adapter, block in self._blocks(self.grad_B_OR):
+                adapter.lora_B.main_grad.add_(block.reshape(adapter.lora_B.shape))
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
+        """Begin the sums of joined factors' gradients at zero."""
+        if self.joined:
+            self.grad_A_RI.zero_()
+        if self.in_blocks:
+            self.grad_B_OR.zero_()
+
+    def _blocks(self, B_OR: torch.Tensor) -> Iterator[tuple[Adapter, torch.Tensor]]:
+        views = self.layer.views(B_OR, 0)
+        for name, adapter in self.adapters.items():
+            yield adapter, views[name][..., self.rows[name]]
+
+    def output(self, hidden_TR: torch.Tensor) -> torch.Tensor:
+        """hidden · B^T over the whole width of the layer, (T, O); zero where a part of it has no adapter."""
+        if not self.joined:
+            (adapter,) = self.adapters.values()
+            return hidden_TR @ adapter.lora_B.t()
+        if self.in_blocks:
+            return hidden_TR @ self.B_OR.t()
+        output_TO = hidden_TR.new_empty(len(hidden_TR), sum(self.layer.output_sizes().values()))
+        for name, part in self.layer.views(output_TO, 1).items():
+            if name not in self.adapters:
+                part.zero_()
+            elif part.ndim == 2:
+                torch.mm(hidden_TR[:, self.rows[name]], self.adapters[name].lora_B.t(), out=part)
+            else:
+                product = hidden_TR[:, self.rows[name]] @ self.adapters[name].lora_B.t()
+                part.copy_(product.view(part.shape))
+        return output_TO
+
+    def hidden_gradient(self, gradient_TO: torch.Tensor, scale: float) -> torch.Tensor:
+        """scale · gradient · B, (T, R): of a column-parallel layer this rank's part of a sum."""
+        if not self.joined:
+            (adapter,) = self.adapters.values()
+            return _scaled_product(gradient_TO, adapter.lora_B, scale)
+        if self.in_blocks:
+            return _scaled_product(gradient_TO, self.B_OR, scale)
+        parts = self.layer.views(gradient_TO, 1)
+        return torch.cat(
+            [
+                _scaled_product(parts[name].flatten(1), adapter.lora_B, scale)
+                for name, adapter in self.adapters.items()
+            ],
+            dim=1,
+        )
+
+    def add_B_gradient(self, gradient_TO: torch.Tensor, hidden_TR: torch.Tensor) -> None:
+        """Add gradient^T · hidden, where hidden is scaled already."""
+        add = self.layer.add_weight_gradient
+        if not self.joined:
+            (adapter,) = self.adapters.values()
+            add(adapter.lora_B.main_grad, gradient_TO, hidden_TR)
+        elif self.in_blocks:
+            add(self.grad_B_OR, gradient_TO, hidden_TR)
+        else:
+            parts = self.layer.views(gradient_TO, 1)
+            for name, adapter in self.adapters.items():
+                part_TO = parts[name].flatten(1).contiguous()
+                hidden = hidden_TR[:, self.rows[name]].contiguous()
+                add(adapter.lora_B.main_grad, part_TO, hidden)
+
+    def add_A_gradient(self, hidden_gradient_TR: torch.Tensor, x_TI: torch.Tensor) -> None:
+        """Add hidden_gradient^T · x."""
+        main_grad = self.grad_A_RI if self.joined else self.A_RI.main_grad
+        self.layer.add_weight_gradient(main_grad, hidden_gradient_TR, x_TI)
+
+
+def join_factors(stages: list[torch.nn.Module]) -> None:
+    """Bring what layers hold of joined adapters up to date: at the start of each pass over micro-batches."""
+    for layer in _adapted_layers(stages):
+        if layer.factors is None:
+            layer.factors = Factors(layer)
+        layer.factors.refresh()
+
+
+def hand_out_gradients(stages: list[torch.nn.Module]) -> None:
+    """Give each adapter its gradients of all micro-batches, before they are reduced over ranks."""
+    for layer in _adapted_layers(stages):
+        layer.factors.hand_out()
+
+
+def forget_gradients(stages: list[torch.nn.Module]) -> None:
+    """Let gradients of passes that do not count go, beside those in megatron-core's buffers."""
+    for layer in _adapted_layers(stages):
+        layer.factors.forget_gradients()
+
+
+def _adapted_layers(stages: list[torch.nn.Module]) -> Iterator[torch.nn.Module]:
+    for stage in stages:
+        yield from (layer for layer in stage.modules() if getattr(layer, "fused", False))
+
+
+def adapted_column(layer: torch.nn.Module, x_SBI: torch.Tensor) -> torch.Tensor:
+    """A column-parallel layer's output, (S, B, O), its adapters' and its bias in it."""
+    return _AdaptedColumn.apply(x_SBI, _anchor(layer), layer)
+
+
+def adapted_row(layer: torch.nn.Module, x_SBI: torch.Tensor) -> torch.Tensor:
+    """A row-parallel layer's output, (S, B, O), its adapter's in it."""
+    return _AdaptedRow.apply(x_SBI, _anchor(layer), layer)
+
+
+def _anchor(layer: torch.nn.Module) -> torch.nn.Parameter:
+    """Something that asks for a gradient: the first layer's input asks for none, and the factors' gradients go another way."""
+    return next(iter(layer.adapters.values())).lora_A
+
+
+class _AdaptedColumn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_SBI, _anchor, layer):
+        factors, group = layer.factors, layer.adapter_group
+        ctx.split = layer.config.sequence_parallel
+        x_TI = x_SBI.flatten(0, 1)
+        hidden_TR = _scaled_product(x_TI, factors.A_RI.t(), layer.scale)
+        whole_TI = x_TI
+        if ctx.split:
+            hidden_TR = gather_from_sequence_parallel_region(hidden_TR, group=group)
+            whole_TI = gather_from_sequence_parallel_region(x_TI, group=group)
+        output_TO = factors.output(hidden_TR)
+        ctx.base = layer.add_output(output_TO, whole_TI)
+        if layer.bias is not None and layer.bias.numel():
+            output_TO += layer.bias
+        ctx.save_for_backward(x_TI, hidden_TR)
+        ctx.layer, ctx.batch = layer, x_SBI.shape[1]
+        return output_TO.unflatten(0, (-1, ctx.batch))
+
+    @staticmethod
+    def backward(ctx, gradient_SBO):
+        x_TI, hidden_TR = ctx.saved_tensors
+        layer, factors, group = ctx.layer, ctx.layer.factors, ctx.layer.adapter_group
+        gradient_TO = gradient_SBO.flatten(0, 1).contiguous()
+        hidden_gradient_TR = factors.hidden_gradient(gradient_TO, layer.scale)
+        factors.add_B_gradient(gradient_TO, hidden_TR)
+        # Each rank's part of the output features gives a part of both sums.
+        reduce = reduce_scatter_to_sequence_parallel_region if ctx.split else reduce_from_tensor_model_parallel_region
+        gradient_SBI = None
+        if ctx.needs_input_grad[0]:
+            gradient_TI = hidden_gradient_TR @ factors.A_RI
+            layer.add_input_gradient(gradient_TI, gradient_TO, ctx.base)
+            gradient_SBI = reduce(gradient_TI, group=group).unflatten(0, (-1, ctx.batch))
+        factors.add_A_gradient(reduce(hidden_gradient_TR, group=group), x_TI)
+        return gradient_SBI, None, None
+
+
+class _AdaptedRow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_SBI, _anchor, layer):
+        factors, group = layer.factors, layer.adapter_group
+        ctx.split = layer.config.sequence_parallel
+        x_TI = x_SBI.flatten(0, 1)
+        hidden_TR = _scaled_product(x_TI, factors.A_RI.t(), layer.scale)
+        # B is the same on every rank: the sum over ranks of what it makes of parts is what it makes of their sum.
+        output_TO = factors.output(hidden_TR)
+        ctx.base = layer.add_output(output_TO, x_TI)
+        reduce = reduce_scatter_to_sequence_parallel_region if ctx.split else reduce_from_tensor_model_parallel_region
+        output_TO = reduce(output_TO, group=group)
+        ctx.save_for_backward(x_TI, reduce(hidden_TR, group=group))
+        ctx.layer, ctx.batch = layer, x_SBI.shape[1]
+        return output_TO.unflatten(0, (-1, ctx.batch))
+
+    @staticmethod
+    def backward(ctx, gradient_SBO):
+        x_TI, hidden_TR = ctx.saved_tensors
+        layer, factors = ctx.layer, ctx.layer.factors
+        gradient_TO = gradient_SBO.flatten(0, 1).contiguous()
+        factors.add_B_gradient(gradient_TO, hidden_TR)
+        if ctx.split:
+            gradient_TO = gather_from_sequence_parallel_region(gradient_TO, group=layer.adapter_group)
+        hidden_gradient_TR = factors.hidden_gradient(gradient_TO, layer.scale)
+        factors.add_A_gradient(hidden_gradient_TR, x_TI)
+        gradient_SBI = None
+        if ctx.needs_input_grad[0]:
+            gradient_TI = hidden_gradient_TR @ factors.A_RI
+            layer.add_input_gradient(gradient_TI, gradient_TO, ctx.base)
+            gradient_SBI = gradient_TI.unflatten(0, (-1, ctx.batch))
+        return gradient_SBI, None, None
+
+
+def _scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale · left · right in one kernel: with beta = 0 what stands in the output is not read."""
+    output = left.new_empty(left.shape[0], right.shape[1])
+    return torch.addmm(output, left, right, beta=0, alpha=scale, out=output)

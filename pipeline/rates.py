@@ -1,0 +1,105 @@
+"""Training speeds that were measured, from which the time of another run is estimated.
+
+They are from bench/, which an installed package does not have: tests/unit/test_plan.py compares
+both. A measurement with later code replaces that of the same method, precision and micro-batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+from retemper.pipeline.flops import flops_per_token, peak_flops
+from retemper.pipeline.schema.model import LoraConfig, ModelConfig
+from retemper.pipeline.schema.run import Config
+
+# What was trained: Llama-2-7B's shape on samples of this length, nothing computed again.
+SEQ_LENGTH = 4096
+_MODEL = ModelConfig(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=11008,
+    num_attention_heads=32,
+    num_query_groups=32,
+    vocab_size=32000,
+    max_sequence_length=SEQ_LENGTH,
+)
+_LORA = LoraConfig(rank=16, alpha=32, targets="all")
+
+# Cards of one generation, between which a share of the peak is carried over.
+_ALIKE = ("H100", "H200")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A part of a result in bench/, on one card."""
+
+    file: str
+    part: str
+    gpu: str
+    method: str
+    precision: str
+    micro_batch_size: int
+    tokens_per_second: float
+    commit: str
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro_batch_size * SEQ_LENGTH
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOP/s over the card's peak."""
+        flops = flops_per_token(_MODEL, _LORA if self.method == "lora" else None, SEQ_LENGTH)
+        return self.tokens_per_second * flops / peak_flops(self.gpu, self.precision)
+
+
+_EARLIER = {"file": "gpu.json", "gpu": "H200", "commit": "645f4c6a12d300cdf0c643b3931157537b10fa8a"}
+_TWO = ", micro-batches of two"
+
+
+def _earlier(method: str, precision: str, rate: float, micro_batch_size: int = 1) -> Measurement:
+    return Measurement(
+        part=f"{method} {precision}" + (_TWO if micro_batch_size == 2 else ""),
+        method=method,
+        precision=precision,
+        micro_batch_size=micro_batch_size,
+        tokens_per_second=rate,
+        **_EARLIER,
+    )
+
+
+MEASURED = [
+    _earlier("full", "bf16", 13012.9),
+    _earlier("full", "fp8_tensorwise", 18285.4),
+    _earlier("lora", "bf16", 16155.0),
+    _earlier("lora", "bf16", 16674.0, micro_batch_size=2),
+    _earlier("lora", "fp8_tensorwise", 14974.2),
+    _earlier("lora", "fp8_tensorwise", 21632.5, micro_batch_size=2),
+]
+
+
+def nearest(config: Config, gpu: str) -> Measurement | None:
+    """The measurement that is nearest to a run on cards of this name; None where none is near.
+
+    It has the run's method, is of the same generation of cards, and in 8 bits where the run is. Of
+    those the same recipe counts most, then the same card, then the tokens of a micro-batch.
+    """
+    if not any(name in gpu for name in _ALIKE):
+        return None
+    tokens = config.train.micro_batch_size * config.data.seq_length
+    tokens //= config.parallel.context_parallel_size
+
+    def distance(one: Measurement) -> tuple[bool, bool, float]:
+        other_recipe = one.precision != config.precision
+        return other_recipe, one.gpu not in gpu, abs(math.log2(tokens / one.tokens))
+
+    near = [one for one in MEASURED if one.method == config.method.name and _as_wide(one, config)]
+    return min(near, key=distance, default=None)
+
+
+def _as_wide(one: Measurement, config: Config) -> bool:
+    """Whether both compute in 8 bits, or both in the same other precision."""
+    wide = {"bf16", "fp32"}
+    if one.precision in wide or config.precision in wide:
+        return one.precision == config.precision
+    return True

@@ -1,0 +1,125 @@
+"""What a measurement stands on: the machine and its libraries, the commit, and the GPU's clock and
+power while it ran.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def commit_of_tree() -> dict:
+    """The checkout's commit, and whether files differ from it, results of benches aside. Raises
+    where this is no checkout.
+    """
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "commit": commit,
+        "clean": not _git("status", "--porcelain", "--", ".", ":(exclude)bench"),
+    }
+
+
+def commit_here(file: Path | None = None) -> dict:
+    """commit_of_tree where git and its history are; else what `file` holds of it; else $GIT_COMMIT,
+    whose tree nobody compared.
+    """
+    if (ROOT / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return commit_of_tree()
+    if file:
+        read = json.loads(file.read_text())
+        return {"commit": read["commit"], "clean": read["clean"]}
+    return {"commit": os.environ.get("GIT_COMMIT"), "clean": None}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def machine() -> dict:
+    """The GPU, the versions of what computes, None for what is not here, and the environment of a
+    run on one GPU, which is set first: to be called before anything starts CUDA.
+    """
+    from importlib.metadata import version
+
+    import torch
+
+    from retemper.pipeline.distributed import environment
+    from retemper.pipeline.schema.model import ParallelConfig
+
+    variables = environment.prepare(ParallelConfig())
+    from retemper.pipeline.model.kernels import kernels_here
+
+    kernels, on_gpu = kernels_here(), torch.cuda.is_available()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": kernels.gpu,
+        "memory_gib": torch.cuda.mem_get_info()[1] / 2**30 if on_gpu else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "transformer_engine": kernels.transformer_engine,
+        "apex": kernels.apex,
+        "megatron_core": version("megatron-core"),
+        "environment": str(variables),
+    }
+
+
+class Sensors:
+    """SM clock and power draw of the first GPU, read by nvidia-smi five times a second; nothing
+    where that is not to be had.
+    """
+
+    _QUERY = (
+        "nvidia-smi",
+        "--query-gpu=clocks.sm,power.draw",
+        "--format=csv,noheader,nounits",
+        "-lms",
+        "200",
+        "-i",
+        "0",
+    )
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, float, float]] = []
+        self._process = None
+        with contextlib.suppress(OSError):
+            self._process = subprocess.Popen(
+                self._QUERY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+            threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self.note(time.perf_counter(), line)
+
+    def note(self, when: float, line: str) -> None:
+        """Keep one line, as "1980, 690.12", unless it holds no numbers."""
+        with contextlib.suppress(ValueError):
+            clock, power = (float(value) for value in line.split(","))
+            self._samples.append((when, clock, power))
+
+    def between(self, start: float, end: float) -> dict:
+        """Median MHz and W of the samples between two readings of time.perf_counter; None of each
+        where there are none.
+        """
+        within = [sample for sample in list(self._samples) if start <= sample[0] <= end]
+        if not within:
+            return {"sm_clock_mhz": None, "power_w": None}
+        _, clocks, powers = zip(*within, strict=True)
+        return {"sm_clock_mhz": statistics.median(clocks), "power_w": statistics.median(powers)}
+
+    def close(self) -> None:
+        """End nvidia-smi."""
+        if self._process:
+            self._process.terminate()
+            self._process.wait(10)

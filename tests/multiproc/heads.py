@@ -1,0 +1,83 @@
+"""Looks at the loss of a frozen output layer in running models, one rank's part of each. Run by conftest.launch.
+
+A case: {"overrides": [...], "piece": tokens of a piece}. Raises AssertionError where something is wrong.
+"""
+
+import math
+from unittest import mock
+
+import torch
+from probes import Operations, batch_of, samples_of
+
+from retemper.pipeline.config import load_config
+from retemper.pipeline.distributed import topology
+from retemper.pipeline.distributed.seeds import seed_step
+
+
+def main(cases: list[dict]) -> None:
+    from retemper.pipeline.model import frozen_head
+
+    for case in cases:
+        config = load_config(case["overrides"])
+        place = topology.start(config.parallel)
+        seed_step(config.seed, 0, place)
+        with mock.patch.object(frozen_head, "PIECE", case["piece"]):
+            equal(config, place)
+        topology.stop(leave=False)
+
+
+def equal(config, place) -> None:
+    """A step by pieces has the losses and gradients of one with whole logits, and makes none of them; scoring multiplies once."""
+    from retemper.pipeline.model import frozen_head
+    from retemper.pipeline.model.build import build_model
+
+    model = build_model(config, place)
+    generator = torch.Generator().manual_seed(1)  # for each rank the same: some hold the same
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # B begins at zero, and A's gradient with it
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    samples = samples_of(config)
+    samples.tokens_NT[:] %= config.model.vocab_size
+    batch = batch_of(config, samples).of_context_rank(place.context_parallel_rank, config.parallel.context_parallel_size)
+    with mock.patch.object(frozen_head, "is_frozen", lambda _stage: False), Operations() as whole:
+        expected = stepped(model, batch)
+    with Operations() as by_pieces:
+        got = stepped(model, batch)
+    scored = scoring(model, batch)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        off = ((got[name] - value).norm() / value.norm()).item()
+        assert off <= 2e-6, f"{name}: {off}"
+    if not place.is_last_stage:
+        return
+    assert "losses" in expected
+    assert scored.equal(got["losses"])
+    tokens, shard = batch.labels_BT.numel(), config.padded_vocab_size // config.parallel.tensor_parallel_size
+    assert tokens > frozen_head.PIECE
+    assert logits_in(whole, tokens, shard) and not logits_in(by_pieces, tokens, shard)
+    pieces = math.ceil(tokens / frozen_head.PIECE)
+    assert by_pieces.count("::mm", {(min(frozen_head.PIECE, tokens), shard)}) + bool(tokens % frozen_head.PIECE) == pieces
+
+
+def logits_in(operations: Operations, tokens: int, shard: int) -> bool:
+    """Whether an operation gave a tensor with a number for each token and each row of this rank's shard of the vocabulary."""
+    return any(shape and shape[-1] == shard and math.prod(shape) >= tokens * shard for _name, shape in operations.seen)
+
+
+def stepped(model, batch) -> dict[str, torch.Tensor]:
+    """Losses, on the last stage, and the gradient of everything that trains."""
+    from retemper.pipeline.model.forward import run_schedule
+
+    for stage in model:
+        stage.zero_grad_buffer()
+    outputs = run_schedule(model, [batch], forward_only=False)
+    gradients = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return gradients | {"losses": output["losses_BT"] for output in outputs}
+
+
+@torch.no_grad()
+def scoring(model, batch) -> torch.Tensor | None:
+    from retemper.pipeline.model.forward import run_schedule
+
+    outputs = run_schedule(model, [batch], forward_only=True)
+    return outputs[0]["losses_BT"] if outputs else None

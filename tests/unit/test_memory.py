@@ -1,0 +1,131 @@
+"""The bytes a run is planned to take on a GPU, beside measured peaks and counts by hand."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from retemper.pipeline.activations import Activations
+from retemper.pipeline.activations_te import TransformerEngineActivations
+from retemper.pipeline.config import load_config
+from retemper.pipeline.memory import rank_memory
+
+# As the benches ask for (tests/bench): random weights, no evaluation, on one card.
+SEVEN_B = ["study=s", "name=n", "model=llama2_7b", "data=demo_code", "data.path=unmade"]
+SEVEN_B += ["data.tokenizer=unread", "data.seq_length=4096", "train.tokens=1M"]
+SEVEN_B += ["train.global_batch_size=16", "train.micro_batch_size=1"]
+FULL = ["optimizer=lion", "optimizer.lr=1e-5"]
+LORA = ["method=lora", "init_from=unread", "optimizer.lr=1e-4"]
+PLAIN = [*LORA, "method.lora.kernel=plain"]
+FP8, TWO = ["precision=fp8_tensorwise"], ["train.micro_batch_size=2"]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """torch.cuda.max_memory_allocated() of whole training steps on an H200."""
+
+    asked: list[str]
+    gib: float
+    commit: str
+    whole_logits: bool = False  # before a frozen head's loss was computed by pieces
+
+
+FIRST = {"commit": "645f4c6", "whole_logits": True}
+PEAKS = {
+    "full bf16": Peak(FULL, 105.209, "645f4c6"),
+    "full fp8": Peak([*FULL, *FP8], 115.000, "645f4c6"),
+    "lora bf16": Peak(PLAIN, 30.318, **FIRST),
+    "lora bf16, two": Peak([*PLAIN, *TWO], 47.220, **FIRST),
+    "lora fp8": Peak([*PLAIN, *FP8], 25.285, **FIRST),
+    "lora fp8, two": Peak([*PLAIN, *FP8, *TWO], 43.173, **FIRST),
+}
+
+
+@pytest.mark.parametrize("peak", PEAKS.values(), ids=PEAKS)
+def test_what_is_planned_is_what_was_measured(peak, monkeypatch):
+    if peak.whole_logits:
+        monkeypatch.setattr(TransformerEngineActivations, "loss", Activations.loss)
+    planned = rank_memory(load_config([*SEVEN_B, *peak.asked]), 0).total / 2**30
+    assert planned == pytest.approx(peak.gib, rel=0.03)
+
+
+def kept(*asked: str) -> float:
+    """Of a layer, in tensors of a micro-batch's hidden states in 16 bits; adapters of rank 1."""
+    small = ["method.lora.rank=1"] if "method=lora" in asked else []
+    config = load_config([*SEVEN_B, *asked, *small])
+    of_layer, _again = TransformerEngineActivations(config, 1).of_layer(0)
+    return of_layer / (4096 * config.model.hidden_size * 2)
+
+
+F = 11008 / 4096  # the feed-forward layer's width over the hidden state's
+# What both norms read; queries, keys and values; attention's output; gate and up.
+ALWAYS = 2 + 3 + 1 + 2 * F
+
+
+@pytest.mark.parametrize(
+    ("asked", "tensors"),
+    [
+        (FULL, ALWAYS + 2 + F),  # the norms' outputs, and what down reads
+        ([*FULL, *FP8], ALWAYS + (3 + F) / 2),  # those, and what o reads, in FP8
+        ([*FULL, "precision=fp8_delayed"], ALWAYS + (3 + F) / 2),
+        ([*FULL, "precision=fp8_blockwise"], ALWAYS + (3 + F) / 2 * (1 + 4 / 128)),
+        ([*FULL, "precision=mxfp8"], ALWAYS + (3 + F) / 2 * (1 + 1 / 32)),
+        ([*FULL, *FP8, "fp8.bf16_layers=8"], ALWAYS + (2 + F) / 2 + (3 + F) / 4),  # 16 of 32
+        ([*FULL, *FP8, "fp8.attention=true"], ALWAYS - 1.5 + (3 + F) / 2),
+        ([*FULL, "precision=fp8_delayed", "fp8.attention=true"], ALWAYS - 2 + (3 + F) / 2),
+        (PLAIN, ALWAYS + 2 + F),
+        ([*PLAIN, *FP8], ALWAYS + 2 + F + 1),  # FP8 copies of the norms' outputs, never read
+        ([*LORA, *FP8], ALWAYS + 2 + F),
+        (LORA, ALWAYS + 2 + F),
+        ([*LORA, *FP8, "method.lora.targets=[q,k,v]"], ALWAYS + 1),
+        ([*LORA, "method.lora.targets=[down]"], ALWAYS + F),
+        ([*LORA, "method.lora.targets=[o]"], ALWAYS),  # which reads attention's output
+        ([*LORA, "method.lora.targets=[o]", "method.lora.dropout=0.1"], ALWAYS + 1.5),  # and a mask
+        ([*LORA, "method.lora.targets=[q]", "method.lora.dropout=0.1"], ALWAYS + 2.5),
+        ([*LORA, *FP8, "method.lora.targets=[q]", "method.lora.dropout=0.1"], ALWAYS + 2),
+        ([*FULL, "model.qk_norm=true"], ALWAYS + 2 + F + 2),
+        ([*FULL, "parallel.recompute=full"], 1),
+        ([*FULL, "parallel.recompute=selective"], 2 + 3 + 1 + 1),
+        ([*PLAIN, "parallel.recompute=selective"], 2 + 3 + 1 + 1),
+        ([*LORA, "parallel.recompute=selective"], 2 + 3 + 1 + 1 + 1),  # the norm stands apart
+        ([*FULL, "parallel.context_parallel_size=2"], (ALWAYS + 2 + F) / 2),
+        ([*FULL, "parallel.tensor_parallel_size=2"], (ALWAYS + 2 + F) / 2 + 2),
+        (
+            [*FULL, "parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"],
+            (ALWAYS + 2 + F) / 2,
+        ),
+    ],
+)
+def test_what_a_layer_keeps_is_the_count_by_hand(asked, tensors):
+    # Beside these each token has hidden states of adapters, and a number a norm and a head.
+    assert kept(*asked) == pytest.approx(tensors, abs=0.06)
+
+
+def test_keys_and_values_of_query_groups_are_fewer():
+    """Llama-2-70B: 8 heads of keys and values beside 64 of queries."""
+    feed_forward = 28672 / 8192
+    tensors = 2 + 1.25 + 1 + 2 + 3 * feed_forward
+    assert kept("model=llama2_70b", *FULL) == pytest.approx(tensors, abs=0.06)
+
+
+def test_a_transposed_copy_of_frozen_weights_is_one_byte_a_weight():
+    without = rank_memory(load_config([*SEVEN_B, *LORA, *FP8]), 0)
+    with_copy = rank_memory(load_config([*SEVEN_B, *LORA, *FP8, "fp8.keep_transposed=true"]), 0)
+    assert with_copy.weights - without.weights == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+
+
+def test_a_frozen_heads_logits_are_a_pieces():
+    """A vocabulary of a million does not fit otherwise: 33 GB of logits a micro-batch."""
+    large = rank_memory(load_config([*SEVEN_B, *LORA, "model.vocab_size=1048576"]), 0)
+    assert large.temporary == pytest.approx(1024 * 1048576 * 8 + 2 * 4096 * 4096 * 2, rel=0.01)
+    trained = rank_memory(load_config([*SEVEN_B, *FULL, "model.vocab_size=1048576"]), 0)
+    assert trained.temporary > 4096 * 1048576 * 6
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_waiting_micro_batches_hold_activations_but_constants_once(stages):
+    """1F1B's first stage has as many micro-batches waiting as there are stages."""
+    asked = [*SEVEN_B, *FULL, f"parallel.pipeline_parallel_size={stages}"]
+    activations = TransformerEngineActivations(load_config(asked), 1)
+    (of_layer, _again), hidden = activations.of_layer(0), 4096 * 4096 * 2
+    whole = stages * (32 // stages * of_layer + hidden)
+    assert activations.moments(0)[0][0] == whole + activations.constant(0)
