@@ -22,7 +22,7 @@ _ALIASES = {"PYTORCH_ALLOC_CONF": ("PYTORCH_CUDA_ALLOC_CONF",)}
 class Environment:
     """The variables of the table, as they are in force in this process."""
 
-    chosen: dict[str, str] = field(default_factory=dict)  # set here
+    chosen: dict[str, str] = field(default_factory=dict)  # of the table's value, set here or before
     kept: dict[str, str] = field(default_factory=dict)  # the person's, other than the table's
     warning: str | None = None  # why an overlap that the config asks for may not happen
 
@@ -39,7 +39,7 @@ _in_force = Environment()
 def prepare(parallel: ParallelConfig) -> Environment:
     """Set what `wanted` lists and the person has not, where there is a GPU.
 
-    To be called once in a process, before anything in it starts CUDA.
+    To be called before anything in this process starts CUDA. A second call finds the same.
     """
     global _in_force
     import torch
@@ -90,12 +90,9 @@ def apply(table: dict[str, tuple[str, str]], parallel: ParallelConfig) -> Enviro
     kept = {}
     for name, (value, _) in table.items():
         names = (name, *_ALIASES.get(name, ()))
-        of_person = next((other for other in names if other in os.environ), None)
-        if of_person is None:
-            os.environ[name] = value
-            chosen[name] = value
-        elif os.environ[of_person] != value:
-            kept[of_person] = os.environ[of_person]
+        found = next((other for other in names if other in os.environ), name)
+        in_environment = os.environ.setdefault(found, value)
+        (chosen if in_environment == value else kept)[found] = in_environment
     return Environment(chosen, kept, _warning(kept, table, parallel))
 
 

@@ -1,15 +1,15 @@
-"""The loss of a frozen output layer, a piece of the sequence at a time, so that no (tokens, vocabulary) tensor is ever made.
+"""The loss of a frozen output layer, by pieces of the sequence: no (tokens, vocabulary) tensor is made.
 
-A frozen layer needs no logits in the backward pass but for the gradient of its input. That gradient is computed at once, while a
-piece's logits are there, and kept in their place: H numbers a token instead of V. Liger Kernel's fused linear cross entropy
-(https://arxiv.org/abs/2410.10989) does the same on one rank.
+Of a frozen layer the backward pass needs the gradient of its input alone. That gradient is computed
+at once, while a piece's logits are there, and kept in their place: H numbers a token instead of V.
+Liger Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989) does so on one rank.
 
-Under tensor parallelism a rank knows its shard of the vocabulary alone, and the softmax of a piece only up to one factor a token.
-So each rank multiplies the softmax of its own shard, without the label's term, and the factor and the label's term follow in the
-backward pass: all pieces share one exchange between ranks.
+Under tensor parallelism a rank knows the softmax of a piece only up to one factor a token. So each
+rank multiplies the softmax of its own shard, without the label's term; the factor and the label's
+term follow in the backward pass, and one exchange between ranks serves all pieces.
 
-Shapes: B micro-batch, S sequence, T the same in labels, H hidden size, N = S B tokens, P those of one piece, V this rank's shard of
-the vocabulary, R tensor-parallel ranks.
+Shapes: B micro-batch, S sequence (T in labels), H hidden size, N = S B tokens, P those of one
+piece, V this rank's shard of the vocabulary, R tensor-parallel ranks.
 """
 
 import torch
@@ -25,7 +25,7 @@ PIECE = 1024
 
 
 def is_frozen(model: GPTModel) -> bool:
-    """Whether this stage has the output layer, and its weight, which may be the embedding's, does not train."""
+    """Whether this stage has the output layer, and its weight, or the tied embedding's, is frozen."""
     if not model.post_process:
         return False
     if model.share_embeddings_and_output_weights:
@@ -41,22 +41,27 @@ def losses(
     labels: torch.Tensor,
     **_rest,
 ) -> torch.Tensor:
-    """megatron-core's `output_processor` for GPTModel.forward: the cross entropy of every label in nats, (B, T) float32.
+    """The cross entropy of every label in nats, (B, T), as GPTModel.forward's `output_processor`.
 
-    hidden_states: (S, B, H), under sequence parallelism this rank's part of S. output_weight: (V, H), of tied embeddings; None for
-    the layer's own. labels: (B, T) int64. Float64 in, float64 out. Every tensor-parallel rank calls it and has all losses.
+    hidden_states: (S, B, H), under sequence parallelism this rank's part of S. output_weight: the
+    tied embedding's, (V, H), or None for the layer's own. labels: (B, T) int64. The losses are
+    float32, of float64 hidden states float64. Every tensor-parallel rank calls it and has them all.
     """
     weight_VH = output_layer.weight if output_weight is None else output_weight
-    # Their backward passes sum the gradient over ranks, as that of the layer's own forward method does.
-    enter = gather_from_sequence_parallel_region if output_layer.sequence_parallel else copy_to_tensor_model_parallel_region
+    # The backward pass of either sums the gradient over ranks, as that of the layer itself does.
+    enter = copy_to_tensor_model_parallel_region
+    if output_layer.sequence_parallel:
+        enter = gather_from_sequence_parallel_region
     hidden_SBH = enter(hidden_states, group=output_layer.tp_group)
     with_gradient = torch.is_grad_enabled() and hidden_SBH.requires_grad
-    losses_N = _FrozenHead.apply(hidden_SBH.flatten(0, 1), weight_VH, labels.t().flatten(), output_layer, with_gradient)
+    losses_N = _FrozenHead.apply(
+        hidden_SBH.flatten(0, 1), weight_VH, labels.t().flatten(), output_layer, with_gradient
+    )
     return losses_N.view(hidden_SBH.shape[:2]).t().contiguous()
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Losses, (N,), and what their gradient needs of each token's logits, in one pass over the pieces."""
+    """Losses, (N,), and, with_gradient, what the gradient of the hidden states is made of."""
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, labels_N, output_layer, with_gradient):
@@ -67,52 +72,72 @@ class _FrozenHead(torch.autograd.Function):
         measured = []
         for start in range(0, len(hidden_NH), PIECE):
             piece = slice(start, start + PIECE)
+            others_PH = others_NH[piece] if with_gradient else None
             logits_PV = _logits(hidden_NH[piece], weight_VH, output_layer)
-            *sums, others_PV = _softmax(logits_PV, local_N[piece], with_gradient)
-            measured.append(torch.stack(sums))
-            if with_gradient:
-                torch.mm(others_PV, weight_VH, out=others_NH[piece])
-        largest_N, log_total_N, _ = shard_3N = torch.cat(measured, dim=1)
+            measured.append(_measure(logits_PV, local_N[piece], weight_VH, others_PH))
+            del logits_PV
+        shard_3N = torch.cat(measured, dim=1)
         top_N, log_sum_N, labelled_N = _over_shards(shard_3N, output_layer.tp_group)
-        # Both terms are small for a label that is nearly certain: little would be left of a difference of whole logits.
+        # Both terms are small for a nearly certain label: a difference of whole logits would
+        # leave little of its loss.
         losses_N = log_sum_N - (labelled_N - top_N)
         if with_gradient:
+            largest_N, log_total_N, _ = shard_3N.unbind()
             share_N = (largest_N - top_N + log_total_N - log_sum_N).exp()
-            missing_N = torch.where(is_here_N, torch.expm1(-losses_N), 0)  # the label's probability less one
+            # The label's probability less one.
+            missing_N = torch.where(is_here_N, torch.expm1(-losses_N), 0)
             ctx.save_for_backward(others_NH, weight_VH, local_N, share_N, missing_N)
         return losses_N
 
     @staticmethod
     def backward(ctx, gradient_N):
         others_NH, weight_VH, local_N, share_N, missing_N = ctx.saved_tensors
-        return _gradient(others_NH, weight_VH, local_N, gradient_N * share_N, gradient_N * missing_N), None, None, None, None
+        of_others_N = gradient_N * share_N
+        of_label_N = gradient_N * missing_N
+        gradient_NH = _gradient(others_NH, weight_VH, local_N, of_others_N, of_label_N)
+        return gradient_NH, None, None, None, None
 
 
-def _logits(hidden_PH: torch.Tensor, weight_VH: torch.Tensor, output_layer: ColumnParallelLinear) -> torch.Tensor:
-    """This rank's logits, (P, V), after the layer's forward hooks: one of them takes the vocabulary's padding out of the softmax."""
+def _logits(hidden_PH, weight_VH, output_layer: ColumnParallelLinear) -> torch.Tensor:
+    """This rank's logits, (P, V), after the layer's forward hooks.
+
+    One of these takes the vocabulary's padding out of the softmax (build.py, _silence_padding).
+    """
     logits_PV = hidden_PH @ weight_VH.t()
     for hook in output_layer._forward_hooks.values():
         hook(output_layer, (hidden_PH,), (logits_PV, None))
     return logits_PV
 
 
-@torch.compile  # two kernels on a GPU; on a CPU as it stands (distributed/cpu.py)
-def _softmax(logits_PV: torch.Tensor, local_P: torch.Tensor, with_softmax: bool):
-    """Of each token, over this rank's shard: the largest logit, (P,); the logarithm of the sum of exp(logits - the largest), (P,);
-    the label's logit, or 0 where another rank has it, (P,); and the softmax with 0 for the label, (P, V) in the dtype of the logits,
-    or None.
+def _measure(logits_PV, local_P, weight_VH, others_PH: torch.Tensor | None) -> torch.Tensor:
+    """The first three of _softmax's, (3, P); its fourth times the weight is written to others_PH."""
+    *measured, softmax_PV = _softmax(logits_PV, local_P, others_PH is not None)
+    if softmax_PV is not None:
+        torch.mm(softmax_PV, weight_VH, out=others_PH)
+    return torch.stack(measured)
 
-    local_P: the label's place in this shard, or -1. The logits are overwritten where they are float32 or wider.
+
+@torch.compile  # few kernels on a GPU; on a CPU as it stands (distributed/cpu.py)
+def _softmax(
+    logits_PV: torch.Tensor, local_P: torch.Tensor, with_softmax: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What each token's logits in this rank's shard come to.
+
+    local_P: the label's place in this shard, or -1.
+    Returns the largest logit, the logarithm of the sum of exp(logit - the largest), and the label's
+    logit, or 0 where another rank has it, each (P,) and at least float32; and the softmax with 0
+    for the label, (P, V) in the dtype of the logits, or None. Overwrites float32 logits.
     """
     dtype = torch.promote_types(logits_PV.dtype, torch.float32)
     chosen_P = logits_PV.gather(1, local_P.clamp(min=0)[:, None])[:, 0].to(dtype)
     labelled_P = torch.where(local_P >= 0, chosen_P, 0)
-    # A shard may be padding alone, -inf: its softmax shall be finite, for the rank's share of the whole is 0.
+    # A shard may be padding alone, -inf: kept finite, it is no NaN, and its share of the whole is 0.
     wide_PV = logits_PV.to(dtype).clamp_(min=torch.finfo(dtype).min)
     largest_P1 = wide_PV.amax(1, keepdim=True)
     powers_PV = wide_PV.sub_(largest_P1).exp_()
     total_P1 = powers_PV.sum(1, keepdim=True)
-    largest_P, log_total_P = largest_P1[:, 0], total_P1.log()[:, 0]
+    largest_P = largest_P1[:, 0]
+    log_total_P = total_P1.log()[:, 0]
     if not with_softmax:
         return largest_P, log_total_P, labelled_P, None
     is_label_PV = torch.arange(logits_PV.shape[1], device=logits_PV.device) == local_P[:, None]
@@ -122,17 +147,21 @@ def _softmax(logits_PV: torch.Tensor, local_P: torch.Tensor, with_softmax: bool)
 
 @torch.compile
 def _gradient(others_NH, weight_VH, local_N, of_others_N, of_label_N) -> torch.Tensor:
-    """The gradient of this rank's hidden states, (N, H): the other tokens' rows of the weight and the label's, each with its factor."""
+    """The gradient of this rank's hidden states, (N, H): both its terms, each with its factor."""
     label_NH = weight_VH[local_N.clamp(min=0)]
-    return (others_NH * of_others_N[:, None] + label_NH * of_label_N[:, None]).to(others_NH.dtype)
+    gradient_NH = others_NH * of_others_N[:, None] + label_NH * of_label_N[:, None]
+    return gradient_NH.to(others_NH.dtype)
 
 
-def _over_shards(shard_3N: torch.Tensor, group: torch.distributed.ProcessGroup) -> tuple[torch.Tensor, ...]:
-    """What _softmax measures of each token, over the whole vocabulary: (N,) each."""
+def _over_shards(
+    shard_3N: torch.Tensor, group: torch.distributed.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What _measure says of each token, over the whole vocabulary: (N,) each."""
     if group.size() == 1:
         return shard_3N.unbind()
     shards = shard_3N.new_empty(group.size() * 3, shard_3N.shape[1])
     torch.distributed.all_gather_into_tensor(shards, shard_3N, group=group)
-    largest_RN, log_total_RN, labelled_RN = shards.view(group.size(), *shard_3N.shape).unbind(1)
+    shards_R3N = shards.view(group.size(), *shard_3N.shape)
+    largest_RN, log_total_RN, labelled_RN = shards_R3N.unbind(1)
     top_N = largest_RN.amax(0)
     return top_N, (largest_RN - top_N + log_total_RN).logsumexp(0), labelled_RN.sum(0)

@@ -8,9 +8,11 @@ in full and by LoRA, with a CUDA graph and eager, by the fused adapters and the 
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -114,11 +116,9 @@ def all_checks(asked: argparse.Namespace) -> list[Check]:
 
 def run(asked: argparse.Namespace, checks: list[Check]) -> None:
     """Some checks at once, each recorded when it ends, and what they say together."""
-    deadline, results, commit = (
-        time.monotonic() + asked.seconds,
-        Results(asked.out),
-        commit_here(asked.commit_file),
-    )
+    deadline = time.monotonic() + asked.seconds
+    results = Results(asked.out)
+    commit = commit_here(asked.commit_file)
     with ThreadPoolExecutor(asked.together) as together:
         begun = {together.submit(one, check, deadline): check.name for check in checks}
         for done in as_completed(begun):
@@ -138,22 +138,34 @@ def one(check: Check, deadline: float) -> dict:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "losses.json")
-        command = (
-            [*check.command, str(file)] if "--losses" in check.command else list(check.command)
+        writes_losses = "--losses" in check.command
+        command = [*check.command, *([str(file)] if writes_losses else [])]
+        code, said = _run(command, seconds, Path(folder, "said"))
+        record = {"seconds": round(time.monotonic() - started, 1)}
+        if file.exists():
+            record |= json.loads(file.read_text())
+        if code is None:
+            return record | {"error": f"not done after {seconds:.0f} s\n{said[-2000:]}"}
+        if not writes_losses:
+            return record | {"passed": code == 0, "said": said[-6000:]}
+        return record | ({"error": said[-3000:]} if code else {})
+
+
+def _run(command: list[str], seconds: float, output: Path) -> tuple[int | None, str]:
+    """Exit status, None where it took longer, and what the command said. Ranks that it started end
+    with it.
+    """
+    with open(output, "w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=seconds
-            )
-        except subprocess.TimeoutExpired as expired:
-            said = (expired.stdout or b"")[-2000:].decode(errors="replace")
-            return {"error": f"not done after {seconds:.0f} s\n{said}"}
-        took = {"seconds": round(time.monotonic() - started, 1)}
-        if "--losses" not in check.command:
-            return {"passed": done.returncode == 0, "said": done.stdout[-6000:]} | took
-        if done.returncode or not file.exists():
-            return {"error": (done.stdout + done.stderr)[-3000:]} | took
-        return json.loads(file.read_text()) | took
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(seconds)
+        if code is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return code, output.read_text(errors="replace")
 
 
 def _in_short(record: dict) -> str:

@@ -3,6 +3,7 @@ power while it ran.
 """
 
 import contextlib
+import ctypes
 import datetime
 import json
 import os
@@ -59,19 +60,27 @@ def machine() -> dict:
     variables = environment.prepare(ParallelConfig())
     from retemper.pipeline.model.kernels import kernels_here
 
-    kernels, on_gpu = kernels_here(), torch.cuda.is_available()
+    kernels = kernels_here()
+    on_gpu = torch.cuda.is_available()
     return {
         "date": datetime.date.today().isoformat(),
         "gpu": kernels.gpu,
         "memory_gib": torch.cuda.mem_get_info()[1] / 2**30 if on_gpu else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "cudnn": _cudnn_version() if on_gpu else None,
         "transformer_engine": kernels.transformer_engine,
         "apex": kernels.apex,
         "megatron_core": version("megatron-core"),
         "environment": str(variables),
     }
+
+
+def _cudnn_version() -> int | None:
+    """Of the library that this process uses: torch's own function refuses to tell where it is not the bundled one."""
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL("libcudnn.so.9").cudnnGetVersion()
+    return None
 
 
 class Sensors:

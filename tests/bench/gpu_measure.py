@@ -45,8 +45,11 @@ _ALWAYS = (
     "train.log_every_steps=1000000",
 )
 # The sizes of the tests' smallest model (tests/conftest.py), for a rehearsal on CPU.
-_TINY = ("model=tiny", "model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96")
-_TINY += (
+_TINY = (
+    "model=tiny",
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=96",
     "model.num_attention_heads=4",
     "model.num_query_groups=2",
     "train.cuda_graph=off",
@@ -64,7 +67,8 @@ class Watch:
     """
 
     def __init__(self, steps: int, trace_to: Path | None = None):
-        self.steps, self.trace_to = steps, trace_to
+        self.steps = steps
+        self.trace_to = trace_to
         self.ends: list[float] = []  # time.perf_counter with the GPU done with everything
         self.losses: list[float] = []
         self.trace_error: str | None = None
@@ -235,7 +239,8 @@ def measure(
         watch = Watch(taken, trace if traced else None)
         train(asked, watch, random_weights=True)
         of_trace = _of_trace(trace, watch, config) if traced else None
-    first, last = watch.ends[steps.warm_up - 1], watch.ends[steps.warm_up + steps.timed - 1]
+    first = watch.ends[steps.warm_up - 1]
+    last = watch.ends[steps.warm_up + steps.timed - 1]
     of_steps = watch.milliseconds()[steps.warm_up - 1 : steps.warm_up - 1 + steps.timed]
     record = {
         "asked": list(part.asked),

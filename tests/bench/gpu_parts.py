@@ -122,11 +122,13 @@ def main(text: str, out: Path, parts: list[Part], steps: Steps, shortest: float)
 
 def supervise(asked: argparse.Namespace, names: list[str], shortest: float) -> None:
     """Start processes for the parts until all were begun or the time is over."""
-    deadline, results = time.monotonic() + asked.seconds, Results(asked.out)
+    deadline = time.monotonic() + asked.seconds
+    results = Results(asked.out)
     with tempfile.TemporaryDirectory() as folder:
         waiting = list(names)
         while waiting and (left := deadline - time.monotonic()) > shortest:
-            progress, said = Path(folder, "progress"), Path(folder, "said")
+            progress = Path(folder, "progress")
+            said = Path(folder, "said")
             progress.write_text("")
             ended = _process(waiting, left, progress, said)
             lines = [line.split(" ", 1) for line in progress.read_text().splitlines()]
@@ -167,7 +169,8 @@ def _process(names: list[str], seconds: float, progress: Path, said: Path) -> st
 
 def _without(arguments: list[str], *options: str) -> list[str]:
     """Arguments but for these options and the values that follow them."""
-    kept, dropping = [], False
+    kept = []
+    dropping = False
     for argument in arguments:
         name, joined, _ = argument.partition("=")
         if argument.startswith("--"):
@@ -184,8 +187,10 @@ def work(asked: argparse.Namespace, parts: list[Part], steps: Steps, shortest: f
     # As torch's own profiler does with CUDA graphs: CUPTI that was torn down crashes when it comes
     # back to one.
     os.environ |= {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
-    deadline, results = time.monotonic() + asked.seconds, Results(asked.out)
-    about, sensors = commit_here(asked.commit_file) | {"machine": machine()}, Sensors()
+    deadline = time.monotonic() + asked.seconds
+    results = Results(asked.out)
+    about = commit_here(asked.commit_file) | {"machine": machine()}
+    sensors = Sensors()
     for part in parts:
         left = deadline - time.monotonic()
         if left < shortest:

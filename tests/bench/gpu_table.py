@@ -56,7 +56,8 @@ def _row(name: str, part: dict) -> tuple[str, ...]:
     of_peak = "" if part["precision"] in ("fp32", "bf16") else " of FP8's peak"
     mfu = f"{part['mfu']:.0%}{of_peak}" if part["mfu"] else "–"
     memory = f"{part['peak_allocated_gib']:.1f} GiB" if part["peak_allocated_gib"] else "–"
-    kernels, waits = "–", "–"
+    kernels = "–"
+    waits = "–"
     if (trace := part["trace"]) and trace.get("kernels"):
         kernels = f"{trace['kernels']:,}"
         waits = f"{max(0.0, trace['idle_ms'] / part['step_ms']):.0%}"

@@ -13,14 +13,16 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-PRODUCTS, ADAPTERS, ATTENTION, ELEMENTWISE = (
-    "products",
-    "adapter_products",
-    "attention",
-    "elementwise",
-)
-NORMS, QUANTISING, OPTIMIZER = "norms_rope_swiglu", "quantising", "optimizer"
-COMMUNICATION, COPIES, OTHER = "communication", "copies_and_fills", "other"
+PRODUCTS = "products"
+ADAPTERS = "adapter_products"
+ATTENTION = "attention"
+ELEMENTWISE = "elementwise"
+NORMS = "norms_rope_swiglu"
+QUANTISING = "quantising"
+OPTIMIZER = "optimizer"
+COMMUNICATION = "communication"
+COPIES = "copies_and_fills"
+OTHER = "other"
 KINDS = (
     PRODUCTS,
     ADAPTERS,
@@ -121,7 +123,8 @@ def summary(events: list[Event], *, adapters_below_us: float = 0.0) -> dict:
     what runs at once; the backend of attention; and the kernels that took most time.
     """
     kinds = kinds_of(events, adapters_below_us=adapters_below_us)
-    kernels_of_kind, ms_of_kind = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0.0)
+    kernels_of_kind = dict.fromkeys(KINDS, 0)
+    ms_of_kind = dict.fromkeys(KINDS, 0.0)
     by_name: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
     for event, kind in zip(events, kinds, strict=True):
         kernels_of_kind[kind] += event.is_kernel
@@ -150,7 +153,8 @@ def summary(events: list[Event], *, adapters_below_us: float = 0.0) -> dict:
 
 def busy_us(events: list[Event]) -> float:
     """Microseconds in which at least one of the events, sorted by their start, ran."""
-    busy, until = 0.0, float("-inf")
+    busy = 0.0
+    until = float("-inf")
     for event in events:
         busy += max(0.0, event.end_us - max(event.start_us, until))
         until = max(until, event.end_us)

@@ -1,4 +1,4 @@
-"""The loss of a frozen output layer by pieces against whole logits, in the same model, at every layout of real ranks."""
+"""The loss of a frozen output layer by pieces against whole logits, in one model at every layout."""
 
 from conftest import launch, overrides
 
@@ -23,10 +23,11 @@ def test_one_rank(workspace):
 
 def test_two_ranks(workspace):
     look(workspace, 2, TP2, TP2, SEQUENCE_PARALLEL, SEQUENCE_PARALLEL)
-    look(workspace, 2, [*SEQUENCE_PARALLEL, TIED], ["parallel=pp2", TIED], ["parallel=pp2"], ["parallel=cp2"])
+    look(workspace, 2, [*SEQUENCE_PARALLEL, TIED], ["parallel=cp2"])
+    look(workspace, 2, ["parallel=pp2", TIED], ["parallel=pp2"])
 
 
 def test_a_shard_that_is_padding_alone(workspace):
     # 60 tokens are padded to two shards of 64.
-    changes = ["model.vocab_size=60", "model.hidden_size=128"]
+    changes = ["model.vocab_size=60", "model.hidden_size=96"]  # no other size is 64
     look(workspace, 2, [*TP2, *changes], [*SEQUENCE_PARALLEL, *changes])

@@ -74,8 +74,10 @@ def test_what_the_person_set_is_kept_under_either_name(monkeypatch, name):
     found = environment.apply(environment.wanted(ALONE, HOPPER), ALONE)
     assert os.environ[name] == "max_split_size_mb:512"
     assert len(set(os.environ) & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}) == 1
-    assert (found.chosen, found.kept) == ({}, {name: "max_split_size_mb:512"})
-    assert str(found) == f"{name}=max_split_size_mb:512 (as it was set)"
+    assert found.chosen == {"NCCL_GRAPH_REGISTER": "0"}
+    assert found.kept == {name: "max_split_size_mb:512"}
+    assert str(found) == f"NCCL_GRAPH_REGISTER=0, {name}=max_split_size_mb:512 (as it was set)"
+    assert environment.apply(environment.wanted(ALONE, HOPPER), ALONE) == found, "a second call"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The loss of a frozen output layer by pieces, beside torch's cross entropy of whole logits. Real ranks: multiproc/test_frozen_head.py."""
+"""The loss of a frozen output layer by pieces, beside torch's cross entropy of whole logits.
+
+Real ranks: multiproc/test_frozen_head.py.
+"""
 
 import pytest
 import torch
@@ -16,7 +19,8 @@ def frozen_head():
     prepare_megatron()
     from retemper.pipeline.model import frozen_head
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield frozen_head
     torch.distributed.destroy_process_group()
 
@@ -35,9 +39,11 @@ def layer_of(vocab_size: int, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def drawn(vocab_size: int, dtype: torch.dtype, scale: float = 1.0):
-    """Hidden states (S, B, H) that ask for a gradient, labels (B, S), and what each loss weighs, (B, S): of some nothing."""
+    """Hidden states (S, B, H) that ask for a gradient, labels (B, S), and a weight of each loss, (B, S),
+    of some 0."""
     generator = torch.Generator().manual_seed(1)
-    hidden_SBH = scale * torch.randn(LENGTH, BATCH, HIDDEN, generator=generator, dtype=torch.float64)
+    shape = (LENGTH, BATCH, HIDDEN)
+    hidden_SBH = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
     labels_BS = torch.randint(vocab_size, (BATCH, LENGTH), generator=generator)
     weights_BS = torch.rand(BATCH, LENGTH, generator=generator, dtype=torch.float64)
     weights_BS *= torch.rand(BATCH, LENGTH, generator=generator) > 0.3
@@ -45,19 +51,24 @@ def drawn(vocab_size: int, dtype: torch.dtype, scale: float = 1.0):
 
 
 def by_pieces(frozen_head, layer, hidden_SBH, labels_BS):
-    return frozen_head.losses(hidden_states=hidden_SBH, output_layer=layer, output_weight=None, labels=labels_BS)
+    return frozen_head.losses(
+        hidden_states=hidden_SBH, output_layer=layer, output_weight=None, labels=labels_BS
+    )
 
 
 def whole(layer, vocab_size, hidden_SBH, labels_BS):
     """The same from all logits of the unpadded vocabulary, summed in float64."""
     logits_NV = hidden_SBH.flatten(0, 1) @ layer.weight[:vocab_size].t()
-    losses_N = torch.nn.functional.cross_entropy(logits_NV.double(), labels_BS.t().flatten(), reduction="none")
+    labels_N = labels_BS.t().flatten()
+    losses_N = torch.nn.functional.cross_entropy(logits_NV.double(), labels_N, reduction="none")
     return losses_N.view(hidden_SBH.shape[:2]).t()
 
 
 @pytest.mark.parametrize("vocab_size", [PADDED, 131])
 @pytest.mark.parametrize("piece", [1024, LENGTH * BATCH, 10, 1])  # of 111 tokens
-def test_losses_and_gradients_are_those_of_whole_logits(frozen_head, monkeypatch, vocab_size, piece):
+def test_losses_and_gradients_are_those_of_whole_logits(
+    frozen_head, monkeypatch, vocab_size, piece
+):
     monkeypatch.setattr(frozen_head, "PIECE", piece)
     layer = layer_of(vocab_size, torch.float64)
     hidden_SBH, labels_BS, weights_BS = drawn(vocab_size, torch.float64)
@@ -111,6 +122,8 @@ def test_no_value_is_read_by_the_host(frozen_head, monkeypatch):
     layer = layer_of(131, torch.bfloat16)
     with FakeTensorMode() as mode:
         layer.weight = torch.nn.Parameter(mode.from_tensor(layer.weight), requires_grad=False)
-        hidden_SBH, labels_BS, weights_BS = (mode.from_tensor(tensor) for tensor in (hidden_SBH, labels_BS, weights_BS))
+        hidden_SBH = mode.from_tensor(hidden_SBH)
+        labels_BS = mode.from_tensor(labels_BS)
+        weights_BS = mode.from_tensor(weights_BS)
         (by_pieces(frozen_head, layer, hidden_SBH, labels_BS) * weights_BS).sum().backward()
     assert hidden_SBH.grad.shape == (LENGTH, BATCH, HIDDEN)
