@@ -28,8 +28,15 @@ class Batch:
         """The batch on `device`, copied without waiting for what it computes."""
         if device.type == "cpu":
             return self
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: tensor.contiguous().pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.pinned()._tensors().items()})
+
+    def pinned(self) -> "Batch":
+        """The batch in memory from which a GPU can copy while the host goes on."""
+        # Masks may be views expanded from one number, which cannot be pinned.
+        return replace(self, **{name: value.contiguous().pin_memory() for name, value in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
     def of_context_rank(self, rank: int, size: int) -> "Batch":
         """An early and a late part of every sequence, as megatron-core deals them out to context-parallel ranks: causal attention

@@ -111,7 +111,10 @@ class TrainingBatches:
         if not self._reads:
             return StepData(mine, np.zeros(len(mine), bool), [Batch((size, self.config.data.seq_length))] * (len(mine) // size))
         samples, skipped = self._samples(mine)
-        return StepData(mine, skipped, make_batches(samples, size, mask_documents=mask_documents))
+        batches = make_batches(samples, size, mask_documents=mask_documents)
+        if self.topology.device.type == "cuda":
+            batches = [batch.pinned() for batch in batches]  # here, beside training: the first time takes milliseconds
+        return StepData(mine, skipped, batches)
 
     def _samples(self, ids: np.ndarray) -> tuple[Samples, np.ndarray]:
         """The samples, and which of them are left out because their shard is bad, bool (n,)."""

@@ -113,6 +113,7 @@ def start(parallel: ParallelConfig) -> Topology:
     prepare_megatron()
     import torch
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
     if not torch.distributed.is_initialized():
         _join(torch)
@@ -123,6 +124,9 @@ def start(parallel: ParallelConfig) -> Topology:
         virtual_pipeline_model_parallel_size=virtual if (virtual := parallel.virtual_pipeline_parallel_size) > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
     )
+    if torch.cuda.is_available():
+        # Before a layer asks for it: the kind whose states a CUDA graph can draw from.
+        initialize_rng_tracker(use_cudagraphable_rng=True)
     return Topology(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
@@ -153,16 +157,15 @@ def stop(*, leave: bool = True) -> None:
     gc.collect()  # models know their groups: what is left of the one before keeps its threads
 
 
-def from_last_stage(values: list[float]) -> list[float]:
+def from_last_stage(values: "torch.Tensor") -> list[float]:  # noqa: F821
     """Sum values over data- and context-parallel ranks of the last pipeline stage, and hand the result to every rank.
 
-    Every rank passes a list of the same length; only the last stage's values count.
+    values: one dimension, of one length on every rank; only the last stage's count. The host waits once, for the result.
     """
     import torch
     from megatron.core import parallel_state
 
-    device = _device(torch)
-    summed = torch.tensor(values, dtype=torch.float64, device=device)
+    summed = values.to(_device(torch), torch.float64)
     if parallel_state.is_pipeline_last_stage():
         torch.distributed.all_reduce(summed, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     torch.distributed.broadcast(

@@ -60,7 +60,7 @@ def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
             counts_BT = bytes_BT > 0
             sums_3B = [(output["losses_BT"].double() * counts_BT).sum(1), counts_BT.sum(1), bytes_BT.double().sum(1)]
             sums_N3[places] = torch.stack([row_B.double() for row_B in sums_3B], 1).cpu().numpy()
-    nats_N, tokens_N, bytes_N = np.array(from_last_stage(sums_N3.ravel().tolist())).reshape(-1, 3).T
+    nats_N, tokens_N, bytes_N = np.array(from_last_stage(torch.from_numpy(sums_N3.ravel()))).reshape(-1, 3).T
     bits_N = nats_N / math.log(2)
     found = ratio(bits_N.tolist(), bytes_N.tolist())
     scores = {

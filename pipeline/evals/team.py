@@ -52,7 +52,7 @@ class Team:
             scored = log_likelihoods(self.model, batches)
             if scored:
                 scores_N2[ids] = torch.cat(scored)[: len(ids)].cpu().numpy()
-        return np.array(from_last_stage(scores_N2.ravel().tolist())).reshape(-1, 2)
+        return np.array(from_last_stage(torch.from_numpy(scores_N2.ravel()))).reshape(-1, 2)
 
     def generate(
         self, prompts: list[np.ndarray], sampling: Sampling, stops: list[str], tokenizer, eos_id: int | None, seed: int, label: str

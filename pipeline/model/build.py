@@ -22,7 +22,6 @@ from retemper.pipeline.model.fp8 import forget_scales, hold_in_fp8_alone, plain_
 from retemper.pipeline.model.kernels import kernels_here, start_tensor_parallel_overlap
 from retemper.pipeline.model.weights import init_weights
 from retemper.pipeline.schema.model import ModelSetup, RopeScaling
-from retemper.pipeline.schema.run import Config
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -88,7 +87,7 @@ def build_layers(config: ModelSetup, topology: Topology, *, local: bool = True) 
 
 def _stage(config: ModelSetup, topology: Topology, number: int | None, local: bool) -> GPTModel:
     """number: among the virtual stages of this rank."""
-    transformer = transformer_config(config)
+    transformer = transformer_config(config, local=local)
     last = config.parallel.virtual_pipeline_parallel_size - 1
     model = GPTModel(
         config=transformer,
@@ -147,8 +146,8 @@ _RECOMPUTED = {
 }
 
 
-def transformer_config(config: ModelSetup) -> TransformerConfig:
-    """megatron-core's view of the run."""
+def transformer_config(config: ModelSetup, *, local: bool = True) -> TransformerConfig:
+    """megatron-core's view of the run. local: its layers are megatron-core's own, else Transformer Engine's."""
     model, parallel, kernels = config.model, config.parallel, kernels_here()
     bf16, virtual = config.precision != "fp32", parallel.virtual_pipeline_parallel_size
     return TransformerConfig(
@@ -190,20 +189,17 @@ def transformer_config(config: ModelSetup) -> TransformerConfig:
         calculate_per_token_loss=True,
         finalize_model_grads_func=_finalize_gradients,
         gradient_accumulation_fusion=kernels.apex,
-        bias_activation_fusion=bool(kernels.gpu),
+        bias_activation_fusion=bool(kernels.gpu) and local,
+        use_te_activation_func=not local,
+        # Where a norm is a module of its own, its backward pass adds the residual stream's gradient.
+        fused_residual_rmsnorm=not local and config.fused_adapters,
         apply_rope_fusion=bool(kernels.transformer_engine),
-        # Queries, keys and values rotated where they lie, without being parted first.
-        fused_single_qkv_rope=bool(kernels.transformer_engine) and not (model.qk_norm or _masks_documents(config)),
         # Of a frozen head the loss has a way of its own (frozen_head.py).
         cross_entropy_loss_fusion=bool(kernels.gpu) and config.method.name == "full",
         cross_entropy_fusion_impl="native",
         masked_softmax_fusion=False,  # attention is Transformer Engine's or torch's, fused as a whole
         **_fp8(config),
     )
-
-
-def _masks_documents(config: ModelSetup) -> bool:
-    return isinstance(config, Config) and config.data.mask_documents
 
 
 def _finalize_gradients(stages: list[torch.nn.Module], *args, **kwargs) -> None:
@@ -243,13 +239,17 @@ def parameter_counts(model: torch.nn.ModuleList, tensor_parallel_size: int) -> t
 
 
 def _block_spec(config: ModelSetup, local: bool) -> TransformerBlockSubmodules:
-    layer = _local_layer(config) if local else get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=config.model.qk_norm)
+    layer = _local_layer(config) if local else _te_layer(config)
     if config.method.lora:
         _use_adapters(layer, config, local)
     parallel = config.parallel
     layers = config.model.num_layers // (parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size)
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm if local else TENorm)
+
+
+def _te_layer(config: ModelSetup) -> TransformerLayerSubmodules:
+    return get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=config.model.qk_norm, use_te_activation_func=True)
 
 
 def _local_layer(config: ModelSetup) -> TransformerLayerSubmodules:

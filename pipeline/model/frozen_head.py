@@ -1,4 +1,4 @@
-"""The loss of a frozen output layer, by pieces of the sequence: no (tokens, vocabulary) tensor is made.
+"""The loss of a frozen output layer by pieces: no tensor of (tokens, vocabulary) is ever made.
 
 Of a frozen layer the backward pass needs the gradient of its input alone. That gradient is computed
 at once, while a piece's logits are there, and kept in their place: H numbers a token instead of V.
@@ -25,7 +25,7 @@ PIECE = 1024
 
 
 def is_frozen(model: GPTModel) -> bool:
-    """Whether this stage has the output layer, and its weight, or the tied embedding's, is frozen."""
+    """Whether this stage has the output layer, and its weight, or the tied one, does not train."""
     if not model.post_process:
         return False
     if model.share_embeddings_and_output_weights:
@@ -110,7 +110,7 @@ def _logits(hidden_PH, weight_VH, output_layer: ColumnParallelLinear) -> torch.T
 
 
 def _measure(logits_PV, local_P, weight_VH, others_PH: torch.Tensor | None) -> torch.Tensor:
-    """The first three of _softmax's, (3, P); its fourth times the weight is written to others_PH."""
+    """The first three of _softmax, (3, P); its fourth times the weight is written to others_PH."""
     *measured, softmax_PV = _softmax(logits_PV, local_P, others_PH is not None)
     if softmax_PV is not None:
         torch.mm(softmax_PV, weight_VH, out=others_PH)
@@ -131,7 +131,7 @@ def _softmax(
     dtype = torch.promote_types(logits_PV.dtype, torch.float32)
     chosen_P = logits_PV.gather(1, local_P.clamp(min=0)[:, None])[:, 0].to(dtype)
     labelled_P = torch.where(local_P >= 0, chosen_P, 0)
-    # A shard may be padding alone, -inf: kept finite, it is no NaN, and its share of the whole is 0.
+    # A shard may be padding alone, -inf: kept finite it is no NaN, and its share of the whole is 0.
     wide_PV = logits_PV.to(dtype).clamp_(min=torch.finfo(dtype).min)
     largest_P1 = wide_PV.amax(1, keepdim=True)
     powers_PV = wide_PV.sub_(largest_P1).exp_()

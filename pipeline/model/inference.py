@@ -160,9 +160,8 @@ def _choose(logits_BV: torch.Tensor, draws_B: torch.Tensor, sampling: Sampling) 
     return torch.searchsorted(reached_BV, draws_B[:, None] * reached_BV[:, -1:], right=True)[:, 0]
 
 
-_SWITCHED_OFF = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-_SWITCHED_OFF += ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop")  # Transformer Engine's, when it hides that behind multiplications
-_SWITCHED_OFF += ("fused_single_qkv_rope",)  # megatron-core has none that keeps keys and values
+_SHARED_SEQUENCE = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+_SHARED_SEQUENCE += ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop")  # Transformer Engine's, when it hides that behind multiplications
 
 
 @contextlib.contextmanager
@@ -172,7 +171,7 @@ def _for_inference(model: torch.nn.ModuleList) -> Iterator[None]:
     megatron-core's own switch remembers models by their address, which the next model may have.
     """
     parts = [part for stage in unwrap_model(list(model)) for part in (stage.config, *stage.modules())]
-    switched = [(part, name) for part in parts for name in _SWITCHED_OFF if getattr(part, name, False) is True]
+    switched = [(part, name) for part in parts for name in _SHARED_SEQUENCE if getattr(part, name, False) is True]
     training = model.training
     model.eval()
     for stage in model:

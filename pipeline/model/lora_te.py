@@ -10,9 +10,9 @@ import torch
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TELayerNormColumnParallelLinear,
-    TENorm,
     TERowParallelLinear,
 )
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
@@ -42,7 +42,7 @@ def set_norm_apart(layer: TransformerLayerSubmodules, name: str) -> None:
     casts its gradient twice.
     """
     norm, stored = NORMS[name]
-    setattr(layer, norm, TENorm)
+    setattr(layer, norm, TESpecProvider().layer_norm(has_residual=True))
     layer.sharded_state_dict_keys_map = layer.sharded_state_dict_keys_map | {f"{norm}.": stored}
 
 

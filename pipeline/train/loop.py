@@ -1,6 +1,9 @@
 """The training loop: next batch, step, log, save, evaluate."""
 
+import contextlib
+import gc
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from retemper.pipeline.checkpoint.sharded import Checkpointer
@@ -43,6 +46,7 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
         TrainingBatches(config, topology, state.samples_of_data, config.steps - state.step) as batches,
         profiler(config, topology, state.step) as profiled,
         Log(config, state, batches, counts, enabled=topology.rank == 0) as log,
+        garbage_kept(),
     ):
         seed_step(config.seed, state.step, topology)
         if state.step in (0, *config.milestone_steps):  # the start of the run, or a milestone whose evaluation was cut short
@@ -68,9 +72,20 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
             if stopping or state.step in saved_steps:
                 with log.saving():
                     checkpointer.save(state)
+                gc.collect()
             if stopping:
                 log.stopped()
                 return None
             if state.step in config.milestone_steps:
                 log.scores(evaluate(config, topology, model, state.step))
     return None
+
+
+@contextlib.contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Within it Python collects no garbage by itself, at moments when ranks, or the GPU, would wait for it."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

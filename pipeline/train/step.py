@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from retemper.pipeline.checkpoint.state import TrainState
@@ -34,11 +35,13 @@ def train_step(
         stage.zero_grad_buffer()
     optimizer.zero_grad()
     outputs = passes(batches)
-    nats, tokens = from_last_stage([float(sum(output[key] for output in outputs)) for key in ("loss", "tokens")])
+    sums = [sum(output[key] for output in outputs).double() for key in ("loss", "tokens") if outputs]
+    # The host waits for the norm, and has the loss by then.
+    grad_norm = norm_of_gradients(optimizer)
+    nats, tokens = from_last_stage(torch.stack(sums) if sums else torch.zeros(2))
     loss = nats / max(tokens, 1)
     if anomaly := anomaly_in(config, state, "losses", loss):
         return anomaly
-    grad_norm = norm_of_gradients(optimizer)
     if anomaly := anomaly_in(config, state, "grad_norms", grad_norm):
         return anomaly
     lr = min(group["lr"] for group in optimizer.param_groups)  # LoRA+ gives B a higher one

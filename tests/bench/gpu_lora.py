@@ -13,8 +13,8 @@ from gpu_measure import Part, Steps
 from gpu_parts import main
 
 OUT = ROOT / "bench" / "gpu-lora.json"
-STEPS = Steps(warm_up=2, timed=4)
-SHORTEST = 20  # seconds: of a part that takes 7 steps of 8 × 4096 tokens, and builds its model
+STEPS = Steps(warm_up=1, timed=3)
+SHORTEST = 20  # seconds: of a part that takes 5 steps of 16 × 4096 tokens, and builds its model
 
 LORA = (
     "model=llama2_7b",
@@ -65,6 +65,7 @@ def parts() -> list[Part]:
     all_parts.append(
         part("fp8_tensorwise-fused-graph-keep_transposed", more=("fp8.keep_transposed=true",))
     )
+    all_parts.append(part("fp8_tensorwise-fused-graph-fp8_attention", more=("fp8.attention=true",)))
     all_parts.append(part("nemo", graph="off", micro=2, more=qkv, corpus="documents"))
     all_parts.append(
         part("fp8_tensorwise-fused-graph-recompute", more=("parallel.recompute=selective",))

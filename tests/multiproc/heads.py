@@ -28,7 +28,7 @@ def main(cases: list[dict]) -> None:
 
 
 def equal(config, place) -> None:
-    """A step by pieces has the losses and gradients of one with whole logits, and makes none of them;
+    """A step by pieces has losses and gradients of one with whole logits, and makes none of them;
     scoring has the same losses."""
     from retemper.pipeline.model import frozen_head
     from retemper.pipeline.model.build import build_model

@@ -1,4 +1,4 @@
-"""The loss of a frozen output layer by pieces against whole logits, in one model at every layout."""
+"""The loss of a frozen output layer by pieces, against whole logits, at every layout."""
 
 from conftest import launch, overrides
 

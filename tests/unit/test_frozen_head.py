@@ -39,8 +39,8 @@ def layer_of(vocab_size: int, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def drawn(vocab_size: int, dtype: torch.dtype, scale: float = 1.0):
-    """Hidden states (S, B, H) that ask for a gradient, labels (B, S), and a weight of each loss, (B, S),
-    of some 0."""
+    """Hidden states (S, B, H) that ask for a gradient, labels and weights of losses, (B, S) both,
+    some weights being 0."""
     generator = torch.Generator().manual_seed(1)
     shape = (LENGTH, BATCH, HIDDEN)
     hidden_SBH = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
