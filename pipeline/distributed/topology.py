@@ -147,6 +147,7 @@ def stop(*, leave: bool = True) -> None:
     import torch
     from megatron.core import parallel_state
 
+    gc.collect()  # a model that is still there, and its CUDA graph, know their groups: NCCL would wait for the graph's end
     parallel_state.destroy_model_parallel()  # forgets its groups, but leaves them and their threads running
     if leave:
         torch.distributed.destroy_process_group()

@@ -25,13 +25,19 @@ _WARM_UP_PASSES = 3
 
 
 class Passes:
-    """Forward and backward passes over the micro-batches of a step, for one model. The graph is freed with this object."""
+    """Forward and backward passes over the micro-batches of a step, for one model. A context manager, which frees the graph."""
 
     def __init__(self, config: Config, topology: Topology, model: torch.nn.ModuleList):
         self.model = model
         self.recorded = is_recorded(config, topology)
         self._quantises_weights = config.fp8_recipe is not None and config.method.name == "full"
         self._replays: list[Callable[[], None]] = []
+
+    def __enter__(self) -> "Passes":
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self._replays.clear()
 
     def __call__(self, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
         """Add the micro-batches' gradients to the buffers, and reduce those over ranks.

@@ -34,7 +34,6 @@ def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> N
 def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> Anomaly | None:
     """Train on, until the end, a signal to stop or a step that must not count, which is returned."""
     model = build_model(config, topology)
-    passes = Passes(config, topology, model)
     optimizer = build_optimizer(config, model)
     schedule = build_schedule(config, optimizer)
     checkpointer = Checkpointer(config, topology, model, optimizer, fingerprints)
@@ -46,6 +45,7 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
         TrainingBatches(config, topology, state.samples_of_data, config.steps - state.step) as batches,
         profiler(config, topology, state.step) as profiled,
         Log(config, state, batches, counts, enabled=topology.rank == 0) as log,
+        Passes(config, topology, model) as passes,
         garbage_kept(),
     ):
         seed_step(config.seed, state.step, topology)
