@@ -198,6 +198,7 @@ def work(asked: argparse.Namespace, parts: list[Part], steps: Steps, shortest: f
         _note(asked.worker, f"begin {part.name}")
         faulthandler.dump_traceback_later(min(left, asked.part_seconds), exit=True)
         started = time.monotonic()
+        clean = True
         try:
             traced = asked.trace == ["yes"] or part.name in asked.trace
             record = measure(part, asked.corpora, steps, sensors, traced=traced, tiny=asked.tiny)
@@ -209,10 +210,11 @@ def work(asked: argparse.Namespace, parts: list[Part], steps: Steps, shortest: f
             )
         except Exception as error:
             failed(results, part.name, _text_of(error), about)
+            clean = False
         faulthandler.cancel_dump_traceback_later()
         _note(asked.worker, f"end {part.name}")
-        if not _is_clean():
-            break
+        if not (clean and _is_clean()):
+            break  # the process is replaced: an error may have left groups, or the GPU, as no part can use them
     sensors.close()
     sys.stdout.flush()
     os._exit(0)  # after an error on the GPU, leaving its process group can hang
