@@ -22,7 +22,7 @@ _SECONDS_FOR_RANK_ZERO = 5
 def run_rank(load: Callable[[], Config], work: Callable[[Config, topologies.Topology, dict[str, Any]], None]) -> int:
     """Load and check the config, start the process groups, call work(config, topology, fingerprints). Returns the exit code."""
 
-    from retemper.pipeline.model.kernels import check_precision
+    from retemper.pipeline.model.kernels import check_graph, check_precision
 
     def prepare() -> tuple[Config, dict[str, Any]]:
         config = load()
@@ -30,6 +30,7 @@ def run_rank(load: Callable[[], Config], work: Callable[[Config, topologies.Topo
         _prepare_environment(config)  # before check_precision, which starts CUDA
         prepared = preflight(config)
         check_precision(config)
+        check_graph(config)
         return config, prepared
 
     return run_prepared(prepare, work)

@@ -14,7 +14,6 @@ from megatron.core.utils import get_model_config
 
 from retemper.pipeline.data.batch import Batch
 from retemper.pipeline.distributed.seeds import random_state_kept
-from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model.adapted import forget_gradients, join_factors
 from retemper.pipeline.model.forward import forward_step, run_schedule, through_stages
 from retemper.pipeline.rules import graph_conflicts
@@ -27,9 +26,9 @@ _WARM_UP_PASSES = 3
 class Passes:
     """Forward and backward passes over the micro-batches of a step, for one model. A context manager, which frees the graph."""
 
-    def __init__(self, config: Config, topology: Topology, model: torch.nn.ModuleList):
+    def __init__(self, config: Config, model: torch.nn.ModuleList):
         self.model = model
-        self.recorded = is_recorded(config, topology)
+        self.recorded = is_recorded(config)
         self._quantises_weights = config.fp8_recipe is not None and config.method.name == "full"
         self._replays: list[Callable[[], None]] = []
 
@@ -90,11 +89,21 @@ class Passes:
         self._tokens += output["tokens"]
 
 
-def is_recorded(config: Config, topology: Topology) -> bool:
+def is_recorded(config: Config) -> bool:
     """Whether this run's passes are replayed from a graph."""
     if config.train.cuda_graph == "auto":
-        return topology.device.type == "cuda" and not any(graph_conflicts(config))
+        return torch.cuda.is_available() and not any(graph_conflicts(config)) and _was_compared(config)
     return config.train.cuda_graph == "on"
+
+
+def _was_compared(config: Config) -> bool:
+    """Whether a graph of such a run was compared with its passes as they are, on a GPU (tests/gpu/test_runs.py).
+
+    Full training waits little for the host, so that it wins nothing.
+    """
+    lora, parallel = config.method.lora, config.parallel
+    alone = parallel.tensor_parallel_size == parallel.context_parallel_size == 1 and parallel.recompute == "none"
+    return alone and lora is not None and not lora.dropout and config.precision in ("bf16", "fp8_tensorwise")
 
 
 def record(function: Callable[[], None]) -> Callable[[], None]:

@@ -70,6 +70,12 @@ def check_precision(setup: ModelSetup) -> None:
             raise UserError(f"{asked} cannot run on {kernels.gpu}: {why_not} {instead}")
 
 
+def check_graph(config: Config) -> None:
+    """Refuse a CUDA graph where there is no GPU, before any process group starts. Raises UserError."""
+    if config.train.cuda_graph == "on" and not kernels_here().gpu:
+        raise UserError("train.cuda_graph=on needs an NVIDIA GPU, and torch finds none here; auto runs everywhere")
+
+
 def start_tensor_parallel_overlap(config: Config) -> None:
     """Reserve Transformer Engine's buffers for it, which have the shape of a micro-batch. Before the layers are built."""
     from transformer_engine import pytorch as te

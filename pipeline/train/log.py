@@ -15,6 +15,7 @@ from retemper.pipeline.data.reader import TrainingBatches
 from retemper.pipeline.distributed.environment import in_force
 from retemper.pipeline.evals.hook import Scores, format_scores
 from retemper.pipeline.flops import flops_per_token, peak_flops
+from retemper.pipeline.model.graph import is_recorded
 from retemper.pipeline.model.kernels import kernels_here
 from retemper.pipeline.schema.run import Config
 from retemper.pipeline.track import TrainingTracker
@@ -35,7 +36,8 @@ class Log:
             f"{label}: method={config.method.name}, {counts[0]:,} trainable and {counts[1]:,} frozen parameters, from step {state.step}",
             flush=True,
         )
-        print(f"{label}: kernels: {kernels_here()}", flush=True)
+        graph = "; micro-batches replayed from a CUDA graph" if is_recorded(config) else ""
+        print(f"{label}: kernels: {kernels_here()}{graph}", flush=True)
         if variables := str(in_force()):
             print(f"{label}: environment: {variables}", flush=True)
         if state.data_changes and state.data_changes[-1]["step"] == state.step:
@@ -46,6 +48,7 @@ class Log:
         self.bar = tqdm(total=config.steps, initial=state.step, desc=label, unit="step", dynamic_ncols=True, disable=None)
         self.mark = state.step, state.seconds, batches.seconds_waited
         self.checkpoint_seconds = 0.0
+        self.warned = False  # of steps without a loss
 
     def step(self, result: StepResult | None) -> None:
         """Count one step, and report it where a report is due; without a result its batch was left out."""
@@ -55,6 +58,8 @@ class Log:
         if not result:
             self.bar.write(f"step {self.state.step:>6}  left out ({run_folder.LEFT_OUT})")
             return
+        if result.loss is None and not self.warned:
+            self._warn_of_no_loss()
         if not self.config.logs_after(self.state.step):
             return
         now = self.state.step, self.state.seconds, self.batches.seconds_waited
@@ -63,7 +68,7 @@ class Log:
         record = {
             "step": self.state.step,
             "tokens": self.state.consumed_samples * self.config.data.seq_length,
-            "loss": result.loss,
+            **({} if result.loss is None else {"loss": result.loss}),
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens_per_second": steps * self.config.tokens_per_step / seconds,
@@ -76,9 +81,18 @@ class Log:
         record |= {f"epochs/{name}": epochs for name, epochs in self.batches.streams.epochs(self.state.samples_of_data).items()}
         run_folder.append_line(self.config.run_dir / run_folder.METRICS, record)
         self.tracker.log(record)
+        loss = "-" if result.loss is None else f"{result.loss:.4f}"
         self.bar.write(
-            f"step {record['step']:>6}  loss {record['loss']:.4f}  grad_norm {record['grad_norm']:.3f}  "
+            f"step {record['step']:>6}  loss {loss}  grad_norm {record['grad_norm']:.3f}  "
             f"lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
+        )
+
+    def _warn_of_no_loss(self) -> None:
+        self.warned = True
+        self.bar.write(
+            f"warning: step {self.state.step} has no labelled token: all of its batch is prompt, padding, or left out with a bad shard. It "
+            "has no loss, and further such steps are not mentioned. `retemper data show` with this run's keys and "
+            f"step={self.state.step} shows the samples"
         )
 
     @contextlib.contextmanager

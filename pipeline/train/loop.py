@@ -15,7 +15,7 @@ from retemper.pipeline.evals.hook import evaluate
 from retemper.pipeline.model.build import build_model, parameter_counts
 from retemper.pipeline.model.graph import Passes
 from retemper.pipeline.schema.run import Config
-from retemper.pipeline.train.anomaly import Anomaly, left_out, roll_back
+from retemper.pipeline.train.anomaly import Anomaly, Unlabelled, left_out, roll_back
 from retemper.pipeline.train.log import Log
 from retemper.pipeline.train.optimizer import build_optimizer, build_schedule
 from retemper.pipeline.train.profile import profiler
@@ -45,9 +45,10 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
         TrainingBatches(config, topology, state.samples_of_data, config.steps - state.step) as batches,
         profiler(config, topology, state.step) as profiled,
         Log(config, state, batches, counts, enabled=topology.rank == 0) as log,
-        Passes(config, topology, model) as passes,
+        Passes(config, model) as passes,
         garbage_kept(),
     ):
+        unlabelled = Unlabelled(config, batches.streams.epochs, state.samples_of_data)
         seed_step(config.seed, state.step, topology)
         if state.step in (0, *config.milestone_steps):  # the start of the run, or a milestone whose evaluation was cut short
             log.scores(evaluate(config, topology, model, state.step))
@@ -67,6 +68,7 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
             state.seconds += time.perf_counter() - started
             ledger.record(state.step, data)
             log.step(result)
+            unlabelled.check(state.step, state.samples_of_data, has_loss=result is not None and result.loss is not None)
             profiled()
             stopping = asked_to_stop()
             if stopping or state.step in saved_steps:

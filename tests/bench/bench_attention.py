@@ -35,7 +35,7 @@ def main(overrides: list[str]) -> None:
         build.SdpaAttention = attention
         model = build.build_model(config, place)
         optimizer = build_optimizer(config, model)
-        runs[name] = (TrainState(), Passes(config, place, model), optimizer, build_schedule(config, optimizer))
+        runs[name] = (TrainState(), Passes(config, model), optimizer, build_schedule(config, optimizer))
     samples = Samples(config.train.global_batch_size, config.data.seq_length)
     samples.tokens[:-1] = np.random.default_rng(0).integers(0, config.model.vocab_size, len(samples.tokens) - 1)
     samples.pieces["lengths"] = [np.uint32(config.data.seq_length).tobytes()] * len(samples)

@@ -14,7 +14,7 @@ from gpu_parts import main
 
 OUT = ROOT / "bench" / "gpu-lora.json"
 STEPS = Steps(warm_up=1, timed=3)
-SHORTEST = 20  # seconds: of a part that takes 5 steps of 16 × 4096 tokens, and builds its model
+SHORTEST = 20  # seconds: of a part that takes 5 steps of 8 × 4096 tokens, and builds its model
 
 LORA = (
     "model=llama2_7b",

@@ -28,15 +28,14 @@ def commit_of_tree() -> dict:
 
 
 def commit_here(file: Path | None = None) -> dict:
-    """commit_of_tree where git and its history are; else what `file` holds of it; else $GIT_COMMIT,
-    whose tree nobody compared.
+    """What `file` holds of the commit, where it is given: a copy of the tree may have another
+    history. Else commit_of_tree; else $GIT_COMMIT, whose tree nobody compared.
     """
-    if (ROOT / ".git").exists():
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            return commit_of_tree()
     if file:
         read = json.loads(file.read_text())
         return {"commit": read["commit"], "clean": read["clean"]}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return commit_of_tree()
     return {"commit": os.environ.get("GIT_COMMIT"), "clean": None}
 
 

@@ -14,7 +14,7 @@ _HEAD = (
     "micro-batch",
     "tokens/s",
     "MFU",
-    "peak memory",
+    "memory reserved",
     "kernels a step",
     "GPU waits",
     "SM clock",
@@ -55,7 +55,8 @@ def _commit(part: dict) -> str:
 def _row(name: str, part: dict) -> tuple[str, ...]:
     of_peak = "" if part["precision"] in ("fp32", "bf16") else " of FP8's peak"
     mfu = f"{part['mfu']:.0%}{of_peak}" if part["mfu"] else "–"
-    memory = f"{part['peak_allocated_gib']:.1f} GiB" if part["peak_allocated_gib"] else "–"
+    # Of a graph's own memory what is allocated says little after it is recorded.
+    memory = f"{part['peak_reserved_gib']:.1f} GiB" if part["peak_reserved_gib"] else "–"
     kernels = "–"
     waits = "–"
     if (trace := part["trace"]) and trace.get("kernels"):

@@ -65,7 +65,7 @@ def memory(config, place, _model) -> None:
         for _step in range(2):
             count = config.train.global_batch_size // config.parallel.data_parallel_size
             batches = drawn_batches(config, place, count, config.train.micro_batch_size)
-            train_step(config, TrainState(), Passes(config, place, model), optimizer, schedule, batches)
+            train_step(config, TrainState(), Passes(config, model), optimizer, schedule, batches)
             del batches
         if config.evals.heldout:
             with torch.no_grad():

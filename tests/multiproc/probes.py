@@ -26,6 +26,7 @@ def main(cases: list[dict]) -> None:
         "frozen": frozen,
         "kernels": kernels,
         "adapted": adapted,
+        "launches": launches,
         "fp8": fp8,
         "counts": counts,
         "memory": memory,
@@ -206,6 +207,33 @@ def adapted(config, place, model) -> None:
     assert furthest <= {"fp32": 1e-5, "bf16": 0.03}.get(config.precision, 0.1)
 
 
+# What gives another view of a tensor, or memory, and launches nothing.
+_NO_KERNELS = ("view", "::t", "transpose", "split", "slice", "select", "as_strided", "expand", "detach", "alias", "unflatten")
+_NO_KERNELS += ("unsqueeze", "permute", "empty", "empty_like", "new_empty", "chunk", "_unsafe_view", "_reshape_alias")
+
+
+def launches(config, _place, model) -> None:
+    """For the adapters of a decoder layer 28 kernels are launched at most, beside two products of each frozen linear layer."""
+    from retemper.pipeline.model.adapted import join_factors
+
+    join_factors(list(model))
+    layer = model[0].module.decoder.layers[0]
+    hidden, ffn = config.model.hidden_size, config.model.ffn_hidden_size
+    linears = {layer.self_attention.linear_qkv: hidden, layer.self_attention.linear_proj: hidden}
+    linears |= {layer.mlp.linear_fc1: hidden, layer.mlp.linear_fc2: ffn}
+    operations = Operations()
+    for linear, features in linears.items():
+        x_SBI = torch.randn(16, 2, features, requires_grad=True)
+        with operations:
+            output_SBO, _bias = linear(x_SBI)
+        gradient_SBO = torch.ones_like(output_SBO)
+        with operations:
+            output_SBO.backward(gradient_SBO)
+    kernels = [name for name, _shape in operations.seen if not name.endswith(_NO_KERNELS)]
+    of_adapters = len(kernels) - 2 * len(linears)
+    assert (of_adapters <= 28) == (config.method.lora.kernel == "fused"), f"{of_adapters}: {kernels}"
+
+
 def plainly_adapted(config):
     """The config with adapters' products as operations of their own."""
     if not config.method.lora:
@@ -223,9 +251,9 @@ def losses_and_gradients(model, batch) -> dict[str, torch.Tensor]:
     for name in sorted(names):
         if names[name].requires_grad:  # B begins at zero, and A's gradient with it
             names[name].data += 0.02 * torch.randn(names[name].shape, generator=generator).to(names[name])
-    (output,) = run_schedule(model, [batch], forward_only=False)
+    outputs = run_schedule(model, [batch], forward_only=False)
     gradients = {f"gradient of {name}": parameter.main_grad.clone() for name, parameter in names.items() if parameter.requires_grad}
-    return {"losses": output["losses_BT"]} | gradients
+    return gradients | {"losses": output["losses_BT"] for output in outputs}  # of the last pipeline stage alone
 
 
 def _local_name(name: str) -> str:
