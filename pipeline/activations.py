@@ -5,6 +5,8 @@ from retemper.pipeline.schema.model import ModelSetup
 from retemper.pipeline.schema.run import Config
 
 SHARDED_BY_INPUT = ("o", "down")
+# model/frozen_head.py's: tokens of a piece of the sequence, whose logits are there at once.
+PIECE = 1024
 
 
 def bytes_of_element(config: ModelSetup) -> int:
@@ -77,7 +79,8 @@ class Activations:
     def scoring(self, stage: int) -> int:
         """Of a forward pass that nothing follows: hidden states with logits, or with what a feed-forward layer makes of them."""
         last = stage == self.config.parallel.pipeline_parallel_size - 1
-        logits = self.tokens * self.vocabulary * (4 if self.element == 4 else 6) if last else 0
+        scored = self.tokens if self.full else self.of_piece()
+        logits = scored * self.vocabulary * (4 if self.element == 4 else 6) if last else 0
         # gate and up, SiLU's output, up + 0 and their product; or the base's gate and up, what adapters add, and the sum.
         gates = 6 if self.adapted else 5
         return 4 * self.own * self.h * self.element + max(logits, gates * self.tokens * self.f * self.element)
@@ -155,14 +158,32 @@ class Activations:
 
     def loss(self) -> int:
         """Of logits: the float32 softmax in the place of its gradient, and of bf16 the logits or their gradient beside it."""
+        if not self.full:
+            return self.norm("head") - self.own * self.h * self.element + self.loss_by_pieces()
         logits = self.tokens * self.vocabulary
-        gradients = (self.tokens * self.h + (self.vocabulary * self.h if self.full else 0)) * self.element
+        gradients = (self.tokens * self.h + self.vocabulary * self.h) * self.element
         final_norm = self.norm("head") - self.own * self.h * self.element  # whose input is kept
-        if self.config.parallel.sequence_parallel and self.full:
+        if self.config.parallel.sequence_parallel:
             final_norm += self.tokens * self.h * self.element  # megatron-core's buffer for the gathered input
         if self.element == 4:
             return final_norm + 4 * logits + gradients
         return final_norm + max(6 * logits, 2 * logits + gradients)
+
+    def loss_by_pieces(self) -> int:
+        """Of a frozen head (model/frozen_head.py): a piece's logits, or what the backward pass makes of what it kept of all.
+
+        For each of the piece's logits that and its float32 power, in the same place unless they are in bf16, a byte for
+        whether it is the label's, and in bf16 the softmax. Beside them hidden states, under sequence parallelism gathered,
+        and their gradient. In the backward pass that, the labels' rows of the weight, and in float32 both terms and their sum.
+        """
+        hidden, own = self.tokens * self.h, self.own * self.h
+        states = own + (hidden if self.config.parallel.sequence_parallel else 0)
+        logits = self.of_piece() * self.vocabulary * (5 if self.element == 4 else 9)
+        return max((states + hidden) * self.element + logits, hidden * (2 * self.element + 3 * 4))
+
+    def of_piece(self) -> int:
+        """Tokens of the largest piece."""
+        return min(PIECE, self.tokens)
 
 
 def chunks_in_flight(config: Config, stage: int) -> int:

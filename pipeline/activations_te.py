@@ -17,11 +17,7 @@ _WORKSPACES = 64 * 2**20
 # Bytes of a number in FP8, its share of a scale included.
 _FP8_BYTES = {"delayed": 1, "tensorwise": 1, "blockwise": 1 + 4 / 128, "mxfp8": 1 + 1 / 32}
 # model/adapted.py's: below this rank B of several adapters is a copy in blocks.
-_APART_FROM_RANK = 64
-# model/frozen_head.py's: tokens of a piece of the sequence. For each of its logits at most two
-# numbers in float32 are held, the logit and its softmax.
-_PIECE = 1024
-_BYTES_A_LOGIT = 8
+APART_FROM_RANK = 64
 
 
 def layers_in_bf16(config: ModelSetup, stage: int) -> int:
@@ -81,7 +77,7 @@ class TransformerEngineActivations(Activations):
         adapted = [part for part in parts if part in self.lora.targets]
         rank = len(adapted) * self.lora.rank
         elements = rank * self.h
-        if self.lora.rank < _APART_FROM_RANK:
+        if self.lora.rank < APART_FROM_RANK:
             elements += rank * sum(self.features[part][1] for part in parts)
         return elements * (self.element + 4)
 
@@ -177,20 +173,31 @@ class TransformerEngineActivations(Activations):
     def backward(self) -> int:
         """Of one layer, beyond what is kept, the most of three moments.
 
-        In SwiGLU the gradients of its output and of its two factors, less the output where that was
-        kept and is gone. In the layer of gate and up their gradients in FP8, both orders, and a
-        frozen weight's other order. In attention the gradients of its output, of queries, keys and
-        values, and a sum of that of queries in float32.
+        In SwiGLU the gradients of its output and of its two factors. In the layer of gate and up
+        the gradients of its input and, in FP8 beside bf16, of its output, with a frozen weight's
+        other order; gate and up are gone. From both what down kept of its input is gone too. In
+        attention the gradients of its output, of queries, keys and values, and a sum of that of
+        queries in float32, when all that the feed-forward layer kept is gone.
         """
-        hidden, product = self.own * self.h, self.tokens * self.f
-        swiglu = (2 if self.reads_product else 3) * product * self.element
-        column = 2 * self.in_fp8(2 * product)
+        hidden = self.own * self.h * self.element
+        product = self.tokens * self.f
+        gone = self.input_of(("down",), product)
+        swiglu = 3 * product * self.element - gone
+        column = hidden + self._orders_of_gradient() * self.in_fp8(2 * product) - gone
         if not self.full and self.fp8 and not self.config.fp8.keep_transposed:
             column += self.in_fp8(2 * self.h * self.f)
         attention = self.tokens * (2 * (self.q + self.k) * self.element + self.q * 4)
         if self.context > 1:
             attention += self._ring()
-        return hidden * self.element + max(swiglu, column, attention)
+        attention -= self.norm("gate", "up") + self.feed_forward()
+        return hidden + max(swiglu, column, attention)
+
+    def _orders_of_gradient(self) -> int:
+        """In how many orders the gradient of gate and up is cast to FP8.
+
+        A layer with its norm inside casts to both, whatever trains (layernorm_linear.py).
+        """
+        return 1 if self.fused_adapters and self.adapted else 2
 
     def _ring(self) -> int:
         """Other context-parallel ranks' keys and values, and gradients: one sent, one received."""
@@ -204,19 +211,17 @@ class TransformerEngineActivations(Activations):
         """
         logits = 0
         if stage == self.config.parallel.pipeline_parallel_size - 1:
-            of_all = self.tokens * self.vocabulary * (4 if self.element == 4 else 6)
-            logits = of_all if self.full else self._logits_of_piece()
+            of_all = self.tokens * (4 if self.element == 4 else 6)
+            logits = of_all if self.full else self.of_piece() * self.element
         gates = (6 if self.adapted else 3) * self.tokens * self.f * self.element
-        return 4 * self.own * self.h * self.element + max(logits, gates)
+        return 4 * self.own * self.h * self.element + max(logits * self.vocabulary, gates)
 
-    def loss(self) -> int:
-        """Of logits; of a frozen head a piece's, with all hidden states and their gradient."""
-        if self.full:
-            return super().loss()
-        own = self.own * self.h * self.element
-        hidden = self.tokens * self.h * self.element
+    def loss_by_pieces(self) -> int:
+        """Of a frozen head: a piece's logits and their softmax, with hidden states and their gradient.
+
+        What is in float32 between them stays in the registers of a compiled kernel.
+        """
+        hidden = self.tokens * self.h
         gathered = hidden if self.config.parallel.sequence_parallel else 0
-        return self._logits_of_piece() + 2 * hidden + gathered + self.norm("head") - own
-
-    def _logits_of_piece(self) -> int:
-        return min(_PIECE, self.tokens) * self.vocabulary * _BYTES_A_LOGIT
+        logits = 2 * self.of_piece() * self.vocabulary
+        return (self.own * self.h + gathered + hidden + logits) * self.element

@@ -68,15 +68,16 @@ def _import(arguments) -> int:
 
     from retemper.launch.torchrun import run_here
     from retemper.pipeline.config import check_setup, load_parallel
-    from retemper.pipeline.huggingface.config import model_of, read_config
+    from retemper.pipeline.huggingface.config import model_of, read_config, transformers_folder
     from retemper.pipeline.schema.model import MethodConfig, ModelSetup
 
     parallel = load_parallel(arguments.overrides)
     _refuse_existing(arguments.run)
     # What can be said of config.json is said before any rank starts, which then reads the rest.
-    folder = Path(arguments.folder)
+    folder = transformers_folder(arguments.folder, arguments.folder)
     check_setup(ModelSetup(model=model_of(read_config(folder), folder), method=MethodConfig(name="full"), parallel=parallel))
-    options = {name: getattr(arguments, name) for name in ("folder", "run", "trust", "overrides")}
+    options = {name: getattr(arguments, name) for name in ("run", "trust", "overrides")}
+    options |= {"folder": str(folder), "name": None if Path(arguments.folder).exists() else arguments.folder}
     return run_here("retemper.pipeline.huggingface", ["import", json.dumps(options)], parallel.world_size)
 
 
@@ -190,12 +191,17 @@ def _launch(arguments) -> int:
     from retemper.launch.slurm import sbatch_script
     from retemper.launch.torchrun import node_commands
     from retemper.pipeline.config import load_config
+    from retemper.pipeline.trunk import check_against_trunk, not_here
 
     targets = [text.removeprefix("target=") for text in arguments.overrides if text.startswith("target=")]
     if targets not in (["torchrun"], ["slurm"]):
         raise UserError("name one target: target=torchrun or target=slurm")
     overrides = [text for text in arguments.overrides if not text.startswith("target=")]
-    layout = layout_of(load_config(overrides), arguments.gpus_per_node)
+    config = load_config(overrides)
+    check_against_trunk(config)
+    layout = layout_of(config, arguments.gpus_per_node)
+    for line in not_here(config):
+        print(line, file=sys.stderr)  # standard output is the script
     if targets == ["slurm"]:
         print(sbatch_script(overrides, layout, arguments.port), end="")
         return 0
@@ -276,7 +282,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     export.add_argument("--adapter", action="store_true", help="the adapters alone, for peft (default: merged into the model)")
     export.add_argument(
-        "--base", metavar="FOLDER", help="with --adapter: the transformers folder of the base (default: where it was imported from)"
+        "--base",
+        metavar="NAME",
+        help="with --adapter: the base that the adapter names, a hub name or a transformers folder (default: what it was imported as)",
     )
     export.add_argument("--tokenizer", metavar="FOLDER", help="for a model that was never imported (default: the run's data.tokenizer)")
     add(
@@ -331,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument("--gpu", default="H100", help="whose peak the time is reckoned by, as CUDA names it (default: H100)")
     planned.add_argument("--gpu-memory", type=_positive(float), default=80, metavar="GIB", help="of one GPU (default: 80)")
     planned.add_argument("--gpus-per-node", type=_positive(int), metavar="N", default=8, help="ranks a node holds (default: 8)")
-    planned.add_argument("--mfu", type=_positive(float), default=0.4, help="share of the peak that is expected (default: 0.4)")
+    planned.add_argument("--mfu", type=_positive(float), help="share of the GPU's peak that is expected (default: as measured)")
     planned.add_argument("--price", type=_positive(float), help="of one GPU for an hour, for the cost")
     launch = add(
         "launch", _launch, "Print the commands that start a run on a cluster.",

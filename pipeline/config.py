@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from retemper.pipeline.errors import UserError, nearest
-from retemper.pipeline.rules import conflicts, data_conflicts, setup_conflicts
+from retemper.pipeline.rules import beginning_conflicts, conflicts, data_conflicts, setup_conflicts
 from retemper.pipeline.schema.base import Section
 from retemper.pipeline.schema.data import DataConfig
-from retemper.pipeline.schema.model import ModelSetup, ParallelConfig
+from retemper.pipeline.schema.model import ModelConfig, ModelSetup, ParallelConfig
 from retemper.pipeline.schema.run import Config
 
 
@@ -26,23 +26,118 @@ def load_config(overrides: list[str]) -> Config:
     and topologies that cannot be.
     """
     raw = _compose(overrides)
-    if raw.get("init_from") and not any(text.startswith("model") for text in overrides):
-        raw["model"] = _model_of_base(raw)
-    return check_config(raw)
+    raw["model"] = _model_of_base(raw, overrides)
+    begun = _begun(raw)
+    _keep_scale(raw, begun)
+    return check_config(raw, begins=not begun)
 
 
-def _model_of_base(raw: dict[str, Any]) -> dict[str, Any]:
-    """A run has the model that it begins from."""
-    path = Path(raw["init_from"], "config.json")
+def base_folder(name: str) -> Path:
+    """The run folder that init_from names, as RUN or as RUN@STEP."""
+    return Path(re.sub(r"@\d+$", "", name))
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """What config.json of a run's folder holds, if there is one. Raises UserError where it is damaged."""
+    path = folder / "config.json"
     if not path.is_file():
-        return raw["model"]
-    config = json.loads(path.read_text())
-    if "model" not in config:
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
         raise UserError(
-            f"init_from={raw['init_from']} is no run folder. A transformers folder becomes one by "
-            f"`retemper import {raw['init_from']} runs/models/NAME`; then init_from=runs/models/NAME"
+            f"{path} is damaged: it holds no JSON object. Restore it "
+            "(meta.json of each checkpoint beside it has it under config)"
         )
-    return config["model"]
+    return config
+
+
+def _model_of_base(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The model that a run begins from; where that is not here, the one that is named.
+
+    Raises UserError where neither is.
+    """
+    given = _given_of_model(overrides)
+    for key, folder in _beginnings(raw).items():
+        config = read_config(base_folder(folder))
+        if config is None:
+            continue
+        if "model" not in config:
+            raise UserError(
+                f"{key}={folder} is no run folder. A transformers folder becomes one by "
+                f"`retemper import {folder} runs/models/NAME`; then init_from=runs/models/NAME"
+            )
+        return _same_model(config["model"], raw["model"], given, f"{key}={folder}")
+    for key, folder in _beginnings(raw).items():
+        if not _names_a_shape(given, overrides):
+            raise UserError(
+                f"{key}={folder} is not here (no config.json): correct the path, or train or import "
+                "that model first; to plan a run without it, name its shape, as model=llama2_7b"
+            )
+    return raw["model"]
+
+
+def _beginnings(raw: dict[str, Any]) -> dict[str, str]:
+    """The folders that a run begins from, that of a trunk before that of a base."""
+    found = {key: raw.get(key) for key in ("branch_of", "init_from")}
+    return {key: folder for key, folder in found.items() if folder and isinstance(folder, str)}
+
+
+def _same_model(base: Any, asked: dict[str, Any], given: set[str], named: str) -> Any:
+    """The base's model. Raises UserError where the command line gives it another value."""
+    try:
+        base = ModelConfig.model_validate(base).model_dump()
+    except ValidationError:
+        return base  # the schema says what is wrong with it
+    keys = asked.keys() if "" in given else given
+    shown = {key: asked[key] for key in keys if key in base and key in asked}
+    if changes := changed_keys(base, base | shown, "model."):
+        listed = "; ".join(changes)
+        raise UserError(
+            f"{named} holds another model ({listed}): a run has the model that it begins from, "
+            "so leave out model=… and model.…"
+        )
+    # Unknown keys among them are the schema's to name.
+    return base | {key: asked[key] for key in given if key in asked}
+
+
+def _given_of_model(overrides: list[str]) -> set[str]:
+    """The keys of the model that overrides set; "" where they name a preset."""
+    words = [text.lstrip("+").partition("=")[0].split(".") for text in overrides]
+    return {key[0] if key else "" for section, *key in words if section == "model"}
+
+
+def _names_a_shape(given: set[str], overrides: list[str]) -> bool:
+    """Whether a model is named: a preset, its size, or a run's preset that picks one.
+
+    A few keys on top of the default preset name none.
+    """
+    runs = [text.partition("=")[2] for text in overrides if text.startswith("run=")]
+    return "" in given or {"num_layers", "hidden_size"} <= given or any(map(_picks_a_model, runs))
+
+
+def _picks_a_model(run: str) -> bool:
+    import yaml
+
+    preset = yaml.safe_load((conf_dir() / "run" / f"{run}.yaml").read_text())
+    return any("override /model" in default for default in preset.get("defaults", []))
+
+
+def _begun(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config that this run has begun with; empty where it has not begun."""
+    folder = [raw.get(key) for key in ("runs_dir", "study", "name")]
+    if not all(isinstance(part, str) for part in folder):
+        return {}
+    return read_config(Path(*folder)) or {}
+
+
+def _keep_scale(raw: dict[str, Any], begun: dict[str, Any]) -> None:
+    """Where no alpha is given, a run that has begun keeps its own: it may not follow the rank."""
+    lora, before = ((config.get("method") or {}).get("lora") for config in (raw, begun))
+    if isinstance(lora, dict) and before and lora.get("alpha") is None:
+        lora["alpha"] = before["alpha"]
 
 
 def load_data_config(overrides: list[str]) -> DataConfig:
@@ -82,10 +177,9 @@ def load_run(run_dir: Path, overrides: list[str], may_change: tuple[str, ...] = 
     if strange := [text for text in overrides if not any(_is_of(text, key) for key in may_change)]:
         raise UserError(f"{strange[0]}: the run's own config holds; what can be given anew is {', '.join(may_change)}")
     folder = Path(os.path.abspath(run_dir))
-    path = folder / "config.json"
-    if not path.is_file():
+    raw = read_config(folder)
+    if raw is None:
         raise UserError(f"{run_dir} is no run folder: it has no config.json; name runs_dir/study/name of a run that has begun")
-    raw = json.loads(path.read_text())
     if "evals" not in raw:
         raise UserError(f"{run_dir} is an imported model, which no run has trained: name the folder of a run that begins from it")
     raw |= {"runs_dir": str(folder.parent.parent), "study": folder.parent.name, "name": folder.name}
@@ -127,13 +221,16 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
-def check_config(raw: dict[str, Any]) -> Config:
-    """Check a plain dictionary against the schema and the rules between its keys. Raises UserError."""
+def check_config(raw: dict[str, Any], *, begins: bool = False) -> Config:
+    """Check a plain dictionary against the schema and the rules between its keys. Raises UserError.
+
+    begins: the run has not begun; one that has may break rules that came later.
+    """
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise _report([*(_describe(problem) for problem in error.errors()), *_conflicts_beside(error, raw)]) from None
-    if problems := list(conflicts(config)):
+    if problems := [*conflicts(config), *(beginning_conflicts(config) if begins else ())]:
         raise _report(problems)
     return config
 

@@ -1,6 +1,7 @@
 """What evals/<step>/ holds of a step, written once whoever scored it, and which of its figures W&B has."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from retemper.pipeline.leases import write_once
 from retemper.pipeline.records import compress_records
 from retemper.pipeline.run_folder import replace_bytes, replace_file
 from retemper.pipeline.schema.evals import TaskConfig
+from retemper.pipeline.schema.run import Config
 
 # Whose mean is the forgetting score of "LoRA Learns Less and Forgets Less" (arXiv 2405.09673).
 FORGOTTEN = ("hellaswag", "arc_challenge", "winogrande")
@@ -37,6 +39,70 @@ def heldout_name(domain: str) -> str:
     return f"heldout-{domain}"
 
 
+def start_of(config: Config) -> Config | None:
+    """The run whose step 0 is what this run began with: itself, or the trunk that it branches off.
+
+    A trunk's config has this run's evaluations and layout. None where the trunk's folder is gone.
+    """
+    start = config
+    passed = set()
+    while start.branch_of:
+        passed.add(start.run_dir)
+        folder = _trunk_folder(start)
+        if folder is None or folder in passed:
+            return None
+        trunk = json.loads((folder / "config.json").read_text())
+        place = {"runs_dir": str(folder.parent.parent), "study": folder.parent.name}
+        place["name"] = folder.name
+        began = {key: trunk.get(key) for key in ("init_from", "branch_of", "seed")}
+        start = start.model_copy(update=place | began)
+    return start
+
+
+def _trunk_folder(branch: Config) -> Path | None:
+    """The folder in branch_of; beside the branch's own where a study was moved."""
+    named = Path(os.path.abspath(branch.branch_of))
+    beside = Path(os.path.abspath(branch.run_dir.parent / named.name))
+    folders = [beside, named] if beside.exists() and _is_same(named, beside) else [named, beside]
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.exists() and one.samefile(other)
+
+
+def homes(config: Config, step: int) -> list[Path]:
+    """The run folders that may hold scores of a step; new ones are written into the first.
+
+    A branch's step 0 is its trunk's: it is scored once, for the trunk and all of its branches.
+    """
+    start = None if step or not config.branch_of else start_of(config)
+    return [start.run_dir, config.run_dir] if start else [config.run_dir]
+
+
+def heldout_of(config: Config) -> dict[int, dict]:
+    """step -> domain -> scores, ascending, a branch's start among them."""
+    scores = read_scores(config.run_dir)
+    started = {}
+    for home in reversed(homes(config, 0)):
+        started |= read_scores(home).get(0, {})
+    return {0: started} | {step: found for step, found in scores.items() if step} if started else scores
+
+
+def tasks_of(config: Config, step: int) -> dict[str, dict]:
+    """task -> its scores at one step, of a branch's start too; what failed is left out."""
+    found = {}
+    for home in reversed(homes(config, step)):
+        found |= read_tasks(home, step)
+    return found
+
+
+def steps_of(config: Config) -> list[int]:
+    """Steps of which anything was scored, ascending, a branch's start among them."""
+    begun = [0] if any(0 in scored_steps(home) for home in homes(config, 0)) else []
+    return sorted({*begun, *scored_steps(config.run_dir)})
+
+
 def task_path(run_dir: Path, step: int, task: str) -> Path:
     """Where the scores of one task at one step stand; beside it, as .samples.jsonl.zst, what was said to each problem."""
     return run_dir / "evals" / f"{step:08d}" / f"{task}.json"
@@ -58,22 +124,31 @@ def _read(run_dir: Path, step: int) -> Iterator[tuple[str, dict]]:
             yield path.stem, json.loads(path.read_text())
 
 
-def check_settings(run_dir: Path, tasks: dict[str, TaskConfig]) -> None:
-    """Refuse to go on with other settings than those of scores that are there. Raises UserError that names them."""
+def check_settings(config: Config, names: list[str]) -> None:
+    """Refuse to go on with other settings of these tasks than those of scores that are there, a branch's start among them.
+
+    Raises UserError that names them.
+    """
+    tasks = {name: config.evals.tasks[name] for name in names}
     problems = []
-    for step in scored_steps(run_dir):
-        scored = read_tasks(run_dir, step)
-        for task in sorted(scored.keys() & tasks.keys()):
-            was, asked = scored[task]["settings"], tasks[task].settings
-            if asked["shots"] is None:
-                del asked["shots"]  # the task's own
-            if changes := [f"{key} {was.get(key)}, now {value}" for key, value in asked.items() if was.get(key) != value]:
-                problems.append(f"  - {task_path(run_dir, step, task)}: {', '.join(changes)}")
+    for step in steps_of(config):
+        for home in homes(config, step):
+            scored = read_tasks(home, step)
+            for task in sorted(scored.keys() & tasks.keys()):
+                if changes := _changes(scored[task]["settings"], tasks[task]):
+                    problems.append(f"  - {task_path(home, step, task)}: {', '.join(changes)}")
     if problems:
         raise UserError(
             "\n".join(["These were scored with other settings than are asked for:", *problems])
             + "\nAsk as they were scored, or move them away to score anew"
         )
+
+
+def _changes(was: dict, asked: TaskConfig) -> list[str]:
+    settings = asked.settings
+    if settings["shots"] is None:
+        del settings["shots"]  # the task's own
+    return [f"{key} {was.get(key)}, now {value}" for key, value in settings.items() if was.get(key) != value]
 
 
 def write_result(run_dir: Path, step: int, task: str, scores: dict, problems: list[dict]) -> bool:
@@ -93,6 +168,11 @@ def write_result(run_dir: Path, step: int, task: str, scores: dict, problems: li
 def samples_path(run_dir: Path, step: int, task: str) -> Path:
     """Where it stands what was said to each problem of a task, or what each sample of a held-out domain was worth."""
     return task_path(run_dir, step, task).with_suffix(".samples.jsonl.zst")
+
+
+def generations_path(run_dir: Path, step: int, task: str) -> Path:
+    """Where the programs of a step stand; their verdicts come beside it."""
+    return task_path(run_dir, step, task).with_suffix(".generations.jsonl.zst")
 
 
 def forgetting(tasks: dict[str, dict]) -> float | None:

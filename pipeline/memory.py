@@ -65,7 +65,7 @@ class RankMemory:
     gradients: int
     optimizer: int
     activations: int  # that the forward pass leaves for the backward pass
-    temporary: int  # logits and loss, or what the backward pass of one layer works with
+    temporary: int  # logits and loss, what the backward pass of one layer works with, or of FP8 weights their values in bf16 at first
 
     @property
     def total(self) -> int:
@@ -95,16 +95,19 @@ def rank_memory(config: Config, stage: int, *, fused: bool = True) -> RankMemory
         scored_together = min(config.evals.micro_batch_size, math.ceil(config.evals.max_samples / parallel.data_parallel_size))
         scoring = kind(config, scored_together)
         moments.append((scoring.constant(stage), scoring.scoring(stage)))
+    states = {
+        "weights": held["base"] * element + _of_fp8(config, stage),
+        "adapters": (held["adapters"] + held["initial"]) * element,
+        "gradients": trainable * 4,
+        "optimizer": trainable * state // (parallel.data_parallel_size * parallel.context_parallel_size),
+    }
+    if config.fp8_weights:
+        # While the model is built, and nothing else is there: weights are drawn in bf16 beside those that Transformer Engine
+        # has made in FP8 (model/fp8.py, plain_weights).
+        building = held["base"] * element + _both_orders(config, stage)
+        moments.append((0, building - sum(states.values())))
     activations, temporary = max(moments, key=sum)
-    return RankMemory(
-        stage=stage,
-        weights=held["base"] * element + _of_fp8(config, stage),
-        adapters=(held["adapters"] + held["initial"]) * element,
-        gradients=trainable * 4,
-        optimizer=trainable * state // (parallel.data_parallel_size * parallel.context_parallel_size),
-        activations=activations,
-        temporary=temporary,
-    )
+    return RankMemory(stage=stage, **states, activations=activations, temporary=temporary)
 
 
 def moments_of(config: Config) -> int:
@@ -120,14 +123,23 @@ def _of_fp8(config: ModelSetup, stage: int) -> int:
     """
     if config.fp8_recipe is None:
         return 0
+    one_scale = config.fp8_recipe in ("delayed", "tensorwise")
+    one_order = config.method.name == "lora" and one_scale and not config.fp8.keep_transposed
+    held = _both_orders(config, stage) // (2 if one_order else 1)
+    return held - (2 * _elements_in_fp8(config, stage) if config.fp8_weights else 0)
+
+
+def _both_orders(config: ModelSetup, stage: int) -> int:
+    """Bytes of a stage's linear layers in FP8, both orders of each, with their scales."""
+    scale = {"delayed": 0, "tensorwise": 0, "blockwise": 4 / 128**2, "mxfp8": 1 / 32}[config.fp8_recipe]
+    return round(2 * (1 + scale) * _elements_in_fp8(config, stage))
+
+
+def _elements_in_fp8(config: ModelSetup, stage: int) -> int:
     model, parallel = config.model, config.parallel
     layers = model.num_layers // parallel.pipeline_parallel_size
     of_layer = sum(math.prod(sizes) for sizes in linear_layers(model).values())
-    elements = (layers - layers_in_bf16(config, stage)) * of_layer // parallel.tensor_parallel_size
-    one_scale = config.fp8_recipe in ("delayed", "tensorwise")
-    one_order = config.method.name == "lora" and one_scale and not config.fp8.keep_transposed
-    scale = {"delayed": 0, "tensorwise": 0, "blockwise": 4 / 128**2, "mxfp8": 1 / 32}[config.fp8_recipe]
-    return round(elements * ((1 if one_order else 2) * (1 + scale) - (2 if config.fp8_weights else 0)))
+    return (layers - layers_in_bf16(config, stage)) * of_layer // parallel.tensor_parallel_size
 
 
 def _stage_weights(config: ModelSetup, stage: int) -> dict[str, int]:

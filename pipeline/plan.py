@@ -13,7 +13,9 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.flops import flops_per_token, peak_flops
 from retemper.pipeline.memory import RankMemory, moments_of, parameter_counts, worst_rank
 from retemper.pipeline.rates import nearest
+from retemper.pipeline.schedules import ending
 from retemper.pipeline.schema.run import Config
+from retemper.pipeline.trunk import branches_of, check_against_trunk, not_here
 
 # Of a GPU's memory, for CUDA's context, NCCL's buffers and what the allocator cannot use: an allowance, not a measurement.
 _RESERVED = 0.1
@@ -40,10 +42,13 @@ def plan(config: Config, machine: Machine) -> Iterator[str]:
     """The lines of the plan. Raises UserError after them where the run cannot fit, with the nearest layout that does."""
     memory = worst_rank(config)
     trainable, frozen = parameter_counts(config)
+    check_against_trunk(config)
     yield f"{config.study}/{config.name}: {trainable:,} trainable and {frozen:,} frozen parameters"
+    yield from not_here(config)
     yield from _layout(config, machine)
     yield from _memory(memory, config, machine)
     yield from _time(config, machine)
+    yield from _branches(config)
     yield _checkpoints(config)
     yield from _data(config)
     if memory.total > machine.usable_bytes:
@@ -116,6 +121,14 @@ def _mfu(config: Config, machine: Machine) -> tuple[float, str]:
 
 def _duration(hours: float) -> str:
     return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours"
+
+
+def _branches(config: Config) -> Iterator[str]:
+    """How a branch ends, and each of a trunk's."""
+    if config.branch_of:
+        yield f"branch of {config.branch_of}: {ending(config)}"
+    for branch in branches_of(config):
+        yield f"branch {branch.name}: {branch.steps:,} steps; {ending(branch)}"
 
 
 def _checkpoints(config: Config) -> str:

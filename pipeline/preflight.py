@@ -7,11 +7,16 @@ from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.data.corpus import check_corpora
 from retemper.pipeline.schema.run import Config
+from retemper.pipeline.trunk import check_trunk
 
 
 def preflight(config: Config) -> dict[str, Any]:
-    """Check run folder, corpora and base, and return the fingerprints of data, tokenizer and base. Raises UserError."""
+    """Check run folder, trunk, corpora and base. Raises UserError.
+
+    Returns the fingerprints of data, tokenizer and base.
+    """
     run_folder.check(config)
+    check_trunk(config)
     fingerprints = check_corpora(config)
     if config.init_from:
         fingerprints["base"] = commit.fingerprint(commit.newest(Path(config.init_from)))

@@ -40,6 +40,7 @@ class Measurement:
     micro_batch_size: int
     tokens_per_second: float
     commit: str
+    fused_adapters: bool = False  # as ModelSetup has it, and a graph of the passes was replayed
 
     @property
     def tokens(self) -> int:
@@ -53,28 +54,42 @@ class Measurement:
         return self.tokens_per_second * flops / peak_flops(self.gpu, self.precision)
 
 
-_EARLIER = {"file": "gpu.json", "gpu": "H200", "commit": "645f4c6a12d300cdf0c643b3931157537b10fa8a"}
-_TWO = ", micro-batches of two"
-
-
-def _earlier(method: str, precision: str, rate: float, micro_batch_size: int = 1) -> Measurement:
+def _full(precision: str, rate: float) -> Measurement:
     return Measurement(
-        part=f"{method} {precision}" + (_TWO if micro_batch_size == 2 else ""),
-        method=method,
+        file="gpu.json",
+        part=f"full {precision}",
+        gpu="H200",
+        method="full",
         precision=precision,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=1,
         tokens_per_second=rate,
-        **_EARLIER,
+        commit="645f4c6a12d300cdf0c643b3931157537b10fa8a",
     )
 
 
+def _lora(precision: str, rate: float, commit: str, *, fused: bool) -> Measurement:
+    return Measurement(
+        file="gpu-lora.json",
+        part=f"lora-{precision}-{'fused-graph' if fused else 'plain-eager'}",
+        gpu="H200",
+        method="lora",
+        precision=precision,
+        micro_batch_size=1,
+        tokens_per_second=rate,
+        commit=commit,
+        fused_adapters=fused,
+    )
+
+
+_FUSED = "6f6be28ef5725904e0ffc712fa57c71900e0e31b"
+_PLAIN = "97556e70a2231a317a04542c08ad6baff1b7f2cc"
 MEASURED = [
-    _earlier("full", "bf16", 13012.9),
-    _earlier("full", "fp8_tensorwise", 18285.4),
-    _earlier("lora", "bf16", 16155.0),
-    _earlier("lora", "bf16", 16674.0, micro_batch_size=2),
-    _earlier("lora", "fp8_tensorwise", 14974.2),
-    _earlier("lora", "fp8_tensorwise", 21632.5, micro_batch_size=2),
+    _full("bf16", 13012.9),
+    _full("fp8_tensorwise", 18285.4),
+    _lora("bf16", 17264.1, _FUSED, fused=True),
+    _lora("fp8_tensorwise", 22587.9, _FUSED, fused=True),
+    _lora("bf16", 14021.0, _PLAIN, fused=False),
+    _lora("fp8_tensorwise", 14667.2, _PLAIN, fused=False),
 ]
 
 
@@ -82,16 +97,19 @@ def nearest(config: Config, gpu: str) -> Measurement | None:
     """The measurement that is nearest to a run on cards of this name; None where none is near.
 
     It has the run's method, is of the same generation of cards, and in 8 bits where the run is. Of
-    those the same recipe counts most, then the same card, then the tokens of a micro-batch.
+    those the same recipe counts most, then adapters computed in the same way, then the same card,
+    then the tokens of a micro-batch.
     """
     if not any(name in gpu for name in _ALIKE):
         return None
     tokens = config.train.micro_batch_size * config.data.seq_length
     tokens //= config.parallel.context_parallel_size
 
-    def distance(one: Measurement) -> tuple[bool, bool, float]:
+    def distance(one: Measurement) -> tuple[bool, bool, bool, float]:
         other_recipe = one.precision != config.precision
-        return other_recipe, one.gpu not in gpu, abs(math.log2(tokens / one.tokens))
+        other_path = one.fused_adapters != config.fused_adapters
+        away = abs(math.log2(tokens / one.tokens))
+        return other_recipe, other_path, one.gpu not in gpu, away
 
     near = [one for one in MEASURED if one.method == config.method.name and _as_wide(one, config)]
     return min(near, key=distance, default=None)

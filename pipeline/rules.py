@@ -1,7 +1,10 @@
 """The rules between a configuration's keys: each that is broken, in a sentence that says what to change."""
 
+import math
+
 from retemper.pipeline.errors import nearest
 from retemper.pipeline.flops import linear_layers
+from retemper.pipeline.schedules import largest_warmup, length_of
 from retemper.pipeline.schema.data import DataConfig
 from retemper.pipeline.schema.evals import TASKS_WITH_FILES
 from retemper.pipeline.schema.model import ModelSetup
@@ -63,7 +66,14 @@ def setup_conflicts(config: ModelSetup):
     if parallel.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel=true needs parallel.tensor_parallel_size > 1"
     if method.name == "lora" and method.lora is None:
-        yield "method.name=lora needs method.lora (rank, alpha, targets); take the preset method=lora"
+        yield "method.name=lora needs method.lora (rank, targets); take the preset method=lora"
+    if method.lora and method.lora.alpha is None:
+        scaled_by_two = f"{2 * math.sqrt(method.lora.rank):.6g}"
+        yield (
+            "method.lora.rslora=true scales by alpha / sqrt(rank), which has no usual alpha: "
+            f"set method.lora.alpha; with method.lora.rank={method.lora.rank} "
+            f"method.lora.alpha={scaled_by_two} gives a scale of 2"
+        )
     if method.lora and method.lora.dora and method.lora.dropout:
         yield "method.lora.dora=true takes no method.lora.dropout: a row's norm stands for the whole input; set one of them to its default"
     if method.name == "full" and method.lora is not None:
@@ -181,6 +191,18 @@ def _schedule_conflicts(schedule: ScheduleConfig):
         yield f"schedule.cooldown_fraction is the trapezoid's alone: set it to 0 with schedule.name={schedule.name}, or take schedule=trapezoid"
 
 
+def beginning_conflicts(config: Config):
+    """Yield what a run must not begin with; one that has begun with it goes on and is read."""
+    warmup, largest = config.schedule.warmup_tokens, largest_warmup(config)
+    if not config.branch_of and largest < warmup < length_of(config):
+        yield (
+            f"schedule.warmup_tokens={warmup} reaches into the cooldown, which begins after {largest} "
+            f"of the run's {length_of(config)} tokens "
+            f"(schedule.cooldown_fraction={config.schedule.cooldown_fraction:g}), "
+            f"and the rate would fall at once: set schedule.warmup_tokens={largest} or less"
+        )
+
+
 def conflicts(config: Config):
     """Yield every rule between keys that the config breaks."""
     yield from data_conflicts(config.data)
@@ -214,8 +236,11 @@ def conflicts(config: Config):
         yield f"data.seq_length={config.data.seq_length} exceeds model.max_sequence_length={model.max_sequence_length}"
     if config.steps < 1:
         yield f"train.tokens={train.tokens} is less than one step of {config.tokens_per_step} tokens (global_batch_size × seq_length)"
-    elif not config.branch_of and config.schedule.warmup_tokens >= config.steps * config.tokens_per_step:
-        yield f"schedule.warmup_tokens={config.schedule.warmup_tokens} is not less than the run's {config.steps * config.tokens_per_step} tokens"
+    elif not config.branch_of and config.schedule.warmup_tokens >= length_of(config):
+        yield (
+            f"schedule.warmup_tokens={config.schedule.warmup_tokens} is not less than the run's "
+            f"{length_of(config)} tokens: set it to {largest_warmup(config)} or less"
+        )
     if (steps := config.profile.steps) and not steps[0] <= steps[1] <= config.steps:
         yield f"profile.steps={steps} are a first and a last step, at most {config.steps}, the run's last"
     yield from _fp8_batch_conflicts(config)

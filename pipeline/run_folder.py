@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from retemper.pipeline.config import changed_keys
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.run import Config
@@ -15,7 +17,7 @@ LEFT_OUT = "left_out.jsonl"  # one line a batch that a rollback left out
 PROFILE = "profile"
 
 # What a restart may change: where and how the run computes, and what is watched, but not what it computes.
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "parallel.",
     "checkpoint.",
     "anomaly.",
@@ -28,6 +30,9 @@ _MAY_CHANGE = (
     "train.branches:",
     "train.micro_batch_size:",
     "train.log_every_steps:",
+    "train.cuda_graph:",
+    "method.lora.kernel:",
+    "fp8.keep_transposed:",
     # The checkpoint's fingerprints guard the content of these.
     "data.path:",
     "data.tokenizer:",
@@ -48,18 +53,27 @@ def check(config: Config) -> None:
     path = config.run_dir / "config.json"
     if not path.is_file():
         return
-    changes = [c for c in changed_keys(json.loads(path.read_text()), json.loads(config.to_json())) if not c.startswith(_MAY_CHANGE)]
+    stored = _with_new_keys(json.loads(path.read_text()))
+    changes = [c for c in changed_keys(stored, json.loads(config.to_json())) if not c.startswith(MAY_CHANGE)]
     if config.data.allow_change:
-        changes = [change for change in changes if not _is_of_data(change)]
+        changes = [change for change in changes if not is_of_data(change)]
     if changes:
         raise UserError(
             "\n".join([f"{config.run_dir} belongs to a run with another config:", *(f"  - {change}" for change in changes)])
             + "\nChange the keys back to continue it, or set another name"
-            + ("; data.allow_change=true continues it with the new data" if all(map(_is_of_data, changes)) else "")
+            + ("; data.allow_change=true continues it with the new data" if all(map(is_of_data, changes)) else "")
         )
 
 
-def _is_of_data(change: str) -> bool:
+def _with_new_keys(stored: dict) -> dict:
+    """A stored config with the defaults of keys that came after it was written: such a run had those values."""
+    try:
+        return json.loads(Config.model_validate(stored).to_json())
+    except ValidationError:
+        return stored  # of another schema: the difference says so
+
+
+def is_of_data(change: str) -> bool:
     """Whether data.allow_change covers it; samples of another length would change what a step is."""
     return change.startswith("data.") and not change.startswith("data.seq_length:")
 

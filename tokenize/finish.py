@@ -51,6 +51,9 @@ class Finish(PipelineStep):
                 f"{_read(parts):,}; left out: {', '.join(f'{count:,} {reason}' for reason, count in dropped.items()) or 'none'}); "
                 + _advice(self.data, dropped, _read(parts))
             )
+        if self.data.heldout_fraction and not splits[HELDOUT]["samples"]:
+            plans.remove(self.work)
+            raise UserError(_no_heldout(self.data, splits))
         fingerprint = hashlib.sha256()
         for split, count in plan.buckets.items():
             for leftover in sorted((out / split).iterdir())[count:]:  # of a plan with more buckets, before the source changed
@@ -73,6 +76,22 @@ def _advice(data: CorpusConfig, dropped: dict[str, int], read: int) -> str:
         columns = f", and {{…}} of data.source.prompt={data.source.prompt!r} other columns" if data.source.prompt else ""
         return f"no record has text: data.source.text_key={data.source.text_key} names its column{columns}; correct them"
     return "give more text, a smaller data.seq_length, or correct what left them out"
+
+
+def _no_heldout(data: CorpusConfig, splits: dict[str, dict]) -> str:
+    """Why there is no held-out sample, and what gives some."""
+    heldout = splits[HELDOUT]
+    chosen = heldout["documents"] + heldout["dropped_tail"] + heldout["dropped_longer_than_sample"]
+    keeps_whole = data.packing == "best_fit" and data.source.prompt is not None
+    whole = "whole documents of at most " if keeps_whole else ""
+    train = splits[TRAIN]
+    return (
+        f"data.heldout_fraction={data.heldout_fraction} of {data.source.path} is {chosen:,} documents, "
+        f"which fill no held-out sample of {whole}{data.seq_length} tokens "
+        f"(train: {train['documents']:,} documents, {train['samples']:,} samples). Raise "
+        "data.heldout_fraction, give more text, or set data.heldout_fraction=0 for a corpus without "
+        "held-out text"
+    )
 
 
 def is_whole(path: str, manifest: dict) -> bool:

@@ -79,7 +79,7 @@ def _stages(data: CorpusConfig, work: Path, tokenizer: Tokenizer, problems: Prob
     return [
         Stage("encode", [ReadPart(work, reader), *steps[1:], encode, Spool(work, dtype, steps)], len(plan.parts)),
         Stage("choose", [Choose(data, work, dtype)], 1),
-        Stage("write", [WriteBucket(data, work, dtype, padding_id)], len(plan.bucket_ids)),
+        Stage("write", [WriteBucket(data, work, dtype, padding_id, tokenizer.token_bytes())], len(plan.bucket_ids)),
         Stage("finish", [Finish(data, work, str(tokenizer.folder))], 1),
     ]
 

@@ -20,7 +20,11 @@ _FILE_BITS = 24  # of a document number: which source file; the rest is the posi
 
 
 class Choose(PipelineStep):
-    """Decide how many samples each bucket gives: in order of priority, until data.tokens is reached."""
+    """Decide how much of each bucket the corpus takes: in order of priority, until data.tokens is reached.
+
+    Of documents that are joined and cut (packing=concat) that is a number of samples, of documents that stay whole
+    (packing=best_fit) a number of documents, as many as fill no more than the budget's samples.
+    """
 
     name, type = "⚖ Choose", "🔻 - FILTER"
 
@@ -33,25 +37,58 @@ class Choose(PipelineStep):
             plan = plans.load_plan(self.work)
             done = plans.all_parts_done(self.work, plan)
             _refuse_broken([file for part in done for file in part.get("broken", [])], self.data)
-            plans.write_limits(self.work, self._samples_per_bucket(plan))
+            plans.write_limits(self.work, self._limits(plan))
         yield from ()
 
-    def _samples_per_bucket(self, plan: plans.Plan) -> list[int | None]:
+    def _limits(self, plan: plans.Plan) -> list[int | None]:
+        """Of each bucket the samples or documents that are taken, None for all."""
+        count = plan.buckets[TRAIN]
         if self.data.tokens is None:
-            return [None] * plan.buckets[TRAIN]
+            return [None] * count
         wanted = remaining = self.data.tokens // self.data.seq_length
-        limits = []
-        for number in range(plan.buckets[TRAIN]):
-            limits.append(
-                min(remaining, len(pack(load_bucket(self.work, plan, TRAIN, number, self.dtype), self.data, number)[1])) if remaining else 0
-            )
-            remaining -= limits[-1]
-        if remaining:
+        limits: list[int] = []
+        for number in range(count):
+            bucket = load_bucket(self.work, plan, TRAIN, number, self.dtype)
+            limit, samples, is_all = _within(bucket, self.data, number, remaining)
+            limits.append(limit)
+            remaining -= samples
+            if not is_all or not remaining:
+                self._refuse_nothing(limits, bucket, limit)
+                return limits + [0] * (count - len(limits))
+        raise UserError(
+            f"data.tokens={self.data.tokens} is {wanted:,} samples of {self.data.seq_length}, the corpus has {wanted - remaining:,}: "
+            "set data.tokens=null to take all (training repeats them by epochs), or give more documents"
+        )
+
+    def _refuse_nothing(self, limits: list[int], bucket: Bucket, limit: int) -> None:
+        if not any(limits):
+            first = int(bucket.records["length"][limit])
             raise UserError(
-                f"data.tokens={self.data.tokens} is {wanted:,} samples of {self.data.seq_length}, the corpus has {wanted - remaining:,}: "
-                "set data.tokens=null to take all (training repeats them by epochs), or give more documents"
+                f"data.tokens={self.data.tokens} is less than the first document by priority, of {first:,} tokens, which "
+                f"data.packing=best_fit takes whole: set data.tokens to at least {-(-first // self.data.seq_length) * self.data.seq_length}"
             )
-        return limits
+
+
+def _within(bucket: Bucket, data: CorpusConfig, number: int, most: int) -> tuple[int, int, bool]:
+    """What of a bucket fills at most so many samples: (samples or documents, the samples they fill, whether that is all of it)."""
+
+    def fill(documents: int | None) -> int:
+        return len(pack(bucket, data, number, documents)[1])
+
+    samples = fill(None)
+    if data.packing == "concat":
+        return min(most, samples), min(most, samples), samples <= most
+    documents = len(bucket.records)
+    if samples <= most:
+        return documents, samples, True
+    fits, exceeds = 0, documents
+    while exceeds - fits > 1:
+        middle = (fits + exceeds) // 2
+        if fill(middle) <= most:
+            fits = middle
+        else:
+            exceeds = middle
+    return fits, fill(fits), False
 
 
 class WriteBucket(PipelineStep):
@@ -64,9 +101,11 @@ class WriteBucket(PipelineStep):
 
     name, type = "💾 MDS shards", "💽 - WRITER"
 
-    def __init__(self, data: CorpusConfig, work: Path, dtype: str, padding_id: int):
+    def __init__(self, data: CorpusConfig, work: Path, dtype: str, padding_id: int, token_bytes: np.ndarray):
+        """token_bytes: UTF-8 bytes that each token id stands for."""
         super().__init__()
-        self.data, self.work, self.dtype, self.padding_id = data, work, dtype, padding_id
+        self.data, self.work, self.dtype = data, work, dtype
+        self.padding_id, self.token_bytes = padding_id, token_bytes
         self.columns = {"tokens": f"ndarray:{dtype}:{data.seq_length}", "lengths": "bytes", "documents": "bytes"}
         if data.source.prompt is not None:
             self.columns["prompt_lengths"] = "bytes"
@@ -86,14 +125,48 @@ class WriteBucket(PipelineStep):
         from streaming import MDSWriter
 
         bucket = load_bucket(self.work, plan, split, number, self.dtype)
-        too_long, samples = pack(bucket, self.data, number)
-        written, document_numbers = samples[:limit], _document_numbers(self.work, plan, bucket)
+        whole = self.data.packing == "best_fit"
+        too_long, samples = pack(bucket, self.data, number, limit if whole else None)
+        written = samples if whole else samples[:limit]
+        document_numbers = _document_numbers(self.work, plan, bucket)
         shutil.rmtree(folder, ignore_errors=True)
         with MDSWriter(columns=self.columns, out=str(folder), compression=self.data.compression, hashes=["sha256"]) as writer:
             for pieces in written:
                 writer.write(self._sample(bucket, pieces, document_numbers))
                 advance(documents=len(pieces), tokens=self.data.seq_length)
-        return _counts(bucket, samples, written, too_long, self.data.seq_length)
+        packed = len(bucket.records[:limit]) if whole else len(bucket.records)
+        return self._counts(bucket, samples, written, too_long, packed)
+
+    def _counts(
+        self, bucket: Bucket, samples: list, written: list, too_long: set[int], considered: int
+    ) -> dict[str, int]:
+        """What was written, and what was left out and why. considered: the first documents, that were packed into samples."""
+        lengths = bucket.records["length"].astype(np.int64)
+        packed = {document for pieces in samples for document, _, _ in pieces}
+        held, pieces_of = Counter(), Counter()
+        for document, _, count in (piece for pieces in written for piece in pieces):
+            held[document] += count
+            pieces_of[document] += 1
+        tokens = held.total()
+        return {
+            "samples": len(written),
+            "documents": len(held),
+            "bytes": int(bucket.records["bytes"][list(held)].sum()) - self._bytes_left_out(bucket, held),
+            "tokens": tokens,
+            "padding_tokens": len(written) * self.data.seq_length - tokens,
+            "cut_documents": sum(pieces_of[document] > 1 or held[document] < int(lengths[document]) for document in held),
+            "cut_tokens": int(lengths[list(held)].sum()) - tokens,
+            "dropped_duplicate": bucket.duplicates,
+            "dropped_longer_than_sample": len(too_long),
+            "dropped_tail": considered - len(too_long) - len(packed),
+            "dropped_beyond_budget": len(packed) - len(held) + len(lengths) - considered,
+        }
+
+    def _bytes_left_out(self, bucket: Bucket, held: Counter) -> int:
+        """UTF-8 bytes of the tokens that were not written of documents that were written in part: samples end within them."""
+        cut = [document for document, count in held.items() if count < int(bucket.records["length"][document])]
+        ends = [bucket.tokens(document, held[document], int(bucket.records["length"][document]) - held[document]) for document in cut]
+        return int(sum(self.token_bytes[ids].sum() for ids in ends))
 
     def _sample(self, bucket: Bucket, pieces: list[Piece], document_numbers: np.ndarray) -> dict:
         tokens, position = np.full(self.data.seq_length, self.padding_id, self.dtype), 0
@@ -112,9 +185,14 @@ class WriteBucket(PipelineStep):
         return sample
 
 
-def pack(bucket: Bucket, data: CorpusConfig, number: int) -> tuple[set[int], list[list[Piece]]]:
-    """(documents left out because they must stay whole and are too long, the pieces of each sample)."""
-    lengths = bucket.records["length"].astype(np.int64)
+def pack(
+    bucket: Bucket, data: CorpusConfig, number: int, documents: int | None = None
+) -> tuple[set[int], list[list[Piece]]]:
+    """(documents left out because they must stay whole and are too long, the pieces of each sample).
+
+    documents: how many of the bucket, in order of priority, None for all. number: the bucket's.
+    """
+    lengths = bucket.records["length"][:documents].astype(np.int64)
     too_long: set[int] = set()
     if data.packing == "best_fit" and data.source.prompt is not None:
         too_long = {int(document) for document in np.flatnonzero(lengths > data.seq_length)}
@@ -131,30 +209,6 @@ def _document_numbers(work: Path, plan: plans.Plan, bucket: Bucket) -> np.ndarra
         first_file += len(plans.part_inputs(work, part))
     files = np.array(offsets, np.uint64)[bucket.part] + bucket.records["file"] if len(bucket.part) else np.zeros(0, np.uint64)
     return ((files << np.uint64(64 - _FILE_BITS)) | bucket.records["position"]).astype("<u8")
-
-
-def _counts(bucket: Bucket, samples: list, written: list, too_long: set[int], seq_length: int) -> dict[str, int]:
-    lengths = bucket.records["length"].astype(np.int64)
-    packed, held, pieces_of = set(), Counter(), Counter()
-    for pieces in samples:
-        packed.update(document for document, _, _ in pieces)
-    for pieces in written:
-        for document, _, count in pieces:
-            held[document] += count
-            pieces_of[document] += 1
-    return {
-        "samples": len(written),
-        "documents": len(held),
-        "bytes": int(bucket.records["bytes"][list(held)].sum()),
-        "tokens": held.total(),
-        "padding_tokens": len(written) * seq_length - held.total(),
-        "cut_documents": sum(pieces_of[document] > 1 or held[document] < int(lengths[document]) for document in held),
-        "cut_tokens": int(lengths[list(held)].sum()) - held.total(),
-        "dropped_duplicate": bucket.duplicates,
-        "dropped_longer_than_sample": len(too_long),
-        "dropped_tail": len(lengths) - len(too_long) - len(packed),
-        "dropped_beyond_budget": len(packed) - len(held),
-    }
 
 
 def _refuse_broken(broken: list[dict], data: CorpusConfig) -> None:

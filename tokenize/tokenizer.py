@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from retemper.pipeline.errors import UserError
 
 EOS = "<|endoftext|>"
+_BYTE_CHARACTERS = set(pre_tokenizers.ByteLevel.alphabet())  # one for each byte
 
 
 class Tokenizer:
@@ -34,6 +35,7 @@ class Tokenizer:
         self.vocab_size = self.backend.get_vocab_size()
         # The smallest type that holds every id.
         self.dtype = "uint16" if self.vocab_size <= 2**16 else "uint32"
+        self._is_byte_level = "ByteLevel" in repr(self.backend.decoder)
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         self.eos_id = self._special_id("eos_token")
         self.bos_id = self._special_id("bos_token")
@@ -53,15 +55,33 @@ class Tokenizer:
             raise UserError("data.bos and data.eos are both false: nothing would part one document from the next; set one of them")
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes each id stands for, int32 (vocab_size,); 0 for special tokens, which stand for no text."""
-        special = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
-        # A byte-level vocabulary spells every byte as one character.
-        byte_level = "ByteLevel" in repr(self.backend.decoder)
+        """UTF-8 bytes each id stands for, int32 (vocab_size,).
+
+        0 for special tokens, which stand for no text. A token that takes the spaces beside it with
+        it (lstrip, rstrip) counts as its own text alone.
+        """
+        added = self.backend.get_added_tokens_decoder()
         sizes = np.zeros(self.vocab_size, np.int32)
         for token, id in self.backend.get_vocab().items():
-            if id not in special:
-                sizes[id] = len(token) if byte_level else _sentencepiece_bytes(token)
+            if id not in added:
+                sizes[id] = self._bytes_of_piece(token)
+            elif not added[id].special:
+                sizes[id] = self._bytes_of_added(token)
         return sizes
+
+    def _bytes_of_piece(self, token: str) -> int:
+        """Of a token as the model spells it; byte-level, every byte is one character."""
+        return len(token) if self._is_byte_level else _sentencepiece_bytes(token)
+
+    def _bytes_of_added(self, token: str) -> int:
+        """Of a token that was added: of the text that it is found by.
+
+        Unless the model makes it out of other text too.
+        """
+        is_piece = self.backend.model.token_to_id(token) is not None
+        if is_piece and not (self._is_byte_level and set(token) - _BYTE_CHARACTERS):
+            return self._bytes_of_piece(token)
+        return len(token.encode())
 
     def _special_id(self, key: str) -> int | None:
         path = self.folder / "tokenizer_config.json"
@@ -70,20 +90,52 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
 
-def _local_folder(name: str) -> Path:
-    """A folder as it is; a hub name as the folder its tokenizer files were fetched to."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
-        return Path(name)
+def sha256_here(name: str) -> str | None:
+    """The hash of a tokenizer without loading or fetching it.
+
+    name: a folder, or a hub name that was fetched before. None where its tokenizer.json is not on this machine.
+    """
+    path = Path(name, "tokenizer.json")
+    if not Path(name).exists() and is_hub_name(name):
+        from huggingface_hub import try_to_load_from_cache
+
+        repository, _, revision = name.partition("@")
+        cached = try_to_load_from_cache(repository, "tokenizer.json", revision=revision or None)
+        path = Path(cached) if isinstance(cached, str) else path
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name has the form owner/name or owner/name@revision, as the hub allows it."""
+    part = r"\w([\w.-]*\w)?"
+    return re.fullmatch(rf"(?!.*(--|\.\.)){part}/{part}(@[\w.-]+)?", name, re.ASCII) is not None
+
+
+def fetched(name: str, files: Iterable[str], given: str) -> Path:
+    """The folder that a hub name's files were fetched to.
+
+    files: patterns of their names. given: the name as the person gave it. Raises UserError where the hub does not give it.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=["tokenizer*.json", "special_tokens_map.json"]))
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=list(files))
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"data.tokenizer={name} is no folder, and the hub does not give it ({str(error).splitlines()[0]}); check the name and HF_TOKEN"
+            f"{given} is no folder, and the hub does not give it ({str(error).splitlines()[0]}); "
+            f"check the name and HF_TOKEN"
         ) from None
+
+
+def _local_folder(name: str) -> Path:
+    """A folder as it is; a hub name as the folder its tokenizer files were fetched to."""
+    if Path(name).exists() or not is_hub_name(name):
+        return Path(name)
+    return fetched(name, ["tokenizer*.json", "special_tokens_map.json"], f"data.tokenizer={name}")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:

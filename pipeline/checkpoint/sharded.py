@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import ModuleList
 
 from retemper.pipeline.checkpoint import commit
-from retemper.pipeline.checkpoint.state import TrainState
+from retemper.pipeline.checkpoint.state import TrainState, state_of
 from retemper.pipeline.config import changed_keys
 from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero, is_main_process, trust_extra_state
 from retemper.pipeline.errors import UserError
@@ -89,7 +89,7 @@ class Checkpointer:
         """Load the checkpoint after `step` steps of this run, or of another (with LoRA: onto the base that restore or begin loaded)."""
         folder = commit.folder_of(run_dir or self.config.run_dir, step)
         meta = verified_meta(folder)
-        state = TrainState.from_dict(meta["train_state"])
+        state = state_of(folder, meta)
         # Scoring reads no training data: a checkpoint from before a change of it may be scored.
         compared = {name: value for name, value in self.fingerprints.items() if self.optimizer or name != "data"}
         if changes := changed_keys({name: meta["fingerprints"].get(name) for name in compared}, compared):

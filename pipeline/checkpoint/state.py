@@ -1,10 +1,10 @@
 """How far a run is: all that a restart needs beside weights and optimizer."""
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from retemper.pipeline.checkpoint.commit import META, committed_steps, folder_of
+from retemper.pipeline.checkpoint.commit import META, committed_steps, folder_of, sealed_meta
+from retemper.pipeline.errors import UserError
 
 
 @dataclass
@@ -33,16 +33,32 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict) -> "TrainState":
-        """Raises ValueError where a field is missing, unknown or negative."""
-        if set(values) != {field.name for field in fields(cls)}:
-            raise ValueError(f"a train state has {[field.name for field in fields(cls)]}, this one {sorted(values)}")
+        """Raises UserError where a field is missing, unknown, of another type or negative."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or set(values) != set(names):
+            raise UserError(f"a train state has {names}, this one is {values!r}")
         state = cls(**values)
-        if min(state.step, state.consumed_samples, state.seconds) < 0:
-            raise ValueError(f"a train state counts from zero: {state}")
+        counts = (state.step, state.consumed_samples, state.seconds)
+        if not all(isinstance(count, int | float) and count >= 0 for count in counts):
+            raise UserError(f"a train state counts from zero: {state}")
         return state
 
 
 def newest_state(run_dir: Path) -> TrainState:
-    """Of a run's newest committed checkpoint; at the start without one."""
+    """Of a run's newest committed checkpoint; at the start without one. Raises UserError where its
+    meta.json was changed.
+    """
     steps = committed_steps(run_dir)
-    return TrainState.from_dict(json.loads((folder_of(run_dir, steps[-1]) / META).read_text())["train_state"]) if steps else TrainState()
+    if not steps:
+        return TrainState()
+    return state_of(folder_of(run_dir, steps[-1]), sealed_meta(folder_of(run_dir, steps[-1])))
+
+
+def state_of(folder: Path, meta: dict) -> TrainState:
+    """The train state in a checkpoint's meta.json. Raises UserError that names the checkpoint."""
+    try:
+        return TrainState.from_dict(meta.get("train_state"))
+    except UserError as error:
+        raise UserError(
+            f"{folder / META} is damaged, or of another version of retemper: {error}"
+        ) from None

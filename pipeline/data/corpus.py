@@ -8,6 +8,7 @@ from retemper.pipeline.data.order import ORDER_VERSION
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.data import StreamConfig
 from retemper.pipeline.schema.run import Config
+from retemper.tokenize.tokenizer import sha256_here
 
 
 def stream_paths(config: Config) -> dict[str, str]:
@@ -41,6 +42,7 @@ def decontaminated(config: Config, task: str) -> dict[str, bool | None]:
 def check_corpora(config: Config) -> dict[str, Any]:
     """Check every manifest against the config; returns the fingerprints of "data" and "tokenizer".
 
+    A data.tokenizer that is not on this machine is not compared: training reads token ids alone.
     Raises UserError with every mismatch: vocabulary, sequence length, tokenizer, and a corpus smaller than one batch.
     """
     paths = stream_paths(config)
@@ -48,6 +50,12 @@ def check_corpora(config: Config) -> dict[str, Any]:
     heldout = {f"heldout {domain}": read_manifest(path) for domain, path in config.evals.heldout.items()}
     own = manifests[config.data.name]
     problems = [problem for name, manifest in (manifests | heldout).items() for problem in _mismatches(config, name, manifest, own)]
+    if (tokenizer := sha256_here(config.data.tokenizer)) and tokenizer != own["tokenizer_sha256"]:
+        problems.append(
+            f"data.tokenizer={config.data.tokenizer} is another tokenizer than the one that corpus "
+            f"{own['name']} in {config.data.path} was made with: name that one, "
+            "or tokenize again to another data.path"
+        )
     for name, manifest in heldout.items():
         if not manifest["splits"]["heldout"]["samples"]:
             problems.append(f"{name}: corpus {manifest['name']} has no held-out sample; raise data.heldout_fraction and tokenize again")

@@ -20,6 +20,14 @@ def seal(manifest: dict) -> str:
     return json.dumps(manifest | {"sha256": _hash_of(manifest)}, indent=2)
 
 
+def is_intact(sealed: dict) -> bool:
+    """Whether the hash in what `seal` wrote is that of all else in it, whatever the order of its
+    keys.
+    """
+    kept = {key: value for key, value in sealed.items() if key != "sha256"}
+    return sealed.get("sha256") == _hash_of(kept)
+
+
 def find_manifest(path: str) -> dict | None:
     """The manifest of the corpus at `path`; None where there is no file of its name.
 
@@ -35,8 +43,9 @@ def find_manifest(path: str) -> dict | None:
         manifest = None
     if not isinstance(manifest, dict) or not {"made_from", "fingerprint", "splits"} <= manifest.keys():
         raise UserError(f"{path} is not a token corpus (its {MANIFEST} is none of one, or damaged): choose another folder, or remove it")
-    if manifest.pop("sha256", None) != _hash_of(manifest):
+    if not is_intact(manifest):
         raise UserError(f"{path}/{MANIFEST} is damaged, or of another version of retemper: remove {path} and tokenize again")
+    del manifest["sha256"]
     return manifest
 
 

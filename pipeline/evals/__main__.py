@@ -27,32 +27,39 @@ def score_checkpoints(config, topology, fingerprints) -> None:
     from retemper.pipeline.model.build import build_model
     from retemper.pipeline.track import mirror_scores
 
-    eval_folder.check_settings(config.run_dir, {task: config.evals.tasks[task] for task in config.evals.inline})
-    steps = from_rank_zero([step for step in _steps(config, commit.committed_steps(config.run_dir)) if any(unscored(config, step))])
-    model = build_model(config, topology)
+    eval_folder.check_settings(config, config.evals.inline)
+    start = from_rank_zero(eval_folder.start_of(config))
+    runs = {step: config if step else start for step in _steps(start, commit.committed_steps(config.run_dir))}
+    runs = from_rank_zero({step: run for step, run in runs.items() if any(unscored(run, step))})
+    if start is None and topology.rank == 0:
+        print(f"{config.run_dir}: its trunk {config.branch_of} is gone, so that its start cannot be scored")
+    # A trunk's own weights, where they are drawn, and its own base.
+    begun = runs.get(0, config)
+    model = build_model(begun, topology)
+    if runs.keys() & {0} or config.method.name == "lora":
+        Checkpointer(begun, topology, model, None, fingerprints).begin()
     checkpointer = Checkpointer(config, topology, model, None, fingerprints)
-    if 0 in steps or config.method.name == "lora":
-        checkpointer.begin()
     seed_step(config.seed, 0, topology)
     failed = []
-    for step in steps:
+    for step, run in runs.items():
         if step:
             checkpointer.load(step)
-        scores = evaluate(config, topology, model, step)
+        scores = evaluate(run, topology, model, step)
         if topology.rank == 0:
             print(format_scores(step, scores), flush=True)
             failed += [f"step {step}: {task}" for task, found in scores.tasks.items() if "error" in found]
     if topology.rank == 0:
-        if not steps:
+        if not runs:
             print(f"{config.run_dir}: every checkpoint has its scores already")
-        mirror_scores(config)
+        for run in {run.run_dir: run for run in (config, *runs.values())}.values():
+            mirror_scores(run)
     if failed := from_rank_zero(failed):
         raise UserError(f"not scored, for the reasons above: {'; '.join(failed)}")
 
 
-def _steps(config, committed: list[int]) -> list[int]:
-    """Of the run: a branch begins at a checkpoint of its trunk, which is not its own."""
-    return committed if config.branch_of or not committed else [0, *committed]
+def _steps(start, committed: list[int]) -> list[int]:
+    """Of the run: step 0 of a branch is its trunk's, in whose folder it is scored once."""
+    return [0, *committed] if start and committed else committed
 
 
 if __name__ == "__main__":

@@ -26,11 +26,38 @@ def language_model(config: Config, folder: Path) -> TemplateLM:
         from lm_eval.models.vllm_causallms import VLLM
 
         shares = math.gcd(max(gpus, 1), config.model.num_attention_heads)
-        return VLLM(pretrained=str(folder), dtype="auto", seed=config.seed, tensor_parallel_size=shares)
+        settings = {"seed": config.seed, "tensor_parallel_size": shares}
+        return _begun_once(VLLM(pretrained=str(folder), dtype="auto", **settings))
     from lm_eval.models.huggingface import HFLM
 
     batch_size = config.evals.micro_batch_size
-    return HFLM(pretrained=str(folder), dtype="auto", device="cuda" if gpus else "cpu", parallelize=gpus > 1, batch_size=batch_size)
+    settings = {"device": "cuda" if gpus else "cpu", "parallelize": gpus > 1}
+    return _begun_once(
+        HFLM(pretrained=str(folder), dtype="auto", batch_size=batch_size, **settings)
+    )
+
+
+def _begun_once(lm: TemplateLM) -> TemplateLM:
+    """The model, whose rolling scores begin a text with one begin-of-text.
+
+    lm-eval puts its own before that of the tokenizer.
+    """
+    encode = lm.tok_encode
+    score = lm.loglikelihood_rolling
+
+    def text_alone(text: str, **_options) -> list[int]:
+        tokens = encode(text, add_special_tokens=False)
+        return tokens[1:] if tokens[:1] == [lm.prefix_token_id] else tokens
+
+    def rolling(requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        lm.tok_encode = text_alone
+        try:
+            return score(requests, disable_tqdm=disable_tqdm)
+        finally:
+            lm.tok_encode = encode
+
+    lm.loglikelihood_rolling = rolling
+    return lm
 
 
 def complete_problems(config: Config, task: str, lm: TemplateLM) -> bytes:

@@ -14,6 +14,7 @@ from retemper.pipeline.data.manifest import read_listed
 from retemper.pipeline.data.order import Order, Stream
 from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.distributed.topology import Topology, from_last_stage
+from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.uncertainty import ratio
 from retemper.pipeline.model.forward import run_schedule
 from retemper.pipeline.schema.run import Config
@@ -35,6 +36,7 @@ def heldout_scores(config: Config, topology: Topology, model, domains: Iterable[
 
     Bits per byte divides the loss of all predicted tokens by the UTF-8 bytes they stand for, so that models with
     different tokenizers compare; end-of-text, which stands for no bytes, does not count.
+    Raises UserError where a domain's samples have nothing to predict.
     """
     model.eval()
     scores = {domain: _score(config, topology, model, domain) for domain in domains}
@@ -57,10 +59,15 @@ def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
         batch = batch.of_context_rank(topology.context_parallel_rank, config.parallel.context_parallel_size).to(topology.device)
         for output in run_schedule(model, [batch], forward_only=True):
             bytes_BT = token_bytes[batch.labels_BT] * batch.loss_mask_BT
-            counts_BT = bytes_BT > 0
-            sums_3B = [(output["losses_BT"].double() * counts_BT).sum(1), counts_BT.sum(1), bytes_BT.double().sum(1)]
-            sums_N3[places] = torch.stack([row_B.double() for row_B in sums_3B], 1).cpu().numpy()
+            sums_B3 = _sums_of_samples(output["losses_BT"], bytes_BT, len(places))
+            sums_N3[places] = sums_B3.cpu().numpy()
     nats_N, tokens_N, bytes_N = np.array(from_last_stage(torch.from_numpy(sums_N3.ravel()))).reshape(-1, 3).T
+    if not tokens_N.sum():
+        raise UserError(
+            f"evals.heldout.{domain}={path}: none of the {samples} held-out samples that are read has a "
+            "token to predict (all of them are prompt, padding or stand for no text), so there is no loss "
+            "to measure. Name a corpus with held-out text, or leave the domain out"
+        )
     bits_N = nats_N / math.log(2)
     found = ratio(bits_N.tolist(), bytes_N.tolist())
     scores = {
@@ -74,6 +81,19 @@ def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
     }
     each = zip(chosen.tolist(), bits_N.tolist(), bytes_N.tolist(), strict=True)
     return Heldout(scores, [{"sample": sample, "bits": bits, "bytes": bytes_} for sample, bits, bytes_ in each])
+
+
+def _sums_of_samples(losses_BT: torch.Tensor, bytes_BT: torch.Tensor, samples: int) -> torch.Tensor:
+    """Of each sample the nats of its tokens that stand for bytes, their number, and their bytes.
+
+    losses_BT and bytes_BT: nats, and UTF-8 bytes of the labels that count, of each position. Under
+    document masks B is 1, and the samples stand one after the other. Returns float64 (samples, 3).
+    """
+    losses_NT = losses_BT.double().reshape(samples, -1)
+    bytes_NT = bytes_BT.double().reshape(samples, -1)
+    counts_NT = bytes_NT > 0
+    nats_N = (losses_NT * counts_NT).sum(1)
+    return torch.stack([nats_N, counts_NT.double().sum(1), bytes_NT.sum(1)], 1)
 
 
 def _parts(ids: np.ndarray, size: int) -> list[np.ndarray]:

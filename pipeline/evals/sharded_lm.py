@@ -58,7 +58,12 @@ class ShardedLM(TemplateLM):
         return totals
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
-        windows = utils.get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+        tokens = self.tok_encode(text, add_special_tokens=False)
+        # lm-eval puts the first token before the text itself; its `hf` class lets the tokenizer
+        # put another there.
+        if tokens[:1] == [self.prefix_token_id]:
+            tokens = tokens[1:]
+        windows = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
         return [utils.make_disjoint_window(window) for window in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:

@@ -6,7 +6,7 @@ counted as independent.
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
 from retemper.pipeline.errors import UserError
@@ -91,6 +91,47 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
     squares = math.fsum((part - value * size) ** 2 for part, size in zip(numerators, denominators, strict=True))
     error = _standard_error(squares, n) * n / whole
     return Estimate(value, error, value - _Z * error, value + _Z * error, n)
+
+
+def mean(parts: Sequence[Estimate]) -> Estimate:
+    """Of the mean of independent estimates, as of several tasks or domains.
+
+    Interval: the parts' distances to their limits, squared and summed, which keeps their shapes
+    (Zou and Donner 2008, "Construction of confidence limits about effect measures"); for normal
+    intervals it is the normal one of the mean.
+    """
+    n = _count(parts)
+    value = fmean(part.value for part in parts)
+    error = math.hypot(*(part.stderr for part in parts)) / n
+    below = math.hypot(*(part.value - part.low for part in parts)) / n
+    above = math.hypot(*(part.high - part.value for part in parts)) / n
+    problems = sum(part.problems for part in parts)
+    return Estimate(value, error, value - below, value + above, problems)
+
+
+def student(found: Estimate) -> Estimate:
+    """The same with Student's interval in place of the normal one.
+
+    With few samples the normal one leaves out more than 5%: of ten, 8%.
+    """
+    reach = _student_quantile(found.problems - 1) * found.stderr
+    return replace(found, low=found.value - reach, high=found.value + reach)
+
+
+def _student_quantile(freedom: int) -> float:
+    """Student's t that 2.5% exceed; nan without a degree of freedom.
+
+    Abramowitz and Stegun 26.7.5; from three degrees on it is exact to 0.2%.
+    """
+    if freedom < 1:
+        return math.nan
+    terms = (
+        (_Z**3 + _Z) / 4,
+        (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / 96,
+        (3 * _Z**7 + 19 * _Z**5 + 17 * _Z**3 - 15 * _Z) / 384,
+        (79 * _Z**9 + 776 * _Z**7 + 1482 * _Z**5 - 1920 * _Z**3 - 945 * _Z) / 92160,
+    )
+    return _Z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 def _standard_error(squares: float, n: int) -> float:

@@ -49,7 +49,7 @@ class Worker:
             self._note_vanished()
             done = [self._attempt(step, part) for step in self._steps() for part in self.parts]
             if not any(done):
-                mirror_scores(self.config)
+                self._mirror()
                 if poll_seconds is None or self._is_over():
                     break
                 if (waiting := self._waiting()) != said:
@@ -61,7 +61,7 @@ class Worker:
 
     def _check(self) -> None:
         """Refuse files and tokenizers that are not what they must be, and settings that change, before a model is exported."""
-        eval_folder.check_settings(self.config.run_dir, {task: self.config.evals.tasks[task] for task in self.config.evals.of_workers})
+        eval_folder.check_settings(self.config, self.config.evals.of_workers)
         for task in self.config.evals.of_workers:
             if task in CODE_TASKS:
                 read_problems(self.config, task)
@@ -75,9 +75,19 @@ class Worker:
                     load_task(task, self.config.evals)
 
     def _steps(self) -> list[int]:
-        """Milestones with a checkpoint, or with programs of one; before the first step the model that the run began from."""
+        """Milestones with a checkpoint, or with programs of one; before the first step the model that the run began from.
+
+        A branch's is its trunk's, whose scores stand in the trunk's folder: whoever comes first scores it, and nobody again.
+        """
         there = {*commit.committed_steps(self.config.run_dir), *eval_folder.scored_steps(self.config.run_dir)}
-        return [0] * bool(self.config.init_from) + [step for step in self.config.milestone_steps if step in there]
+        start = eval_folder.start_of(self.config)
+        begun = [0] if start and start.init_from else []
+        return begun + [step for step in self.config.milestone_steps if step in there]
+
+    def _mirror(self) -> None:
+        start = eval_folder.start_of(self.config) if self.config.branch_of else None
+        for config in filter(None, (self.config, start)):
+            mirror_scores(config)
 
     def _note_vanished(self) -> None:
         """Checkpoints are saved in their order: a milestone without one, before one that is there, has none any more."""
@@ -109,7 +119,7 @@ class Worker:
 
     def _missing(self, step: int, part: str) -> list[str]:
         """Tasks of which this part of the work is to be done at a step."""
-        scored = eval_folder.read_tasks(self.config.run_dir, step)
+        scored = eval_folder.tasks_of(self.config, step)
         tasks = [task for task in self.config.evals.of_workers if task not in scored and (step, task) not in self.failed]
         generated = [task for task in tasks if task in CODE_TASKS and generations_path(self.config, step, task).exists()]
         return generated if part == "score" else [task for task in tasks if task not in generated]
@@ -149,7 +159,7 @@ class Worker:
 
     def _commit(self, step: int, task: str, scores: dict, problems: list[dict]) -> None:
         # Not written where this lease had expired, and its successor was faster.
-        if eval_folder.write_result(self.config.run_dir, step, task, scores, problems):
+        if eval_folder.write_result(eval_folder.homes(self.config, step)[0], step, task, scores, problems):
             print(f"step {step:>6}  {task}: {scores['metric']} {scores['score']:.4f} ± {scores['stderr']:.4f}", flush=True)
 
 
@@ -169,7 +179,7 @@ def score_programs(config: Config, step: int, task: str) -> dict:
 
 def export(config: Config, step: int, folder: Path) -> None:
     """Write a run's checkpoint, or with step 0 the model that it began from, for transformers. Raises UserError."""
-    options = {"run": str(config.run_dir) if step else config.init_from, "folder": str(folder), "step": step or None}
+    options = {"run": str(config.run_dir) if step else eval_folder.start_of(config).init_from, "folder": str(folder), "step": step or None}
     options |= {"adapter": False, "base": None, "tokenizer": config.data.tokenizer}
     command = [sys.executable, "-m", "retemper.pipeline.huggingface", "export", json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True)  # a process of its own: what it held is free afterwards
@@ -180,8 +190,8 @@ def export(config: Config, step: int, folder: Path) -> None:
 
 def generations_path(config: Config, step: int, task: str) -> Path:
     """Where the programs of a step stand; their verdicts come beside it."""
-    return _folder(config, step) / f"{task}.generations.jsonl.zst"
+    return eval_folder.generations_path(eval_folder.homes(config, step)[0], step, task)
 
 
 def _folder(config: Config, step: int) -> Path:
-    return eval_folder.task_path(config.run_dir, step, "").parent
+    return eval_folder.task_path(eval_folder.homes(config, step)[0], step, "").parent

@@ -20,8 +20,13 @@ def main(verb: str, options: dict[str, Any]) -> int:
     return run_prepared(*{"import": importing, "export": exporting}[verb](**options))
 
 
-def importing(folder: str, run: str, trust: str | None, overrides: list[str]):
-    """What run_prepared needs to make a transformers folder the base of runs."""
+def importing(
+    folder: str, run: str, trust: str | None, overrides: list[str], name: str | None = None
+):
+    """What run_prepared needs to make a transformers folder the base of runs.
+
+    name: of the model on the hub, where it came from there.
+    """
     import torch
 
     from retemper.pipeline.huggingface.folder import Weights
@@ -51,7 +56,7 @@ def importing(folder: str, run: str, trust: str | None, overrides: list[str]):
         from retemper.pipeline.huggingface.verify import summary, verify
 
         with _whole_or_nothing(target, topology) as partial:
-            import_weights(weights, setup, topology, fingerprints["tokenizer"], partial)
+            import_weights(weights, name, setup, topology, fingerprints["tokenizer"], partial)
             topologies.stop(leave=False)
             topology = topologies.start(ParallelConfig(data_parallel_size=topology.world_size))
             streamed = StreamedModel(partial, 0, topology)
@@ -71,7 +76,12 @@ def exporting(run: str, folder: str, step: int | None, adapter: bool, base: str 
         chosen = commit.folder_of(run_dir, step) if step is not None else commit.newest(run_dir)
         if not (chosen / commit.META).is_file():
             raise UserError(f"{chosen} is no checkpoint; {run_dir} has those after the steps {commit.committed_steps(run_dir)}")
-        return ModelSetup.of(json.loads((chosen / commit.META).read_text())["config"], ParallelConfig()), {
+        meta = commit.sealed_meta(chosen)
+        if not adapter:
+            from retemper.pipeline.huggingface.export import tokenizer_of
+
+            tokenizer_of(chosen, meta, tokenizer)
+        return ModelSetup.of(meta["config"], ParallelConfig()), {
             "checkpoint": commit.fingerprint(chosen)
         }
 
@@ -83,13 +93,16 @@ def exporting(run: str, folder: str, step: int | None, adapter: bool, base: str 
         streamed = StreamedModel(run_dir, step, topology)
         with _whole_or_nothing(target, topology) as partial:
             if adapter:
-                reference = export.reference_of(streamed, base)
-                export.export_adapter(streamed, partial, str(reference))
+                name, reference = export.base_of(streamed, base)
+                export.export_adapter(streamed, partial, name)
                 verify(streamed, reference, partial, partial, rounded=False)
+                what = f"as a peft adapter of {name}"
             else:
-                rounded = export.export_model(streamed, partial, Path(tokenizer) if tokenizer else None)
-                verify(streamed, partial, None, partial, rounded=rounded)
-        print(f"{target}: {streamed.folder} {'as a peft adapter' if adapter else 'for transformers'}\n{summary(target)}")
+                chosen = export.tokenizer_of(streamed.folder, streamed.meta, tokenizer)
+                rounding = export.export_model(streamed, partial, chosen)
+                verify(streamed, partial, None, partial, rounded=bool(rounding.rounded))
+                what = f"for transformers; {rounding}"
+        print(f"{target}: {streamed.folder} {what}\n{summary(target)}")
 
     return prepare, work
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.model import ModelConfig, RopeScaling
+from retemper.tokenize.tokenizer import fetched, is_hub_name
 
 # Architecture -> what of its keys it fixes.
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -33,6 +34,33 @@ _FIXED: dict[str, Any] = {
     "mlp_bias": False,
     "quantization_config": None,
 }
+
+
+# What is fetched of a hub repository; the second where it has none of the first.
+_SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+def transformers_folder(name: str, given: str) -> Path:
+    """A folder as it is; a hub name as the folder that its files were fetched to.
+
+    A hub name is owner/name or owner/name@revision.
+    given: the name as the person gave it, for the message of UserError.
+    """
+    if Path(name).exists() or not is_hub_name(name):
+        return Path(name)
+    beside = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    folder = fetched(name, (*beside, *_SAFETENSORS), given)
+    if not any(folder.glob("*.safetensors")):
+        folder = fetched(name, (*beside, *_PICKLED), given)
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -85,8 +113,14 @@ def model_of(config: dict[str, Any], source: Path) -> ModelConfig:
         raise UserError(f"{source}/config.json cannot be: {error}") from None
 
 
-def config_of(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json for a model that was never imported."""
+def config_of(
+    model: ModelConfig, dtype: str, special_ids: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """config.json for a model that was never imported.
+
+    special_ids: bos_token_id and eos_token_id, where the tokenizer names them; generation stops at
+    the latter.
+    """
     fixed = {"qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm}
     found = [name for name, fixes in _ARCHITECTURES.items() if {"qkv_bias": False, "qk_norm": False} | fixes == fixed]
     if not found:
@@ -116,7 +150,7 @@ def config_of(model: ModelConfig, dtype: str) -> dict[str, Any]:
                 "high_freq_factor": scaling.high_freq_factor,
                 "original_max_position_embeddings": scaling.original_max_sequence_length,
             }
-    return config
+    return config | (special_ids or {})
 
 
 def _longest(config: dict[str, Any]) -> int:

@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +14,120 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.config import base_folder
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.huggingface.config import config_of, model_of, read_config
-from retemper.pipeline.huggingface.folder import TOKENIZER_FILES
+from retemper.pipeline.huggingface.config import (
+    TOKENIZER_FILES,
+    config_of,
+    model_of,
+    read_config,
+    transformers_folder,
+)
 from retemper.pipeline.huggingface.load import ORIGIN, SOURCE
 from retemper.pipeline.huggingface.names import LINEAR, Shard, tensor_shapes
 from retemper.pipeline.huggingface.streamed import StreamedModel
 from retemper.pipeline.model.adapter import is_adapter, joined_factors, scale_of
+from retemper.tokenize.tokenizer import Tokenizer, is_hub_name
 
 _FILE_BYTES = 5 * 10**9  # as transformers cuts its shards
 
 
-def export_model(streamed: StreamedModel, target: Path, tokenizer: Path | None) -> bool:
-    """Write the whole model, with LoRA the adapters merged into it in fp32. Returns whether the weights had to be rounded.
+README = "README.md"
 
-    target: an empty folder. tokenizer: the folder of one, for a model that was never imported.
+
+@dataclass(frozen=True)
+class Rounding:
+    """How many of a model's tensors lost bits in an export, by the type they were rounded to."""
+
+    tensors: int
+    rounded: dict[str, int]
+    reason: str  # whose type it is
+
+    def __str__(self) -> str:
+        if not self.rounded:
+            return f"no weight was rounded (all {self.tensors} tensors are in {self.reason})"
+        parts = [
+            f"{count} of {self.tensors} tensors were rounded to {dtype}"
+            for dtype, count in self.rounded.items()
+        ]
+        return f"{', '.join(parts)}: {self.reason}"
+
+
+def export_model(streamed: StreamedModel, target: Path, tokenizer: Tokenizer) -> Rounding:
+    """Write the whole model, with LoRA the adapters merged into it in fp32.
+
+    Returns which weights had to be rounded.
+    target: an empty folder. tokenizer: what tokenizer_of gives.
     """
-    origin = origin_of(streamed)
+    origin = origin_of(streamed.folder, streamed.meta)
     source = json.loads((origin / SOURCE).read_text()) if origin else {}
     dtype_of_run = "float32" if streamed.meta["config"]["precision"] == "fp32" else "bfloat16"
     dtypes = source.get("dtypes") or dict.fromkeys(tensor_shapes(streamed.setup.model), dtype_of_run)
-    rounded = False
+    rounded: Counter[str] = Counter()
 
     def typed() -> Iterator[tuple[str, torch.Tensor]]:
-        nonlocal rounded
         for name, tensor in _tensors(streamed):
             written = tensor.to(getattr(torch, dtypes[name]))
-            rounded |= not torch.equal(written.float(), tensor)
+            if not torch.equal(written.float(), tensor):
+                rounded[dtypes[name]] += 1
             yield name, written
 
     _write_index(_write_tensors(typed(), target), target)
     if origin:
         _copy(("config.json", "generation_config.json"), origin, target)
     else:
-        (target / "config.json").write_text(json.dumps(config_of(streamed.setup.model, dtype_of_run), indent=2))
-    _copy(TOKENIZER_FILES, origin or tokenizer or Path(streamed.meta["config"]["data"]["tokenizer"]), target)
-    return rounded
+        config = config_of(streamed.setup.model, dtype_of_run, _special_ids(tokenizer))
+        (target / "config.json").write_text(json.dumps(config, indent=2))
+    _copy(TOKENIZER_FILES, tokenizer.folder, target)
+    whose = "the model that was imported" if origin else "the run's precision"
+    rounding = Rounding(len(dtypes), dict(rounded), f"the type of {whose}")
+    kind = "A whole model for transformers."
+    if streamed.setup.method.name == "lora":
+        kind += " Adapters are merged into the weights."
+    _write_readme(streamed, target, f"{kind} Rounding: {rounding}.")
+    return rounding
+
+
+def tokenizer_of(folder: Path, meta: dict[str, Any], named: str | None) -> Tokenizer:
+    """The tokenizer that a model is exported with.
+
+    It is that of the model it descends from, else the one named, else the run's.
+    folder, meta: of the checkpoint. Raises UserError where it is not here, or not the one that the
+    model was trained with.
+    """
+    origin = origin_of(folder, meta)
+    name = str(origin) if origin else named or meta["config"]["data"]["tokenizer"]
+    try:
+        tokenizer = Tokenizer(name)
+    except UserError as error:
+        raise UserError(
+            f"{folder} is exported with its tokenizer, but {error}. Here it is named with "
+            f"--tokenizer FOLDER"
+        ) from None
+    if tokenizer.sha256 != meta["fingerprints"].get("tokenizer", tokenizer.sha256):
+        raise UserError(
+            f"{name} is another tokenizer than the one that {folder} was trained with: name that "
+            f"one with --tokenizer FOLDER"
+        )
+    return tokenizer
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return {key: id for key, id in ids.items() if id is not None}
+
+
+def _write_readme(streamed: StreamedModel, target: Path, what: str) -> None:
+    run = streamed.folder.parent.parent.name
+    step = streamed.meta["train_state"]["step"]
+    (target / README).write_text(
+        f"# {run}\n\nThe run {run} after step {step}, written by `retemper export`.\n\n{what}\n"
+    )
 
 
 def export_adapter(streamed: StreamedModel, target: Path, base: str) -> None:
     """Write the adapters alone, as peft has them. base: the name or folder of the model they belong to."""
+    base_name, _, revision = base.partition("@") if is_hub_name(base) else (base, "", "")
     lora, tensors = streamed.setup.method.lora, {}
     for module, adapter in _adapters(streamed.load(filter(is_adapter, streamed.names))).items():
         for name, tensor in zip(("lora_A", "lora_B"), joined_factors(adapter), strict=True):
@@ -63,7 +139,8 @@ def export_adapter(streamed: StreamedModel, target: Path, base: str) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_name,
+        "revision": revision or None,
         "r": rank,
         "lora_alpha": scale_of(lora) * (math.sqrt(rank) if lora.rslora else rank),
         "lora_dropout": lora.dropout,
@@ -75,17 +152,30 @@ def export_adapter(streamed: StreamedModel, target: Path, base: str) -> None:
         "inference_mode": True,
     }
     (target / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    if origin := origin_of(streamed):
+    if origin := origin_of(streamed.folder, streamed.meta):
         _copy(TOKENIZER_FILES, origin, target)
+    _write_readme(streamed, target, f"Adapters for peft, in float32, of the model {base}.")
 
 
-def reference_of(streamed: StreamedModel, base: str | None) -> Path:
-    """The transformers folder of the base that adapters stand on. Raises UserError where none is known."""
+def base_of(streamed: StreamedModel, base: str | None) -> tuple[str, Path]:
+    """The name that adapters give their base, and its transformers folder on this machine.
+
+    base: a folder, or a name on the hub; by default what the base was imported as. A folder is
+    named by its absolute path.
+    Raises UserError where no folder of it is known, or it holds another model.
+    """
     if streamed.setup.method.name != "lora":
         raise UserError(f"{streamed.folder} is of full training and holds no adapters: leave out --adapter")
-    origin = origin_of(streamed)
-    folder = Path(base or (json.loads((origin / SOURCE).read_text())["folder"] if origin else streamed.base_dir))
-    if not (folder / "config.json").is_file() or not origin and not base:
+    origin = origin_of(streamed.folder, streamed.meta)
+    source = json.loads((origin / SOURCE).read_text()) if origin else {}
+    name = base or source.get("name")
+    folder = Path(source["folder"]) if origin else streamed.base_dir
+    if base and Path(base).exists():
+        name = None
+        folder = Path(base)
+    elif name and not (origin and _is_model(folder)):
+        folder = transformers_folder(name, f"the adapters' base {name}")
+    if not _is_model(folder) or not (origin or base):
         raise UserError(
             f"{folder} is no transformers folder that is here: name that of the adapters' base {streamed.base_dir} with --base FOLDER, "
             f"or make one: retemper export {streamed.base_dir} FOLDER"
@@ -93,17 +183,24 @@ def reference_of(streamed: StreamedModel, base: str | None) -> Path:
     wanted, there = tensor_shapes(streamed.setup.model), tensor_shapes(model_of(read_config(folder), folder))
     if other := sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)):
         raise UserError(f"{folder} is not the adapters' base {streamed.base_dir}: {len(other)} tensors are others, {other[0]} among them")
-    return folder.resolve()
+    return name or str(folder.resolve()), folder.resolve()
 
 
-def origin_of(streamed: StreamedModel) -> Path | None:
-    """What an import kept of the transformers folder that this model descends from; None where it descends from none."""
-    folder, config = streamed.folder, streamed.meta["config"]
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def origin_of(folder: Path, meta: dict[str, Any]) -> Path | None:
+    """What an import kept of the transformers folder that a model descends from.
+
+    None where it descends from none. folder, meta: of the checkpoint.
+    """
+    config = meta["config"]
     while not (folder.parent.parent / ORIGIN / SOURCE).is_file():
         if not config["init_from"]:
             return None
-        folder = commit.newest(Path(config["init_from"]))
-        config = json.loads((folder / commit.META).read_text())["config"]
+        folder = commit.newest(base_folder(config["init_from"]))
+        config = commit.sealed_meta(folder)["config"]
     return folder.parent.parent / ORIGIN
 
 

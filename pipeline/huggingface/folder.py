@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.huggingface.config import model_of, read_config
-from retemper.pipeline.huggingface.names import HEAD, Region, tensor_shapes
+from retemper.pipeline.huggingface.names import EMBEDDING, HEAD, Region, tensor_shapes
 
 # Buffers that old versions of transformers saved, and that every model makes anew.
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja")
+_ROWS = 1 << 14  # of two matrices that are compared at a time
 
 
 class Weights:
@@ -73,10 +73,30 @@ class Weights:
         for name, shape in expected.items():
             if name in self._file_of and (found := self._try_shape(name, problems)) not in (None, shape):
                 problems.append(f"{name} has the shape {found}, config.json asks for {shape}")
+        if not problems and spare & self._file_of.keys():
+            problems += self._untied()
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in sorted(problems)[:20])
             more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise UserError(f"{self.folder} does not hold the model of its config.json:\n{listed}{more}")
+
+    def _untied(self) -> list[str]:
+        """What is wrong where the head that config.json ties to the embedding is another matrix."""
+        problems: list[str] = []
+        shape = self._shape(EMBEDDING)
+        found = self._try_shape(HEAD, problems)
+        blocks = [slice(row, row + _ROWS) for row in range(0, shape[0], _ROWS)]
+        if found and (found != shape or not all(map(self._is_tied, blocks))):
+            problems.append(
+                f"{HEAD} is not the same matrix as {EMBEDDING}, although config.json ties them: "
+                "set tie_word_embeddings to false there to keep both, "
+                "or load and save the folder with transformers, which leaves the head out"
+            )
+        return problems
+
+    def _is_tied(self, rows: slice) -> bool:
+        embedding, head = (self.read(name, (rows,)).float() for name in (EMBEDDING, HEAD))
+        return embedding.equal(head)
 
     def _try_shape(self, name: str, problems: list[str]) -> tuple[int, ...] | None:
         try:

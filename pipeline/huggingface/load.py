@@ -12,7 +12,8 @@ from retemper.pipeline.checkpoint.commit import IMPORTED
 from retemper.pipeline.checkpoint.sharded import METADATA, write_checkpoint
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.distributed.topology import Topology
-from retemper.pipeline.huggingface.folder import TOKENIZER_FILES, Weights
+from retemper.pipeline.huggingface.config import TOKENIZER_FILES
+from retemper.pipeline.huggingface.folder import Weights
 from retemper.pipeline.huggingface.names import Shard
 from retemper.pipeline.model.build import build_layers
 from retemper.pipeline.run_folder import replace_file
@@ -22,13 +23,24 @@ from retemper.pipeline.schema.model import ModelSetup
 ORIGIN, SOURCE = "huggingface", "source.json"
 
 
-def import_weights(weights: Weights, setup: ModelSetup, topology: Topology, tokenizer_sha256: str, target: Path) -> None:
-    """Commit the weights as the checkpoint of a run of zero steps, which any run can begin from. Every rank calls it."""
+def import_weights(
+    weights: Weights,
+    name: str | None,
+    setup: ModelSetup,
+    topology: Topology,
+    tokenizer_sha256: str,
+    target: Path,
+) -> None:
+    """Commit the weights as the checkpoint of a run of zero steps, which any run can begin from.
+
+    Every rank calls it.
+    name: of the model on the hub, where it was given; adapters trained on it will name it.
+    """
     stages = build_layers(setup, topology)
     for stage in stages:
         fill(stage, weights, Shard(setup.model, topology.tensor_parallel_rank, setup.parallel.tensor_parallel_size))
     if topology.rank == 0:
-        _keep_origin(weights, target / ORIGIN)
+        _keep_origin(weights, name, target / ORIGIN)
         replace_file(target / "config.json", json.dumps(setup.model_dump(), indent=2))  # runs that begin here take its model
     meta = {
         "train_state": TrainState().to_dict(),
@@ -56,10 +68,11 @@ def _global_names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
         yield name, parameter
 
 
-def _keep_origin(weights: Weights, folder: Path) -> None:
+def _keep_origin(weights: Weights, hub_name: str | None, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
         if (weights.folder / name).is_file():
             shutil.copyfile(weights.folder / name, folder / name)
     dtypes = {name: str(weights.dtype(name)).removeprefix("torch.") for name in weights.names}
-    (folder / SOURCE).write_text(json.dumps({"folder": str(weights.folder.resolve()), "dtypes": dtypes}, indent=1))
+    source = {"folder": str(weights.folder.resolve()), "name": hub_name, "dtypes": dtypes}
+    (folder / SOURCE).write_text(json.dumps(source, indent=1))

@@ -1,5 +1,6 @@
 """The figures of a report, as matplotlib draws them."""
 
+import math
 from collections.abc import Callable
 
 import matplotlib
@@ -51,7 +52,9 @@ def training_loss(runs: list[RunResult]):
     figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
     for run in runs:
         tokens = [record["tokens"] / 1e3 for record in run.metrics]
-        axes[0].plot(tokens, [record["loss"] for record in run.metrics], **style[run.config.name])
+        # A step without a labelled token is a gap.
+        losses = [record.get("loss", math.nan) for record in run.metrics]
+        axes[0].plot(tokens, losses, **style[run.config.name])
         axes[1].plot(tokens, [record["tokens_per_second"] for record in run.metrics], **style[run.config.name])
     axes[0].set(title="Training loss", xlabel="thousand tokens", ylabel="nats per token")
     axes[1].set(title="Throughput", xlabel="thousand tokens", ylabel="tokens per second", ylim=(0, None))

@@ -53,7 +53,8 @@ def _page(title: str, runs: list[RunResult], drawings: dict[str, str]) -> str:
 {figures}
 <h2>Every evaluated step</h2>
 <p>Bits per byte on held-out documents, lower is better. Learned: bits per byte gained on the trained domain since the
-start of the run. Forgotten: bits per byte lost on the others.</p>
+start of the run. Forgotten: bits per byte lost on the others. A point of a trunk was scored at a rate that had not been cooled
+down; runs are compared at equal tokens and points of one kind.</p>
 <div class="scroll">{_table(table(runs))}</div>
 {_tasks(runs)}
 <h2>Resolved configs</h2>
@@ -68,7 +69,7 @@ def _tasks(runs: list[RunResult]) -> str:
     rows = [[config.name, *row] for config, step in steps for row in show.task_rows(config, step)]
     if not rows:
         return ""
-    said = "Scores of lm-eval's tasks, and their paired difference from the model that the run began from, with its standard error and 95% interval."
+    said = "Scores of lm-eval's tasks, and their paired difference from the model that the run, or its trunk, began from, with its standard error and 95% interval."
     return f'<h2>Tasks</h2>\n<p>{said}</p>\n<div class="scroll">{_table([["run", *show.COLUMNS], *rows])}</div>'
 
 

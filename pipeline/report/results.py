@@ -1,36 +1,80 @@
 """What the runs of a study measured, read from their folders."""
 
+import os
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.config import load_run
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.evals.paired import Scored
+from retemper.pipeline.report import verdicts
+from retemper.pipeline.schedules import last_share, length_of, percent
 from retemper.pipeline.schema.run import Config
+
+# The kinds of points: where on its schedule of the learning rate a run was scored.
+START, TRUNK, COOLING = "start", "trunk", "cooling down"
+COOLED, WARMING = "cooled down", "ended in the warm-up"
+_ANNEALED = (COOLED, WARMING)  # the ends of milestones, which a study is about
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run: its config, its logged steps, and its held-out bits per byte as domain -> tokens -> value."""
+    """One run: its config, its logged steps, and its held-out bits per byte as domain -> tokens -> value.
+
+    start: the run whose step 0 it began with, itself or its trunk, which its curves have at 0; None where its trunk is gone.
+    """
 
     config: Config
     metrics: list[dict]
     curves: dict[str, dict[int, float]]
+    start: Config | None
 
     @property
     def learned_domain(self) -> str | None:
         """The held-out domain of the corpus it trained on."""
-        return self.config.data.name if self.config.data.name in self.curves else None
+        return self.config.data.name if self.config.data.name in self._followed else None
 
     @property
     def old_domains(self) -> list[str]:
         """The other held-out domains: what a continued run may forget."""
-        return [domain for domain in self.curves if domain != self.config.data.name]
+        return [domain for domain in self._followed if domain != self.config.data.name]
+
+    @property
+    def _followed(self) -> list[str]:
+        """The domains of which more than the start was scored; before anything was, those of the start.
+
+        The start that a trunk shares with its branches may be scored on more than each of them.
+        """
+        return [domain for domain, curve in self.curves.items() if curve.keys() != {0}] or list(self.curves)
 
     @property
     def is_continued(self) -> bool:
         """Whether it started from another run's weights."""
-        return self.config.init_from is not None
+        return (self.start or self.config).init_from is not None
+
+    @property
+    def family(self) -> Path:
+        """What it shares with its trunk and the other branches of that."""
+        return self.start.run_dir if self.start else Path(os.path.abspath(self.config.branch_of))
+
+    def kind(self, tokens: int) -> str:
+        """Where on the schedule it was after so many tokens: START, TRUNK, COOLING, COOLED or WARMING."""
+        config = self.config
+        cosine = config.schedule.name == "cosine"
+        if not tokens:
+            return START
+        if not cosine and not (config.schedule.name == "trapezoid" and config.cooldown_fraction):
+            return TRUNK
+        length = length_of(config)
+        if tokens >= length:
+            last_step_begins = length - config.tokens_per_step
+            return WARMING if 0 < config.schedule.warmup_tokens >= last_step_begins else COOLED
+        begins = config.cooldown_begins(config.train.tokens) * config.tokens_per_step
+        decays_after = config.schedule.warmup_tokens if cosine else begins
+        return COOLING if tokens > decays_after else TRUNK
 
     def gains(self) -> dict[int, tuple[float, float]]:
         """tokens -> (learned, forgotten), where all of its domains were scored there and at the start; else empty.
@@ -39,10 +83,11 @@ class RunResult:
         """
         if not (self.is_continued and self.learned_domain and self.old_domains):
             return {}
-        scored = set.intersection(*(set(curve) for curve in self.curves.values()))
+        scored = set.intersection(*(set(self.curves[domain]) for domain in self._followed))
         if 0 not in scored:
             return {}
-        gained = {tokens: {domain: curve[0] - curve[tokens] for domain, curve in self.curves.items()} for tokens in sorted(scored)}
+        curves = {domain: self.curves[domain] for domain in self._followed}
+        gained = {tokens: {domain: curve[0] - curve[tokens] for domain, curve in curves.items()} for tokens in sorted(scored)}
         return {
             tokens: (by_domain[self.learned_domain], 0.0 - sum(by_domain[domain] for domain in self.old_domains) / len(self.old_domains))
             for tokens, by_domain in gained.items()
@@ -65,50 +110,131 @@ def read_study(folder: Path) -> list[RunResult]:
 def _read_run(folder: Path) -> RunResult:
     config = load_run(folder, [])
     curves: dict[str, dict[int, float]] = {}
-    for step, scores in eval_folder.read_scores(folder).items():
+    for step, scores in eval_folder.heldout_of(config).items():
         for domain, values in scores.items():
             curves.setdefault(domain, {})[step * config.tokens_per_step] = values["bits_per_byte"]
-    return RunResult(config, list(run_folder.read_metrics(folder)), curves)
+    return RunResult(config, list(run_folder.read_metrics(folder)), curves, eval_folder.start_of(config))
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A run after some tokens, at which its learned and forgotten are known."""
+
+    run: RunResult
+    tokens: int
+
+    @property
+    def kind(self) -> str:
+        return self.run.kind(self.tokens)
+
+    @property
+    def scored(self) -> Scored:
+        return Scored(self.run.config, self.tokens // self.run.config.tokens_per_step)
+
+    def gained(self, domain: str) -> float:
+        """Bits per byte since the start."""
+        curve = self.run.curves[domain]
+        return curve[0] - curve[self.tokens]
 
 
 def comparison(runs: list[RunResult]) -> list[str]:
-    """For every LoRA run beside every full run of the same data: did it learn less and forget less, at equal tokens?
+    """For every LoRA run beside every full run of the same data: did it learn less and forget less?
 
-    Says what was measured, whichever way it fell.
+    Compared at equal tokens and points of one kind, a trunk together with its branches: at every milestone whose rate was
+    cooled down, or which ended in the warm-up; where there is none, at the last point of another kind. The longest first.
+    Says what was measured, whichever way it fell, and which runs have nothing to compare.
     """
-    full, lora = ([run for run in runs if run.gains() and run.config.method.name == name] for name in ("full", "lora"))
-    pairs = [(one, other) for one in lora for other in full if one.learned_domain == other.learned_domain]
-    return [_compare(one, other) for one, other in pairs] or ["The study has no pair of a full and a LoRA run to compare."]
+    families: dict[Path, list[_Point]] = {}
+    for run in runs:
+        for tokens in run.gains():
+            families.setdefault(run.family, []).append(_Point(run, tokens))
+    full, lora = ([points for points in families.values() if points[0].run.config.method.name == name] for name in ("full", "lora"))
+    pairs = [(one, other) for one, other in product(lora, full) if _share_domains(one[0].run, other[0].run)]
+    said = [sentence for one, other in pairs for sentence in _compare(one, other)]
+    said = said or ["The study has no pair of a full and a LoRA run to compare."]
+    return said + [sentence for run in runs for sentence in _blank(run)]
 
 
-def _compare(lora: RunResult, full: RunResult) -> str:
-    names = f"{lora.config.name} (LoRA) beside {full.config.name} (full)"
-    tokens = max(lora.gains().keys() & full.gains().keys())
-    if not tokens:
-        return f"{names}: no milestone that both have reached yet."
-    (learned, forgotten), (full_learned, full_forgotten) = lora.gains()[tokens], full.gains()[tokens]
-    less_learned, less_forgotten = learned < full_learned, forgotten < full_forgotten
+def _share_domains(one: RunResult, other: RunResult) -> bool:
+    """Whether both learned the same, and were scored on an old domain that is the same."""
+    return one.learned_domain == other.learned_domain and not set(one.old_domains).isdisjoint(other.old_domains)
+
+
+def _compare(lora: list[_Point], full: list[_Point]) -> list[str]:
+    both = [(one, other) for one, other in product(lora, full) if one.tokens == other.tokens > 0]
+    alike = sorted((pair for pair in both if pair[0].kind == pair[1].kind), key=lambda pair: -pair[0].tokens)
+    if annealed := [pair for pair in alike if pair[0].kind in _ANNEALED]:
+        return [_verdict(*pair) for pair in annealed]
+    if alike:
+        return [_verdict(*alike[0])]
+    if not both:
+        return [f"{_names(lora[0], full[0])}: no milestone that both have reached yet."]
+    one, other = max(both, key=lambda pair: pair[0].tokens)
+    return [
+        f"{_names(one, other)}: not compared, for they have no points of equal tokens and equal kind: after {one.tokens:,} tokens "
+        f"{one.run.config.name} is {_of_kind(one)}, {other.run.config.name} {_of_kind(other)}."
+    ]
+
+
+def _of_kind(point: _Point) -> str:
+    return "a point of a trunk" if point.kind == TRUNK else point.kind
+
+
+def _names(lora: _Point, full: _Point) -> str:
+    return f"{lora.run.config.name} (LoRA) beside {full.run.config.name} (full)"
+
+
+def _verdict(lora: _Point, full: _Point) -> str:
+    # Means over other domains would not compare.
+    old = [domain for domain in lora.run.old_domains if domain in full.run.old_domains]
+    gained = tuple(point.gained(point.run.learned_domain) for point in (lora, full))
+    losses = tuple(0.0 - fmean(map(point.gained, old)) for point in (lora, full))
+    scored = lora.scored, full.scored
+    learned_said, learned_clause = verdicts.learned(*scored, lora.run.learned_domain, gained)
+    forgot_said, forgot_clause = verdicts.forgot(*scored, old, losses)
+    clauses = [learned_clause, forgot_clause, *filter(None, [verdicts.kept(*scored)])]
+    kind = "" if lora.kind == COOLED else f" ({lora.kind})"
     return (
-        f"{names}, after {tokens:,} tokens: learned {'less' if less_learned else 'no less'}, {learned:+.3f} against {full_learned:+.3f} "
-        f"bits/byte on {lora.learned_domain}; forgot {'less' if less_forgotten else 'no less'}, {forgotten:+.3f} against {full_forgotten:+.3f} "
-        f"on {', '.join(lora.old_domains)}. "
-        + ("As " if less_learned and less_forgotten else "Not as ")
-        + '"LoRA Learns Less and Forgets Less" found.'
+        f"{_names(lora, full)}, after {lora.tokens:,} tokens{kind}: {'; '.join(clauses)}. One seed; interval over held-out samples. "
+        + verdicts.conclusion(learned_said, forgot_said, losses)
     )
+
+
+def _blank(run: RunResult) -> list[str]:
+    """Why a run that was scored has no learned and forgotten, where its start is the reason."""
+    if run.gains() or not (run.is_continued and run.learned_domain and run.old_domains):
+        return []
+    if run.start is None:
+        return [f"{run.config.name}: nothing to compare with, for its trunk {run.config.branch_of} is gone, and its start with it."]
+    if missing := [domain for domain, curve in run.curves.items() if 0 not in curve]:
+        given = [f"evals.heldout.{domain}=FOLDER" for domain in missing if domain not in run.config.evals.heldout]
+        command = " ".join(["retemper eval", str(run.config.run_dir), *given])
+        return [
+            f"{run.config.name}: nothing to compare with, for its start was not scored on {', '.join(missing)}: `{command}` does it."
+        ]
+    return []
 
 
 def table(runs: list[RunResult]) -> list[list[str]]:
     """Rows for the terminal and the page, the header first: every evaluated step of every run; what was not scored is blank."""
     domains = sorted({domain for run in runs for domain in run.curves})
-    rows = [["run", "method", "tokens", *(f"{domain} bits/byte" for domain in domains), "learned", "forgotten", "tokens/s"]]
+    rows = [["run", "method", "tokens", "point", *(f"{domain} bits/byte" for domain in domains), "learned", "forgotten", "tokens/s"]]
+    folders = {run.config.run_dir for run in runs}
     for run in runs:
         scored = sorted({tokens for curve in run.curves.values() for tokens in curve})
+        if run.config.branch_of and run.family in folders:
+            scored = [tokens for tokens in scored if tokens]  # its start is a row of its trunk
         for tokens in scored:
             scores = [f"{curve[tokens]:.4f}" if tokens in (curve := run.curves.get(domain, {})) else "" for domain in domains]
             gains = [f"{value:+.3f}" for value in run.gains().get(tokens, ())] or ["", ""]
             rate = f"{run.tokens_per_second():,.0f}" if tokens == scored[-1] else ""
-            rows.append([run.config.name, run.config.method.name, f"{tokens:,}", *scores, *gains, rate])
+            rows.append([run.config.name, run.config.method.name, f"{tokens:,}", _kind_cell(run, tokens), *scores, *gains, rate])
     return rows
+
+
+def _kind_cell(run: RunResult, tokens: int) -> str:
+    kind = run.kind(tokens)
+    return f"{kind}, at {percent(last_share(run.config))} of the peak rate" if kind == WARMING else kind
 
 
 def format_table(rows: list[list[str]]) -> str:

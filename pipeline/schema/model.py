@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from retemper.pipeline.schema.base import PositiveInt, Section
 
@@ -65,7 +65,11 @@ class LoraConfig(Section):
     """Canonical low-rank adapters, one A and B for each linear layer, as peft has them."""
 
     rank: PositiveInt
-    alpha: float = Field(gt=0, description="the update is scaled by alpha / rank")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="the update is scaled by alpha / rank; left out, alpha is 2 × rank, as in the "
+        "paper, but with rslora it must be given",
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
     dora: bool = Field(False, description="train the norm of each weight row apart from its direction")
@@ -79,6 +83,15 @@ class LoraConfig(Section):
         description="fused: a frozen layer with its adapters is one function that adds the base's product onto theirs; plain: "
         "each product and sum is an operation of its own. dropout, dora, pissa and parallel.overlap are always computed plainly",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_of_rank(cls, values: Any) -> Any:
+        """Written down is the number, which stays what it was should the usual one change."""
+        if not isinstance(values, dict) or values.get("alpha") is not None or values.get("rslora"):
+            return values
+        rank = values.get("rank")
+        return values | {"alpha": 2.0 * rank} if isinstance(rank, int) and rank > 0 else values
 
 
 class MethodConfig(Section):

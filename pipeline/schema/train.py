@@ -43,7 +43,7 @@ class TrainConfig(Section):
     cuda_graph: Literal["auto", "on", "off"] = Field(
         "auto",
         description="record the kernels of one micro-batch once and replay them, so that the GPU does not wait for the host; "
-        "auto: on a GPU, wherever the run allows it",
+        "auto: LoRA on a GPU, where nothing but data parallelism, no recomputation and no dropout is asked for",
     )
     branches: list[Tokens] = Field(
         default=[],

@@ -1,12 +1,11 @@
 """The demo: the whole line, small. Documents, tokenizer, shards, a base model, full and LoRA continuations, a report."""
 
-import json
 import time
 from pathlib import Path
 
 from retemper.launch.torchrun import run_here
 from retemper.pipeline import eval_folder, run_folder
-from retemper.pipeline.checkpoint.commit import META, committed_steps, folder_of
+from retemper.pipeline.checkpoint.commit import committed_steps, folder_of, sealed_meta
 from retemper.pipeline.config import load_config
 from retemper.pipeline.preflight import preflight
 from retemper.pipeline.report.page import write_report
@@ -72,7 +71,7 @@ def _finished(config: Config) -> bool:
     """Whether the run's last checkpoint stands, is scored, and was made from the data and base that stand now."""
     if config.steps not in committed_steps(config.run_dir) or config.steps not in eval_folder.read_scores(config.run_dir):
         return False
-    meta = json.loads((folder_of(config.run_dir, config.steps) / META).read_text())
+    meta = sealed_meta(folder_of(config.run_dir, config.steps))
     return meta["fingerprints"] == preflight(config)
 
 

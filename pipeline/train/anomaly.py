@@ -3,6 +3,7 @@
 import gc
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from retemper.pipeline import run_folder
@@ -21,6 +22,37 @@ class Anomaly:
 
     step: int
     what: str
+
+
+class Unlabelled:
+    """Follows steps without a labelled token: over an epoch they are no accident, and the run ends."""
+
+    def __init__(self, config: Config, epochs: Callable[[int], dict[str, float]], samples: int):
+        """samples: consumed so far; epochs: stream -> how often it was read after so many samples."""
+        self._config = config
+        self._epochs = epochs
+        self._labelled_until = samples
+
+    def check(self, step: int, samples: int, *, has_loss: bool) -> None:
+        """Take note of a step, after which `samples` are consumed. Every rank calls it.
+
+        Raises UserError where every stream was read once, or more, since the last labelled token.
+        """
+        if has_loss:
+            self._labelled_until = samples
+            return
+        before = self._epochs(self._labelled_until)
+        after = self._epochs(samples)
+        if any(after[stream] - before[stream] < 1 for stream in after):
+            return
+        skips = self._config.data.bad_shards == "skip"
+        left_out = ", or left out with one of the bad shards named above" if skips else ""
+        raise UserError(
+            f"step {step}: an epoch of the data ({', '.join(after)}) has passed without one labelled "
+            f"token: all of it is prompt or padding{left_out}. There is no loss, and nothing is learned. "
+            f"`retemper data show` with this run's keys and step={step} shows the samples; tokenize text "
+            "to learn from, and begin a run with it under another name"
+        )
 
 
 def anomaly_in(config: Config, state: TrainState, name: str, value: float) -> Anomaly | None:

@@ -10,9 +10,11 @@ from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.distributed.topology import Topology, asked_to_stop, from_rank_zero
 from retemper.pipeline.evals.hook import unscored
-from retemper.pipeline.schema.base import format_tokens
+from retemper.pipeline.model.adapter import scale_of
+from retemper.pipeline.schedules import ending
 from retemper.pipeline.schema.run import Config
 from retemper.pipeline.train.loop import train
+from retemper.pipeline.trunk import branches_of, differences_of_training
 
 
 def train_with_branches(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> None:
@@ -20,17 +22,14 @@ def train_with_branches(config: Config, topology: Topology, fingerprints: dict[s
     branches = branches_of(config)
     for branch in branches:
         run_folder.check(branch)
+    _introduce(config, topology)
     train(config, topology, fingerprints)
     for branch in branches:
         if asked_to_stop():
             return
         if not from_rank_zero(is_complete(branch)):
+            _introduce(branch, topology)
             train(branch, topology, fingerprints)
-
-
-def branches_of(trunk: Config) -> list[Config]:
-    """The runs that branch off a trunk, by length; each can be trained on its own, too."""
-    return [_branch(trunk, tokens) for tokens in sorted(trunk.train.branches)]
 
 
 def is_complete(config: Config) -> bool:
@@ -39,8 +38,19 @@ def is_complete(config: Config) -> bool:
     return config.steps in committed_steps(config.run_dir) and scored and not unscored(config, config.steps)
 
 
-def _branch(trunk: Config, tokens: int) -> Config:
-    changed = {"name": f"{trunk.name}-{format_tokens(tokens)}", "branch_of": str(trunk.run_dir)}
-    changed["train"] = trunk.train.model_copy(update={"tokens": tokens, "branches": []})
-    changed["checkpoint"] = trunk.checkpoint.model_copy(update={"milestones": []})
-    return trunk.model_copy(update=changed)
+def introduction(config: Config) -> list[str]:
+    """What a run says before it trains of its adapters' scale and, as a branch, of its end."""
+    lines = []
+    if lora := config.method.lora:
+        scale = f"{scale_of(lora):.6g}"
+        lines.append(f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}: updates are scaled by {scale}")
+    if config.branch_of:
+        lines.append(f"branch of {config.branch_of}: {ending(config)}")
+        lines += [f"other than its trunk's: {change}" for change in differences_of_training(config)]
+    return lines
+
+
+def _introduce(config: Config, topology: Topology) -> None:
+    if topology.rank == 0:
+        for line in introduction(config):
+            print(f"{config.study}/{config.name}: {line}", flush=True)

@@ -90,8 +90,9 @@ class Log:
     def _warn_of_no_loss(self) -> None:
         self.warned = True
         self.bar.write(
-            f"warning: step {self.state.step} has no labelled token: all of its batch is prompt, padding, or left out with a bad shard. It "
-            "has no loss, and further such steps are not mentioned. `retemper data show` with this run's keys and "
+            f"warning: step {self.state.step} has no labelled token: all of its batch is prompt, padding, "
+            "or left out with a bad shard. It has no loss, and further such steps are not mentioned. "
+            "`retemper data show` with this run's keys and "
             f"step={self.state.step} shows the samples"
         )
 

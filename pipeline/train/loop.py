@@ -68,7 +68,8 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
             state.seconds += time.perf_counter() - started
             ledger.record(state.step, data)
             log.step(result)
-            unlabelled.check(state.step, state.samples_of_data, has_loss=result is not None and result.loss is not None)
+            has_loss = result is not None and result.loss is not None
+            unlabelled.check(state.step, state.samples_of_data, has_loss=has_loss)
             profiled()
             stopping = asked_to_stop()
             if stopping or state.step in saved_steps:

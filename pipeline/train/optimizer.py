@@ -31,7 +31,31 @@ def build_optimizer(config: Config, model) -> MegatronOptimizer:
     optimizer = get_megatron_optimizer(megatron, list(model), overrides)
     if settings.name == "lion":
         _replace_adam_with_lion(optimizer)
+    if config.branch_of:
+        _keep_own_rates(optimizer)
     return optimizer
+
+
+def _keep_own_rates(optimizer: MegatronOptimizer) -> None:
+    """Let a branch load its trunk's state at another rate, in place.
+
+    megatron-core 0.19 finds the saved group of a parameter by the group's rates, among other
+    things, and takes them over with it.
+    """
+    load = optimizer.load_state_dict
+
+    def load_at_own_rates(state: dict) -> None:
+        own = {group["max_lr"]: group["min_lr"] for group in optimizer.param_groups}
+        saved = state["optimizer"]["param_groups"]
+        # One peak, or with LoRA+ that of A and the higher one of B.
+        peaks = dict(zip(sorted({group["max_lr"] for group in saved}), sorted(own), strict=True))
+        for group in saved:
+            peak = peaks[group["max_lr"]]
+            group["max_lr"] = peak
+            group["min_lr"] = own[peak]
+        load(state)
+
+    optimizer.load_state_dict = load_at_own_rates
 
 
 def _replace_adam_with_lion(optimizer: MegatronOptimizer) -> None:
@@ -57,7 +81,7 @@ def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerPar
         max_lr=peak,
         min_lr=peak * settings.min_lr_ratio,
         lr_warmup_steps=settings.warmup_tokens,
-        lr_decay_steps=max(total_tokens, settings.warmup_tokens + 1),  # a branch may end within the warm-up
+        lr_decay_steps=max(total_tokens, settings.warmup_tokens + 1),  # a branch may end within it
         lr_decay_style={"trapezoid": trapezoid, "cosine": "cosine", "inverse_sqrt": "inverse-square-root"}[settings.name],
         wsd_decay_steps=config.cooldown_fraction * total_tokens,
         lr_wsd_decay_style="linear",

@@ -18,7 +18,7 @@ from retemper.pipeline.train.norms import norms_of_step
 class StepResult:
     """What one optimizer step measured, the same on every rank."""
 
-    loss: float  # nats per token, mean over the global batch
+    loss: float | None  # nats per labelled token of the global batch; None where it has no such token
     grad_norm: float  # before clipping
     lr: float
     norms: dict[str, float]  # of weights and of their update, by kind, where they are logged
@@ -29,7 +29,8 @@ def train_step(
 ) -> StepResult | Anomaly:
     """Forward and backward over this rank's micro-batches, gradients reduced, one optimizer step.
 
-    Loss and gradient norm are looked at before it: an Anomaly has changed no weight.
+    Loss and gradient norm are looked at before it: an Anomaly has changed no weight. A batch without
+    a labelled token has gradients of zero and no loss; later steps are not held against it.
     """
     for stage in passes.model:
         stage.zero_grad_buffer()
@@ -39,8 +40,8 @@ def train_step(
     # The host waits for the norm, and has the loss by then.
     grad_norm = norm_of_gradients(optimizer)
     nats, tokens = from_last_stage(torch.stack(sums) if sums else torch.zeros(2))
-    loss = nats / max(tokens, 1)
-    if anomaly := anomaly_in(config, state, "losses", loss):
+    # Without a labelled token the sum is 0, or no number where the model's output is none.
+    if anomaly := anomaly_in(config, state, "losses", nats / max(tokens, 1)):
         return anomaly
     if anomaly := anomaly_in(config, state, "grad_norms", grad_norm):
         return anomaly
@@ -48,6 +49,9 @@ def train_step(
     step_by_gradients(config, optimizer, grad_norm)
     norms = norms_of_step(passes.model, optimizer) if config.logs_after(state.step + 1) else {}
     schedule.step(config.tokens_per_step)
+    if not tokens:
+        return StepResult(None, grad_norm, lr, norms)
+    loss = nats / tokens
     remember(state, loss, grad_norm)
     return StepResult(loss, grad_norm, lr, norms)
 

@@ -1,7 +1,8 @@
 """One rank that trains a list of cases, megatron's groups built anew for each. Run by conftest.launch.
 
 A case: {"overrides": [...]}, and "stop_after": a step, "fault": a name, "copy_of": the folder of a run that it goes on
-with, or "graph": true, which lets train.cuda_graph=on run on a CPU. Its results are its run folder.
+with, "refused": what the error says that ends it, or "graph": true, which lets train.cuda_graph=on run on a CPU. Its results are its run
+folder.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import torch
 
 from retemper.pipeline.config import load_config
 from retemper.pipeline.distributed import topology
+from retemper.pipeline.errors import UserError
 from retemper.pipeline.preflight import preflight
 
 
@@ -38,6 +40,9 @@ def main(cases: list[dict]) -> None:
                     train_with_branches(config, place, fingerprints)
             except Stopped:
                 pass
+            except UserError as error:
+                if "refused" not in case or case["refused"] not in str(error):
+                    raise
         topology.stop(leave=False)
 
 
@@ -186,6 +191,18 @@ def garbage_batch():
     return mock.patch.object(loop, "train_step", train_step)
 
 
+def no_labels():
+    """Nothing of the batches of steps 7 and 9 is to be learned."""
+    from retemper.pipeline.train import loop
+
+    def train_step(config, state, passes, optimizer, schedule, batches, train_step=loop.train_step):
+        if state.step + 1 in (7, 9):
+            batches = [replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT)) for batch in batches]
+        return train_step(config, state, passes, optimizer, schedule, batches)
+
+    return mock.patch.object(loop, "train_step", train_step)
+
+
 @contextlib.contextmanager
 def no_harness():
     """Neither lm-eval nor what leads to it can be imported."""
@@ -213,5 +230,6 @@ FAULTS = {
     "lost_random_state": lost_random_state,
     "nan_gradient": nan_gradient,
     "garbage_batch": garbage_batch,
+    "no_labels": no_labels,
     "no_harness": no_harness,
 }

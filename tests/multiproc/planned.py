@@ -69,7 +69,9 @@ def memory(config, place, _model) -> None:
             del batches
         if config.evals.heldout:
             with torch.no_grad():
-                count = config.evals.micro_batch_size
+                # As held-out samples are dealt out to data-parallel ranks.
+                mine = -(-config.evals.max_samples // config.parallel.data_parallel_size)
+                count = min(config.evals.micro_batch_size, mine)
                 run_schedule(model.eval(), drawn_batches(config, place, count, count), forward_only=True)
     off = planned.total / held.peak - 1
     print(f"planned {planned.total:,} of {held.peak:,} measured bytes ({off:+.2%}): {planned}", flush=True)

@@ -1,16 +1,17 @@
 """Batches that spoil a run: seen on every rank alike before a weight changes, and left out after a rollback; and signals to stop."""
 
 import json
+import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch, overrides, run_command
+from conftest import ROOT, data_config, launch, overrides, run_command
 
 from retemper.pipeline import run_folder
-from retemper.pipeline.checkpoint.commit import committed_steps
+from retemper.pipeline.checkpoint.commit import META, committed_steps, folder_of
 
 STEPS = 30
 RUN = ["parallel=tp2", "checkpoint.save_every_steps=5", "evals.heldout={}", f"train.tokens={STEPS * 8 * 64}", "optimizer.lr=1e-3"]
@@ -19,9 +20,32 @@ SPOILED = {"nan_gradient": 7, "garbage_batch": 21}  # fault -> the step that it 
 
 
 @pytest.fixture(scope="module")
-def runs(workspace):
+def unreadable(workspace) -> Path:
+    """A corpus of 32 samples, four steps, all of whose shards are damaged."""
+    from retemper.tokenize.job import tokenize
+
+    source = {"kind": "text", "path": str(Path(json.__file__).parent), "glob": "**/*.py"}
+    corpus = data_config(workspace, "unreadable", source=source, tokens=32 * 64, heldout_fraction=0.0)
+    tokenize(corpus, progress=False)
+    for shard in Path(corpus.path, "train").rglob("*.mds"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 4
+        shard.write_bytes(content)
+    return Path(corpus.path)
+
+
+@pytest.fixture(scope="module")
+def runs(workspace, unreadable):
     folder = workspace / "runs" / "test"
-    launch(2, [{"overrides": overrides(workspace, "unspoiled", *RUN, *ROLLBACK)}])
+    skipping = [f"data.path={unreadable}", "data.name=unreadable", "data.bad_shards=skip"]
+    launch(
+        2,
+        [
+            {"overrides": overrides(workspace, "unspoiled", *RUN, *ROLLBACK)},
+            {"overrides": overrides(workspace, "unlabelled", *RUN, *ROLLBACK), "fault": "no_labels"},
+            {"overrides": overrides(workspace, "never-labelled", *RUN, *skipping), "refused": "step 4: an epoch of the data (unreadable)"},
+        ],
+    )
     for fault, step in SPOILED.items():
         # What a run is that never had the batch: told from the start to leave it out.
         run_folder.append_line(folder / f"{fault}-without" / run_folder.LEFT_OUT, {"step": step, "rollback": step, "what": "told"})
@@ -49,6 +73,23 @@ def test_a_rollback_trains_on_as_if_the_batch_had_never_been(runs, fault):
 
 def test_an_unspoiled_run_is_left_alone(runs):
     assert sorted(curve(runs / "unspoiled")) == list(range(1, STEPS + 1)) and not (runs / "unspoiled" / run_folder.LEFT_OUT).exists()
+
+
+def test_a_step_without_a_label_has_no_loss_and_is_not_what_others_are_held_against(runs):
+    records = {record["step"]: record for record in run_folder.read_metrics(runs / "unlabelled")}
+    unspoiled = curve(runs / "unspoiled")
+    assert sorted(records) == list(range(1, STEPS + 1)) and [step for step in records if "loss" not in records[step]] == [7, 9]
+    assert all(records[step]["grad_norm"] == 0 and records[step]["lr"] == unspoiled[step][2] for step in (7, 9))
+    assert all(math.isfinite(value) for step in records for key, value in records[step].items() if key in ("loss", "grad_norm", "lr"))
+    assert all(records[step]["loss"] == unspoiled[step][0] for step in range(1, 7))
+    recent = json.loads((folder_of(runs / "unlabelled", STEPS) / META).read_text())["train_state"]
+    expected = {key: [record[key] for step, record in records.items() if step not in (7, 9)] for key in ("loss", "grad_norm")}
+    assert recent["recent_losses"] == expected["loss"] and recent["recent_grad_norms"] == expected["grad_norm"]
+
+
+def test_an_epoch_without_a_label_ends_the_run(runs):
+    records = list(run_folder.read_metrics(runs / "never-labelled"))
+    assert [record["step"] for record in records] == [1, 2, 3, 4] and not any("loss" in record for record in records)
 
 
 def test_a_run_that_is_to_stop_says_what_to_do_and_has_saved_nothing_spoiled(workspace, runs):

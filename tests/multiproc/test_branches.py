@@ -1,10 +1,13 @@
 """Milestones as branches of a trunk: each is the run that would have been trained straight to it."""
 
 import pytest
+import torch
 from conftest import launch, overrides
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from retemper.pipeline import eval_folder, run_folder
-from retemper.pipeline.checkpoint.commit import committed_steps
+from retemper.pipeline.checkpoint.commit import committed_steps, folder_of
 from retemper.pipeline.config import load_config
 
 STEP = 8 * 64
@@ -12,6 +15,9 @@ STEP = 8 * 64
 BRANCHES = {3: "trunk-1536", 10: "trunk-5120", 20: "trunk-10240"}
 WARMUP = f"schedule.warmup_tokens={4 * STEP}"
 TRUNK = [f"train.branches=[{','.join(str(steps * STEP) for steps in BRANCHES)}]", f"train.tokens={16 * STEP}", WARMUP]
+# A branch by a command of its own, with another rate than its trunk's.
+OTHER = [f"train.tokens={10 * STEP}", WARMUP, "optimizer.lr=2e-3", "optimizer.weight_decay=0.1", "schedule.min_lr_ratio=0.25"]
+OTHER += ["checkpoint.save_every_steps=3"]
 METHODS = {"full": [], "lora": ["method=lora", "method.lora.rank=4", "optimizer.lr=1e-3"]}
 
 
@@ -34,7 +40,8 @@ def runs(workspace, base, request):
     # The second branch is cut off in its cooldown, after the save of its step 9: sixteen steps of the trunk, one of the first
     # branch, one of the second.
     cut_off = case("trunk", *TRUNK, "checkpoint.save_every_steps=3", stop_after=18)
-    launch(2, [*straight, cut_off, case("trunk", *TRUNK, "checkpoint.save_every_steps=3")])
+    whole = case("trunk", *TRUNK, "checkpoint.save_every_steps=3")
+    launch(2, [*straight, cut_off, whole, case("other", *OTHER, f"branch_of={workspace / 'runs' / method / 'trunk'}")])
     return workspace / "runs" / method
 
 
@@ -71,3 +78,24 @@ def test_the_trunk_keeps_what_its_branches_need(runs, workspace):
     assert {2, 8, 16} <= set(committed_steps(runs / "trunk"))
     config = load_config(overrides(workspace, "trunk", *TRUNK))
     assert config.branch_steps == [2, 8, 16] and config.milestone_steps == [16]
+
+
+def tensors(run, step: int) -> dict[str, torch.Tensor]:
+    """Weights and optimizer states of a checkpoint, whole."""
+    folder = folder_of(run, step)
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {key: torch.empty(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    load(state, checkpoint_id=folder, no_dist=True)
+    return state
+
+
+def test_a_branch_with_another_rate_has_that_rate_and_all_else_of_its_trunk(runs):
+    other, branch = curve(runs / "other"), curve(runs / BRANCHES[10])
+    assert other[9][:2] == branch[9][:2]
+    # The cooldown's first step is at the peak, its second halfway from there to a quarter of it.
+    assert [values[2] for values in other.values()] == pytest.approx([2e-3, 2e-3 * (1 + 0.25) / 2], rel=1e-9)
+    # After one step of the same gradient Adam's moments are the same, but not the weights.
+    found, expected = tensors(runs / "other", 9), tensors(runs / BRANCHES[10], 9)
+    moments = [key for key in expected if "exp_avg" in key]
+    assert moments and all(found[key].equal(expected[key]) for key in moments)
+    assert any(not found[key].equal(expected[key]) for key in expected if not key.startswith("optimizer."))

@@ -78,6 +78,7 @@ def folders(workspace) -> dict[str, Path]:
 
 
 LAYOUTS = {"tp2": ["parallel=tp2"], "pp2": ["parallel=pp2"]}
+HUB_NAMES = {"qwen2": "owner/qwen2@main"}
 STAGED = ("llama2", "llama3")  # under pp2 too: separate and tied head
 
 
@@ -108,7 +109,8 @@ class Exchange:
     def _round_trip(self, name: str, layout: str) -> tuple[Path, Path]:
         """The base that a folder is imported as, and what is exported from that."""
         base, out = (self.root / where / f"{name}-{layout}" for where in ("bases", "exported"))
-        self.on_two.append({"import": {"folder": str(self.folders[name]), "run": str(base), "trust": None, "overrides": LAYOUTS[layout]}})
+        options = {"folder": str(self.folders[name]), "run": str(base), "trust": None, "overrides": LAYOUTS[layout]}
+        self.on_two.append({"import": options | {"name": HUB_NAMES.get(name)}})
         self._export(base, out)
         return base, out
 
@@ -159,6 +161,7 @@ def test_every_import_and_export_is_proved_by_stock_transformers(exchange):
             figures = json.loads((proof / "verified.json").read_text())
             assert figures["positions"] >= 128 and figures["max_abs_difference"] < 1e-4 * max(1, figures["largest_logit"])
             assert figures["equal"] and not figures["weights_rounded"]
+        assert "no weight was rounded" in (out / "README.md").read_text()
 
 
 def test_a_round_trip_changes_no_byte(exchange):
@@ -254,6 +257,15 @@ def test_merged_and_alone_the_adapters_give_the_same_logits(exchange):
 @pytest.mark.slow
 def test_merged_and_alone_the_other_adapters_do_too(slow_exchange):
     compare_merged(slow_exchange)
+
+
+def test_adapters_name_the_model_as_it_was_imported(exchange):
+    for (name, method), (_, out) in exchange.trained.items():
+        if method != "full":
+            config = json.loads((out / "adapter_config.json").read_text())
+            hub_name, _, revision = HUB_NAMES.get(name, "").partition("@")
+            assert config["base_model_name_or_path"] == (hub_name or str(exchange.folders[name].resolve()))
+            assert config["revision"] == (revision or None)
 
 
 def compare_merged(exchange: Exchange) -> None:

@@ -5,7 +5,7 @@ from conftest import launch, overrides
 
 OPTIMIZERS = {"adamw": ["optimizer=adamw"], "lion": ["optimizer=lion", "optimizer.lr=1e-3"]}
 LAYOUTS = {name: [f"parallel={name}"] for name in ("dp2", "tp2", "pp2")}
-PLUS = ["method=lora", "method.lora.rank=4", "method.lora.lr_ratio=4", "init_from=unread"]
+PLUS = ["method=lora", "method.lora.rank=4", "method.lora.alpha=32", "method.lora.lr_ratio=4", "init_from=unread"]
 SLOW = {
     "tp2sp": (2, [*LAYOUTS["tp2"], "parallel.sequence_parallel=true"]),
     "pp2vpp2": (2, [*LAYOUTS["pp2"], "parallel.virtual_pipeline_parallel_size=2"]),

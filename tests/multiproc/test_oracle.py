@@ -30,13 +30,13 @@ TWO_RANKS |= {f"{layout}-{recompute}": [*TWO_RANKS[layout], f"parallel.recompute
 TWO_RANKS |= {f"{layout}-overlap": [*TWO_RANKS[layout], "parallel.overlap=true"] for layout in ("dp2", "pp2vpp2")}
 LAYOUTS = TWO_RANKS | FOUR_RANKS
 METHODS = {"full": []} | {
-    f"r{rank}-{targets}": ["method=lora", f"method.lora.rank={rank}", f"method.lora.targets={targets}"]
+    f"r{rank}-{targets}": ["method=lora", f"method.lora.rank={rank}", "method.lora.alpha=32", f"method.lora.targets={targets}"]
     for rank in (4, 16)
     for targets in ("all", "attention", "mlp")
 }
 VARIANTS = {name: [*METHODS["r4-all"], f"method.lora.{name}=true"] for name in ("dora", "pissa")}
 # Of a fused layer's parts some have no adapter.
-PARTS = ["method=lora", "method.lora.rank=4", "method.lora.targets=[q,v,up]"]
+PARTS = ["method=lora", "method.lora.rank=4", "method.lora.alpha=32", "method.lora.targets=[q,v,up]"]
 VARIANTS |= {"parts": PARTS, "parts-dora": [*PARTS, "method.lora.dora=true"]}
 VARIANTS["rslora-plus"] = [*METHODS["r4-all"], "method.lora.rslora=true", "method.lora.lr_ratio=4"]
 PAIRS = [(method, layout) for method in ("full", "r4-all") for layout in TWO_RANKS]

@@ -37,11 +37,8 @@ def files(workspace) -> Path:
 @pytest.fixture(scope="module")
 def runs(workspace, files) -> Path:
     bad = [*TASKS, f"evals.tasks_dir={files}"]
-    other = workspace / "another-tokenizer"
-    other.mkdir()
-    for file in (workspace / "data" / "tokenizer").iterdir():
-        (other / file.name).write_text(file.read_text() + " ")
-    cases = {"untasked": [], "tasked": [*bad, "track.wandb=offline"], "retokenized": [*bad, f"data.tokenizer={other}"]}
+    missing = workspace / "missing-tokenizer"
+    cases = {"untasked": [], "tasked": [*bad, "track.wandb=offline"], "untokenized": [*bad, f"data.tokenizer={missing}"]}
     launch(
         2, [{"overrides": overrides(workspace, name, *RUN, *more), "fault": None if more else "no_harness"} for name, more in cases.items()]
     )
@@ -80,8 +77,8 @@ def test_heldout_scores_are_shown_with_their_difference_from_the_start(runs, cap
 
 
 def test_tasks_that_failed_are_shown(runs, capsys):
-    assert main(["evals", "show", str(runs / "retokenized")]) == 0
-    assert len(re.findall(r"^ +[04]  \w+ +was not scored: .* is another tokenizer", capsys.readouterr().out, re.MULTILINE)) == 6
+    assert main(["evals", "show", str(runs / "untokenized")]) == 0
+    assert len(re.findall(r"^ +[04]  \w+ +was not scored: .* there is no \S+tokenizer.json", capsys.readouterr().out, re.MULTILINE)) == 6
 
 
 def test_the_report_has_the_scores_of_tasks(runs, tmp_path):
@@ -105,12 +102,12 @@ def test_training_is_what_it_is_without_tasks(runs):
     def losses(run):
         return [(record["step"], record["loss"], record["grad_norm"]) for record in run_folder.read_metrics(runs / run)]
 
-    assert losses("untasked") == losses("tasked") == losses("retokenized")
+    assert losses("untasked") == losses("tasked") == losses("untokenized")
 
 
-def test_another_tokenizer_than_the_corpus_has_scores_nothing(runs):
-    found = errors(runs / "retokenized")
-    assert found.keys() == set(FORGOTTEN) and all("is another tokenizer than that of the corpus" in error for error in found.values())
+def test_without_a_tokenizer_nothing_is_scored(runs):
+    found = errors(runs / "untokenized")
+    assert found.keys() == set(FORGOTTEN) and all("there is no" in error for error in found.values())
 
 
 def test_checkpoints_are_scored_afterwards_on_what_failed_alone(workspace, runs, files):

@@ -18,7 +18,7 @@ LAYOUTS = {
     "dp2": ["parallel=dp2"],
 }
 # At 5e-3 the adapters' gradient norm leaps from 0.3 to 1.1 in one step, and float32's rounding with it (NOTES.md).
-LORA = ["method=lora", "method.lora.rank=4", "optimizer.lr=1e-3"]
+LORA = ["method=lora", "method.lora.rank=4", "method.lora.alpha=32", "optimizer.lr=1e-3"]
 
 
 # Sharded over data-parallel ranks when it stops, its states are resharded for what it goes on with.
@@ -27,6 +27,7 @@ LION = ["optimizer=lion", "optimizer.lr=5e-4", "optimizer.weight_decay=0.01"]
 
 # Runs whose held-out scores are looked at.
 SCORED = {"base", "lora-learns", *(f"{method}-{where}" for method in ("full", "lora") for where in ("single", "tp2", "pp2"))}
+SCORED |= {f"masked-{where}" for where in ("one", "single", *LAYOUTS)}
 
 # What a restart must bring back beside weights and optimizer: the data position, the seed, the random state of dropout.
 RESTART_FAULTS = ["lost_data_position", "another_seed", "lost_random_state"]
@@ -66,6 +67,7 @@ def runs(workspace, pairs):
             case("base"),
             case("tied-single", *tied),
             case("masked-single", *masked),
+            case("masked-one", *masked, "evals.micro_batch_size=1"),
             case("lora-learns", *LORA, "optimizer.lr=5e-3"),
             *(case(f"{method}-single", *changes) for method, changes in methods.items()),
         ],
@@ -111,6 +113,17 @@ def test_tied_embeddings_agree_with_one_rank(runs, layout):
 def test_masked_documents_and_prompts_agree_with_one_rank(runs, layout):
     for key in ("loss", "grad_norm"):
         assert curve(runs / f"masked-{layout}", key) == pytest.approx(curve(runs / "masked-single", key), rel=1e-5), key
+
+
+@pytest.mark.parametrize("layout", ["single", *LAYOUTS])
+def test_heldout_scores_under_document_masks_are_those_of_one_sample_at_a_time(runs, layout):
+    alone, together = (eval_folder.read_scores(runs / f"masked-{name}") for name in ("one", layout))
+    assert alone.keys() == together.keys() == {0, 10}
+    for step, domains in alone.items():
+        for domain, scores in domains.items():
+            assert scores["stderr"] > 0
+            for name, value in scores.items():
+                assert together[step][domain][name] == pytest.approx(value, rel=1e-5), (step, domain, name)
 
 
 def test_a_masked_document_has_the_losses_it_has_alone(workspace, pairs):

@@ -162,8 +162,10 @@ def test_the_commit_is_read(tmp_path, monkeypatch):
     subprocess.run([*git, "init", "-q"], cwd=tmp_path, check=True)
     subprocess.run([*git, "add", "commit"], cwd=tmp_path, check=True)
     subprocess.run([*git, "commit", "-qm", "first"], cwd=tmp_path, check=True)
-    read = gpu_machine.commit_here(file)
+    read = gpu_machine.commit_here()
     assert len(read["commit"]) == 40 and read["clean"]
+    # A copy of a tree may have another history than the tree.
+    assert gpu_machine.commit_here(file) == {"commit": "abc", "clean": True}
     file.write_text("changed")
     assert gpu_machine.commit_here() == read | {"clean": False}
 

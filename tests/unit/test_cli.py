@@ -1,5 +1,6 @@
 """The command: help at once, the resolved config, launch scripts, and the README's own commands."""
 
+import json
 import os
 import re
 import subprocess
@@ -108,6 +109,11 @@ def test_the_readmes_commands_run(workspace, tmp_path):
     assert "make demo" in commands and "make test" in commands
     binaries = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"}
+    # What `retemper import` would have left of Llama 2.
+    imported = tmp_path / "runs" / "models" / "llama2"
+    imported.mkdir(parents=True)
+    model = yaml.safe_load((ROOT / "conf" / "model" / "llama2_7b.yaml").read_text())
+    (imported / "config.json").write_text(json.dumps({"model": model, "method": {"name": "full"}}))
     for command in commands:
         if command.startswith("make "):
             check = ["make", "--dry-run", "-C", str(ROOT), command.split()[1]]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from retemper.pipeline.checkpoint import commit
-from retemper.pipeline.checkpoint.state import TrainState
+from retemper.pipeline.checkpoint.state import TrainState, newest_state
 from retemper.pipeline.errors import UserError
 
 
@@ -62,3 +62,160 @@ def test_a_train_state_checks_itself():
     for broken in ({"step": 1}, {**state.to_dict(), "extra": 1}, {**state.to_dict(), "step": -1}):
         with pytest.raises(ValueError):
             TrainState.from_dict(broken)
+
+
+def committed(run_dir, step=5, **meta):
+    """The folder of a checkpoint with a train state, as a run leaves it."""
+    (write(run_dir, step) / ".metadata").write_bytes(b"torch's")
+    state = TrainState(step, 8 * step, 1.5, [2.25, 1e-300]).to_dict()
+    commit.commit(run_dir, step, {"train_state": state, "config": {"betas": (0.9, 0.95)}} | meta)
+    return commit.folder_of(run_dir, step)
+
+
+def rewrite(folder, change) -> None:
+    """Change meta.json as an editor would."""
+    meta = json.loads((folder / "meta.json").read_text())
+    change(meta)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2))
+
+
+EDITS = {
+    "step": lambda meta: meta["train_state"].update(step=4),
+    "consumed samples": lambda meta: meta["train_state"].update(consumed_samples=8),
+    "a loss": lambda meta: meta["train_state"]["recent_losses"].append(1.0),
+    "no files": lambda meta: meta["files"].clear(),
+    "one file less": lambda meta: meta["files"].pop("shard"),
+    "another hash": lambda meta: meta["files"].update(shard="0" * 64),
+    "files null": lambda meta: meta.update(files=None),
+    "config": lambda meta: meta["config"].update(betas=[0.9, 0.99]),
+    "what it was imported from": lambda meta: meta.update(imported="0" * 64),
+    "a key more": lambda meta: meta.update(note="mine"),
+    "the hash itself": lambda meta: meta.update(sha256="0" * 64),
+    "the hash is null": lambda meta: meta.update(sha256=None),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_meta_json_is_refused_by_every_reader(tmp_path, edit):
+    folder = committed(tmp_path)
+    assert list(json.loads((folder / "meta.json").read_text()))[-1] == "sha256"
+    assert commit.read_meta(folder) == commit.sealed_meta(folder)
+    rewrite(folder, EDITS[edit])
+    readers = (
+        commit.read_meta,
+        commit.sealed_meta,
+        commit.fingerprint,
+        lambda _: newest_state(tmp_path),
+    )
+    for read in readers:
+        with pytest.raises(
+            UserError, match=r"meta.json was changed after it was written, or is damaged"
+        ):
+            read(folder)
+
+
+def test_what_is_no_json_is_refused_without_a_traceback(tmp_path):
+    folder = committed(tmp_path)
+    whole = (folder / "meta.json").read_bytes()
+    broken = (
+        whole[: len(whole) // 2],
+        b"",
+        b"\xef\xbb\xbf" + whole,
+        b"\xff\xfe" + whole,
+        b"[]",
+        b"null",
+        whole + b"}",
+    )
+    for content in broken:
+        (folder / "meta.json").write_bytes(content)
+        for read in (
+            commit.read_meta,
+            commit.sealed_meta,
+            commit.fingerprint,
+            lambda _: newest_state(tmp_path),
+        ):
+            with pytest.raises(
+                UserError, match=r"meta.json was changed after it was written, or is damaged"
+            ):
+                read(folder)
+
+
+def test_the_order_of_keys_and_the_spaces_between_them_say_nothing(tmp_path):
+    folder = committed(tmp_path)
+    before = commit.read_meta(folder), commit.fingerprint(folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(dict(reversed(meta.items()))))
+    assert commit.read_meta(folder)["files"] == before[0]["files"]
+    assert commit.fingerprint(folder) == before[1]
+    # Of a key that stands twice the last counts, for the hash as for what is read.
+    text = json.dumps(meta)
+    (folder / "meta.json").write_text('{"files": {}, ' + text[1:])
+    assert commit.read_meta(folder)["files"] == before[0]["files"]
+    (folder / "meta.json").write_text(text[:-1] + ', "files": {}}')
+    with pytest.raises(UserError, match="meta.json was changed"):
+        commit.read_meta(folder)
+
+
+def unsealed(run_dir, change=lambda meta: None):
+    """A checkpoint as it was written before meta.json had a hash of itself."""
+    folder = committed(run_dir)
+    rewrite(folder, lambda meta: (meta.pop("sha256"), change(meta)))
+    return folder
+
+
+def test_a_checkpoint_without_a_hash_is_read_with_one_warning(tmp_path, capfd):
+    folder = unsealed(tmp_path)
+    assert commit.fingerprint(folder) == commit.sha256(folder / "meta.json")
+    assert capfd.readouterr().err == ""
+    assert newest_state(tmp_path).consumed_samples == 40
+    for _ in range(2):
+        commit.read_meta(folder)
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(
+        f"warning: {folder / 'meta.json'} has no hash of itself"
+    )
+
+
+def test_the_fingerprint_of_imported_weights_without_a_hash_is_what_it_was(tmp_path):
+    assert (
+        commit.fingerprint(unsealed(tmp_path, lambda meta: meta.update(imported="7" * 64)))
+        == "7" * 64
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda meta: meta["files"].clear(), "it lists no files"),
+        (lambda meta: meta["files"].pop(".metadata"), r"\.metadata is not among the files"),
+        (lambda meta: meta["train_state"].update(step=4), "rename it to step-00000004"),
+        (lambda meta: meta["files"].update(shard="0"), "shard is missing or damaged"),
+    ],
+)
+def test_without_a_hash_too_an_edit_that_shows_is_refused(tmp_path, change, said):
+    with pytest.raises(UserError, match=said):
+        commit.read_meta(unsealed(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    "state", [None, [], {"step": 5}, TrainState(5, -1).to_dict(), TrainState(5, "40").to_dict()]
+)
+def test_a_train_state_that_cannot_be_is_said_without_a_traceback(tmp_path, state):
+    unsealed(tmp_path, lambda meta: meta.update(train_state=state))
+    with pytest.raises(
+        UserError, match=r"step-00000005/meta.json is damaged, or of another version"
+    ):
+        newest_state(tmp_path)
+
+
+def test_a_file_added_for_torch_and_a_folder_with_another_name_are_refused(tmp_path):
+    folder = committed(tmp_path)
+    (folder / ".DS_Store").touch()
+    assert commit.read_meta(folder)
+    (folder / "common.pt").write_bytes(b"a pickle")
+    with pytest.raises(UserError, match=r"common.pt is not among the files"):
+        commit.read_meta(folder)
+    (folder / "common.pt").unlink()
+    later = folder.rename(commit.folder_of(tmp_path, 10))
+    with pytest.raises(UserError, match="checkpoint after step 5.*rename it to step-00000005"):
+        commit.read_meta(later)

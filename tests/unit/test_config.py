@@ -147,6 +147,74 @@ def test_a_transformers_folder_is_no_base_until_it_is_imported(tmp_path):
         load_config(["study=a", "name=b", f"init_from={tmp_path}"])
 
 
+# A run of which nothing but its model is missing.
+SMALL = ["study=a", "name=b", "data=demo_code", "train.tokens=1M", "train.global_batch_size=8", "train.micro_batch_size=1"]
+SMALL += ["optimizer.lr=1e-3", "data.seq_length=64"]
+
+
+@pytest.mark.parametrize("key", ["init_from", "branch_of"])
+@pytest.mark.parametrize("few", [[], ["model.max_sequence_length=64"], ["model.tie_embeddings=true", "++model.num_layers=2"]])
+def test_a_missing_base_is_no_toy_model(tmp_path, key, few):
+    missing = f"{key}={tmp_path / 'typo'}"
+    with pytest.raises(UserError, match=f"^{missing} is not here .no config.json.: correct the path.*as model=llama2_7b"):
+        load_config([*SMALL, missing, *few])
+    (tmp_path / "typo").mkdir()
+    with pytest.raises(UserError, match="is not here"):
+        load_config([*SMALL, missing, *few])
+    assert load_config([*SMALL, missing, *few, "model=llama2_7b"]).model.hidden_size == 4096
+    assert load_config([*SMALL, missing, *few, "model.hidden_size=128", "++model.num_layers=4"]).model.num_layers == 4
+
+
+def test_a_runs_preset_that_picks_a_model_names_one(tmp_path):
+    missing = f"init_from={tmp_path / 'typo'}"
+    assert load_config(["run=demo_full", missing]).model.num_layers == 4
+
+
+def base_in(folder: Path, *changes: str) -> str:
+    """A run folder with another model than the default preset's."""
+    config = load_config([*SMALL, "model=llama2_7b", *changes])
+    folder.mkdir()
+    (folder / "config.json").write_text(config.to_json())
+    return str(folder)
+
+
+def test_a_run_has_the_model_that_it_begins_from(tmp_path):
+    base = base_in(tmp_path / "base", "model.qkv_bias=true")
+    for key in ("init_from", "branch_of"):
+        for given in ([], ["model=llama2_7b"], ["model.num_layers=32"], ["+model.hidden_size=4096", "model.qkv_bias=true"]):
+            found = load_config([*SMALL, f"{key}={base}", *given]).model
+            assert (found.num_layers, found.hidden_size, found.qkv_bias) == (32, 4096, True)
+    assert load_config([*SMALL, f"init_from={base}@1200"]).model.hidden_size == 4096
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["model.max_sequence_length=64"], "(model.max_sequence_length: 4096 -> 64)"),
+        (["model=tiny"], "model.hidden_size: 4096 -> 128"),
+        (["model.rope_scaling.kind=linear", "model.rope_scaling.factor=2"], "model.rope_scaling: null -> "),
+        (["model.hiden_size=64"], "model.hiden_size: unknown key; did you mean model.hidden_size?"),
+    ],
+)
+def test_another_model_than_the_bases_is_refused_by_name(tmp_path, given, said):
+    base = base_in(tmp_path / "base")
+    with pytest.raises(UserError) as refusal:
+        load_config([*SMALL, f"init_from={base}", *given])
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7"])
+def test_a_damaged_config_is_named(tmp_path, text):
+    for name, changes in (("base", [f"init_from={tmp_path / 'base'}"]), ("b", [f"runs_dir={tmp_path}"])):
+        folder = tmp_path / ("base" if name == "base" else "a/b")
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(text)
+        with pytest.raises(UserError, match=f"^{folder / 'config.json'} is damaged"):
+            load_config([*SMALL, *changes])
+    with pytest.raises(UserError, match="is damaged"):
+        load_run(tmp_path / "base", [])
+
+
 def test_changed_keys_name_both_values():
     assert changed_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2 -> 3"]
 

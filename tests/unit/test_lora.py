@@ -1,8 +1,16 @@
 """What adapters compute beside the layers they stand on, and that nothing else trains."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import overrides
 
+from retemper.pipeline import run_folder
+from retemper.pipeline.config import load_config, load_run
+from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.model import LoraConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of megatron-core's imports
@@ -51,3 +59,64 @@ def test_the_principal_factors_are_the_best_of_their_rank():
     rest = weight - 2.0 * B_OR @ A_RI
     torch.testing.assert_close(torch.linalg.svdvals(rest)[:8], torch.linalg.svdvals(weight)[4:])
     assert (A_RI.gather(1, A_RI.abs().argmax(1, keepdim=True)) > 0).all()  # one choice among the signs, at every layout
+
+
+def lora_config(folder: Path, *changes: str):
+    return load_config(overrides(folder, "lora", "method=lora", "init_from=unread", *changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "alpha", "scale"),
+    [
+        ([], 32.0, 2.0),
+        (["method.lora.rank=4"], 8.0, 2.0),  # was 32, a scale of 8
+        (["method.lora.rank=256"], 512.0, 2.0),  # was 32, a scale of 0.125
+        (["method.lora.rank=1", "method.lora.dora=true"], 2.0, 2.0),
+        (["method.lora.rank=4", "method.lora.alpha=32"], 32.0, 8.0),
+        (["method.lora.rank=4", "method.lora.alpha=null"], 8.0, 2.0),
+        (["method.lora.rank=8", "method.lora.alpha=3.5"], 3.5, 0.4375),
+        (["method.lora.rank=16", "method.lora.rslora=true", "method.lora.alpha=8"], 8.0, 2.0),
+        (["method.lora.rank=16", "method.lora.rslora=true", "method.lora.alpha=32"], 32.0, 8.0),
+    ],
+)
+def test_without_an_alpha_it_is_twice_the_rank_and_stored_as_a_number(tmp_path, changes, alpha, scale):
+    from retemper.pipeline.model.adapter import scale_of
+
+    config = lora_config(tmp_path, *changes)
+    stored = json.loads(config.to_json())["method"]["lora"]
+    assert stored["alpha"] == alpha and scale_of(config.method.lora) == scale
+    assert LoraConfig(**stored) == config.method.lora
+
+
+@pytest.mark.parametrize("rank", [4, 7, 16, 256])
+def test_with_rslora_an_alpha_is_asked_for_and_the_one_named_gives_a_scale_of_two(tmp_path, rank):
+    from retemper.pipeline.model.adapter import scale_of
+
+    asked = [f"method.lora.rank={rank}", "method.lora.rslora=true"]
+    with pytest.raises(UserError) as refusal:
+        lora_config(tmp_path, *asked)
+    (alpha,) = re.findall(rf"with method.lora.rank={rank} (method.lora.alpha=\S+) gives a scale of 2", str(refusal.value))
+    assert scale_of(lora_config(tmp_path, *asked, alpha).method.lora) == pytest.approx(2, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [["method.lora.rank=0"], ["method.lora.rank=four"], ["method.lora.alpha=0"], ["method.lora.rslora=7"]])
+def test_a_wrong_value_is_named_and_no_alpha_is_made_of_it(tmp_path, changes):
+    with pytest.raises(UserError, match=changes[0].partition("=")[0]):
+        lora_config(tmp_path, *changes)
+
+
+def test_a_run_that_has_begun_keeps_its_alpha(tmp_path):
+    asked = ["method.lora.rank=4"]
+    before = lora_config(tmp_path, *asked, "method.lora.alpha=32")
+    before.run_dir.mkdir(parents=True)
+    (before.run_dir / "config.json").write_text(before.to_json())
+    assert lora_config(tmp_path, *asked) == before == load_run(before.run_dir, [])
+    run_folder.check(lora_config(tmp_path, *asked))
+    assert lora_config(tmp_path, *asked, "method.lora.alpha=8").method.lora.alpha == 8
+
+
+def test_a_run_says_the_scale_of_its_adapters(tmp_path):
+    from retemper.pipeline.train.branches import introduction
+
+    assert introduction(lora_config(tmp_path, "method.lora.rank=4")) == ["LoRA: rank 4, alpha 8: updates are scaled by 2"]
+    assert introduction(load_config(overrides(tmp_path, "full"))) == []

@@ -52,3 +52,41 @@ def test_samples_are_shuffled_by_the_seed():
     lengths = np.arange(1, 200)
     first, again, other = (best_fit(lengths, 200, seed) for seed in (1, 1, 2))
     assert first == again and first != other and sorted(first) == sorted(other)
+
+
+def bucket_of(lengths: list[int]):
+    """A bucket of documents of these lengths, in order of priority."""
+    from retemper.tokenize.spool import RECORD, Bucket
+
+    records = np.zeros(len(lengths), RECORD)
+    records["length"] = lengths
+    return Bucket(records, np.zeros(len(lengths), int), [], np.zeros(len(lengths), int), 0)
+
+
+def test_a_budget_of_whole_documents_ends_before_the_first_that_does_not_fit(workspace):
+    """A long document further down takes no other's place: packing puts its pieces first."""
+    from conftest import data_config
+
+    from retemper.tokenize.shards import _within, pack
+
+    lengths = [10, 20, 12, 150, 9, 8, 7]
+    data = data_config(workspace, "budget", seq_length=64, packing="best_fit")
+    assert _within(bucket_of(lengths), data, 0, 2) == (3, 1, False)
+    assert {document for pieces in pack(bucket_of(lengths), data, 0, 3)[1] for document, _, _ in pieces} == {0, 1, 2}
+    assert _within(bucket_of(lengths), data, 0, 4) == (7, 4, True)
+    assert _within(bucket_of([150, 10]), data, 0, 2) == (0, 0, False)
+
+
+@given(LENGTHS.filter(len), SEQ_LENGTH, st.integers(0, 30))
+@settings(deadline=None, max_examples=200)
+def test_a_budget_is_never_exceeded(workspace, lengths, seq_length, most):
+    from conftest import data_config
+
+    from retemper.tokenize.shards import _within, pack
+
+    data = data_config(workspace, "budget", seq_length=seq_length, packing="best_fit")
+    documents, samples, is_all = _within(bucket_of(lengths.tolist()), data, 0, most)
+    assert samples == len(pack(bucket_of(lengths.tolist()), data, 0, documents)[1]) <= most
+    assert is_all == (documents == len(lengths))
+    if not is_all:
+        assert len(pack(bucket_of(lengths.tolist()), data, 0, documents + 1)[1]) > most

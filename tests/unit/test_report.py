@@ -2,7 +2,11 @@
 
 import html
 import json
+import random
+import re
 import shutil
+from dataclasses import replace
+from statistics import fmean
 
 import pytest
 from conftest import overrides, run_command
@@ -10,53 +14,143 @@ from conftest import overrides, run_command
 from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.config import load_config
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.evals import show
+from retemper.pipeline.evals.uncertainty import estimate, ratio
+from retemper.pipeline.report import verdicts
 from retemper.pipeline.report.results import comparison, format_table, read_study, table
 
+STEP = 8 * 64
+SIZES = [100.0, 140.0, 120.0, 160.0, 180.0, 100.0]  # bytes of each held-out sample
+WAVE = [0.02, -0.01, 0.01, -0.02, 0.01, -0.01]  # what a sample adds to its run's bits per byte
 
-def record(workspace, tmp_path, name, method, end):
-    """A run folder whose held-out scores go from (code 3, math 2) to `end`."""
-    start = ["init_from=base"] if name != "base" else []
-    config = load_config(
-        [*overrides(workspace, name, *start, *method, corpus="math" if name == "base" else "code"), f"runs_dir={tmp_path}"]
-    )
+
+def score(run, step, sign=1.0, sizes=SIZES, **domains):
+    """Held-out scores of a step: each domain's bits per byte, and `sign` × WAVE on its samples."""
+    scores, samples = {}, {}
+    for domain, value in domains.items():
+        bits = [size * (value + sign * wave) for size, wave in zip(sizes, WAVE)]
+        shift = ratio(bits, sizes).value - value
+        bits = [part - size * shift for part, size in zip(bits, sizes)]
+        found = ratio(bits, sizes)
+        scores[domain] = {"bits_per_byte": found.value, "stderr": found.stderr}
+        scores[domain] |= {"interval": [found.low, found.high], "samples": len(sizes)}
+        numbered = enumerate(zip(bits, sizes))
+        samples[domain] = [{"sample": n, "bits": part, "bytes": size} for n, (part, size) in numbered]
+    eval_folder.write_heldout(run, step, scores, samples)
+
+
+def started(workspace, runs_dir, name, *changes):
+    """The config of a run, written into its folder with one logged step."""
+    asked = [*changes] if name == "base" else ["init_from=base", *changes]
+    corpus = "math" if name == "base" else "code"
+    config = load_config([*overrides(workspace, name, *asked, corpus=corpus), f"runs_dir={runs_dir}"])
     run_folder.claim(config, 0)
-    for step, (code, math) in ((0, (3.0, 2.0)), (10, end)):
-        scores = {"code": {"bits_per_byte": code}, "math": {"bits_per_byte": math}}
-        run_folder.replace_file(eval_folder.scores_path(config.run_dir, step), json.dumps(scores))
-    run_folder.append_line(
-        config.run_dir / run_folder.METRICS,
-        {"step": 10, "tokens": 5120, "loss": 2.5, "grad_norm": 1.0, "lr": 0.0, "tokens_per_second": 1234.0},
-    )
+    line = {"step": 10, "tokens": 5120, "loss": 2.5, "grad_norm": 1.0, "lr": 0.0}
+    run_folder.append_line(config.run_dir / run_folder.METRICS, line | {"tokens_per_second": 1234.0})
     return config
 
 
+def record(workspace, tmp_path, name, method, end, sign=-1.0):
+    """A run folder whose held-out scores go from (code 3, math 2) to `end`, by about as much on every sample."""
+    config = started(workspace, tmp_path, name, *method)
+    for step, (code, math) in ((0, (3.0, 2.0)), (10, end)):
+        score(config.run_dir, step, sign=sign if step else 1.0, code=code, math=math)
+    return config
+
+
+LORA = ["method=lora", "method.lora.rank=4"]
+BEGINS = "lora (LoRA) beside full (full), after 5,120 tokens: "
+ONE_SEED = " One seed; interval over held-out samples. "
+PAPER = '"LoRA Learns Less and Forgets Less" found.'
+
+
 @pytest.mark.parametrize(
-    ("lora_end", "said"),
+    ("lora_end", "full_end", "clauses", "conclusion"),
     [
-        ((2.8, 2.1), 'lora (LoRA) beside full (full), after 5,120 tokens: learned less, +0.200 against +1.000 bits/byte on code; forgot less, +0.100 against +0.500 on math. As "LoRA Learns Less and Forgets Less" found.'),
-        ((1.5, 2.7), 'lora (LoRA) beside full (full), after 5,120 tokens: learned no less, +1.500 against +1.000 bits/byte on code; forgot no less, +0.700 against +0.500 on math. Not as "LoRA Learns Less and Forgets Less" found.'),
+        (
+            (2.8, 2.1),
+            (2.0, 2.5),
+            ["learned less, +0.200 against +1.000 bits/byte on code (difference -0.800, 95% interval",
+             "forgot less, +0.100 against +0.500 bits/byte on math (difference -0.400, 95% interval"],
+            f"As {PAPER}",
+        ),
+        (
+            (1.5, 2.7),
+            (2.0, 2.5),
+            ["learned more, +1.500 against +1.000 bits/byte on code (difference +0.500, 95% interval",
+             "forgot more, +0.700 against +0.500 bits/byte on math (difference +0.200, 95% interval"],
+            f"Not as {PAPER}",
+        ),
+        (  # reported as "forgot no less" before
+            (2.8, 1.989),
+            (2.0, 1.791),
+            ["learned less, +0.200 against +1.000 bits/byte on code",
+             "both improved on the old domain, lora less, +0.011 against +0.209 bits/byte on math (difference -0.198, 95% interval"],
+            f"Nothing was forgotten that could be compared with what {PAPER}",
+        ),
+        (
+            (2.001, 2.1),
+            (2.0, 2.099),
+            ["learned: no difference measured, +0.999 against +1.000 bits/byte on code (difference -0.001, 95% interval",
+             "forgot: no difference measured, +0.100 against +0.099 bits/byte on math (difference +0.001, 95% interval"],
+            f"Not decided whether as {PAPER}",
+        ),
+        (  # one of two improved
+            (2.8, 1.9),
+            (2.0, 2.5),
+            ["learned less", "forgot less, -0.100 against +0.500 bits/byte on math"],
+            f"As {PAPER}",
+        ),
     ],
 )  # fmt: skip
-def test_the_finding_follows_the_numbers(workspace, tmp_path, lora_end, said):
+def test_the_finding_follows_the_numbers(workspace, tmp_path, lora_end, full_end, clauses, conclusion):
     record(workspace, tmp_path, "base", [], (3.0, 2.0))
-    record(workspace, tmp_path, "full", [], (2.0, 2.5))
-    config = record(workspace, tmp_path, "lora", ["method=lora"], lora_end)
+    record(workspace, tmp_path, "full", [], full_end)
+    config = record(workspace, tmp_path, "lora", LORA, lora_end, sign=1.0)
     runs = read_study(config.run_dir.parent)
     assert [run.config.name for run in runs] == ["base", "full", "lora"]
-    assert comparison(runs) == [said]
+    (said,) = comparison(runs)
+    assert said.startswith(BEGINS) and said.endswith(ONE_SEED + conclusion), said
+    assert all(clause in said for clause in clauses), said
+    for difference, low, high in re.findall(r"difference (\S+), 95% interval (\S+) to (\S+)\)", said):
+        assert float(low) < float(difference) < float(high)
+
+
+def test_the_page_has_the_finding_and_the_table(workspace, tmp_path):
+    record(workspace, tmp_path, "base", [], (3.0, 2.0))
+    record(workspace, tmp_path, "full", [], (2.0, 2.5))
+    config = record(workspace, tmp_path, "lora", LORA, (2.8, 2.1))
+    runs = read_study(config.run_dir.parent)
     assert "1,234" in format_table(table(runs))
     result = run_command(["report", str(config.run_dir.parent)])
     assert result.returncode == 0, result.stderr
     page = (config.run_dir.parent / "report.html").read_text()
-    assert (
-        html.escape(said) in page
-        and page.count("<svg") == 2
-        and "http"
-        not in page.replace("http://www.w3.org", "")
-        .replace("http://purl.org", "")
-        .replace("https://matplotlib.org", "")
-        .replace("http://creativecommons.org", "")
-    )
+    for said in comparison(runs):
+        assert html.escape(said) in page
+    assert page.count("<svg") == 2 and "<td>cooled down</td>" in page
+    for known in ("http://www.w3.org", "http://purl.org", "https://matplotlib.org", "http://creativecommons.org"):
+        page = page.replace(known, "")
+    assert "http" not in page
+
+
+def test_the_interval_of_a_finding_is_students_of_the_samples_differences(workspace, tmp_path):
+    full = record(workspace, tmp_path, "full", [], (2.0, 2.5))
+    record(workspace, tmp_path, "lora", LORA, (2.8, 2.1), sign=1.0)
+    (said,) = comparison(read_study(full.run_dir.parent))
+    # Of sizes and waves ±: residuals 2 × size × (wave − their mean), their error, times t(5) = 2.5706.
+    mean = sum(s * w for s, w in zip(SIZES, WAVE)) / sum(SIZES)
+    residuals = [2 * size * (wave - mean) for size, wave in zip(SIZES, WAVE)]
+    half = 2.5706 * (sum(r * r for r in residuals) / 5 * 6) ** 0.5 / sum(SIZES)
+    assert f"difference -0.800, 95% interval {-0.8 - half:+.3f} to {-0.8 + half:+.3f})" in said
+    assert f"difference -0.400, 95% interval {-0.4 - half:+.3f} to {-0.4 + half:+.3f})" in said
+
+
+def test_an_improvement_within_its_own_interval_is_said_to_be(workspace, tmp_path):
+    full = record(workspace, tmp_path, "full", [], (2.0, 1.8))
+    record(workspace, tmp_path, "lora", LORA, (2.8, 1.999))
+    (said,) = comparison(read_study(full.run_dir.parent))
+    assert "both improved on the old domain, lora less, +0.001 against +0.200" in said
+    assert "; lora not beyond its own 95% interval. One seed" in said
 
 
 def test_runs_are_compared_at_equal_tokens_and_gaps_stay_gaps(workspace, tmp_path):
@@ -70,7 +164,280 @@ def test_runs_are_compared_at_equal_tokens_and_gaps_stay_gaps(workspace, tmp_pat
     runs = read_study(full.run_dir.parent)
     assert runs[1].gains() == {}
     row = next(row for row in table(runs) if row[0] == "full" and row[2] == "0")
-    assert row[3:7] == ["3.0000", "", "", ""]
+    assert row[3:8] == ["start", "3.0000", "", "", ""]
+    assert f"full: nothing to compare with, for its start was not scored on math: `retemper eval {full.run_dir}`" in comparison(runs)[-1]
+
+
+@pytest.mark.parametrize("broken", ["missing", "other samples", "one sample"])
+def test_without_the_samples_there_is_no_verdict(workspace, tmp_path, broken):
+    """As of folders from before each sample's worth was kept."""
+    full = record(workspace, tmp_path, "full", [], (2.0, 2.5))
+    lora = record(workspace, tmp_path, "lora", LORA, (2.8, 2.1))
+    path = eval_folder.samples_path(lora.run_dir, 10, "heldout-code")
+    if broken == "missing":
+        path.unlink()
+        expected = f"learned: no verdict, +0.200 against +1.000 bits/byte on code (no interval: {path} is not here"
+    elif broken == "other samples":
+        score(lora.run_dir, 10, sizes=[*SIZES[:-1], 101.0], code=2.8, math=2.1)
+        expected = "learned: no verdict, +0.200 against +1.000 bits/byte on code (no interval: scored on other samples)"
+    else:
+        for config, code in ((full, 2.0), (lora, 2.8)):
+            for step, value in ((0, 3.0), (10, code)):
+                score(config.run_dir, step, sizes=SIZES[:1], code=value)
+        expected = "learned: no difference measured, +0.200 against +1.000 bits/byte on code (difference -0.800, of one sample and without an interval)"
+    (said,) = comparison(read_study(full.run_dir.parent))
+    assert expected in said and said.endswith(f"Not decided whether as {PAPER}")
+
+
+# Steps of a branch -> its kind. The warm-up takes four steps, the trunk sixteen.
+BRANCHES = {3: "ended in the warm-up", 10: "cooled down", 20: "cooled down"}
+
+
+def branched(workspace, runs_dir, method, ends):
+    """A trunk with scores at its start and after 10 steps, and branches of 3, 10 and 20 steps that have no start of their own."""
+    name = "lora" if method else "full"
+    changes = [*method, f"schedule.warmup_tokens={4 * STEP}"]
+    milestones = [f"train.branches=[{','.join(str(steps * STEP) for steps in BRANCHES)}]", f"train.tokens={16 * STEP}"]
+    trunk = started(workspace, runs_dir, name, *changes, *milestones, f"checkpoint.milestones=[{10 * STEP}]")
+    score(trunk.run_dir, 0, code=3.0, math=2.0)
+    score(trunk.run_dir, 10, sign=-1.0, code=ends[10][0] + 0.3, math=ends[10][1] + 0.3)
+    for steps, (code, math) in ends.items():
+        tokens = f"train.tokens={steps * STEP}"
+        branch = started(workspace, runs_dir, f"{name}-{steps}", *changes, tokens, f"branch_of={trunk.run_dir}")
+        score(branch.run_dir, steps, sign=-1.0 if method else 0.5, code=code, math=math)
+    return trunk
+
+
+FULL_ENDS = {3: (2.9, 2.1), 10: (2.2, 2.4), 20: (1.8, 2.6)}
+LORA_ENDS = {3: (2.95, 2.05), 10: (2.6, 2.2), 20: (2.4, 2.3)}
+
+
+@pytest.fixture
+def study(workspace, tmp_path):
+    record(workspace, tmp_path, "base", [], (3.0, 2.0))
+    full = branched(workspace, tmp_path, [], FULL_ENDS)
+    branched(workspace, tmp_path, LORA, LORA_ENDS)
+    return full.run_dir.parent
+
+
+def check_branches(folder):
+    runs = {run.config.name: run for run in read_study(folder)}
+    for name, ends in (("full", FULL_ENDS), ("lora", LORA_ENDS)):
+        for steps, (code, math) in ends.items():
+            run = runs[f"{name}-{steps}"]
+            assert {round(curve[0], 9) for curve in run.curves.values()} == {3.0, 2.0}
+            assert run.gains()[steps * STEP] == pytest.approx((3.0 - code, math - 2.0))
+
+
+def test_a_branch_began_where_its_trunk_did(study, tmp_path):
+    check_branches(study)
+    moved = tmp_path / "elsewhere" / "study"
+    shutil.copytree(study, moved)
+    shutil.rmtree(study)
+    check_branches(moved)
+
+
+def test_points_have_a_kind_and_a_row(study):
+    rows = table(read_study(study))
+    assert rows[0][:6] == ["run", "method", "tokens", "point", "code bits/byte", "math bits/byte"]
+    found = {(row[0], int(row[2].replace(",", "")) // STEP): row[3:8] for row in rows[1:]}
+    assert found["full", 0][0] == found["lora", 0][0] == "start"
+    assert found["full", 10][0] == found["lora", 10][0] == "trunk"
+    assert found["base", 10][0] == "cooled down"
+    for name in ("full", "lora"):
+        for steps, kind in BRANCHES.items():
+            cell, *_, learned, forgotten = found[f"{name}-{steps}", steps]
+            assert cell == (f"{kind}, at 50% of the peak rate" if steps == 3 else kind)
+            assert learned and forgotten
+            assert (f"{name}-{steps}", 0) not in found
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "expected"),
+    [
+        (["schedule.warmup_tokens=0"], (2, 8, 9, 10), ["trunk", "trunk", "cooling down", "cooled down"]),
+        (["schedule.cooldown_fraction=0"], (2, 10), ["trunk", "trunk"]),
+        (["schedule=cosine", f"schedule.warmup_tokens={2 * STEP}"], (2, 5, 10), ["trunk", "cooling down", "cooled down"]),
+        (["schedule=inverse_sqrt", f"schedule.warmup_tokens={2 * STEP}"], (2, 10), ["trunk", "trunk"]),
+    ],
+)
+def test_the_kind_follows_the_schedule(workspace, tmp_path, schedule, steps, expected):
+    config = started(workspace, tmp_path, "full", *schedule)
+    for step in steps:
+        score(config.run_dir, step, code=2.0, math=2.0)
+    assert [row[3] for row in table(read_study(config.run_dir.parent))[1:]] == expected
+
+
+def test_branches_are_compared_at_equal_tokens_and_kind(study):
+    said = comparison(read_study(study))
+    began = [sentence.partition(": ")[0] for sentence in said]
+    assert began == [
+        "lora-20 (LoRA) beside full-20 (full), after 10,240 tokens",
+        "lora-10 (LoRA) beside full-10 (full), after 5,120 tokens",
+        "lora-3 (LoRA) beside full-3 (full), after 1,536 tokens (ended in the warm-up)",
+    ]
+    assert "learned less, +0.600 against +1.200 bits/byte on code" in said[0]
+    assert all(sentence.endswith(f"As {PAPER}") for sentence in said)
+
+
+def test_a_trunk_is_not_compared_with_what_cooled_down(study):
+    for steps in BRANCHES:
+        shutil.rmtree(study / f"full-{steps}")
+    (said,) = comparison(read_study(study))
+    assert said.startswith("lora (LoRA) beside full (full), after 5,120 tokens (trunk): ")
+    shutil.rmtree(eval_folder.scores_path(study / "lora", 10).parent)
+    (said,) = comparison(read_study(study))
+    assert said == (
+        "lora-10 (LoRA) beside full (full): not compared, for they have no points of equal tokens and equal kind: "
+        "after 5,120 tokens lora-10 is cooled down, full a point of a trunk."
+    )
+
+
+def test_a_trunk_that_is_gone_is_named(study):
+    shutil.rmtree(study / "lora")
+    runs = read_study(study)
+    assert [run.gains() for run in runs if run.config.method.name == "lora"] == [{}] * 3
+    blank = [sentence for sentence in comparison(runs) if "nothing to compare with" in sentence]
+    assert len(blank) == 3 and all(f"its trunk {study / 'lora'} is gone" in sentence for sentence in blank)
+    assert format_table(table(runs))
+
+
+def test_the_starts_of_a_branch_are_shown_with_its_scores(study):
+    config = next(run.config for run in read_study(study) if run.config.name == "lora-10")
+    lines = list(show.table(config))
+    assert re.search(r"^ +0  code ", "\n".join(lines), re.MULTILINE)
+    assert re.search(r"^ +10  code .* -0\.4000 ± 0\.\d+ \(-0\.\d+ to -0\.\d+\)", "\n".join(lines), re.MULTILINE)
+
+
+def test_a_start_scored_in_a_branchs_own_folder_is_still_read(study):
+    """As workers left it before branches shared one: of two, the trunk's counts."""
+    config = next(run.config for run in read_study(study) if run.config.name == "lora-10")
+    trunk = config.model_copy(update={"name": "lora"})
+    for step, right in ((0, 0.5), (10, 1.0)):
+        write_task(config, step, "gsm8k", [1.0, right, 0.0, right])
+    change = {row[0]: row[6] for row in show.task_rows(config, 10)}
+    assert change["10"].startswith("+0.2500 ± ")
+    write_task(trunk, 0, "gsm8k", [1.0, 1.0, 0.0, 1.0])
+    change = {row[0]: row[6] for row in show.task_rows(config, 10)}
+    assert change["10"].startswith("+0.0000 on each of 4")
+
+
+@pytest.mark.parametrize("named", ["by a link", "branch of a branch", "itself", "each other"])
+def test_a_start_is_found_however_its_trunk_is_named(study, tmp_path, named):
+    path = study / "lora-20" / "config.json"
+    config = json.loads(path.read_text())
+    if named == "by a link":
+        (tmp_path / "link").symlink_to(study)
+        config["branch_of"] = str(tmp_path / "link" / "lora")
+    elif named == "branch of a branch":
+        config["branch_of"] = str(study / "lora-10")
+    elif named == "itself":
+        config["branch_of"] = str(study / "lora-20")
+    else:
+        other = study / "lora-10" / "config.json"
+        other.write_text(json.dumps(json.loads(other.read_text()) | {"branch_of": str(study / "lora-20")}))
+        config["branch_of"] = str(study / "lora-10")
+    path.write_text(json.dumps(config))
+    runs = {run.config.name: run for run in read_study(study)}
+    said = comparison(list(runs.values()))
+    if named in ("by a link", "branch of a branch"):
+        assert runs["lora-20"].family == study / "lora" and runs["lora-20"].gains()
+        assert said[0].startswith("lora-20 (LoRA) beside full-20 (full), after 10,240 tokens: learned less")
+    else:
+        assert not runs["lora-20"].gains()
+        assert any("lora-20: nothing to compare with" in sentence for sentence in said)
+
+
+def test_of_unequal_old_domains_those_count_that_both_have(workspace, tmp_path):
+    full = record(workspace, tmp_path, "full", [], (2.0, 2.5))
+    lora = record(workspace, tmp_path, "lora", LORA, (2.8, 2.1))
+    for step, wiki in ((0, 1.0), (10, 3.0)):
+        score(lora.run_dir, step, sign=1.0, wiki=wiki)
+    (said,) = comparison(read_study(full.run_dir.parent))
+    assert "forgot less, +0.100 against +0.500 bits/byte on math (difference -0.400" in said
+    for step, wiki in ((0, 1.0), (10, 1.3)):
+        score(full.run_dir, step, sign=-1.0, wiki=wiki)
+    (said,) = comparison(read_study(full.run_dir.parent))
+    assert "forgot more, +1.050 against +0.400 bits/byte on math, wiki (difference +0.650" in said
+
+
+def write_task(config, step, task, scores):
+    """A task's scores: each problem's 0 or 1."""
+    found = estimate(scores).headline("acc") | {"decontaminated": {}, "settings": {"shots": 0}, "metrics": {}}
+    problems = [{"doc_id": n, "filter": "none", "acc": value} for n, value in enumerate(scores)]
+    eval_folder.write_result(config.run_dir, step, task, found, problems)
+
+
+def test_the_forgetting_score_has_an_interval_and_a_paired_difference(workspace, tmp_path):
+    chance = random.Random(5)
+    full = record(workspace, tmp_path, "full", [], (2.0, 2.5))
+    lora = record(workspace, tmp_path, "lora", LORA, (2.8, 2.1))
+    scores, stderrs = {}, {}
+    for config, step, right in ((full, 0, 0.7), (lora, 0, 0.7), (full, 10, 0.3), (lora, 10, 0.65)):
+        for task in eval_folder.FORGOTTEN:
+            drawn = random.Random(task)  # the same problems are hard for all
+            values = [float(drawn.random() < right) for _ in range(200)]
+            values[0] = float(chance.random() < 0.5) if step else 1.0
+            write_task(config, step, task, values)
+            scores.setdefault((config.name, step), []).append(fmean(values))
+            stderrs.setdefault((config.name, step), []).append(estimate(values).stderr)
+    row = next(row for row in show.task_rows(lora, 10) if row[1] == "forgetting score")
+    assert row[3:5] == ("600", f"{fmean(scores['lora', 10]):.4f}")
+    low, high = map(float, row[5].split(" to "))
+    half = 1.96 * sum(error**2 for error in stderrs["lora", 10]) ** 0.5 / 3
+    assert low < fmean(scores["lora", 10]) < high and high - low == pytest.approx(2 * half, rel=0.03)
+    change = fmean(scores["lora", 10]) - fmean(scores["lora", 0])
+    assert re.match(rf"{change:+.4f} ± 0\.0\d+ \(-0\.\d+ to [+-]0\.\d+\)", row[6])
+    (said,) = comparison(read_study(full.run_dir.parent))
+    difference = fmean(scores["lora", 10]) - fmean(scores["full", 10])
+    assert (
+        f"; forgetting score, {fmean(scores['lora', 10]):.3f} against {fmean(scores['full', 10]):.3f} on HellaSwag, ARC-Challenge "
+        f"and WinoGrande: higher (difference {difference:+.3f}, 95% interval" in said
+    )
+    eval_folder.samples_path(lora.run_dir, 10, "hellaswag").unlink()
+    (said,) = comparison(read_study(full.run_dir.parent))
+    assert "WinoGrande: no verdict (" in said and "hellaswag.samples.jsonl.zst is not here" in said
+
+
+def test_runs_without_a_difference_are_seldom_said_to_differ(workspace, tmp_path):
+    """300 pairs of runs whose samples and problems differ by chance alone: each verdict claims a difference in 8% of them at most."""
+    chance, pairs, count = random.Random(11), 300, 24
+    full = record(workspace, tmp_path, "full", [], (2.0, 2.5))
+    lora = record(workspace, tmp_path, "lora", LORA, (2.0, 2.5))
+    sizes = [chance.lognormvariate(5, 0.7) for _ in range(count)]
+    hard = [chance.gauss(2.0, 0.5) for _ in sizes]
+    runs = read_study(full.run_dir.parent)
+    claims = {"learned": 0, "forgot": 0, "kept": 0}
+
+    def draw(run, step, domain):
+        spread = [0.05 * chance.gauss(0, 1) / max(0.3, abs(chance.gauss(0, 1))) for _ in sizes] if step else [0.0] * count
+        bits = [size * (each + more) for size, each, more in zip(sizes, hard, spread)]
+        samples = [{"sample": n, "bits": part, "bytes": size} for n, (part, size) in enumerate(zip(bits, sizes))]
+        path = eval_folder.samples_path(run.config.run_dir, step, f"heldout-{domain}")
+        run_folder.replace_bytes(path, eval_folder.compress_records(samples))
+        return sum(bits) / sum(sizes)
+
+    for _ in range(pairs):
+        drawn = []
+        for run in runs:
+            curves = {domain: {0: draw(run, 0, domain), 5120: draw(run, 10, domain)} for domain in ("code", "math")}
+            drawn.append(replace(run, curves=curves))
+            for task in eval_folder.FORGOTTEN:
+                eval_folder.task_path(run.config.run_dir, 10, task).unlink(missing_ok=True)
+                write_task(run.config, 10, task, [float(chance.random() < 0.4) for _ in range(60)])
+        (said,) = comparison(drawn)
+        learned, forgot, *_, kept = said.partition(". One seed")[0].partition("tokens: ")[2].split("; ")
+        claims["learned"] += "no difference measured" not in learned
+        claims["forgot"] += "no difference measured" not in forgot
+        claims["kept"] += "no difference measured" not in kept
+    print(claims)
+    assert all(claimed <= 0.08 * pairs for claimed in claims.values()), claims
+    assert all(claimed >= 0.01 * pairs for claimed in claims.values()), claims  # nor is nothing ever said
+
+
+def test_a_difference_of_thrice_its_interval_is_said(workspace, tmp_path):
+    found = ratio([size * wave for size, wave in zip(SIZES, [0.3, 0.28, 0.31, 0.29, 0.3, 0.31])], SIZES)
+    assert verdicts.verdict(found) == verdicts.MORE
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

@@ -90,7 +90,8 @@ def test_parts_cover_every_record_once(documents, monkeypatch):
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_a_budget_is_exact_and_takes_the_first_documents_in_order(workspace, documents, tmp_path, small_parts, packing):
+def test_a_budget_takes_the_first_documents_in_order(workspace, documents, tmp_path, small_parts, packing):
+    """concat cuts the last of them, best_fit leaves it out; what is counted is what was written."""
     chosen = {}
     total = tokenize(rows_config(workspace, documents, tmp_path / "None", packing=packing), progress=False)["splits"]["train"]["samples"]
     for samples in (None, total * 2 // 3, total // 3):
@@ -98,8 +99,13 @@ def test_a_budget_is_exact_and_takes_the_first_documents_in_order(workspace, doc
         corpus = rows_config(workspace, documents, tmp_path / f"{samples}", tokens=tokens, packing=packing)
         manifest = tokenize(corpus, progress=False)
         if samples:
-            assert manifest["splits"]["train"]["samples"] == len(TokenShards(corpus.path, "train")) == samples
+            shards, train = TokenShards(corpus.path, "train"), manifest["splits"]["train"]
+            assert train["samples"] == len(shards) and (len(shards) == samples or packing == "best_fit" and len(shards) < samples)
             assert manifest["dropped"]["beyond_budget"] > 0
+            written = shards.samples(np.arange(len(shards)))
+            assert train["tokens"] == written.values("lengths").sum()
+            token_bytes = np.load(f"{corpus.path}/token_bytes.npy")
+            assert train["bytes"] == token_bytes[written.tokens_NT].sum()  # padding is end-of-text, which stands for no bytes
         chosen[samples] = documents_of(corpus.path)
     assert chosen[total // 3] < chosen[total * 2 // 3] < chosen[None]
     with pytest.raises(UserError, match=r"samples of 64, the corpus has [\d,]+"):
@@ -213,6 +219,29 @@ def test_columns_that_are_called_like_ours_stay_the_rows(workspace, documents, t
     corpus = rows_config(workspace, documents, tmp_path / "out", source=source, heldout_fraction=0.0)
     assert tokenize(corpus, progress=False)["splits"]["train"]["documents"] == 9
     assert len(documents_of(corpus.path)) == 9
+
+
+@pytest.mark.parametrize(
+    ("lengths", "changes", "said"),
+    [
+        ([400] * 5, {"heldout_fraction": 1e-9}, "is 0 documents, which fill no held-out sample of 64 tokens"),
+        ([100] * 20 + [1] * 9, {"heldout_fraction": 0.1, "seq_length": 4000}, "documents, which fill no held-out sample of 4000 tokens"),
+        ([400] * 5, {"heldout_fraction": 1e-9, "packing": "best_fit"}, "is 0 documents"),
+    ],
+)
+def test_a_held_out_split_without_a_sample_is_refused_unless_none_is_asked_for(workspace, tmp_path, lengths, changes, said):
+    texts = [f"number {number} " * length for number, length in enumerate(lengths)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = rows_config(workspace, tmp_path / "rows.jsonl", tmp_path / "out", **changes)
+    with pytest.raises(UserError, match=said) as refused:
+        tokenize(corpus, progress=False)
+    assert str(refused.value).startswith(f"data.heldout_fraction={changes['heldout_fraction']} of {tmp_path / 'rows.jsonl'} is ")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"], "nothing is left that the advice would stumble over"
+    without = corpus.model_copy(update={"heldout_fraction": 0.0})
+    assert tokenize(without, progress=False)["splits"]["heldout"]["samples"] == 0
+    shutil.rmtree(without.path)
+    more = corpus.model_copy(update={"heldout_fraction": 0.5, "seq_length": 64})
+    assert tokenize(more, progress=False)["splits"]["heldout"]["samples"] > 0
 
 
 def test_a_second_job_on_the_same_corpus_is_refused(workspace, documents, tmp_path):

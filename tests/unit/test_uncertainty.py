@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 import pytest
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.evals.uncertainty import estimate, paired_difference, pass_at_k, ratio
+from retemper.pipeline.evals.uncertainty import Estimate, estimate, mean, paired_difference, pass_at_k, ratio, student
 
 
 def test_pass_at_k_is_exact_combinatorics():
@@ -134,3 +134,27 @@ def test_the_interval_of_a_ratio_covers_what_it_says():
         covered_pairs += (pair := ratio(gains, sizes)).low <= -0.1 <= pair.high
         assert pair.stderr < found.stderr
     assert 0.93 < covered / drawn < 0.97 and 0.93 < covered_pairs / drawn < 0.97
+
+
+def test_a_mean_of_independent_estimates_adds_their_variances():
+    parts = [Estimate(0.3, 0.03, 0.24, 0.36, 50), Estimate(0.6, 0.04, 0.52, 0.68, 70)]
+    found = mean(parts)
+    assert (found.value, found.problems) == (pytest.approx(0.45), 120)
+    assert found.stderr == pytest.approx(0.025)  # half of the root of 0.03² + 0.04²
+    assert (found.low, found.high) == (pytest.approx(0.40), pytest.approx(0.50))
+    # Wilson's intervals keep their shape: where all problems of each task failed, nothing lies below.
+    nothing = mean([estimate([0.0] * 20)] * 3)
+    assert nothing.low == nothing.stderr == 0 and 0.05 < nothing.high < estimate([0.0] * 20).high
+    with pytest.raises(UserError):
+        mean([])
+
+
+# Student's t that 2.5% exceed, as every table has it.
+@pytest.mark.parametrize("freedom, t", [(3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)])
+def test_students_interval_has_the_tables_quantile(freedom, t):
+    found = student(Estimate(1.0, 0.5, 0.0, 2.0, freedom + 1))
+    assert (found.high - 1) / 0.5 == pytest.approx(t, rel=2e-3) and found.low == pytest.approx(2 - found.high)
+
+
+def test_of_one_problem_students_interval_is_unknown():
+    assert math.isnan(student(paired_difference({"a": 1}, {"a": 0})).low)

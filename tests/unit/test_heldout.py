@@ -1,0 +1,113 @@
+"""Held-out scores: each sample's own sums whatever the micro-batch and the masks, and none over no tokens.
+
+The model is stood in for: it predicts a label as badly as the label's id, the token before it and its place in the sample say.
+"""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import data_config, overrides
+
+from retemper.pipeline.config import load_config
+from retemper.pipeline.data.mds import Samples
+from retemper.pipeline.data.shards import TokenShards
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.evals import heldout
+
+SAMPLES = 11  # evals.max_samples of a tiny run: no multiple of most micro-batches
+
+
+def scored(config, domain: str = "code", model=None):
+    """The scores of a domain by one rank."""
+    place = SimpleNamespace(data_parallel_size=1, data_parallel_rank=0, context_parallel_rank=0, device=torch.device("cpu"))
+    with mock.patch.object(heldout, "run_schedule", model or losses), mock.patch.object(heldout, "from_last_stage", torch.Tensor.tolist):
+        return heldout.heldout_scores(config, place, torch.nn.Identity(), [domain])[domain]
+
+
+def losses(_model, batches, *, forward_only):
+    """What a model that sees nothing but the token before has; position enters for samples that are one document each."""
+    return [{"losses_BT": (1 + batch.labels_BT * 0.01 + batch.tokens_BT * 0.003).float()} for batch in batches]
+
+
+def by_position(_model, batches, *, forward_only):
+    return [{"losses_BT": (1 + batch.labels_BT * 0.01 + batch.position_ids_BT * 0.1).float()} for batch in batches]
+
+
+def run(workspace, *changes: str, micro_batch_size: int = 4):
+    return load_config(overrides(workspace, "heldout", f"evals.micro_batch_size={micro_batch_size}", *changes))
+
+
+def assert_same(found, expected):
+    assert found.scores.keys() == expected.scores.keys()
+    for name, value in expected.scores.items():
+        assert found.scores[name] == pytest.approx(value, rel=1e-12), name
+    for one, other in zip(found.samples, expected.samples, strict=True):
+        assert one == pytest.approx(other, rel=1e-12)
+
+
+@pytest.mark.parametrize("mask_documents", [False, True])
+@pytest.mark.parametrize("corpus", ["code", "pairs"])
+def test_scores_do_not_depend_on_the_micro_batch(workspace, pairs, corpus, mask_documents):
+    path = {"code": workspace / "data" / "code", "pairs": pairs}[corpus]
+    changes = [f"evals.heldout.code={path}", f"data.mask_documents={str(mask_documents).lower()}"]
+    alone = scored(run(workspace, *changes, micro_batch_size=1))
+    assert alone.scores["samples"] == SAMPLES and alone.scores["stderr"] > 0
+    assert len({record["bits"] for record in alone.samples}) == SAMPLES
+    for size in (2, 4, SAMPLES, 64):
+        assert_same(scored(run(workspace, *changes, micro_batch_size=size)), alone)
+
+
+@pytest.fixture(scope="module")
+def long_documents(workspace, tmp_path_factory) -> str:
+    """A corpus whose documents are much longer than a sample, each of which is then a piece of one document, or padding."""
+    import email
+    from pathlib import Path
+
+    from retemper.tokenize.job import tokenize
+
+    folder = tmp_path_factory.mktemp("long")
+    corpus = data_config(workspace, "long", documents=Path(email.__file__).parent, path=str(folder / "long"), packing="best_fit")
+    tokenize(corpus, progress=False)
+    return corpus.path
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
+def test_masks_change_nothing_where_a_sample_is_one_document(workspace, long_documents, micro_batch_size, monkeypatch):
+    class OneDocument(TokenShards):
+        """Of the corpus, the samples that are one piece of a document."""
+
+        def samples(self, ids: np.ndarray) -> Samples:
+            found = super().samples(ids)
+            for row in range(len(found)):
+                if len(found.values("lengths", row)) > 1:
+                    found.leave_out(row)
+            return found
+
+    monkeypatch.setattr(heldout, "TokenShards", OneDocument)
+    of = [f"evals.heldout.code={long_documents}", "evals.max_samples=40"]
+    unmasked, masked = (
+        scored(run(workspace, *of, f"data.mask_documents={on}", micro_batch_size=micro_batch_size), model=by_position)
+        for on in ("false", "true")
+    )
+    assert_same(masked, unmasked)
+    assert masked.scores["tokens"] > 500
+
+
+@pytest.mark.parametrize("mask_documents", ["false", "true"])
+def test_no_score_over_no_tokens(workspace, monkeypatch, mask_documents):
+    class Prompts(TokenShards):
+        """Samples of which nothing is learned."""
+
+        def samples(self, ids: np.ndarray) -> Samples:
+            found = super().samples(ids)
+            for row in range(len(found)):
+                found.leave_out(row)
+            return found
+
+    monkeypatch.setattr(heldout, "TokenShards", Prompts)
+    said = r"evals\.heldout\.code=.*/code: none of the 11 held-out samples .* has a token to predict"
+    with pytest.raises(UserError, match=said):
+        scored(run(workspace, f"data.mask_documents={mask_documents}"))

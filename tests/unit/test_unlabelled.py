@@ -1,0 +1,133 @@
+"""Steps without a labelled token: no loss, one warning, nothing that later steps are held against, and an end after an epoch of them."""
+
+import itertools
+import json
+import re
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from conftest import overrides
+
+from retemper.pipeline import run_folder
+from retemper.pipeline.checkpoint.state import TrainState
+from retemper.pipeline.config import load_config
+from retemper.pipeline.data.order import Order, Stream
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.report.figures import training_loss
+from retemper.pipeline.report.results import read_study
+from retemper.pipeline.train import log as logs
+from retemper.pipeline.train import step as steps
+from retemper.pipeline.train.anomaly import Anomaly, Unlabelled
+from retemper.pipeline.train.step import StepResult, train_step
+
+BATCH = 8
+
+
+def stepped(workspace, state: TrainState, losses, masks, grad_norm: float = 1.0):
+    """A training step on micro-batches of these losses, of the positions where the masks are 1; the model is stood in for."""
+    sums = [
+        {"loss": (torch.tensor(loss) * torch.tensor(mask)).sum(), "tokens": torch.tensor(mask).sum().int()}
+        for loss, mask in zip(losses, masks, strict=True)
+    ]
+    passes = mock.MagicMock(return_value=sums, model=[])
+    optimizer = mock.MagicMock(param_groups=[{"lr": 0.1}])
+    optimizer.get_grad_norm.return_value = grad_norm
+    config = load_config(overrides(workspace, "stepped", "train.log_every_steps=1000"))
+    alone = mock.patch.object(steps, "from_last_stage", torch.Tensor.tolist)
+    with alone, mock.patch.object(steps, "clip_grad_by_total_norm_fp32"):
+        return train_step(config, state, passes, optimizer, mock.MagicMock(), [])
+
+
+def test_the_loss_of_a_step_is_over_its_labelled_tokens_and_there_is_none_over_none(workspace):
+    state = TrainState()
+    assert stepped(workspace, state, [[2.0, 4.0], [9.0, 9.0]], [[1.0, 1.0], [0.0, 0.0]]).loss == 3.0
+    result = stepped(workspace, state, [[2.0, 4.0], [9.0, 9.0]], [[0.0, 0.0], [0.0, 0.0]], grad_norm=0.0)
+    assert result.loss is None and result.grad_norm == 0.0
+    assert (state.recent_losses, state.recent_grad_norms) == ([3.0], [1.0])
+    state.recent_losses = [0.0] * 20
+    assert stepped(workspace, state, [[0.0]], [[1.0]]).loss == 0.0, "a loss of zero is one"
+
+
+@pytest.mark.parametrize(("losses", "grad_norm"), [([[float("nan")]], 0.0), ([[float("inf")]], 0.0), ([[1.0]], float("nan"))])
+def test_what_is_no_number_is_an_anomaly_without_labels_too(workspace, losses, grad_norm):
+    state = TrainState()
+    assert isinstance(stepped(workspace, state, losses, [[0.0]], grad_norm), Anomaly) and not state.recent_losses
+
+
+def followed(sizes: dict[str, int], shares: list[int], labelled, *, begin: int = 0, data: str = "stop") -> int:
+    """The step after which a run over streams of these sizes is ended; labelled: step -> whether it had a label."""
+    order = Order(tuple(Stream(number, (size,), share) for number, (size, share) in enumerate(zip(sizes.values(), shares, strict=True))))
+    config = SimpleNamespace(data=SimpleNamespace(bad_shards=data))
+    unlabelled = Unlabelled(config, lambda samples: dict(zip(sizes, order.epochs(samples), strict=True)), begin)
+    for step in range(begin // BATCH + 1, 1000):
+        unlabelled.check(step, step * BATCH, has_loss=labelled(step))
+    return step
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shares", "labelled", "begin", "last"),
+    [
+        ({"code": 32}, [1], lambda step: False, 0, 4),
+        ({"code": 33}, [1], lambda step: False, 0, 5),
+        ({"code": 4}, [1], lambda step: False, 0, 1),  # one batch is two epochs
+        ({"code": 32}, [1], lambda step: step <= 10, 0, 14),
+        ({"code": 32}, [1], lambda step: step == 3, 0, 7),
+        ({"code": 32}, [1], lambda step: False, 16, 6),  # a restart counts anew
+        ({"code": 32, "replay": 8}, [1, 1], lambda step: False, 0, 8),  # the slowest stream counts
+        ({"code": 32, "replay": 32}, [3, 1], lambda step: False, 0, 16),
+    ],
+)
+def test_an_epoch_without_labels_ends_a_run(sizes, shares, labelled, begin, last):
+    with pytest.raises(UserError, match=rf"^step {last}: an epoch of the data \({', '.join(sizes)}\) has passed without one labelled"):
+        followed(sizes, shares, labelled, begin=begin)
+
+
+def test_a_label_in_every_epoch_lets_a_run_go_on():
+    assert followed({"code": 32}, [1], lambda step: step % 4 == 0) == 999
+
+
+@pytest.fixture
+def log(workspace, tmp_path, capsys):
+    """A Log of rank 0 whose state the test moves on; capsys has forgotten its first lines."""
+    config = load_config([*overrides(workspace, "logged"), f"runs_dir={tmp_path}"])
+    streams = SimpleNamespace(epochs=lambda _samples: {"math": 0.5})
+    batches = SimpleNamespace(streams=streams, seconds_waited=0.0)
+    with logs.Log(config, TrainState(), batches, (1, 0), enabled=True) as log:
+        capsys.readouterr()
+        yield log
+
+
+def test_no_loss_is_absent_from_the_record_a_dash_in_the_line_and_warned_of_once(log, capsys):
+    for number, loss in zip(itertools.count(1), (2.5, None, 0.0, None)):
+        log.state.step = number
+        log.state.seconds = float(number)
+        log.step(StepResult(loss, 0.5, 1e-3, {}))
+    said = capsys.readouterr().out
+    assert said.count("warning: step 2 has no labelled token") == said.count("warning") == 1
+    assert re.findall(r"step +(\d+)  loss (\S+)  grad_norm", said) == [("1", "2.5000"), ("2", "-"), ("3", "0.0000"), ("4", "-")]
+    records = list(run_folder.read_metrics(log.config.run_dir))
+    assert [record.get("loss", "absent") for record in records] == [2.5, "absent", 0.0, "absent"]
+    assert all(record["grad_norm"] == 0.5 for record in records)
+
+
+def test_a_warning_comes_from_a_step_that_is_not_logged_too(log, capsys):
+    log.config = log.config.model_copy(update={"train": log.config.train.model_copy(update={"log_every_steps": 100})})
+    log.state.step = 3
+    log.state.seconds = 1.0
+    log.step(StepResult(None, 0.0, 1e-3, {}))
+    assert "warning: step 3 has no labelled token" in capsys.readouterr().out
+    assert not list(run_folder.read_metrics(log.config.run_dir))
+
+
+def test_the_report_draws_a_gap(log, tmp_path):
+    for number, loss in enumerate((2.5, None, 2.0), 1):
+        log.state.step = number
+        log.state.consumed_samples = 8 * number
+        log.state.seconds = float(number)
+        log.step(StepResult(loss, 0.5, 1e-3, {}))
+    [line, *_] = training_loss(read_study(log.config.run_dir.parent)).axes[0].lines
+    drawn = line.get_ydata()
+    assert drawn[0] == 2.5 and drawn[1] != drawn[1] and drawn[2] == 2.0
+    json.dumps(list(run_folder.read_metrics(log.config.run_dir)), allow_nan=False)
