@@ -63,7 +63,7 @@ def task_difference(first: Scored, second: Scored, task: str) -> Estimate:
 
 
 def forgetting(tasks: dict[str, dict]) -> Estimate | None:
-    """The forgetting score of a step's tasks with its interval, where all of its tasks are there."""
+    """The forgetting score of a step's tasks with its interval; None where a task is missing."""
     if eval_folder.forgetting(tasks) is None:
         return None
     return mean([_estimate(tasks[name]) for name in eval_folder.FORGOTTEN])

@@ -24,7 +24,8 @@ _ANNEALED = (COOLED, WARMING)  # the ends of milestones, which a study is about
 class RunResult:
     """One run: its config, its logged steps, and its held-out bits per byte as domain -> tokens -> value.
 
-    start: the run whose step 0 it began with, itself or its trunk, which its curves have at 0; None where its trunk is gone.
+    start: the run whose step 0 it began with, itself or its trunk, which its curves have at 0;
+    None where its trunk is gone.
     """
 
     config: Config
@@ -44,11 +45,12 @@ class RunResult:
 
     @property
     def _followed(self) -> list[str]:
-        """The domains of which more than the start was scored; before anything was, those of the start.
+        """The domains scored beyond the start; where there are none, those of the start.
 
         The start that a trunk shares with its branches may be scored on more than each of them.
         """
-        return [domain for domain, curve in self.curves.items() if curve.keys() != {0}] or list(self.curves)
+        beyond = [domain for domain, curve in self.curves.items() if curve.keys() != {0}]
+        return beyond or list(self.curves)
 
     @property
     def is_continued(self) -> bool:
@@ -61,7 +63,7 @@ class RunResult:
         return self.start.run_dir if self.start else Path(os.path.abspath(self.config.branch_of))
 
     def kind(self, tokens: int) -> str:
-        """Where on the schedule it was after so many tokens: START, TRUNK, COOLING, COOLED or WARMING."""
+        """Where on the schedule it was: START, TRUNK, COOLING, COOLED or WARMING."""
         config = self.config
         cosine = config.schedule.name == "cosine"
         if not tokens:
@@ -87,7 +89,10 @@ class RunResult:
         if 0 not in scored:
             return {}
         curves = {domain: self.curves[domain] for domain in self._followed}
-        gained = {tokens: {domain: curve[0] - curve[tokens] for domain, curve in curves.items()} for tokens in sorted(scored)}
+        gained = {
+            tokens: {domain: curve[0] - curve[tokens] for domain, curve in curves.items()}
+            for tokens in sorted(scored)
+        }
         return {
             tokens: (by_domain[self.learned_domain], 0.0 - sum(by_domain[domain] for domain in self.old_domains) / len(self.old_domains))
             for tokens, by_domain in gained.items()
@@ -113,7 +118,8 @@ def _read_run(folder: Path) -> RunResult:
     for step, scores in eval_folder.heldout_of(config).items():
         for domain, values in scores.items():
             curves.setdefault(domain, {})[step * config.tokens_per_step] = values["bits_per_byte"]
-    return RunResult(config, list(run_folder.read_metrics(folder)), curves, eval_folder.start_of(config))
+    metrics = list(run_folder.read_metrics(folder))
+    return RunResult(config, metrics, curves, eval_folder.start_of(config))
 
 
 @dataclass(frozen=True)
@@ -140,29 +146,36 @@ class _Point:
 def comparison(runs: list[RunResult]) -> list[str]:
     """For every LoRA run beside every full run of the same data: did it learn less and forget less?
 
-    Compared at equal tokens and points of one kind, a trunk together with its branches: at every milestone whose rate was
-    cooled down, or which ended in the warm-up; where there is none, at the last point of another kind. The longest first.
+    Compared at equal tokens and points of one kind, a trunk together with its branches: at every
+    milestone whose rate was cooled down, or which ended in the warm-up; where there is none, at the
+    last point of another kind. The longest first.
     Says what was measured, whichever way it fell, and which runs have nothing to compare.
     """
     families: dict[Path, list[_Point]] = {}
     for run in runs:
         for tokens in run.gains():
             families.setdefault(run.family, []).append(_Point(run, tokens))
-    full, lora = ([points for points in families.values() if points[0].run.config.method.name == name] for name in ("full", "lora"))
-    pairs = [(one, other) for one, other in product(lora, full) if _share_domains(one[0].run, other[0].run)]
-    said = [sentence for one, other in pairs for sentence in _compare(one, other)]
+    pairs = product(_of_method("lora", families), _of_method("full", families))
+    alike = [pair for pair in pairs if _share_domains(*(points[0].run for points in pair))]
+    said = [sentence for pair in alike for sentence in _compare(*pair)]
     said = said or ["The study has no pair of a full and a LoRA run to compare."]
     return said + [sentence for run in runs for sentence in _blank(run)]
 
 
+def _of_method(name: str, families: dict[Path, list[_Point]]) -> list[list[_Point]]:
+    return [points for points in families.values() if points[0].run.config.method.name == name]
+
+
 def _share_domains(one: RunResult, other: RunResult) -> bool:
     """Whether both learned the same, and were scored on an old domain that is the same."""
-    return one.learned_domain == other.learned_domain and not set(one.old_domains).isdisjoint(other.old_domains)
+    old = set(one.old_domains) & set(other.old_domains)
+    return one.learned_domain == other.learned_domain and bool(old)
 
 
 def _compare(lora: list[_Point], full: list[_Point]) -> list[str]:
     both = [(one, other) for one, other in product(lora, full) if one.tokens == other.tokens > 0]
-    alike = sorted((pair for pair in both if pair[0].kind == pair[1].kind), key=lambda pair: -pair[0].tokens)
+    alike = [(one, other) for one, other in both if one.kind == other.kind]
+    alike.sort(key=lambda pair: -pair[0].tokens)
     if annealed := [pair for pair in alike if pair[0].kind in _ANNEALED]:
         return [_verdict(*pair) for pair in annealed]
     if alike:
@@ -171,8 +184,8 @@ def _compare(lora: list[_Point], full: list[_Point]) -> list[str]:
         return [f"{_names(lora[0], full[0])}: no milestone that both have reached yet."]
     one, other = max(both, key=lambda pair: pair[0].tokens)
     return [
-        f"{_names(one, other)}: not compared, for they have no points of equal tokens and equal kind: after {one.tokens:,} tokens "
-        f"{one.run.config.name} is {_of_kind(one)}, {other.run.config.name} {_of_kind(other)}."
+        f"{_names(one, other)}: not compared, for they have no points of equal tokens and equal "
+        f"kind: after {one.tokens:,} tokens {one.run.config.name} is {_of_kind(one)}, {other.run.config.name} {_of_kind(other)}."
     ]
 
 
@@ -195,8 +208,8 @@ def _verdict(lora: _Point, full: _Point) -> str:
     clauses = [learned_clause, forgot_clause, *filter(None, [verdicts.kept(*scored)])]
     kind = "" if lora.kind == COOLED else f" ({lora.kind})"
     return (
-        f"{_names(lora, full)}, after {lora.tokens:,} tokens{kind}: {'; '.join(clauses)}. One seed; interval over held-out samples. "
-        + verdicts.conclusion(learned_said, forgot_said, losses)
+        f"{_names(lora, full)}, after {lora.tokens:,} tokens{kind}: {'; '.join(clauses)}. "
+        "One seed; interval over held-out samples. " + verdicts.conclusion(learned_said, forgot_said, losses)
     )
 
 
@@ -204,14 +217,16 @@ def _blank(run: RunResult) -> list[str]:
     """Why a run that was scored has no learned and forgotten, where its start is the reason."""
     if run.gains() or not (run.is_continued and run.learned_domain and run.old_domains):
         return []
+    begins = f"{run.config.name}: nothing to compare with, for "
     if run.start is None:
-        return [f"{run.config.name}: nothing to compare with, for its trunk {run.config.branch_of} is gone, and its start with it."]
+        trunk = run.config.branch_of
+        return [f"{begins}its trunk {trunk} is gone, and its start with it."]
     if missing := [domain for domain, curve in run.curves.items() if 0 not in curve]:
-        given = [f"evals.heldout.{domain}=FOLDER" for domain in missing if domain not in run.config.evals.heldout]
+        unknown = [domain for domain in missing if domain not in run.config.evals.heldout]
+        given = [f"evals.heldout.{domain}=FOLDER" for domain in unknown]
         command = " ".join(["retemper eval", str(run.config.run_dir), *given])
-        return [
-            f"{run.config.name}: nothing to compare with, for its start was not scored on {', '.join(missing)}: `{command}` does it."
-        ]
+        listed = ", ".join(missing)
+        return [f"{begins}its start was not scored on {listed}: `{command}` does it."]
     return []
 
 
@@ -234,7 +249,9 @@ def table(runs: list[RunResult]) -> list[list[str]]:
 
 def _kind_cell(run: RunResult, tokens: int) -> str:
     kind = run.kind(tokens)
-    return f"{kind}, at {percent(last_share(run.config))} of the peak rate" if kind == WARMING else kind
+    if kind != WARMING:
+        return kind
+    return f"{kind}, at {percent(last_share(run.config))} of the peak rate"
 
 
 def format_table(rows: list[list[str]]) -> str:

@@ -1,4 +1,4 @@
-"""What a comparison of two runs says: each difference with its 95% interval, and nothing that lies within it."""
+"""What a comparison of two runs says: each difference with its 95% interval, and no more."""
 
 from collections.abc import Callable
 
@@ -25,12 +25,18 @@ def verdict(found: Estimate) -> str:
     return MORE if found.low > 0 else NONE
 
 
-def learned(first: Scored, second: Scored, domain: str, gains: tuple[float, float]) -> tuple[str, str]:
+def learned(
+    first: Scored, second: Scored, domain: str, gains: tuple[float, float]
+) -> tuple[str, str]:
     """A verdict, and a clause on which of two runs gained more bits per byte on a domain.
 
     gains: of the first and the second, as they are reported.
     """
-    return _clause("learned", gains, domain, lambda: student(gain_difference(second, first, domain)))
+
+    def gained() -> Estimate:
+        return student(gain_difference(second, first, domain))
+
+    return _clause("learned", gains, domain, gained)
 
 
 def forgot(
