@@ -43,7 +43,7 @@ class Scored:
         self.workspace, self.files = workspace, shared / "evals"
         folder = with_an_idle_layer(shared / "stories260K", workspace / "scored" / "stories")
         self.base, self.exported = workspace / "scored" / "base", workspace / "scored" / "exported"
-        self.corpus = data_config(workspace, "scored", documents=Path(json.__file__).parent, tokenizer=str(folder), bos=True)
+        self.corpus = data_config(workspace, "scored", documents=Path(json.__file__).parent, tokenizer=str(folder), bos=True, heldout_fraction=0.0)
         tokenize(self.corpus, progress=False)
         world_size = 1 if torch.cuda.device_count() == 1 else 2
         layout = ["parallel=tp2"] if world_size == 2 else []

@@ -14,8 +14,11 @@ from conftest import data_config, overrides
 from retemper.pipeline.config import load_config
 from retemper.pipeline.data.mds import Samples
 from retemper.pipeline.data.shards import TokenShards
+from retemper.pipeline.distributed.topology import prepare_megatron
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.evals import heldout
+
+prepare_megatron()  # before anything imports megatron-core
+from retemper.pipeline.evals import heldout  # noqa: E402
 
 SAMPLES = 11  # evals.max_samples of a tiny run: no multiple of most micro-batches
 

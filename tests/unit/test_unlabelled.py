@@ -14,13 +14,16 @@ from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.config import load_config
 from retemper.pipeline.data.order import Order, Stream
+from retemper.pipeline.distributed.topology import prepare_megatron
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.report.figures import training_loss
 from retemper.pipeline.report.results import read_study
-from retemper.pipeline.train import log as logs
-from retemper.pipeline.train import step as steps
-from retemper.pipeline.train.anomaly import Anomaly, Unlabelled
-from retemper.pipeline.train.step import StepResult, train_step
+
+prepare_megatron()  # before anything imports megatron-core
+from retemper.pipeline.train import log as logs  # noqa: E402
+from retemper.pipeline.train import step as steps  # noqa: E402
+from retemper.pipeline.train.anomaly import Anomaly, Unlabelled  # noqa: E402
+from retemper.pipeline.train.step import StepResult, train_step  # noqa: E402
 
 BATCH = 8
 
