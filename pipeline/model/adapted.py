@@ -29,8 +29,8 @@ _APART_FROM_RANK = 64
 class TorchProducts:
     """The products of a frozen layer's weight by torch. A layer with other kernels replaces them (lora_te.py)."""
 
-    def add_output(self, output_TO: torch.Tensor, x_TI: torch.Tensor) -> None:
-        """Add the frozen weight's output for x. Returns what add_input_gradient needs to know of it."""
+    def add_output(self, output_TO: torch.Tensor, x_TI: torch.Tensor) -> object:
+        """Add the frozen weight's output for x. Returns what add_input_gradient is given as its context; None here."""
         output_TO.addmm_(x_TI, self.weight.t())
 
     def add_input_gradient(self, gradient_TI: torch.Tensor, gradient_TO: torch.Tensor, _context) -> None:
@@ -233,13 +233,11 @@ class _AdaptedColumn(torch.autograd.Function):
         factors.add_B_gradient(gradient_TO, hidden_TR)
         # Each rank's part of the output features gives a part of both sums.
         reduce = reduce_scatter_to_sequence_parallel_region if ctx.split else reduce_from_tensor_model_parallel_region
-        gradient_SBI = None
-        if ctx.needs_input_grad[0]:
-            gradient_TI = hidden_gradient_TR @ factors.A_RI
-            layer.add_input_gradient(gradient_TI, gradient_TO, ctx.base)
-            gradient_SBI = reduce(gradient_TI, group=group).unflatten(0, (-1, ctx.batch))
+        gradient_TI = _input_gradient(ctx, hidden_gradient_TR, gradient_TO)
+        if gradient_TI is not None:
+            gradient_TI = reduce(gradient_TI, group=group).unflatten(0, (-1, ctx.batch))
         factors.add_A_gradient(reduce(hidden_gradient_TR, group=group), x_TI)
-        return gradient_SBI, None, None
+        return gradient_TI, None, None
 
 
 class _AdaptedRow(torch.autograd.Function):
@@ -268,12 +266,17 @@ class _AdaptedRow(torch.autograd.Function):
             gradient_TO = gather_from_sequence_parallel_region(gradient_TO, group=layer.adapter_group)
         hidden_gradient_TR = factors.hidden_gradient(gradient_TO, layer.scale)
         factors.add_A_gradient(hidden_gradient_TR, x_TI)
-        gradient_SBI = None
-        if ctx.needs_input_grad[0]:
-            gradient_TI = hidden_gradient_TR @ factors.A_RI
-            layer.add_input_gradient(gradient_TI, gradient_TO, ctx.base)
-            gradient_SBI = gradient_TI.unflatten(0, (-1, ctx.batch))
-        return gradient_SBI, None, None
+        gradient_TI = _input_gradient(ctx, hidden_gradient_TR, gradient_TO)
+        return None if gradient_TI is None else gradient_TI.unflatten(0, (-1, ctx.batch)), None, None
+
+
+def _input_gradient(ctx, hidden_gradient_TR: torch.Tensor, gradient_TO: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of a layer's input, (T, I), through adapters and frozen weight; None where nothing before it trains."""
+    if not ctx.needs_input_grad[0]:
+        return None
+    gradient_TI = hidden_gradient_TR @ ctx.layer.factors.A_RI
+    ctx.layer.add_input_gradient(gradient_TI, gradient_TO, ctx.base)
+    return gradient_TI
 
 
 def _scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:

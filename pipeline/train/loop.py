@@ -46,7 +46,6 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
         profiler(config, topology, state.step) as profiled,
         Log(config, state, batches, counts, enabled=topology.rank == 0) as log,
         Passes(config, model) as passes,
-        garbage_kept(),
     ):
         unlabelled = Unlabelled(config, batches.streams.epochs, state.samples_of_data)
         seed_step(config.seed, state.step, topology)
@@ -60,7 +59,8 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
                 result = None
                 schedule.step(config.tokens_per_step)
             else:
-                result = train_step(config, state, passes, optimizer, schedule, data.micro_batches)
+                with garbage_kept():
+                    result = train_step(config, state, passes, optimizer, schedule, data.micro_batches)
             if isinstance(result, Anomaly):
                 return result
             state.step += 1
@@ -75,7 +75,6 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
             if stopping or state.step in saved_steps:
                 with log.saving():
                     checkpointer.save(state)
-                gc.collect()
             if stopping:
                 log.stopped()
                 return None

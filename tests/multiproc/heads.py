@@ -82,7 +82,7 @@ def stepped(model, batch) -> dict[str, torch.Tensor]:
     outputs = run_schedule(model, [batch], forward_only=False)
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     gradients = {name: parameter.main_grad.clone() for name, parameter in trained.items()}
-    return gradients | {"losses": output["losses_BT"] for output in outputs}
+    return gradients | ({"losses": outputs[0]["losses_BT"]} if outputs else {})
 
 
 @torch.no_grad()

@@ -253,7 +253,8 @@ def losses_and_gradients(model, batch) -> dict[str, torch.Tensor]:
             names[name].data += 0.02 * torch.randn(names[name].shape, generator=generator).to(names[name])
     outputs = run_schedule(model, [batch], forward_only=False)
     gradients = {f"gradient of {name}": parameter.main_grad.clone() for name, parameter in names.items() if parameter.requires_grad}
-    return gradients | {"losses": output["losses_BT"] for output in outputs}  # of the last pipeline stage alone
+    losses = {"losses": outputs[0]["losses_BT"]} if outputs else {}  # of the last pipeline stage alone
+    return gradients | losses
 
 
 def _local_name(name: str) -> str:

@@ -1,0 +1,170 @@
+"""Trunks and branches in the report: where a branch began, kinds of points, and what is compared with what."""
+
+import json
+import re
+import shutil
+
+import pytest
+from test_report import LORA, PAPER, STEP, record, score, started, write_task
+
+from retemper.pipeline import eval_folder
+from retemper.pipeline.evals import show
+from retemper.pipeline.report.results import comparison, format_table, read_study, table
+
+# Steps of a branch -> its kind. The warm-up takes four steps, the trunk sixteen.
+BRANCHES = {3: "ended in the warm-up", 10: "cooled down", 20: "cooled down"}
+
+
+def branched(workspace, runs_dir, method, ends):
+    """A trunk with scores at its start and after 10 steps, and branches of 3, 10 and 20 steps that have no start of their own."""
+    name = "lora" if method else "full"
+    changes = [*method, f"schedule.warmup_tokens={4 * STEP}"]
+    milestones = [f"train.branches=[{','.join(str(steps * STEP) for steps in BRANCHES)}]", f"train.tokens={16 * STEP}"]
+    trunk = started(workspace, runs_dir, name, *changes, *milestones, f"checkpoint.milestones=[{10 * STEP}]")
+    score(trunk.run_dir, 0, code=3.0, math=2.0)
+    score(trunk.run_dir, 10, sign=-1.0, code=ends[10][0] + 0.3, math=ends[10][1] + 0.3)
+    for steps, (code, math) in ends.items():
+        tokens = f"train.tokens={steps * STEP}"
+        branch = started(workspace, runs_dir, f"{name}-{steps}", *changes, tokens, f"branch_of={trunk.run_dir}")
+        score(branch.run_dir, steps, sign=-1.0 if method else 0.5, code=code, math=math)
+    return trunk
+
+
+FULL_ENDS = {3: (2.9, 2.1), 10: (2.2, 2.4), 20: (1.8, 2.6)}
+LORA_ENDS = {3: (2.95, 2.05), 10: (2.6, 2.2), 20: (2.4, 2.3)}
+
+
+@pytest.fixture
+def study(workspace, tmp_path):
+    record(workspace, tmp_path, "base", [], (3.0, 2.0))
+    full = branched(workspace, tmp_path, [], FULL_ENDS)
+    branched(workspace, tmp_path, LORA, LORA_ENDS)
+    return full.run_dir.parent
+
+
+def check_branches(folder):
+    runs = {run.config.name: run for run in read_study(folder)}
+    for name, ends in (("full", FULL_ENDS), ("lora", LORA_ENDS)):
+        for steps, (code, math) in ends.items():
+            run = runs[f"{name}-{steps}"]
+            assert {round(curve[0], 9) for curve in run.curves.values()} == {3.0, 2.0}
+            assert run.gains()[steps * STEP] == pytest.approx((3.0 - code, math - 2.0))
+
+
+def test_a_branch_began_where_its_trunk_did(study, tmp_path):
+    check_branches(study)
+    moved = tmp_path / "elsewhere" / "study"
+    shutil.copytree(study, moved)
+    shutil.rmtree(study)
+    check_branches(moved)
+
+
+def test_points_have_a_kind_and_a_row(study):
+    rows = table(read_study(study))
+    assert rows[0][:6] == ["run", "method", "tokens", "point", "code bits/byte", "math bits/byte"]
+    found = {(row[0], int(row[2].replace(",", "")) // STEP): row[3:8] for row in rows[1:]}
+    assert found["full", 0][0] == found["lora", 0][0] == "start"
+    assert found["full", 10][0] == found["lora", 10][0] == "trunk"
+    assert found["base", 10][0] == "cooled down"
+    for name in ("full", "lora"):
+        for steps, kind in BRANCHES.items():
+            cell, *_, learned, forgotten = found[f"{name}-{steps}", steps]
+            assert cell == (f"{kind}, at 50% of the peak rate" if steps == 3 else kind)
+            assert learned and forgotten
+            assert (f"{name}-{steps}", 0) not in found
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "expected"),
+    [
+        (["schedule.warmup_tokens=0"], (2, 8, 9, 10), ["trunk", "trunk", "cooling down", "cooled down"]),
+        (["schedule.cooldown_fraction=0"], (2, 10), ["trunk", "trunk"]),
+        (["schedule=cosine", f"schedule.warmup_tokens={2 * STEP}"], (2, 5, 10), ["trunk", "cooling down", "cooled down"]),
+        (["schedule=inverse_sqrt", f"schedule.warmup_tokens={2 * STEP}"], (2, 10), ["trunk", "trunk"]),
+    ],
+)
+def test_the_kind_follows_the_schedule(workspace, tmp_path, schedule, steps, expected):
+    config = started(workspace, tmp_path, "full", *schedule)
+    for step in steps:
+        score(config.run_dir, step, code=2.0, math=2.0)
+    assert [row[3] for row in table(read_study(config.run_dir.parent))[1:]] == expected
+
+
+def test_branches_are_compared_at_equal_tokens_and_kind(study):
+    said = comparison(read_study(study))
+    began = [sentence.partition(": ")[0] for sentence in said]
+    assert began == [
+        "lora-20 (LoRA) beside full-20 (full), after 10,240 tokens",
+        "lora-10 (LoRA) beside full-10 (full), after 5,120 tokens",
+        "lora-3 (LoRA) beside full-3 (full), after 1,536 tokens (ended in the warm-up)",
+    ]
+    assert "learned less, +0.600 against +1.200 bits/byte on code" in said[0]
+    assert all(sentence.endswith(f"As {PAPER}") for sentence in said)
+
+
+def test_a_trunk_is_not_compared_with_what_cooled_down(study):
+    for steps in BRANCHES:
+        shutil.rmtree(study / f"full-{steps}")
+    (said,) = comparison(read_study(study))
+    assert said.startswith("lora (LoRA) beside full (full), after 5,120 tokens (trunk): ")
+    shutil.rmtree(eval_folder.scores_path(study / "lora", 10).parent)
+    (said,) = comparison(read_study(study))
+    assert said == (
+        "lora-10 (LoRA) beside full (full): not compared, for they have no points of equal tokens and equal kind: "
+        "after 5,120 tokens lora-10 is cooled down, full a point of a trunk."
+    )
+
+
+def test_a_trunk_that_is_gone_is_named(study):
+    shutil.rmtree(study / "lora")
+    runs = read_study(study)
+    assert [run.gains() for run in runs if run.config.method.name == "lora"] == [{}] * 3
+    blank = [sentence for sentence in comparison(runs) if "nothing to compare with" in sentence]
+    assert len(blank) == 3 and all(f"its trunk {study / 'lora'} is gone" in sentence for sentence in blank)
+    assert format_table(table(runs))
+
+
+def test_the_starts_of_a_branch_are_shown_with_its_scores(study):
+    config = next(run.config for run in read_study(study) if run.config.name == "lora-10")
+    lines = list(show.table(config))
+    assert re.search(r"^ +0  code ", "\n".join(lines), re.MULTILINE)
+    assert re.search(r"^ +10  code .* -0\.4000 ± 0\.\d+ \(-0\.\d+ to -0\.\d+\)", "\n".join(lines), re.MULTILINE)
+
+
+def test_a_start_scored_in_a_branchs_own_folder_is_still_read(study):
+    """As workers left it before branches shared one: of two, the trunk's counts."""
+    config = next(run.config for run in read_study(study) if run.config.name == "lora-10")
+    trunk = config.model_copy(update={"name": "lora"})
+    for step, right in ((0, 0.5), (10, 1.0)):
+        write_task(config, step, "gsm8k", [1.0, right, 0.0, right])
+    change = {row[0]: row[6] for row in show.task_rows(config, 10)}
+    assert change["10"].startswith("+0.2500 ± ")
+    write_task(trunk, 0, "gsm8k", [1.0, 1.0, 0.0, 1.0])
+    change = {row[0]: row[6] for row in show.task_rows(config, 10)}
+    assert change["10"].startswith("+0.0000 on each of 4")
+
+
+@pytest.mark.parametrize("named", ["by a link", "branch of a branch", "itself", "each other"])
+def test_a_start_is_found_however_its_trunk_is_named(study, tmp_path, named):
+    path = study / "lora-20" / "config.json"
+    config = json.loads(path.read_text())
+    if named == "by a link":
+        (tmp_path / "link").symlink_to(study)
+        config["branch_of"] = str(tmp_path / "link" / "lora")
+    elif named == "branch of a branch":
+        config["branch_of"] = str(study / "lora-10")
+    elif named == "itself":
+        config["branch_of"] = str(study / "lora-20")
+    else:
+        other = study / "lora-10" / "config.json"
+        other.write_text(json.dumps(json.loads(other.read_text()) | {"branch_of": str(study / "lora-20")}))
+        config["branch_of"] = str(study / "lora-10")
+    path.write_text(json.dumps(config))
+    runs = {run.config.name: run for run in read_study(study)}
+    said = comparison(list(runs.values()))
+    if named in ("by a link", "branch of a branch"):
+        assert runs["lora-20"].family == study / "lora" and runs["lora-20"].gains()
+        assert said[0].startswith("lora-20 (LoRA) beside full-20 (full), after 10,240 tokens: learned less")
+    else:
+        assert not runs["lora-20"].gains()
+        assert any("lora-20: nothing to compare with" in sentence for sentence in said)
