@@ -26,15 +26,24 @@ def load_config(overrides: list[str]) -> Config:
     and topologies that cannot be.
     """
     raw = _compose(overrides)
-    raw["model"] = _model_of_base(raw, overrides)
     begun = _begun(raw)
+    raw["model"] = _model_of_base(raw, begun, overrides)
     _keep_scale(raw, begun)
     return check_config(raw, begins=not begun)
 
 
+_STEP = re.compile(r"@(\d+)$")
+
+
 def base_folder(name: str) -> Path:
     """The run folder that init_from names, as RUN or as RUN@STEP."""
-    return Path(re.sub(r"@\d+$", "", name))
+    return Path(_STEP.sub("", name))
+
+
+def base_step(name: str) -> int | None:
+    """The step that init_from asks for, as RUN@STEP. None where it names the run alone."""
+    asked = _STEP.search(name)
+    return int(asked[1]) if asked else None
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -54,10 +63,13 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
-def _model_of_base(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def _model_of_base(
+    raw: dict[str, Any], begun: dict[str, Any], overrides: list[str]
+) -> dict[str, Any]:
     """The model that a run begins from; where that is not here, the one that is named.
 
-    Raises UserError where neither is.
+    begun: the config that the run has begun with, which has that model, too. Raises UserError where
+    none of them is.
     """
     given = _given_of_model(overrides)
     for key, folder in _beginnings(raw).items():
@@ -70,6 +82,8 @@ def _model_of_base(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
                 f"`retemper import {folder} runs/models/NAME`; then init_from=runs/models/NAME"
             )
         return _same_model(config["model"], raw["model"], given, f"{key}={folder}")
+    if _beginnings(raw) and "model" in begun:
+        return _same_model(begun["model"], raw["model"], given, "the run that has begun")
     for key, folder in _beginnings(raw).items():
         if not _names_a_shape(given, overrides):
             raise UserError(
@@ -166,7 +180,7 @@ def load_parallel(overrides: list[str]) -> ParallelConfig:
 OF_EVALUATIONS = ("evals",)
 OF_SCORING = (*OF_EVALUATIONS, "parallel", "train.micro_batch_size", "track", "init_from", "data.path", "data.tokenizer")
 # Of its evaluations, what a preset leaves as it was: what the run has been scored on so far, and what fits its machine.
-_KEPT = ("heldout", "max_samples", "micro_batch_size", "tasks_dir")
+_KEPT = ("heldout", "learned", "max_samples", "micro_batch_size", "tasks_dir")
 
 
 def load_run(run_dir: Path, overrides: list[str], may_change: tuple[str, ...] = OF_EVALUATIONS) -> Config:

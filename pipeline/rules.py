@@ -258,6 +258,13 @@ def conflicts(config: Config):
     for name in ("humaneval", "mbpp"):
         if name in config.evals.inline:
             yield f"evals.tasks.{name}.where=inline: generated programs are run by workers alone; set it to worker"
+    for name in config.evals.learned or ():
+        if name not in config.evals.heldout:
+            known = ", ".join(config.evals.heldout) or "none"
+            yield (
+                f"evals.learned: {name} is no domain of evals.heldout ({known})"
+                f"{nearest(name, list(config.evals.heldout))}"
+            )
     if "heldout" in config.evals.tasks:
         yield "evals.tasks.heldout: that name is taken by the held-out domains"
     if method.name == "lora" and config.init_from is None:

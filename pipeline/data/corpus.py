@@ -10,6 +10,8 @@ from retemper.pipeline.schema.data import StreamConfig
 from retemper.pipeline.schema.run import Config
 from retemper.tokenize.tokenizer import sha256_here
 
+REPLAY = "replay"  # the name of data.replay among the training streams
+
 
 def stream_paths(config: Config) -> dict[str, str]:
     """Name -> folder of every training stream, by name: the order of samples follows this one."""
@@ -74,7 +76,7 @@ def check_corpora(config: Config) -> dict[str, Any]:
 
 
 def _mixed_in(config: Config) -> dict[str, StreamConfig]:
-    return config.data.mixture | ({"replay": config.data.replay} if config.data.replay else {})
+    return config.data.mixture | ({REPLAY: config.data.replay} if config.data.replay else {})
 
 
 def _mismatches(config: Config, name: str, manifest: dict, own: dict):

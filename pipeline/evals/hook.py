@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from retemper.pipeline import eval_folder
 from retemper.pipeline.distributed.topology import Topology, from_rank_zero
 from retemper.pipeline.evals.heldout import heldout_scores
+from retemper.pipeline.evals.paired import forgetting
+from retemper.pipeline.evals.uncertainty import Estimate
 from retemper.pipeline.schema.run import Config
 
 
@@ -16,7 +18,7 @@ class Scores:
     heldout: dict[str, dict]
     heldout_seconds: float
     tasks: dict[str, dict]
-    forgetting: float | None = None
+    forgetting: Estimate | None = None
 
 
 def evaluate(config: Config, topology: Topology, model, step: int) -> Scores | None:
@@ -34,7 +36,7 @@ def evaluate(config: Config, topology: Topology, model, step: int) -> Scores | N
     if missing and topology.rank == 0:
         eval_folder.write_heldout(config.run_dir, step, scores, {domain: found.samples for domain, found in heldout.items()})
     scored = _score(config, topology, model, step, tasks) if tasks else {}
-    return Scores(scores, seconds, scored, eval_folder.forgetting(eval_folder.read_tasks(config.run_dir, step)) if scored else None)
+    return Scores(scores, seconds, scored, forgetting(eval_folder.read_tasks(config.run_dir, step)) if scored else None)
 
 
 def unscored(config: Config, step: int) -> tuple[list[str], list[str]]:
@@ -75,7 +77,8 @@ def format_scores(step: int, scores: Scores) -> str:
     for name, values in scores.tasks.items():
         lines.append(f"{name} " + (f"was not scored: {values['error']}" if "error" in values else _format_metrics(values)))
     if scores.forgetting is not None:
-        lines.append(f"forgetting score {scores.forgetting:.4f} (mean of {', '.join(eval_folder.FORGOTTEN)})")
+        found = f"{scores.forgetting.value:.4f} ± {scores.forgetting.stderr:.4f}"
+        lines.append(f"forgetting score {found} (mean of {', '.join(eval_folder.FORGOTTEN)})")
     return "\n".join(f"step {step:>6}  {line}" for line in lines)
 
 

@@ -30,14 +30,14 @@ def learning_forgetting(runs: list[RunResult]):
     continued = [run for run in runs if run.gains()]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for run in continued:
-        for axis, domains in ((axes[0], [run.learned_domain]), (axes[1], run.old_domains)):
+        for axis, domains in ((axes[0], run.learned_domains), (axes[1], run.old_domains)):
             for domain in domains:
                 curve = run.curves[domain]
                 axis.plot([tokens / 1e3 for tokens in curve], list(curve.values()), marker="o", **style[run.config.name])
         learned, forgotten = zip(*run.gains().values())
         axes[2].plot(forgotten, learned, marker="o", **style[run.config.name])
     if continued:
-        axes[0].set_title(f"Learned: held-out {continued[0].learned_domain}")
+        axes[0].set_title(f"Learned: held-out {', '.join(continued[0].learned_domains)}")
         axes[1].set_title(f"Forgotten: held-out {', '.join(continued[0].old_domains)}")
     for axis in axes[:2]:
         axis.set(xlabel="thousand tokens", ylabel="bits per byte (lower is better)")

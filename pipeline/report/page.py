@@ -52,8 +52,8 @@ def _page(title: str, runs: list[RunResult], drawings: dict[str, str]) -> str:
 {"".join(f'<p class="finding">{html.escape(sentence)}</p>' for sentence in comparison(runs))}
 {figures}
 <h2>Every evaluated step</h2>
-<p>Bits per byte on held-out documents, lower is better. Learned: bits per byte gained on the trained domain since the
-start of the run. Forgotten: bits per byte lost on the others. A point of a trunk was scored at a rate that had not been cooled
+<p>Bits per byte on held-out documents, lower is better. Learned: bits per byte gained since the start
+of the run on the domains it trained on, their mean. Forgotten: bits per byte lost on the others, their mean. A point of a trunk was scored at a rate that had not been cooled
 down; runs are compared at equal tokens and points of one kind.</p>
 <div class="scroll">{_table(table(runs))}</div>
 {_tasks(runs)}

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.config import load_run
+from retemper.pipeline.data.domains import domains_of
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.paired import Scored
 from retemper.pipeline.report import verdicts
@@ -34,14 +35,19 @@ class RunResult:
     start: Config | None
 
     @property
-    def learned_domain(self) -> str | None:
-        """The held-out domain of the corpus it trained on."""
-        return self.config.data.name if self.config.data.name in self._followed else None
+    def learned_domains(self) -> list[str]:
+        """The scored domains of the text that it trained on."""
+        return domains_of(self.config, self._followed).learned
 
     @property
     def old_domains(self) -> list[str]:
-        """The other held-out domains: what a continued run may forget."""
-        return [domain for domain in self._followed if domain != self.config.data.name]
+        """The other scored domains: what a continued run may forget."""
+        return domains_of(self.config, self._followed).old
+
+    @property
+    def measures_both(self) -> bool:
+        """Whether it was scored on what a continued run learns and on what it may forget."""
+        return bool(self.is_continued and self.learned_domains and self.old_domains)
 
     @property
     def _followed(self) -> list[str]:
@@ -81,22 +87,26 @@ class RunResult:
     def gains(self) -> dict[int, tuple[float, float]]:
         """tokens -> (learned, forgotten), where all of its domains were scored there and at the start; else empty.
 
-        Learned: bits per byte gained on the trained domain since the start. Forgotten: bits per byte lost on the others, their mean.
+        Learned: the mean of the bits per byte gained on the learned domains since the start.
+        Forgotten: the mean of those lost on the old ones.
         """
-        if not (self.is_continued and self.learned_domain and self.old_domains):
+        if not self.measures_both:
             return {}
         scored = set.intersection(*(set(self.curves[domain]) for domain in self._followed))
         if 0 not in scored:
             return {}
-        curves = {domain: self.curves[domain] for domain in self._followed}
-        gained = {
-            tokens: {domain: curve[0] - curve[tokens] for domain, curve in curves.items()}
+        return {
+            tokens: (
+                self.gained(self.learned_domains, tokens),
+                0.0 - self.gained(self.old_domains, tokens),
+            )
             for tokens in sorted(scored)
         }
-        return {
-            tokens: (by_domain[self.learned_domain], 0.0 - sum(by_domain[domain] for domain in self.old_domains) / len(self.old_domains))
-            for tokens, by_domain in gained.items()
-        }
+
+    def gained(self, domains: list[str], tokens: int) -> float:
+        """The mean over domains of the bits per byte gained since the start."""
+        curves = [self.curves[domain] for domain in domains]
+        return fmean(curve[0] - curve[tokens] for curve in curves)
 
     def tokens_per_second(self) -> float:
         """Median over the logged intervals; 0 before the first."""
@@ -137,10 +147,8 @@ class _Point:
     def scored(self) -> Scored:
         return Scored(self.run.config, self.tokens // self.run.config.tokens_per_step)
 
-    def gained(self, domain: str) -> float:
-        """Bits per byte since the start."""
-        curve = self.run.curves[domain]
-        return curve[0] - curve[self.tokens]
+    def gained(self, domains: list[str]) -> float:
+        return self.run.gained(domains, self.tokens)
 
 
 def comparison(runs: list[RunResult]) -> list[str]:
@@ -169,7 +177,7 @@ def _of_method(name: str, families: dict[Path, list[_Point]]) -> list[list[_Poin
 def _share_domains(one: RunResult, other: RunResult) -> bool:
     """Whether both learned the same, and were scored on an old domain that is the same."""
     old = set(one.old_domains) & set(other.old_domains)
-    return one.learned_domain == other.learned_domain and bool(old)
+    return set(one.learned_domains) == set(other.learned_domains) and bool(old)
 
 
 def _compare(lora: list[_Point], full: list[_Point]) -> list[str]:
@@ -200,10 +208,11 @@ def _names(lora: _Point, full: _Point) -> str:
 def _verdict(lora: _Point, full: _Point) -> str:
     # Means over other domains would not compare.
     old = [domain for domain in lora.run.old_domains if domain in full.run.old_domains]
-    gained = tuple(point.gained(point.run.learned_domain) for point in (lora, full))
-    losses = tuple(0.0 - fmean(map(point.gained, old)) for point in (lora, full))
+    learned = lora.run.learned_domains
+    gains = tuple(point.gained(learned) for point in (lora, full))
+    losses = tuple(0.0 - point.gained(old) for point in (lora, full))
     scored = lora.scored, full.scored
-    learned_said, learned_clause = verdicts.learned(*scored, lora.run.learned_domain, gained)
+    learned_said, learned_clause = verdicts.learned(*scored, learned, gains)
     forgot_said, forgot_clause = verdicts.forgot(*scored, old, losses)
     clauses = [learned_clause, forgot_clause, *filter(None, [verdicts.kept(*scored)])]
     kind = "" if lora.kind == COOLED else f" ({lora.kind})"
@@ -215,7 +224,7 @@ def _verdict(lora: _Point, full: _Point) -> str:
 
 def _blank(run: RunResult) -> list[str]:
     """Why a run that was scored has no learned and forgotten, where its start is the reason."""
-    if run.gains() or not (run.is_continued and run.learned_domain and run.old_domains):
+    if run.gains() or not run.measures_both:
         return []
     begins = f"{run.config.name}: nothing to compare with, for "
     if run.start is None:

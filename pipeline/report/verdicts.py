@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from retemper.pipeline import eval_folder
+from retemper.pipeline.data.domains import domains_of
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.paired import (
     Scored,
@@ -26,17 +27,17 @@ def verdict(found: Estimate) -> str:
 
 
 def learned(
-    first: Scored, second: Scored, domain: str, gains: tuple[float, float]
+    first: Scored, second: Scored, domains: list[str], gains: tuple[float, float]
 ) -> tuple[str, str]:
-    """A verdict, and a clause on which of two runs gained more bits per byte on a domain.
+    """A verdict, and a clause on which of two runs gained more bits per byte on what it learned.
 
-    gains: of the first and the second, as they are reported.
+    gains: of the first and the second, means over the domains, as they are reported.
     """
 
     def gained() -> Estimate:
-        return student(gain_difference(second, first, domain))
+        return _gain_difference(second, first, domains)
 
-    return _clause("learned", gains, domain, gained)
+    return _clause("learned", gains, ", ".join(domains), gained)
 
 
 def forgot(
@@ -46,11 +47,10 @@ def forgot(
 
     losses: of the first and the second, means over the domains, as they are reported.
     """
-    listed = ", ".join(domains)
+    listed = ", ".join(domain + _replayed(domain, first, second) for domain in domains)
 
     def gained() -> Estimate:
-        parts = [gain_difference(second, first, domain) for domain in domains]
-        return mean([student(part) for part in parts])
+        return _gain_difference(second, first, domains)
 
     def lost() -> Estimate:
         return _negated(gained())
@@ -111,6 +111,20 @@ def _clause(
     words = f"{what}{of} {said}" if said in (LESS, MORE) else f"{what}: {said}"
     numbers = f"{values[0] + 0.0:+.3f} against {values[1] + 0.0:+.3f} bits/byte on {domains}"
     return said, f"{words}, {numbers} ({interval})"
+
+
+def _gain_difference(first: Scored, second: Scored, domains: list[str]) -> Estimate:
+    """The mean over domains of what the second run gained more than the first."""
+    parts = [gain_difference(first, second, domain) for domain in domains]
+    return mean([student(part) for part in parts])
+
+
+def _replayed(domain: str, *runs: Scored) -> str:
+    """A remark on an old domain whose text was mixed into the training of some of the runs."""
+    by = [run.config.name for run in runs if domain in domains_of(run.config).replayed]
+    if len(by) == len(runs):
+        return " (replayed)"
+    return f" (replayed by {', '.join(by)})" if by else ""
 
 
 def _interval(found: Estimate) -> str:

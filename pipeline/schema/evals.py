@@ -39,6 +39,11 @@ class EvalsConfig(Section):
     """What is measured at each milestone."""
 
     heldout: dict[Name, str] = Field(default={}, description="domain name -> token-shard folder, for bits per byte")
+    learned: list[Name] | None = Field(
+        None,
+        description="the domains on which learning is measured, the others measure forgetting; "
+        "by default those of data.name and data.mixture, known by folder or name",
+    )
     max_samples: PositiveInt = Field(512, description="held-out samples read per domain")
     micro_batch_size: PositiveInt = 16
     tasks: dict[Name, TaskConfig] = Field(default={}, description="tasks by lm-eval's names")

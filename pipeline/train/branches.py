@@ -7,7 +7,9 @@ precedence, as in the paper's code.
 from typing import Any
 
 from retemper.pipeline import eval_folder, run_folder
+from retemper.pipeline.checkpoint.base import base_of
 from retemper.pipeline.checkpoint.commit import committed_steps
+from retemper.pipeline.data.domains import measures
 from retemper.pipeline.distributed.topology import Topology, asked_to_stop, from_rank_zero
 from retemper.pipeline.evals.hook import unscored
 from retemper.pipeline.model.adapter import scale_of
@@ -22,13 +24,13 @@ def train_with_branches(config: Config, topology: Topology, fingerprints: dict[s
     branches = branches_of(config)
     for branch in branches:
         run_folder.check(branch)
-    _introduce(config, topology)
+    _introduce(config, topology, fingerprints)
     train(config, topology, fingerprints)
     for branch in branches:
         if asked_to_stop():
             return
         if not from_rank_zero(is_complete(branch)):
-            _introduce(branch, topology)
+            _introduce(branch, topology, fingerprints)
             train(branch, topology, fingerprints)
 
 
@@ -39,7 +41,7 @@ def is_complete(config: Config) -> bool:
 
 
 def introduction(config: Config) -> list[str]:
-    """What a run says before it trains of its adapters' scale and, as a branch, of its end."""
+    """The lines that a run prints before it trains: its scale of LoRA, its end, its measures."""
     lines = []
     if lora := config.method.lora:
         scale = f"{scale_of(lora):.6g}"
@@ -47,10 +49,14 @@ def introduction(config: Config) -> list[str]:
     if config.branch_of:
         lines.append(f"branch of {config.branch_of}: {ending(config)}")
         lines += [f"other than its trunk's: {change}" for change in differences_of_training(config)]
+    if config.init_from:
+        lines += measures(config)
     return lines
 
 
-def _introduce(config: Config, topology: Topology) -> None:
+def _introduce(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> None:
     if topology.rank == 0:
-        for line in introduction(config):
+        base = base_of(config, fingerprints.get("base"))
+        begins = [f"begins from {base}"] if base else []
+        for line in [*begins, *introduction(config)]:
             print(f"{config.study}/{config.name}: {line}", flush=True)

@@ -118,5 +118,7 @@ def test_a_run_that_has_begun_keeps_its_alpha(tmp_path):
 def test_a_run_says_the_scale_of_its_adapters(tmp_path):
     from retemper.pipeline.train.branches import introduction
 
-    assert introduction(lora_config(tmp_path, "method.lora.rank=4")) == ["LoRA: rank 4, alpha 8: updates are scaled by 2"]
+    first, *measured = introduction(lora_config(tmp_path, "method.lora.rank=4"))
+    assert first == "LoRA: rank 4, alpha 8: updates are scaled by 2"
+    assert "what it learns is measured on held-out math" in measured
     assert introduction(load_config(overrides(tmp_path, "full"))) == []

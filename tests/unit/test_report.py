@@ -202,6 +202,30 @@ def test_of_unequal_old_domains_those_count_that_both_have(workspace, tmp_path):
     assert "forgot more, +1.050 against +0.400 bits/byte on math, wiki (difference +0.650" in said
 
 
+def test_what_a_mixture_trains_on_is_learned_and_what_it_replays_is_old(workspace, tmp_path):
+    mixture = [f"data.mixture.wiki.path={workspace}/wiki", "data.mixture.wiki.fraction=0.2"]
+    replay = [f"data.replay.path={workspace}/data/math", "data.replay.fraction=0.1"]
+    full = record(workspace, tmp_path, "full", mixture, (2.0, 2.5))
+    lora = record(workspace, tmp_path, "lora", [*LORA, *mixture, *replay], (2.8, 2.1), sign=1.0)
+    for config, end in ((full, 0.4), (lora, 0.9)):
+        for step, wiki in ((0, 1.0), (10, end)):
+            score(config.run_dir, step, wiki=wiki)
+    runs = read_study(full.run_dir.parent)
+    # Of code and wiki: (1.0 + 0.6) / 2 and (0.2 + 0.1) / 2. Wiki counted as forgotten before.
+    gains = [run.gains()[10 * STEP] for run in runs]
+    assert gains == [pytest.approx((0.8, 0.5)), pytest.approx((0.15, 0.1))]
+    (said,) = comparison(runs)
+    assert "learned less, +0.150 against +0.800 bits/byte on code, wiki (difference -0.650" in said
+    assert "+0.100 against +0.500 bits/byte on math (replayed by lora) (difference -0.400" in said
+    for config in (full, lora):
+        raw = json.loads((config.run_dir / "config.json").read_text())
+        raw["evals"]["learned"] = ["math"]
+        raw["evals"]["heldout"]["wiki"] = str(workspace / "wiki")
+        (config.run_dir / "config.json").write_text(json.dumps(raw))
+    learned = {run.config.name: run.gains()[10 * STEP][0] for run in read_study(full.run_dir.parent)}
+    assert learned == {"lora": pytest.approx(-0.1), "full": pytest.approx(-0.5)}
+
+
 def write_task(config, step, task, scores):
     """A task's scores: each problem's 0 or 1."""
     found = estimate(scores).headline("acc") | {"decontaminated": {}, "settings": {"shots": 0}, "metrics": {}}
