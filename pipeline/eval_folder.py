@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from retemper.pipeline.config import read_config
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.leases import write_once
 from retemper.pipeline.records import compress_records
@@ -51,10 +52,12 @@ def start_of(config: Config) -> Config | None:
         folder = _trunk_folder(start)
         if folder is None or folder in passed:
             return None
-        trunk = json.loads((folder / "config.json").read_text())
+        trunk = read_config(folder)
         place = {"runs_dir": str(folder.parent.parent), "study": folder.parent.name}
         place["name"] = folder.name
         began = {key: trunk.get(key) for key in ("init_from", "branch_of", "seed")}
+        if began["init_from"] and start.init_from:
+            began["init_from"] = start.init_from  # where the trunk's base is now
         start = start.model_copy(update=place | began)
     return start
 

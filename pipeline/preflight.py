@@ -1,10 +1,9 @@
 """Everything about a run that can be refused before a process group starts."""
 
-from pathlib import Path
 from typing import Any
 
 from retemper.pipeline import run_folder
-from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.checkpoint.base import base_of
 from retemper.pipeline.data.corpus import check_corpora
 from retemper.pipeline.schema.run import Config
 from retemper.pipeline.trunk import check_trunk
@@ -18,6 +17,6 @@ def preflight(config: Config) -> dict[str, Any]:
     run_folder.check(config)
     check_trunk(config)
     fingerprints = check_corpora(config)
-    if config.init_from:
-        fingerprints["base"] = commit.fingerprint(commit.newest(Path(config.init_from)))
+    if base := base_of(config):
+        fingerprints["base"] = base.fingerprint
     return fingerprints

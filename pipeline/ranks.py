@@ -47,7 +47,7 @@ def run_prepared[Setup: ModelSetup](
     try:
         setup, prepared = prepare()
         topology = topologies.start(setup.parallel)
-        _refuse_other_inputs(topology.rank, prepared)
+        prepared = _inputs_of_rank_zero(topology.rank, prepared)
         work(setup, topology, prepared)
     except (UserError, OSError) as error:
         _say(error)
@@ -69,11 +69,25 @@ def _prepare_environment(config: Config) -> None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def _refuse_other_inputs(rank: int, fingerprints: dict[str, Any]) -> None:
-    """A path may lead to other files on another node."""
-    if changes := changed_keys(topologies.from_rank_zero(fingerprints), fingerprints):
+def _inputs_of_rank_zero(rank: int, fingerprints: dict[str, Any]) -> dict[str, Any]:
+    """Rank 0's fingerprints. Raises UserError where this rank has others.
+
+    A path may lead to other files on another node. Of a base that still trains, ranks may have seen
+    different newest checkpoints: rank 0's counts, and every rank that loads it compares its files.
+    """
+    expected = topologies.from_rank_zero(fingerprints)
+    changes = [
+        change
+        for change in changed_keys(expected, fingerprints)
+        if not change.startswith("base:")
+    ]
+    if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
-        raise UserError(f"rank {rank} has other inputs than rank 0:\n{listed}\nGive every node the same data.path, tokenizer and init_from")
+        raise UserError(
+            f"rank {rank} has other inputs than rank 0:\n{listed}\n"
+            "Give every node the same data.path and tokenizer"
+        )
+    return expected
 
 
 def _say(error: Exception) -> None:

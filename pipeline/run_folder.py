@@ -1,4 +1,7 @@
-"""What a run leaves on disk: runs_dir/study/name with config.json, metrics.jsonl, checkpoints/, evals/<step>/."""
+"""What a run leaves on disk, in runs_dir/study/name.
+
+That is config.json, base.json, metrics.jsonl, checkpoints/ and evals/<step>/.
+"""
 
 import json
 import os
@@ -25,7 +28,7 @@ MAY_CHANGE = (
     "evals.",
     "track.",
     "runs_dir:",
-    "init_from:",
+    "init_from:",  # to where the base is now; which one it is, base.json says
     "branch_of:",
     "train.branches:",
     "train.micro_batch_size:",
@@ -54,7 +57,13 @@ def check(config: Config) -> None:
     if not path.is_file():
         return
     stored = _with_new_keys(json.loads(path.read_text()))
-    changes = [c for c in changed_keys(stored, json.loads(config.to_json())) if not c.startswith(MAY_CHANGE)]
+    began_otherwise = (stored.get("init_from") is None) != (config.init_from is None)
+    changes = [
+        change
+        for change in changed_keys(stored, json.loads(config.to_json()))
+        if not change.startswith(MAY_CHANGE)
+        or (began_otherwise and change.startswith("init_from:"))
+    ]
     if config.data.allow_change:
         changes = [change for change in changes if not is_of_data(change)]
     if changes:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint import commit
-from retemper.pipeline.config import base_folder, changed_keys, read_config
+from retemper.pipeline.config import base_folder, base_step, changed_keys, read_config
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.base import format_tokens
 from retemper.pipeline.schema.run import Config
@@ -112,4 +112,15 @@ def not_here(config: Config) -> list[str]:
         folder = getattr(config, key)
         if folder and read_config(base_folder(folder)) is None:
             lines.append(f"{name} not here: shape from model=; `train` needs {key}={folder}")
+    if config.init_from and not lines:
+        lines += _step_not_here(config.init_from)
     return lines
+
+
+def _step_not_here(init_from: str) -> list[str]:
+    step = base_step(init_from)
+    there = commit.committed_steps(base_folder(init_from))
+    if step is None or step in there:
+        return []
+    steps = ", ".join(map(str, there)) or "none"
+    return [f"base's checkpoint not here: `train` needs init_from={init_from} (it has: {steps})"]

@@ -65,24 +65,24 @@ def commit(run_dir: Path, step: int, meta: dict) -> None:
     os.close(descriptor)
 
 
-def read_meta(folder: Path) -> dict:
+def read_meta(folder: Path, advice: str | None = None) -> dict:
     """meta.json of a committed checkpoint, after its own hash and that of every file was checked.
 
     torch's checkpoint metadata is a pickle: nothing is read from a folder whose files are not the ones committed.
+    advice: where a file is damaged; by default for a run that can go on from an earlier checkpoint.
     Raises UserError that names the file.
     """
+    advice = advice or (
+        f"restore {folder} from a copy, or remove it to go on from the checkpoint before it"
+    )
     meta = sealed_meta(folder)
     for name, expected in meta["files"].items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
-            raise UserError(
-                f"{folder / name} is missing or damaged: "
-                f"remove {folder} to go on from the checkpoint before it"
-            )
+            raise UserError(f"{folder / name} is missing or damaged: {advice}")
     there = {path.name for path in folder.iterdir() if _READ.fullmatch(path.name)}
     if unlisted := sorted(there - meta["files"].keys()):
         raise UserError(
-            f"{folder / unlisted[0]} is not among the files that {folder / META} lists: "
-            f"restore {folder} from a copy, or remove it to go on from the checkpoint before it"
+            f"{folder / unlisted[0]} is not among the files that {folder / META} lists: {advice}"
         )
     return meta
 

@@ -1,6 +1,5 @@
 """Model and optimizer to and from a committed folder, through megatron-core's resharding dist_checkpointing."""
 
-import json
 import queue
 import shutil
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import ModuleList
 
 from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.checkpoint.base import base_of, locate
 from retemper.pipeline.checkpoint.state import TrainState, state_of
 from retemper.pipeline.config import changed_keys
-from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero, is_main_process, trust_extra_state
+from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero, on_rank_zero, trust_extra_state
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.model.adapter import is_adapter
 from retemper.pipeline.model.lora import begin_at_base
@@ -113,16 +113,20 @@ class Checkpointer:
         raise UserError(f"{folder} was made with other inputs than this run's:\n{listed}\nTo go on, {advice}")
 
     def _load_base(self) -> None:
-        folder = commit.newest(Path(self.config.init_from))
-        meta = verified_meta(folder)
+        init_from = self.config.init_from
+        chosen = on_rank_zero(base_of, self.config, self.fingerprints["base"])
+        # The same path may lead to other files on another node.
+        base = locate(chosen, init_from, self.config.run_dir)
+        folder = base.folder
+        meta = on_rank_zero(base.read_meta)
         if meta["config"]["method"]["name"] != "full":
-            raise UserError(f"init_from={self.config.init_from}: {folder} holds adapters, not a model; name a run with method=full")
+            raise UserError(f"init_from={init_from}: {folder} holds adapters, not a model; name a run with method=full")
         if changes := changed_keys(meta["config"]["model"], self.config.model.model_dump()):
             raise UserError(
-                f"init_from={self.config.init_from}: {folder} holds another model ({'; '.join(changes)}); set model.* to its shape"
+                f"init_from={init_from}: {folder} holds another model ({'; '.join(changes)}); set model.* to its shape"
             )
         if meta["fingerprints"]["tokenizer"] != self.fingerprints["tokenizer"]:
-            raise UserError(f"init_from={self.config.init_from}: {folder} was trained with another tokenizer than {self.config.data.path}")
+            raise UserError(f"init_from={init_from}: {folder} was trained with another tokenizer than {self.config.data.path}")
         weights = [
             {key: value for key, value in state.items() if not (is_adapter(key) or _is_scaling(key))} for state in self._model_state()
         ]
@@ -181,13 +185,4 @@ def _reason(error: CheckpointException) -> str:
 
 def verified_meta(folder: Path) -> dict:
     """read_meta on rank 0, its result or its error on every rank."""
-    outcome = None
-    if is_main_process():
-        try:
-            outcome = json.dumps(commit.read_meta(folder)), None
-        except UserError as error:
-            outcome = None, str(error)
-    meta, problem = from_rank_zero(outcome)
-    if problem:
-        raise UserError(problem)
-    return json.loads(meta)
+    return on_rank_zero(commit.read_meta, folder)

@@ -232,6 +232,20 @@ def from_rank_zero(value):
     return box[0]
 
 
+def on_rank_zero(function, *arguments):
+    """What a function gives on rank 0, or the UserError that it raises there, on every rank."""
+    outcome = None
+    if is_main_process():
+        try:
+            outcome = function(*arguments), None
+        except UserError as error:
+            outcome = None, str(error)
+    result, problem = from_rank_zero(outcome)
+    if problem:
+        raise UserError(problem)
+    return result
+
+
 def _join(torch) -> None:
     for variable, value in (
         ("RANK", "0"),

@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from retemper.pipeline import eval_folder
 from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.checkpoint.base import base_of
 from retemper.pipeline.data.corpus import decontaminated
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.code_tasks import CODE_TASKS, problems_file, read_problems
@@ -177,11 +179,24 @@ def score_programs(config: Config, step: int, task: str) -> dict:
     }
 
 
+def export_options(config: Config, step: int, folder: Path) -> dict[str, Any]:
+    """The options that `retemper export` takes for a step of a run, where step 0 is its base.
+
+    Raises UserError where the base is gone or was changed.
+    """
+    run = config.run_dir
+    if not step:
+        base = base_of(eval_folder.start_of(config))
+        run = base.path
+        step = base.step
+    options = {"run": str(run), "folder": str(folder), "step": step}
+    return options | {"adapter": False, "base": None, "tokenizer": config.data.tokenizer}
+
+
 def export(config: Config, step: int, folder: Path) -> None:
     """Write a run's checkpoint, or with step 0 the model that it began from, for transformers. Raises UserError."""
-    options = {"run": str(config.run_dir) if step else eval_folder.start_of(config).init_from, "folder": str(folder), "step": step or None}
-    options |= {"adapter": False, "base": None, "tokenizer": config.data.tokenizer}
-    command = [sys.executable, "-m", "retemper.pipeline.huggingface", "export", json.dumps(options)]
+    options = json.dumps(export_options(config, step, folder))
+    command = [sys.executable, "-m", "retemper.pipeline.huggingface", "export", options]
     done = subprocess.run(command, capture_output=True, text=True)  # a process of its own: what it held is free afterwards
     if done.returncode:
         said = done.stderr.strip().splitlines()

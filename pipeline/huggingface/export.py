@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from retemper.pipeline.checkpoint import commit
-from retemper.pipeline.config import base_folder
+from retemper.pipeline.checkpoint.base import base_of_checkpoint
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.huggingface.config import (
     TOKENIZER_FILES,
@@ -169,7 +169,7 @@ def base_of(streamed: StreamedModel, base: str | None) -> tuple[str, Path]:
     origin = origin_of(streamed.folder, streamed.meta)
     source = json.loads((origin / SOURCE).read_text()) if origin else {}
     name = base or source.get("name")
-    folder = Path(source["folder"]) if origin else streamed.base_dir
+    folder = Path(source["folder"]) if origin else streamed.base.path
     if base and Path(base).exists():
         name = None
         folder = Path(base)
@@ -177,12 +177,15 @@ def base_of(streamed: StreamedModel, base: str | None) -> tuple[str, Path]:
         folder = transformers_folder(name, f"the adapters' base {name}")
     if not _is_model(folder) or not (origin or base):
         raise UserError(
-            f"{folder} is no transformers folder that is here: name that of the adapters' base {streamed.base_dir} with --base FOLDER, "
-            f"or make one: retemper export {streamed.base_dir} FOLDER"
+            f"{folder} is no transformers folder that is here: name that of the adapters' base, "
+            f"{streamed.base}, with --base FOLDER, or make one: retemper export {streamed.base.path} FOLDER --step {streamed.base.step}"
         )
     wanted, there = tensor_shapes(streamed.setup.model), tensor_shapes(model_of(read_config(folder), folder))
     if other := sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)):
-        raise UserError(f"{folder} is not the adapters' base {streamed.base_dir}: {len(other)} tensors are others, {other[0]} among them")
+        raise UserError(
+            f"{folder} is not the adapters' base {streamed.base}: "
+            f"{len(other)} tensors are others, {other[0]} among them"
+        )
     return name or str(folder.resolve()), folder.resolve()
 
 
@@ -195,12 +198,12 @@ def origin_of(folder: Path, meta: dict[str, Any]) -> Path | None:
 
     None where it descends from none. folder, meta: of the checkpoint.
     """
-    config = meta["config"]
     while not (folder.parent.parent / ORIGIN / SOURCE).is_file():
-        if not config["init_from"]:
+        base = base_of_checkpoint(folder, meta)
+        if base is None:
             return None
-        folder = commit.newest(base_folder(config["init_from"]))
-        config = commit.sealed_meta(folder)["config"]
+        folder = base.folder
+        meta = commit.sealed_meta(folder)
     return folder.parent.parent / ORIGIN
 
 

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.checkpoint.base import base_of_checkpoint
 from retemper.pipeline.checkpoint.sharded import METADATA, verified_meta
-from retemper.pipeline.distributed.topology import Topology
-from retemper.pipeline.errors import UserError
+from retemper.pipeline.distributed.topology import Topology, on_rank_zero
 from retemper.pipeline.model.adapter import is_adapter
 from retemper.pipeline.model.build import build_layers
 from retemper.pipeline.schema.model import ModelSetup, ParallelConfig
@@ -32,8 +32,10 @@ class StreamedModel:
         self.folder, self.meta, self.device = folder, verified_meta(folder), topology.device
         parallel = ParallelConfig(data_parallel_size=topology.data_parallel_size)
         self.setup = ModelSetup.of(self.meta["config"], parallel, precision="fp32")
-        self.base_dir = Path(self.meta["config"]["init_from"]) if self.setup.method.name == "lora" else None
-        self._base = self._base_folder() if self.base_dir else folder
+        self.base = None  # under adapters
+        if self.setup.method.name == "lora":
+            self.base = base_of_checkpoint(folder, self.meta)
+            on_rank_zero(self.base.read_meta)  # which checks its files
         with torch.device("meta"):
             [model] = build_layers(self.setup, topology)
         self.model = model.eval()
@@ -47,7 +49,8 @@ class StreamedModel:
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Parameters in fp32 on the CPU."""
         loaded = {name: torch.zeros(self.model.get_parameter(name).shape) for name in names}  # what stands in no file is padding
-        for folder, of_adapters in ((self._base, False), (self.folder, True)):
+        base = self.base.folder if self.base else self.folder
+        for folder, of_adapters in ((base, False), (self.folder, True)):
             wanted = {name: tensor for name, tensor in loaded.items() if is_adapter(name) == of_adapters}
             _read(folder, [pair for name, tensor in wanted.items() for pair in self._shards(name, tensor)])
         return loaded
@@ -66,18 +69,6 @@ class StreamedModel:
             tokens_BT = tokens_BT.to(self.device)
             positions = torch.arange(tokens_BT.shape[1], device=self.device).expand_as(tokens_BT)
             return self.model(tokens_BT, positions, attention_mask=None)[..., : self.setup.model.vocab_size].cpu()
-
-    def _base_folder(self) -> Path:
-        if not commit.committed_steps(self.base_dir):
-            raise UserError(
-                f"{self.folder} holds adapters of {self.base_dir}, the init_from of their run, which is not here: import or train it again, "
-                "or go to the folder that this path is relative to"
-            )
-        base = commit.newest(self.base_dir)
-        if commit.fingerprint(base) != self.meta["fingerprints"]["base"]:
-            raise UserError(f"{self.folder} holds adapters of another base than {base}: restore the one it was trained on")
-        verified_meta(base)
-        return base
 
 
 def _read(folder: Path, shards: list[tuple[ShardedTensor, torch.Tensor]]) -> None:

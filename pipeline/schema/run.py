@@ -27,7 +27,11 @@ class Config(ModelSetup):
     study: Name = Field(description="the experiment this run belongs to; the W&B group")
     name: Name = Field(description="of the run; its folder is runs_dir/study/name")
     runs_dir: str = "runs"
-    init_from: str | None = Field(None, description="run folder whose newest checkpoint gives the initial weights")
+    init_from: str | None = Field(
+        None,
+        description="run folder whose checkpoint gives the initial weights: RUN for the newest at "
+        "the time this run begins, RUN@STEP for an older one. base.json records which one it was",
+    )
     branch_of: str | None = Field(
         None, description="run folder that this run goes on from, weights, optimizer and data, where its own cooldown begins"
     )

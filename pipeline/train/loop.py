@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from retemper.pipeline.checkpoint import base
 from retemper.pipeline.checkpoint.sharded import Checkpointer
 from retemper.pipeline.data.ledger import Ledger
 from retemper.pipeline.data.reader import TrainingBatches
@@ -47,6 +48,8 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
         Log(config, state, batches, counts, enabled=topology.rank == 0) as log,
         Passes(config, model) as passes,
     ):
+        if topology.rank == 0:
+            base.record(config, fingerprints.get("base"))
         unlabelled = Unlabelled(config, batches.streams.epochs, state.samples_of_data)
         seed_step(config.seed, state.step, topology)
         if state.step in (0, *config.milestone_steps):  # the start of the run, or a milestone whose evaluation was cut short

@@ -26,6 +26,7 @@ def main(cases: list[dict]) -> None:
         "frozen": frozen,
         "kernels": kernels,
         "adapted": adapted,
+        "base": base,
         "launches": launches,
         "fp8": fp8,
         "counts": counts,
@@ -210,6 +211,27 @@ def adapted(config, place, model) -> None:
 # What gives another view of a tensor, or memory, and launches nothing.
 _NO_KERNELS = ("view", "::t", "transpose", "split", "slice", "select", "as_strided", "expand", "detach", "alias", "unflatten")
 _NO_KERNELS += ("unsqueeze", "permute", "empty", "empty_like", "new_empty", "chunk", "_unsafe_view", "_reshape_alias")
+
+
+def base(config, place, model) -> None:
+    """Ranks that see different newest checkpoints of a base begin from rank 0's.
+
+    Here rank 1 sees the newer one.
+    """
+    from retemper.pipeline.checkpoint.base import base_of
+    from retemper.pipeline.checkpoint.sharded import Checkpointer
+    from retemper.pipeline.preflight import preflight
+    from retemper.pipeline.ranks import _inputs_of_rank_zero
+
+    asked = config.model_copy(update={"init_from": f"{config.init_from}@2"})
+    found = preflight(config if place.rank else asked)
+    assert (found["base"] == base_of(asked).fingerprint) == (place.rank == 0)
+    Checkpointer(asked, place, model, None, preflight(asked)).begin()
+    expected = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    Checkpointer(config, place, model, None, _inputs_of_rank_zero(place.rank, found)).begin()
+    assert all(parameter.equal(expected[name]) for name, parameter in model.named_parameters())
 
 
 def launches(config, _place, model) -> None:

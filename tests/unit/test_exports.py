@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from test_weights import MODEL, megatron_shapes
 
 from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.checkpoint.base import Base, base_of_checkpoint
 from retemper.pipeline.cli import main
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.huggingface import export, load
@@ -41,8 +42,8 @@ class Held:
         return list(self.tensors)
 
     @property
-    def base_dir(self) -> Path:
-        return Path(self.meta["config"]["init_from"])
+    def base(self) -> Base | None:
+        return base_of_checkpoint(self.folder, self.meta)
 
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: self.tensors[name] for name in names}
@@ -77,6 +78,8 @@ def held(
         },
         "fingerprints": {"tokenizer": Tokenizer(tokenizer).sha256},
     }
+    if init_from:
+        meta["fingerprints"]["base"] = commit.fingerprint(commit.newest(init_from))
     commit.commit(run, step, meta)
     generator = torch.Generator().manual_seed(1)
     tensors = {
