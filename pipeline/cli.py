@@ -43,11 +43,36 @@ def _tokenize(arguments) -> int:
         )
     dropped = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items())
     print(f"{manifest['documents_read']:,} documents read; left out: {dropped or 'none'}")
+    if line := _near_duplicates(manifest):
+        print(line)
     reason = manifest["encoder"].get("reason")
     print(f"encoded by {manifest['encoder']['name']}{f': {reason}' if reason else ''}")
     for file in manifest["broken_files"]:
         print(f"damaged: {file['file']} ({file['error']}; {file['records_read']:,} records read)")
     return 0
+
+
+def _near_duplicates(manifest: dict) -> str:
+    """What became of training documents that are near-duplicates of held-out ones.
+
+    Empty where there is no held-out text.
+    """
+    if not manifest["splits"]["heldout"]["documents"]:
+        return ""
+    found = manifest.get("near_duplicates", {"action": "keep"})
+    if found["action"] == "keep":
+        return (
+            "near-duplicates of held-out documents were not looked for: "
+            "data.near_duplicates=count with another data.path does"
+        )
+    of_heldout = f"near-duplicates of the {found['compared_with']:,} held-out documents"
+    documents = f"{found['documents']:,}"
+    if found["action"] == "drop":
+        return f"{of_heldout}: {documents} documents left out of training (near_duplicates.jsonl)"
+    return (
+        f"{of_heldout}: {documents} of {manifest['splits']['train']['documents']:,} "
+        "training documents (near_duplicates.jsonl); data.near_duplicates=drop leaves them out"
+    )
 
 
 def _train(arguments) -> int:

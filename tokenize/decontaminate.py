@@ -6,7 +6,6 @@ datatrove's own n-gram filter names a task but not the problem, and needs lighte
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,14 +18,19 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.data import DecontaminateConfig, SourceConfig
 from retemper.tokenize.listing import list_parts, locate
+from retemper.tokenize.ngrams import (
+    LOWER_WORDS,
+    SEGMENT_BYTES,
+    SEPARATOR_BYTE,
+    gram_hashes,
+    normalised,
+    segments,
+    word_hashes,
+)
 
-# Problems with fewer words than an n-gram are known by n-grams of this length; shorter ones are not looked for.
+# Problems without an n-gram of the length asked for are known by n-grams of this length; shorter
+# ones are not looked for.
 _SHORT_NGRAM = 8
-_SEGMENT_BYTES = 1 << 20
-_SEPARATOR, _SEPARATOR_BYTE = 0, b"\0"
-_LOWER_WORDS = bytes(ord(chr(byte).lower()) if chr(byte).isalnum() else _SEPARATOR for byte in range(0x80)) + bytes(range(0x80, 0x100))
-# Multipliers of a polynomial hash modulo 2**64; odd, so that they have inverses (Karp and Rabin 1987).
-_BYTE_BASE, _WORD_BASE = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 _BLOOM_BITS = 22
 
 
@@ -47,14 +51,13 @@ class Problems:
         for task, path in config.tasks.items():
             counts[task] = {"problems": 0, "without_ngram": 0}
             for row, problem in enumerate(_rows(task, path)):
-                index, indexed = len(names), False
+                n, hashes = _problem_grams(problem, config.ngram)
+                if len(hashes):
+                    owners = np.full(len(hashes), len(names), np.int32)
+                    found.setdefault(n, []).append((hashes, owners))
                 names.append(f"{task}: {next((problem[key] for key in ('task_id', 'id', 'ind') if key in problem), row)}")
-                for text in _texts(problem):
-                    for n, hashes in _problem_grams(text, config.ngram):
-                        found.setdefault(n, []).append((hashes, np.full(len(hashes), index, np.int32)))
-                        indexed = True
                 counts[task]["problems"] += 1
-                counts[task]["without_ngram"] += not indexed
+                counts[task]["without_ngram"] += not len(hashes)
             if not counts[task]["problems"]:
                 raise UserError(f"data.decontaminate.tasks.{task}={path} holds no problem; name a jsonl or parquet file of them")
         return cls({n: _first_of_each(pieces) for n, pieces in found.items()}, names, counts)
@@ -82,10 +85,11 @@ class Problems:
 
     def match(self, utf8: bytes) -> tuple[str, str] | None:
         """The first problem that a document shares an n-gram with, and that n-gram; None where it shares none."""
-        for segment in map(_normalised, _segments(utf8.translate(_LOWER_WORDS), max(self.grams, default=0))):
-            starts, ends, words = _word_hashes(segment)
+        translated = utf8.translate(LOWER_WORDS)
+        for segment in map(normalised, segments(translated, max(self.grams, default=0))):
+            starts, ends, words = word_hashes(segment)
             for n in self.grams:
-                hashes = _gram_hashes(words, n)
+                hashes = gram_hashes(words, n)
                 (candidates,) = np.nonzero(self._bloom[n][hashes >> np.uint64(64 - _BLOOM_BITS)])
                 if not len(candidates):
                     continue
@@ -93,7 +97,7 @@ class Problems:
                 places = np.minimum(np.searchsorted(known, hashes[candidates]), len(known) - 1)
                 if len(hits := np.nonzero(known[places] == hashes[candidates])[0]):
                     at = candidates[hits[0]]
-                    gram = segment[starts[at] : ends[at + n - 1]].replace(_SEPARATOR_BYTE, b" ")
+                    gram = segment[starts[at] : ends[at + n - 1]].replace(SEPARATOR_BYTE, b" ")
                     return self.names[problems[places[hits[0]]]], " ".join(gram.decode("utf-8", "replace").split())
         return None
 
@@ -149,83 +153,36 @@ def _texts(value) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _problem_grams(text: str, ngram: int) -> Iterator[tuple[int, np.ndarray]]:
-    normalised = _normalised(text.encode("utf-8", "replace"))[:_SEGMENT_BYTES]
-    starts, ends, words = _word_hashes(normalised)
-    n = ngram if len(words) >= ngram else _SHORT_NGRAM
+def _problem_grams(problem: dict, ngram: int) -> tuple[int, np.ndarray]:
+    """The n of the n-grams that a problem is known by, and their hashes, uint64 (n-grams,)."""
+    texts = [
+        normalised(text.encode("utf-8", "replace"))[:SEGMENT_BYTES] for text in _texts(problem)
+    ]
+    hashed = [(text, *word_hashes(text)) for text in texts]
+    for n in (ngram, _SHORT_NGRAM):
+        telling = [_telling_grams(*of_text, n) for of_text in hashed if len(of_text[-1]) >= n]
+        hashes = np.concatenate([np.zeros(0, np.uint64), *telling])
+        if len(hashes):
+            break
+    return n, hashes
+
+
+def _telling_grams(
+    text: bytes, starts: np.ndarray, ends: np.ndarray, words: np.ndarray, n: int
+) -> np.ndarray:
+    """Hashes of the n-grams at least half of whose words are no numbers and no single letters."""
     # "0 1 2 3 …" and "a b c d …" are in many problems and many honest documents.
-    telling = np.array([end - start > 1 and not normalised[start:end].isdigit() for start, end in zip(starts, ends)], np.int64)
-    if len(words) >= n and (kept := np.convolve(telling, np.ones(n, np.int64), "valid") * 2 >= n).any():
-        yield n, _gram_hashes(words, n)[kept]
+    telling = [
+        end - start > 1 and not text[start:end].isdigit() for start, end in zip(starts, ends)
+    ]
+    counts = np.convolve(np.array(telling, np.int64), np.ones(n, np.int64), "valid")
+    return gram_hashes(words, n)[counts * 2 >= n]
 
 
 def _first_of_each(pieces: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     hashes, problems = (np.concatenate(arrays) for arrays in zip(*pieces))
     unique, first = np.unique(hashes, return_index=True)
     return unique, problems[first]
-
-
-def _normalised(utf8: bytes) -> bytes:
-    """Lower-case words between separators; everything that is no letter or digit separates."""
-    if not utf8.isascii():
-        utf8 = re.sub(r"\W+", " ", utf8.decode("utf-8", "replace").lower()).encode()
-    return utf8.translate(_LOWER_WORDS)
-
-
-def _segments(normalised: bytes, ngram: int) -> Iterator[bytes]:
-    """A text in pieces that share the words an n-gram across the cut needs, so that memory does not grow with its length."""
-    start = 0
-    while start < len(normalised):
-        end = min(start + _SEGMENT_BYTES, len(normalised))
-        yield normalised[start:end]
-        start = len(normalised) if end == len(normalised) else _words_before(normalised, start, end, ngram)
-
-
-def _words_before(normalised: bytes, start: int, end: int, count: int) -> int:
-    """Where the last `count` words before `end` begin; `end` itself where they are no words but half a segment of something else."""
-    position = end
-    for _ in range(count):
-        position = start + len(normalised[start:position].rstrip(_SEPARATOR_BYTE))
-        position = normalised.rfind(_SEPARATOR_BYTE, start, position)
-        if position < start + _SEGMENT_BYTES // 2:
-            return end
-    return position
-
-
-def _word_hashes(normalised: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each word starts and ends, and its hash, uint64 (words,)."""
-    data = np.frombuffer(normalised, np.uint8)
-    in_word = np.zeros(len(data) + 2, np.int8)
-    in_word[1:-1] = data != _SEPARATOR
-    edges = np.diff(in_word)
-    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-    if not len(starts):
-        return starts, ends, np.zeros(0, np.uint64)
-    powers, inverses = _powers(_BYTE_BASE, len(data))
-    words = np.add.reduceat(data * powers, starts) * inverses[starts]  # separators are zero and add nothing
-    return starts, ends, (words ^ (words >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-
-
-def _gram_hashes(words: np.ndarray, n: int) -> np.ndarray:
-    """The hash of every n words in a row, uint64 (max(0, words - n + 1),)."""
-    if len(words) < n:
-        return np.zeros(0, np.uint64)
-    powers, inverses = _powers(_WORD_BASE, len(words))
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(words * powers)])
-    grams = (sums[n:] - sums[:-n]) * inverses[: len(words) - n + 1]
-    return (grams ^ (grams >> np.uint64(31))) * np.uint64(0x94D049BB133111EB)
-
-
-@functools.cache
-def _table(base: int) -> tuple[np.ndarray, np.ndarray]:
-    inverse = pow(base, -1, 1 << 64)
-    return tuple(np.cumprod(np.array([1] + [factor] * _SEGMENT_BYTES, np.uint64)) for factor in (base, inverse))
-
-
-def _powers(base: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """base**0, base**1, … modulo 2**64, and their inverses, `count` of each."""
-    powers, inverses = _table(base)
-    return powers[:count], inverses[:count]
 
 
 def _printable(value):

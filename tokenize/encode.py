@@ -26,7 +26,7 @@ class Encode(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         encoder = load_encoder(self.folder, self.sha256, self.encoder)
         before, after = self.before, self.after
-        for documents in _batches(data):
+        for documents in batches(data):
             prompts = [document.text[: document.metadata["prompt_chars"]].encode() for document in documents]
             texts = [document.metadata.pop("utf8") for document in documents]
             for document in documents:
@@ -49,7 +49,7 @@ def _common(prompt: np.ndarray, ids: np.ndarray) -> int:
     return int(different[0]) if len(different) else count
 
 
-def _batches(documents: DocumentsPipeline) -> Iterator[list[Document]]:
+def batches(documents: DocumentsPipeline) -> Iterator[list[Document]]:
     batch, size = [], 0
     for document in documents:
         batch.append(document)

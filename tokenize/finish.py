@@ -21,6 +21,7 @@ from retemper.pipeline.run_folder import replace_file
 from retemper.pipeline.schema.data import CorpusConfig
 from retemper.tokenize import plan as plans
 from retemper.tokenize.split import HELDOUT, TRAIN
+from retemper.tokenize.spool import split_number
 from retemper.tokenize.tokenizer import Tokenizer
 
 
@@ -42,7 +43,9 @@ class Finish(PipelineStep):
         plan, out = plans.load_plan(self.work), self.work / "out"
         parts, buckets = plans.all_parts_done(self.work, plan), _finished_buckets(self.work, plan)
         tokenizer = Tokenizer(self.tokenizer)
-        splits = {split: _totals(counts) for split, counts in buckets.items()}
+        splits = {
+            split: _totals([done["counts"] for done in found]) for split, found in buckets.items()
+        }
         if not splits[TRAIN]["samples"]:
             dropped = _dropped(parts, splits)
             plans.remove(self.work)
@@ -64,6 +67,13 @@ class Finish(PipelineStep):
         _write_lines(out / "contaminated.jsonl", [match for part in parts for match in part.get("matches", [])])
         np.save(out / "token_bytes.npy", tokenizer.token_bytes())
         manifest = _manifest(self.data, plan, parts, splits, tokenizer) | {"fingerprint": fingerprint.hexdigest()}
+        manifest["near_duplicates"] = {"action": self.data.near_duplicates}
+        if self.data.near_duplicates != "keep":
+            pairs = [pair for done in buckets[TRAIN] for pair in done["near_duplicates"]]
+            compared_with = _unique_documents(splits[HELDOUT])
+            counts = {"documents": len(pairs), "compared_with": compared_with}
+            manifest["near_duplicates"] |= counts
+            _write_lines(out / "near_duplicates.jsonl", [_named(pair, sources) for pair in pairs])
         manifest["source"]["fingerprint"] = _sha256("".join(file["sha256"] for file in sources).encode())
         manifest["files"] = {name: _sha256((out / name).read_bytes()) for name in READ_BY_TRAINING}
         replace_file(out / MANIFEST, seal(manifest))
@@ -80,8 +90,7 @@ def _advice(data: CorpusConfig, dropped: dict[str, int], read: int) -> str:
 
 def _no_heldout(data: CorpusConfig, splits: dict[str, dict]) -> str:
     """Why there is no held-out sample, and what gives some."""
-    heldout = splits[HELDOUT]
-    chosen = heldout["documents"] + heldout["dropped_tail"] + heldout["dropped_longer_than_sample"]
+    chosen = _unique_documents(splits[HELDOUT])
     keeps_whole = data.packing == "best_fit" and data.source.prompt is not None
     whole = "whole documents of at most " if keeps_whole else ""
     train = splits[TRAIN]
@@ -92,6 +101,18 @@ def _no_heldout(data: CorpusConfig, splits: dict[str, dict]) -> str:
         "data.heldout_fraction, give more text, or set data.heldout_fraction=0 for a corpus without "
         "held-out text"
     )
+
+
+def _unique_documents(heldout: dict) -> int:
+    """Documents that belong to the held-out split, whether or not they are in its samples."""
+    return heldout["documents"] + heldout["dropped_tail"] + heldout["dropped_longer_than_sample"]
+
+
+def _named(pair: tuple[int, int], sources: list[dict]) -> dict[str, str]:
+    """A training document and the held-out one that it is like, as "path:position"."""
+    places = [split_number(number) for number in pair]
+    document, heldout = (f"{sources[file]['path']}:{position}" for file, position in places)
+    return {"document": document, "heldout": heldout}
 
 
 def is_whole(path: str, manifest: dict) -> bool:
@@ -112,13 +133,14 @@ def is_whole(path: str, manifest: dict) -> bool:
 
 
 def _finished_buckets(work: Path, plan: plans.Plan) -> dict[str, list[dict]]:
+    """The done-markers of each split's buckets. Raises UserError where one is missing."""
     found: dict[str, list[dict]] = {TRAIN: [], HELDOUT: []}
     for split, number in plan.bucket_ids:
         done = plans.bucket_done(work, plan, split, number)
         if done is None:
             folder = plans.bucket_folder(work, split, number)
             raise UserError(f"{folder} is not finished or was damaged since: run the same command again")
-        found[split].append(done["counts"])
+        found[split].append(done)
     return found
 
 

@@ -20,13 +20,17 @@ from retemper.tokenize.executors import Stage, refuse_queued, run_stages
 from retemper.tokenize.finish import Finish, is_whole
 from retemper.tokenize.listing import list_parts, locate
 from retemper.tokenize.shards import Choose, WriteBucket
-from retemper.tokenize.sources import DocumentReader
+from retemper.tokenize.sketch import Sketch
+from retemper.tokenize.sources import DocumentReader, prompt_wording
 from retemper.tokenize.split import Identify
 from retemper.tokenize.spool import ReadPart, Spool
 from retemper.tokenize.tokenizer import Tokenizer
 
 # What may differ from run to run: where the job works, not what it makes.
 _WHERE = {"path", "work_dir", "executor", "tasks", "slurm", "allow_broken_files"}
+# Where near-duplicates are not dropped, the shards are the same whether they are counted or not,
+# and those of corpora from before that key.
+_UNLESS_DROPPED = {"near_duplicates": "count or keep"}
 _SAMPLE_PARTS, _SAMPLE_DOCUMENTS = 8, 16
 
 
@@ -75,6 +79,8 @@ def _stages(data: CorpusConfig, work: Path, tokenizer: Tokenizer, problems: Prob
     if problems:
         problems.save(work / "problems.npz")
         steps.append(Decontaminate(work / "problems.npz"))
+    if plan.near_duplicates != "keep":
+        steps.append(Sketch(prompt_wording(data.source)))
     encode = Encode(tokenizer, plan.encoder["name"], bos=data.bos, eos=data.eos)
     return [
         Stage("encode", [ReadPart(work, reader), *steps[1:], encode, Spool(work, dtype, steps)], len(plan.parts)),
@@ -93,7 +99,15 @@ def _plan(data: CorpusConfig, work: Path, tokenizer: Tokenizer, made_from: dict)
         root = before.root
     parts = list_parts(data.source, root, glob)
     encoder = before.encoder if before else choose_encoder(tokenizer, _sample_texts(data, root, parts))
-    return plans.make_plan(work, made_from, root, encoder, parts, data.heldout_fraction)
+    return plans.make_plan(
+        work,
+        made_from,
+        root,
+        encoder,
+        parts,
+        heldout_fraction=data.heldout_fraction,
+        near_duplicates=data.near_duplicates if data.heldout_fraction else "keep",
+    )
 
 
 def _sample_texts(data: CorpusConfig, root: str, parts: list) -> list[str]:
@@ -108,6 +122,8 @@ def _sample_texts(data: CorpusConfig, root: str, parts: list) -> list[str]:
 def _made_from(data: CorpusConfig, tokenizer: Tokenizer, problems: Problems | None) -> dict:
     made_from = {**data.model_dump(include=CorpusConfig.model_fields.keys() - _WHERE), "tokenizer": tokenizer.sha256}
     made_from |= {"bos": tokenizer.bos_id if data.bos else None, "eos": tokenizer.eos_id if data.eos else None}
+    if data.near_duplicates != "drop":
+        del made_from["near_duplicates"]
     if problems:
         made_from["decontaminate"] |= {"problems": problems.counts, "sha256": problems.sha256}
     return made_from
@@ -132,7 +148,7 @@ def _refuse_overlap(data: CorpusConfig, work: Path) -> None:
 
 
 def _refuse_changes(folder: str, before: dict, after: dict) -> None:
-    if changes := changed_keys(before, after):
+    if changes := changed_keys(_UNLESS_DROPPED | before, _UNLESS_DROPPED | after):
         raise UserError(
             "\n".join([f"{folder} was made from another configuration:", *(f"  - data.{change}" for change in changes)])
             + "\nChange it back, choose another data.path, or remove the folder"

@@ -41,6 +41,7 @@ class Plan:
     buckets: dict[str, int]
     source_files: int
     source_bytes: int
+    near_duplicates: str = "keep"  # data.near_duplicates; plans from before that key have none
 
     def save(self, work: Path) -> None:
         replace_file(work / "plan.json", json.dumps(asdict(self), indent=1))
@@ -60,12 +61,24 @@ def load_plan(work: Path) -> Plan:
     return Plan(**json.loads((work / "plan.json").read_text()))
 
 
-def make_plan(work: Path, made_from: dict, root: str, encoder: dict, parts: list[list[FileRange]], heldout_fraction: float) -> Plan:
+def make_plan(
+    work: Path,
+    made_from: dict,
+    root: str,
+    encoder: dict,
+    parts: list[list[FileRange]],
+    *,
+    heldout_fraction: float,
+    near_duplicates: str,
+) -> Plan:
     """Write the plan and the inputs of its parts; parts that are done already keep their place by their id."""
+    settings = {key: made_from[key] for key in made_from if key not in _PACKING_KEYS}
+    if near_duplicates != "keep":
+        settings["sketches"] = True
     ids = []
     for part in parts:
         inputs = [file.to_dict() for file in part]
-        ids.append(_hash([FORMAT, {key: made_from[key] for key in made_from if key not in _PACKING_KEYS}, inputs])[:24])
+        ids.append(_hash([FORMAT, settings, inputs])[:24])
         if not (path := part_folder(work, ids[-1]) / "inputs.json").is_file():
             replace_file(path, json.dumps(inputs))
     sizes = {(file.path, file.start): _text_bytes(file) for part in parts for file in part}
@@ -78,13 +91,22 @@ def make_plan(work: Path, made_from: dict, root: str, encoder: dict, parts: list
         buckets={TRAIN: train, HELDOUT: max(1, round(train * heldout_fraction))},
         source_files=len({file.path for part in parts for file in part}),
         source_bytes=sum(file.end - file.start for part in parts for file in part),
+        near_duplicates=near_duplicates,
     )
     plan.save(work)
     return plan
 
 
 # What happens after the spool does not touch a part.
-_PACKING_KEYS = ("name", "seq_length", "packing", "tokens", "compression", "allow_broken_files")
+_PACKING_KEYS = (
+    "name",
+    "seq_length",
+    "packing",
+    "tokens",
+    "compression",
+    "allow_broken_files",
+    "near_duplicates",
+)
 
 
 @contextlib.contextmanager

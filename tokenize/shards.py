@@ -14,9 +14,7 @@ from retemper.tokenize import plan as plans
 from retemper.tokenize.pack import Piece, best_fit, concat
 from retemper.tokenize.progress import advance
 from retemper.tokenize.split import TRAIN
-from retemper.tokenize.spool import Bucket, load_bucket
-
-_FILE_BITS = 24  # of a document number: which source file; the rest is the position in it
+from retemper.tokenize.spool import Bucket, load_bucket, save_heldout_sketches
 
 
 class Choose(PipelineStep):
@@ -37,6 +35,8 @@ class Choose(PipelineStep):
             plan = plans.load_plan(self.work)
             done = plans.all_parts_done(self.work, plan)
             _refuse_broken([file for part in done for file in part.get("broken", [])], self.data)
+            if plan.near_duplicates != "keep":
+                save_heldout_sketches(self.work, plan)
             plans.write_limits(self.work, self._limits(plan))
         yield from ()
 
@@ -116,26 +116,31 @@ class WriteBucket(PipelineStep):
         with plans.told(self.work):
             if plans.bucket_done(self.work, plan, split, number) is None:
                 limit, folder = plans.read_limit(self.work, split, number), plans.bucket_folder(self.work, split, number)
-                counts = self._write(plan, split, number, limit, folder)
-                fingerprint = plan.bucket_fingerprint(split, number, limit)
-                plans.write_done(plans.bucket_marker(self.work, split, number), folder, {"fingerprint": fingerprint, "counts": counts})
+                done = self._write(plan, split, number, limit, folder)
+                done["fingerprint"] = plan.bucket_fingerprint(split, number, limit)
+                plans.write_done(plans.bucket_marker(self.work, split, number), folder, done)
         yield from ()
 
-    def _write(self, plan: plans.Plan, split: str, number: int, limit: int | None, folder: Path) -> dict[str, int]:
+    def _write(
+        self, plan: plans.Plan, split: str, number: int, limit: int | None, folder: Path
+    ) -> dict:
+        """Write the samples; returns their counts, and the near-duplicates in them or left out."""
         from streaming import MDSWriter
 
         bucket = load_bucket(self.work, plan, split, number, self.dtype)
         whole = self.data.packing == "best_fit"
         too_long, samples = pack(bucket, self.data, number, limit if whole else None)
         written = samples if whole else samples[:limit]
-        document_numbers = _document_numbers(self.work, plan, bucket)
         shutil.rmtree(folder, ignore_errors=True)
         with MDSWriter(columns=self.columns, out=str(folder), compression=self.data.compression, hashes=["sha256"]) as writer:
             for pieces in written:
-                writer.write(self._sample(bucket, pieces, document_numbers))
+                writer.write(self._sample(bucket, pieces))
                 advance(documents=len(pieces), tokens=self.data.seq_length)
         packed = len(bucket.records[:limit]) if whole else len(bucket.records)
-        return self._counts(bucket, samples, written, too_long, packed)
+        counts = self._counts(bucket, samples, written, too_long, packed)
+        in_samples = sorted({document for pieces in written for document, _, _ in pieces})
+        pairs = bucket.near_duplicates + bucket.pairs(np.array(in_samples, int))
+        return {"counts": counts, "near_duplicates": pairs}
 
     def _counts(
         self, bucket: Bucket, samples: list, written: list, too_long: set[int], considered: int
@@ -157,6 +162,7 @@ class WriteBucket(PipelineStep):
             "cut_documents": sum(pieces_of[document] > 1 or held[document] < int(lengths[document]) for document in held),
             "cut_tokens": int(lengths[list(held)].sum()) - tokens,
             "dropped_duplicate": bucket.duplicates,
+            "dropped_near_duplicate": len(bucket.near_duplicates),
             "dropped_longer_than_sample": len(too_long),
             "dropped_tail": considered - len(too_long) - len(packed),
             "dropped_beyond_budget": len(packed) - len(held) + len(lengths) - considered,
@@ -168,7 +174,7 @@ class WriteBucket(PipelineStep):
         ends = [bucket.tokens(document, held[document], int(bucket.records["length"][document]) - held[document]) for document in cut]
         return int(sum(self.token_bytes[ids].sum() for ids in ends))
 
-    def _sample(self, bucket: Bucket, pieces: list[Piece], document_numbers: np.ndarray) -> dict:
+    def _sample(self, bucket: Bucket, pieces: list[Piece]) -> dict:
         tokens, position = np.full(self.data.seq_length, self.padding_id, self.dtype), 0
         for document, start, count in pieces:
             tokens[position : position + count] = bucket.tokens(document, start, count)
@@ -176,7 +182,7 @@ class WriteBucket(PipelineStep):
         sample = {
             "tokens": tokens,
             "lengths": np.array([count for _, _, count in pieces], "<u4").tobytes(),
-            "documents": document_numbers[[document for document, _, _ in pieces]].tobytes(),
+            "documents": bucket.numbers[[document for document, _, _ in pieces]].tobytes(),
         }
         if "prompt_lengths" in self.columns:
             prompts = bucket.records["prompt"]
@@ -199,16 +205,6 @@ def pack(
         lengths = np.where(lengths > data.seq_length, 0, lengths)
     samples = best_fit(lengths, data.seq_length, data.seed + number) if data.packing == "best_fit" else concat(lengths, data.seq_length)
     return too_long, samples
-
-
-def _document_numbers(work: Path, plan: plans.Plan, bucket: Bucket) -> np.ndarray:
-    """uint64 (documents,): the source file's number in sources.jsonl above, the position in it below."""
-    first_file, offsets = 0, []
-    for part in plan.parts:
-        offsets.append(first_file)
-        first_file += len(plans.part_inputs(work, part))
-    files = np.array(offsets, np.uint64)[bucket.part] + bucket.records["file"] if len(bucket.part) else np.zeros(0, np.uint64)
-    return ((files << np.uint64(64 - _FILE_BITS)) | bucket.records["position"]).astype("<u8")
 
 
 def _refuse_broken(broken: list[dict], data: CorpusConfig) -> None:

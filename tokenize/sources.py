@@ -154,6 +154,11 @@ class DocumentReader(BaseDiskReader):
             raise Rejected("invalid_utf8") from None
 
 
+def prompt_wording(source: SourceConfig) -> list[str]:
+    """The parts of data.source.prompt between its columns, which every document begins with."""
+    return _COLUMN.split(source.prompt or "")[::2]
+
+
 def read_documents(source: SourceConfig, *, every: int = 1) -> Iterator[Document]:
     """The documents of every n-th file of a source, in order, before any cleaning."""
     root, glob = locate(source)

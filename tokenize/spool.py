@@ -1,12 +1,14 @@
 """Between the two halves of a job: token ids of encoded documents, sorted by priority within each piece of a part.
 
-A piece is `<n>.ids`, the ids of its documents one after another, and `<n>.npy`, one record a document.
+A piece is `<n>.ids`, the ids of its documents one after another, and `<n>.npy`, one record a
+document; where training documents are compared with held-out ones also `<n>.sketches`, one sketch a
+document.
 """
 
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from datatrove.pipeline.base import PipelineStep
 
 from retemper.tokenize.plan import Plan, load_plan, part_done, part_folder, part_inputs, told, write_done
 from retemper.tokenize.progress import advance
+from retemper.tokenize.sketch import BINS, NONE, HeldoutSketches
 from retemper.tokenize.sources import DocumentReader
-from retemper.tokenize.split import HELDOUT
+from retemper.tokenize.split import HELDOUT, TRAIN
 
 RECORD = np.dtype(
     [
@@ -32,6 +35,8 @@ RECORD = np.dtype(
     ]
 )
 _PIECE_TOKENS, _PIECE_DOCUMENTS = 1 << 26, 1 << 18
+# Of the 64 of a document's number: the position in its source file. The file's number is above.
+_POSITION_BITS = 40
 
 
 class ReadPart(PipelineStep):
@@ -101,52 +106,143 @@ class Spool(PipelineStep):
                     start, len(ids), about["prompt_tokens"], about["bytes"],
                 )  # fmt: skip
                 start += len(ids)
+        if "sketch" in documents[0].metadata:
+            sketches = b"".join(document.metadata["sketch"] for document in documents)
+            path.with_suffix(".sketches").write_bytes(sketches)
         np.save(path.with_suffix(".npy"), index)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The documents of one range of priorities, in order, copies left out, and where their ids lie."""
+    """The documents of one range of priorities, in order, and where their ids lie."""
 
     records: np.ndarray  # RECORD (documents,)
-    part: np.ndarray  # int (documents,), number of the part in the plan
+    numbers: np.ndarray  # little-endian uint64 (documents,), see split_number
+    near: np.ndarray  # uint64 (documents,), number of the held-out document each is like, or NONE
     ids: list[np.ndarray]  # one memory map a piece
     piece: np.ndarray  # int (documents,), index into ids
-    duplicates: int
+    duplicates: int  # documents left out as copies
+    near_duplicates: list[tuple[int, int]]  # those left out: their numbers and the held-out ones'
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Ids [start, start + count) of a document."""
         begin = int(self.records["start"][document]) + start
         return self.ids[self.piece[document]][begin : begin + count]
 
+    def pairs(self, documents: np.ndarray) -> list[tuple[int, int]]:
+        """The numbers of the near-duplicates among some documents, and of the held-out ones.
+
+        documents: int (documents,), their places in the bucket.
+        """
+        found = documents[self.near[documents] != NONE]
+        return list(zip(self.numbers[found].tolist(), self.near[found].tolist()))
+
 
 def load_bucket(work: Path, plan: Plan, split: str, number: int, dtype: str) -> Bucket:
     """Gather a bucket from the spools of all parts."""
     count = plan.buckets[split]
     low, high = (-(-(edge << 64) // count) for edge in (number, number + 1))
-    records, owners, pieces, ids = [], [], [], []
-    for owner, part in enumerate(plan.parts):
+    heldout = None
+    if split == TRAIN and plan.near_duplicates != "keep":
+        heldout = HeldoutSketches.load(work / "heldout")
+    records = [np.zeros(0, RECORD)]
+    numbers = [np.zeros(0, "<u8")]
+    near = [np.zeros(0, np.uint64)]
+    pieces = [np.zeros(0, int)]
+    ids: list[np.ndarray] = []
+    for found, of_found, path, place in _records(work, plan, split, low, high):
+        records.append(found)
+        numbers.append(of_found)
+        if heldout:
+            near.append(heldout.match(_sketches(path, place, len(found))))
+        else:
+            near.append(np.full(len(found), NONE))
+        pieces.append(np.full(len(found), len(ids)))
+        ids.append(np.asarray(np.memmap(path.with_suffix(".ids"), dtype, mode="r")))
+    gathered = Bucket(
+        records=np.concatenate(records),
+        numbers=np.concatenate(numbers),
+        near=np.concatenate(near),
+        ids=ids,
+        piece=np.concatenate(pieces),
+        duplicates=0,
+        near_duplicates=[],
+    )
+    return _without_duplicates(gathered, plan)
+
+
+def save_heldout_sketches(work: Path, plan: Plan) -> None:
+    """Write the index of held-out sketches, which training documents are compared with."""
+    numbers = [np.zeros(0, "<u8")]
+    digests = [np.zeros((0, 2), np.uint64)]
+    sketches = [np.zeros((0, BINS), np.uint16)]
+    for found, of_found, path, place in _records(work, plan, HELDOUT, 0, 1 << 64):
+        numbers.append(of_found)
+        digests.append(found["digest"])
+        sketches.append(_sketches(path, place, len(found)))
+    order = np.argsort(np.concatenate(numbers))
+    _, first = np.unique(np.concatenate(digests)[order], axis=0, return_index=True)
+    once = order[np.sort(first)]
+    index = HeldoutSketches.of(np.concatenate(numbers)[once], np.concatenate(sketches)[once])
+    index.save(work / "heldout")
+
+
+def split_number(number: int) -> tuple[int, int]:
+    """(line of sources.jsonl, position in that file) of the document that a number stands for."""
+    return number >> _POSITION_BITS, number & ((1 << _POSITION_BITS) - 1)
+
+
+def _records(
+    work: Path, plan: Plan, split: str, low: int, high: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, Path, int]]:
+    """The documents of a split whose priority is in [low, high), piece by piece.
+
+    Yields their records, RECORD (documents,), their numbers, little-endian uint64 (documents,), the
+    piece's path, and the place in it of the first of them.
+    """
+    first_file = 0
+    for part in plan.parts:
         for path in sorted(part_folder(work, part).glob("*.npy"), key=lambda path: int(path.stem)):
             index = np.load(path, mmap_mode="r", allow_pickle=False)
-            first_heldout = np.searchsorted(index["heldout"], 1)
-            index = index[first_heldout:] if split == HELDOUT else index[:first_heldout]
-            priorities = index["priority"]
-            begin = np.searchsorted(priorities, np.uint64(low))
-            end = len(index) if high >= 1 << 64 else np.searchsorted(priorities, np.uint64(high))
+            first_heldout = int(np.searchsorted(index["heldout"], 1))
+            first, last = (first_heldout, len(index)) if split == HELDOUT else (0, first_heldout)
+            priorities = index["priority"][first:last]
+            begin = first + int(np.searchsorted(priorities, np.uint64(low)))
+            end = last
+            if high < 1 << 64:
+                end = first + int(np.searchsorted(priorities, np.uint64(high)))
             if begin < end:
-                records.append(np.array(index[begin:end]))
-                owners.append(np.full(end - begin, owner))
-                pieces.append(np.full(end - begin, len(ids)))
-                ids.append(np.asarray(np.memmap(path.with_suffix(".ids"), dtype, mode="r")))
-    if not records:
-        return Bucket(np.zeros(0, RECORD), np.zeros(0, int), [], np.zeros(0, int), 0)
-    found, owner, piece = np.concatenate(records), np.concatenate(owners), np.concatenate(pieces)
-    order = np.lexsort((found["position"], found["file"], owner, found["digest"][:, 1], found["digest"][:, 0], found["priority"]))
-    found, owner, piece = found[order], owner[order], piece[order]
-    kept = np.ones(len(found), bool)
+                found = np.array(index[begin:end])
+                files = found["file"].astype("<u8") + np.uint64(first_file)
+                yield found, files << np.uint64(_POSITION_BITS) | found["position"], path, begin
+        first_file += len(part_inputs(work, part))
+
+
+def _sketches(path: Path, place: int, count: int) -> np.ndarray:
+    """Sketches [place, place + count) of a piece, uint16 (count, BINS)."""
+    sketches = np.memmap(path.with_suffix(".sketches"), np.uint16, mode="r")
+    return sketches.reshape(-1, BINS)[place : place + count]
+
+
+def _without_duplicates(bucket: Bucket, plan: Plan) -> Bucket:
+    """A bucket in order, without copies and, where they are dropped, near-duplicates."""
+    digest = bucket.records["digest"]
+    order = np.lexsort((bucket.numbers, digest[:, 1], digest[:, 0], bucket.records["priority"]))
+    first = np.ones(len(order), bool)
     if plan.made_from["clean"]["duplicates"]:
-        kept[1:] = (found["digest"][1:] != found["digest"][:-1]).any(axis=1)
-    return Bucket(found[kept], owner[kept], ids, piece[kept], int((~kept).sum()))
+        first[1:] = (digest[order][1:] != digest[order][:-1]).any(axis=1)
+    once = order[first]
+    dropped = (bucket.near[once] != NONE) & (plan.near_duplicates == "drop")
+    kept = once[~dropped]
+    return replace(
+        bucket,
+        records=bucket.records[kept],
+        numbers=bucket.numbers[kept],
+        near=bucket.near[kept],
+        piece=bucket.piece[kept],
+        duplicates=int((~first).sum()),
+        near_duplicates=bucket.pairs(once[dropped]),
+    )
 
 
 def _pieces(documents: DocumentsPipeline) -> Iterator[list[Document]]:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from retemper.pipeline import eval_folder
 from retemper.pipeline.config import to_yaml
+from retemper.pipeline.data.corpus import stream_paths
+from retemper.pipeline.data.manifest import find_manifest
+from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals import show
 from retemper.pipeline.report.results import RunResult, comparison, read_study, table
 from retemper.pipeline.run_folder import replace_file
@@ -56,12 +59,41 @@ def _page(title: str, runs: list[RunResult], drawings: dict[str, str]) -> str:
 of the run on the domains it trained on, their mean. Forgotten: bits per byte lost on the others, their mean. A point of a trunk was scored at a rate that had not been cooled
 down; runs are compared at equal tokens and points of one kind.</p>
 <div class="scroll">{_table(table(runs))}</div>
+{_corpora(runs)}
 {_tasks(runs)}
 <h2>Resolved configs</h2>
 {"".join(_config(run) for run in runs)}
 <p><small>{_versions()}</small></p>
 </body></html>
 """
+
+
+def _corpora(runs: list[RunResult]) -> str:
+    """Of each training corpus with held-out text, how much of that it has near-duplicates of."""
+    paths = sorted({path for run in runs for path in stream_paths(run.config).values()})
+    lines = [line for path in paths for line in _near_duplicates(path)]
+    if not lines:
+        return ""
+    listed = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f"<h2>Training text like held-out text</h2>\n<ul>{listed}</ul>"
+
+
+def _near_duplicates(path: str) -> list[str]:
+    """A line on one corpus; none where it has no held-out text, or cannot be read from here."""
+    try:
+        manifest = find_manifest(path)
+    except UserError:
+        return []
+    if manifest is None or not manifest["splits"]["heldout"]["documents"]:
+        return []
+    found = manifest.get("near_duplicates", {"action": "keep"})
+    if found["action"] == "keep":
+        return [f"{manifest['name']}: near-duplicates of its held-out documents were not looked for."]
+    trained_on = "left out of training" if found["action"] == "drop" else "are trained on"
+    return [
+        f"{manifest['name']}: {found['documents']:,} near-duplicates of its "
+        f"{found['compared_with']:,} held-out documents {trained_on}."
+    ]
 
 
 def _tasks(runs: list[RunResult]) -> str:

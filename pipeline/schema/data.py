@@ -80,6 +80,11 @@ class CorpusConfig(Section):
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.02, description="documents kept out of training, chosen by content hash"
     )
+    near_duplicates: Literal["count", "drop", "keep"] = Field(
+        "count",
+        description="training documents that are near-duplicates of held-out ones: "
+        "counted and named, dropped, or not looked for",
+    )
     compression: Literal["zstd"] | None = Field(None, description="of the shards")
     allow_broken_files: bool = Field(False, description="keep what could be read of damaged files instead of stopping at the end")
     executor: Literal["local", "slurm", "ray"] = "local"

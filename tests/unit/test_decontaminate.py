@@ -1,12 +1,13 @@
 """Which documents hold an evaluation problem, at every place and length."""
 
 import json
+import re
 
 import pytest
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.data import DecontaminateConfig
-from retemper.tokenize import decontaminate
+from retemper.tokenize import ngrams
 from retemper.tokenize.decontaminate import Problems
 
 
@@ -28,15 +29,45 @@ def test_every_problem_is_found_whatever_its_case_and_spacing(problems, humaneva
 
 
 def test_a_problem_is_found_across_every_cut_of_a_long_document(problems, humaneval, monkeypatch):
-    monkeypatch.setattr(decontaminate, "_SEGMENT_BYTES", 4096)
-    decontaminate._table.cache_clear()
+    monkeypatch.setattr(ngrams, "SEGMENT_BYTES", 4096)
     needle = humaneval[5]["prompt"].encode()
     for before in range(3500, 4500, 37):
         for filler in (b"honest words, ", b"x " * 9, b" \n" * 20):
             haystack = (filler * (before // len(filler) + 1))[:before]
             assert problems.match(haystack + b" " + needle + b" and more words" * 900)[0] == "humaneval: HumanEval/5"
     assert problems.match(b"a" * 20_000 + b" " + needle)
-    decontaminate._table.cache_clear()
+    longer_in_lower_case = "Ⱥ".encode()  # three bytes where it had two
+    assert problems.match(longer_in_lower_case * 20_000 + b" " + needle)
+
+
+def test_a_problem_with_a_long_text_is_not_known_by_its_short_ones(problems, humaneval, tmp_path):
+    """Eight words in a row are told apart from honest code only where a problem has no more."""
+    long = next(problem for problem in humaneval if problem["task_id"] == "HumanEval/152")
+    solution = long["canonical_solution"]
+    assert problems.match(solution.encode()) is None
+    assert problems.match((long["prompt"] + solution).encode())[0] == "humaneval: HumanEval/152"
+    short = {"question": "Which of these planets is the largest by far?", "choices": ["Mars"]}
+    numbers = {"text": "Write a function to find the greatest common divisor", "code": "1, 2, " * 9}
+    lines = [json.dumps(problem) + "\n" for problem in (short, numbers)]
+    (tmp_path / "short.jsonl").write_text("".join(lines))
+    found = Problems.read(DecontaminateConfig(tasks={"short": str(tmp_path / "short.jsonl")}))
+    assert found.match(b"which of these planets is the largest, by far")[0] == "short: 0"
+    assert found.match(b"write a function to find the greatest common divisor")[0] == "short: 1"
+    assert found.counts["short"]["without_ngram"] == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ünd “so” weiter – ÄÖ_Ü… ﬁn İ Ⱥ 中文。字",
+        "plain A_b-c 1.5",
+        "\ufffd",
+        "".join(map(chr, range(0xA0, 0x3000))),
+    ],
+)
+def test_words_are_those_of_a_regular_expression(text):
+    words = re.sub(r"[\W_]+", " ", text.lower()).split()
+    assert ngrams.normalised(text.encode()).replace(b"\0", b" ").decode().split() == words
 
 
 def test_winogrande_blanks_are_filled(problems):

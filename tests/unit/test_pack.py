@@ -60,7 +60,10 @@ def bucket_of(lengths: list[int]):
 
     records = np.zeros(len(lengths), RECORD)
     records["length"] = lengths
-    return Bucket(records, np.zeros(len(lengths), int), [], np.zeros(len(lengths), int), 0)
+    none = np.zeros(len(lengths), int)
+    return Bucket(
+        records, numbers=none, near=none, ids=[], piece=none, duplicates=0, near_duplicates=[]
+    )
 
 
 def test_a_budget_of_whole_documents_ends_before_the_first_that_does_not_fit(workspace):

@@ -13,6 +13,7 @@ from conftest import overrides, run_command
 
 from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.config import load_config
+from retemper.pipeline.data.manifest import read_manifest
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals import show
 from retemper.pipeline.evals.uncertainty import estimate, ratio
@@ -127,6 +128,11 @@ def test_the_page_has_the_finding_and_the_table(workspace, tmp_path):
     page = (config.run_dir.parent / "report.html").read_text()
     for said in comparison(runs):
         assert html.escape(said) in page
+    counts = [read_manifest(str(workspace / "data" / name))["near_duplicates"] for name in ("code", "math")]
+    for name, found in zip(("code", "math"), counts):
+        of = f"{found['documents']:,} near-duplicates of its {found['compared_with']:,} held-out documents"
+        assert f"<li>{name}: {of} are trained on.</li>" in page
+    assert counts[0]["compared_with"] > 0
     assert page.count("<svg") == 2 and "<td>cooled down</td>" in page
     for known in ("http://www.w3.org", "http://purl.org", "https://matplotlib.org", "http://creativecommons.org"):
         page = page.replace(known, "")

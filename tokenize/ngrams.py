@@ -1,0 +1,106 @@
+"""The words of a text and runs of them, as hashes: what documents are compared by."""
+
+import functools
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+# A text is looked at in pieces of so many bytes, so that memory does not grow with its length.
+SEGMENT_BYTES = 1 << 20
+SEPARATOR, SEPARATOR_BYTE = 0, b"\0"
+LOWER_WORDS = bytes(
+    ord(chr(byte).lower()) if chr(byte).isalnum() else SEPARATOR for byte in range(0x80)
+) + bytes(range(0x80, 0x100))
+# Multipliers of a polynomial hash modulo 2**64 (Karp and Rabin 1987); odd, so they have inverses.
+_BYTE_BASE, _WORD_BASE = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+_ASCII = bytes(range(0x80))
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+_NO_WORD = re.compile(r"\W+")
+_FEW_CHARACTERS = 16
+
+
+def normalised(utf8: bytes) -> bytes:
+    """Lower-case words between separators; everything that is no letter or digit separates."""
+    if not utf8.isascii():
+        utf8 = utf8.decode("utf-8", "replace").lower().encode()
+        characters = set(utf8.translate(None, _ASCII).decode())
+        no_words = list(filter(_NO_WORD.match, characters))
+        if len(no_words) <= _FEW_CHARACTERS:
+            # Faster than a regular expression, and most texts have a few quotes and dashes.
+            for char in no_words:
+                utf8 = utf8.replace(char.encode(), SEPARATOR_BYTE)
+        else:
+            text = _NOT_ASCII.sub(lambda run: _NO_WORD.sub(" ", run[0]), utf8.decode())
+            utf8 = text.encode()
+    return utf8.translate(LOWER_WORDS)
+
+
+def segments(translated: bytes, ngram: int) -> Iterator[bytes]:
+    """A text in pieces that share the words an n-gram across the cut needs.
+
+    translated: its UTF-8, with everything in ASCII that is no letter or digit made a separator.
+    """
+    start = 0
+    while start < len(translated):
+        end = min(start + SEGMENT_BYTES, len(translated))
+        yield translated[start:end]
+        start = (
+            len(translated)
+            if end == len(translated)
+            else _words_before(translated, start, end, ngram)
+        )
+
+
+def _words_before(translated: bytes, start: int, end: int, count: int) -> int:
+    """Where the last `count` words before `end` begin.
+
+    `end` itself where they are no words but half a segment of something else.
+    """
+    position = end
+    for _ in range(count):
+        position = start + len(translated[start:position].rstrip(SEPARATOR_BYTE))
+        position = translated.rfind(SEPARATOR_BYTE, start, position)
+        if position < start + SEGMENT_BYTES // 2:
+            return end
+    return position
+
+
+def word_hashes(words: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each word of a normalised text starts and ends, and its hash, uint64 (words,)."""
+    data = np.frombuffer(words, np.uint8)
+    in_word = np.zeros(len(data) + 2, bool)
+    np.not_equal(data, SEPARATOR, out=in_word[1:-1])
+    starts, ends = np.flatnonzero(in_word[1:] != in_word[:-1]).reshape(-1, 2).T
+    powers, inverses = _powers(_BYTE_BASE, len(data))
+    sums = np.cumsum(data * powers)[ends - 1]
+    hashes = (
+        np.diff(sums, prepend=np.uint64(0)) * inverses[starts]
+    )  # separators are zero and add nothing
+    return starts, ends, (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+
+
+def gram_hashes(words: np.ndarray, n: int) -> np.ndarray:
+    """The hash of every n words in a row, uint64 (max(0, words - n + 1),)."""
+    if len(words) < n:
+        return np.zeros(0, np.uint64)
+    powers, inverses = _powers(_WORD_BASE, len(words))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(words * powers)])
+    grams = (sums[n:] - sums[:-n]) * inverses[: len(words) - n + 1]
+    return (grams ^ (grams >> np.uint64(31))) * np.uint64(0x94D049BB133111EB)
+
+
+def _powers(base: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """base**0, base**1, … modulo 2**64, and their inverses, `count` of each."""
+    # Lower case may be longer than a segment was: Ⱥ has two bytes, ⱥ three.
+    powers, inverses = _table(base, (max(count, SEGMENT_BYTES) - 1).bit_length())
+    return powers[:count], inverses[:count]
+
+
+@functools.cache
+def _table(base: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    inverse = pow(base, -1, 1 << 64)
+    repeated = (1 << bits) - 1
+    return tuple(
+        np.cumprod(np.array([1] + [factor] * repeated, np.uint64)) for factor in (base, inverse)
+    )
