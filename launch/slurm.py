@@ -2,8 +2,8 @@
 
 import shlex
 
-from retemper.launch.layout import Layout
 from retemper.launch.torchrun import SIGNALS, TRAIN
+from retemper.pipeline.estimate.nodes import Layout
 
 _SCRIPT = """\
 #!/bin/bash

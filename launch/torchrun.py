@@ -4,7 +4,7 @@ import logging
 import os
 import shlex
 
-from retemper.launch.layout import Layout
+from retemper.pipeline.estimate.nodes import Layout
 
 TRAIN = "retemper.pipeline.train"
 # What the agent hands on to its ranks, which save and leave; torchrun's own list is without SIGUSR1.

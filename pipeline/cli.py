@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tokenize(arguments) -> int:
-    from retemper.pipeline.config import load_data_config
+    from retemper.pipeline.config.compose import load_data_config
     from retemper.tokenize.job import tokenize
 
     data = load_data_config(arguments.overrides)
@@ -76,13 +76,13 @@ def _near_duplicates(manifest: dict) -> str:
 
 
 def _train(arguments) -> int:
-    from retemper.pipeline.config import load_config
+    from retemper.pipeline.config.compose import load_config
 
     return _launch_here("retemper.pipeline.train", load_config(arguments.overrides), arguments.overrides)
 
 
 def _eval(arguments) -> int:
-    from retemper.pipeline.config import OF_SCORING, load_run
+    from retemper.pipeline.config.existing_run import OF_SCORING, load_run
 
     config = load_run(Path(arguments.run), arguments.overrides, OF_SCORING)
     return _launch_here("retemper.pipeline.evals", config, [arguments.run, *arguments.overrides])
@@ -92,8 +92,13 @@ def _import(arguments) -> int:
     import json
 
     from retemper.launch.torchrun import run_here
-    from retemper.pipeline.config import check_setup, load_parallel
-    from retemper.pipeline.huggingface.config import model_of, read_config, transformers_folder
+    from retemper.pipeline.config.compose import load_parallel
+    from retemper.pipeline.config.validate import check_setup
+    from retemper.pipeline.huggingface.source_config import (
+        model_of,
+        read_config,
+        transformers_folder,
+    )
     from retemper.pipeline.schema.model import MethodConfig, ModelSetup
 
     parallel = load_parallel(arguments.overrides)
@@ -125,18 +130,18 @@ def _refuse_existing(target: str) -> None:
 
 def _launch_here(module: str, config, arguments: list[str]) -> int:
     from retemper.launch.torchrun import run_here
-    from retemper.pipeline.preflight import preflight
+    from retemper.pipeline.entry.preflight import preflight
 
     preflight(config)
     return run_here(module, arguments, config.parallel.world_size)
 
 
 def _evals(arguments) -> int:
-    from retemper.pipeline.config import load_run
+    from retemper.pipeline.config.existing_run import load_run
 
     config = load_run(Path(arguments.run), arguments.overrides)
     if arguments.action == "show":
-        from retemper.pipeline.evals.show import table
+        from retemper.pipeline.evals.show_scores import table
 
         print("\n".join(table(config)))
         return 0
@@ -158,8 +163,8 @@ def _report(arguments) -> int:
 
 def _data(arguments) -> int:
     from retemper.pipeline.checkpoint.state import newest_state
-    from retemper.pipeline.config import load_config
-    from retemper.pipeline.data.corpus import check_corpora
+    from retemper.pipeline.config.compose import load_config
+    from retemper.pipeline.data.streams import check_corpora
 
     options = {"step": None, "samples": 4}
     overrides = []
@@ -195,15 +200,15 @@ def _demo(arguments) -> int:
 
 
 def _config(arguments) -> int:
-    from retemper.pipeline.config import load_config, to_yaml
+    from retemper.pipeline.config.compose import load_config, to_yaml
 
     print(to_yaml(load_config(arguments.overrides)), end="")
     return 0
 
 
 def _plan(arguments) -> int:
-    from retemper.pipeline.config import load_config
-    from retemper.pipeline.plan import Machine, plan
+    from retemper.pipeline.config.compose import load_config
+    from retemper.pipeline.estimate.plan import Machine, plan
 
     options = ("gpu", "gpu_memory", "gpus_per_node", "mfu", "price")
     for line in plan(load_config(arguments.overrides), Machine(**{name: getattr(arguments, name) for name in options})):
@@ -212,11 +217,11 @@ def _plan(arguments) -> int:
 
 
 def _launch(arguments) -> int:
-    from retemper.launch.layout import layout_of
     from retemper.launch.slurm import sbatch_script
     from retemper.launch.torchrun import node_commands
-    from retemper.pipeline.config import load_config
-    from retemper.pipeline.trunk import check_against_trunk, not_here
+    from retemper.pipeline.checkpoint.trunk import check_against_trunk, not_here
+    from retemper.pipeline.config.compose import load_config
+    from retemper.pipeline.estimate.nodes import layout_of
 
     targets = [text.removeprefix("target=") for text in arguments.overrides if text.startswith("target=")]
     if targets not in (["torchrun"], ["slurm"]):

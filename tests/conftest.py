@@ -48,9 +48,9 @@ def workspace(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("workspace")
     code, math = Path(email.__file__).parent, Path(sympy.core.__file__).parent
+    from retemper.pipeline.corpus.tokenizer import train_tokenizer
     from retemper.tokenize.job import tokenize
     from retemper.tokenize.sources import read_documents
-    from retemper.tokenize.tokenizer import train_tokenizer
 
     corpora = {"code": data_config(folder, "code", "text", code), "math": data_config(folder, "math", "docstrings", math)}
     texts = [document.text for corpus in corpora.values() for document in read_documents(corpus.source)]

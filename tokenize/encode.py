@@ -6,8 +6,8 @@ import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.tokenize.encoder import load_encoder
-from retemper.tokenize.tokenizer import Tokenizer
 
 _BATCH_DOCUMENTS, _BATCH_BYTES = 512, 4 << 20
 

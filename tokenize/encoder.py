@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.errors import UserError
-from retemper.tokenize.tokenizer import Tokenizer
 
 # Both encoders take memory and time beyond proportion for a megabyte without a space (about 40 bytes a byte).
 _WINDOW_BYTES = 1 << 20

@@ -18,7 +18,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.data import CorpusConfig
-from retemper.tokenize import plan as plans
+from retemper.tokenize import job_folder
 from retemper.tokenize.progress import PROCESSES, count_in, progress_bar, shared_counters
 
 
@@ -114,7 +114,7 @@ def _run_ray(stages: list[Stage], data: CorpusConfig, work: Path, progress: bool
         )
         executor.run()
         if failed := executor.get_incomplete_ranks(skip_completed=True):  # it only logs them
-            raise UserError(plans.take_error(work) or f"{len(failed)} of {stage.tasks} tasks of stage {stage.name} failed: see {logs}")
+            raise UserError(job_folder.take_error(work) or f"{len(failed)} of {stage.tasks} tasks of stage {stage.name} failed: see {logs}")
     return True
 
 
@@ -156,5 +156,5 @@ def refuse_queued(data: CorpusConfig, work: Path) -> None:
         raise UserError(f"squeue failed ({error.stderr.strip()}): is the cluster up?") from None
     if mine := [line for line in queued if line.split()[1].startswith(f"{data.name}-")]:
         raise UserError("\n".join(["this job is already queued or running; wait for it, or scancel it:", *mine]))
-    if reason := plans.take_error(work):
+    if reason := job_folder.take_error(work):
         raise UserError(f"the job stopped: {reason}\nOnce that is mended, run the same command again: it goes on from what is finished")

@@ -14,15 +14,15 @@ from datatrove.data import DocumentsPipeline
 from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 
-from retemper.pipeline.data.manifest import MANIFEST, READ_BY_TRAINING, Damaged, read_listed, seal
-from retemper.pipeline.data.store import Missing
+from retemper.pipeline.corpus.format import HELDOUT, TRAIN, split_number
+from retemper.pipeline.corpus.manifest import MANIFEST, READ_BY_TRAINING, Damaged, read_listed
+from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.run_folder import replace_file
+from retemper.pipeline.files.atomic import replace_file
+from retemper.pipeline.files.sealed import seal
+from retemper.pipeline.files.store import Missing
 from retemper.pipeline.schema.data import CorpusConfig
-from retemper.tokenize import plan as plans
-from retemper.tokenize.split import HELDOUT, TRAIN
-from retemper.tokenize.spool import split_number
-from retemper.tokenize.tokenizer import Tokenizer
+from retemper.tokenize import job_folder
 
 
 class Finish(PipelineStep):
@@ -35,32 +35,32 @@ class Finish(PipelineStep):
         self.data, self.work, self.tokenizer = data, work, tokenizer
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        with plans.told(self.work):
+        with job_folder.told(self.work):
             self._finish()
         yield from ()
 
     def _finish(self) -> None:
-        plan, out = plans.load_plan(self.work), self.work / "out"
-        parts, buckets = plans.all_parts_done(self.work, plan), _finished_buckets(self.work, plan)
+        plan, out = job_folder.load_plan(self.work), self.work / "out"
+        parts, buckets = job_folder.all_parts_done(self.work, plan), _finished_buckets(self.work, plan)
         tokenizer = Tokenizer(self.tokenizer)
         splits = {
             split: _totals([done["counts"] for done in found]) for split, found in buckets.items()
         }
         if not splits[TRAIN]["samples"]:
             dropped = _dropped(parts, splits)
-            plans.remove(self.work)
+            job_folder.remove(self.work)
             raise UserError(
                 f"data.source.path={self.data.source.path}: its documents fill no sample of {self.data.seq_length} tokens (read: "
                 f"{_read(parts):,}; left out: {', '.join(f'{count:,} {reason}' for reason, count in dropped.items()) or 'none'}); "
                 + _advice(self.data, dropped, _read(parts))
             )
         if self.data.heldout_fraction and not splits[HELDOUT]["samples"]:
-            plans.remove(self.work)
+            job_folder.remove(self.work)
             raise UserError(_no_heldout(self.data, splits))
         fingerprint = hashlib.sha256()
         for split, count in plan.buckets.items():
             for leftover in sorted((out / split).iterdir())[count:]:  # of a plan with more buckets, before the source changed
-                plans.remove(leftover)
+                job_folder.remove(leftover)
             fingerprint.update(_merge_indexes(out / split, count))
         sources = [file for part in parts for file in part["sources"]]
         _write_lines(out / "sources.jsonl", sources)
@@ -78,7 +78,7 @@ class Finish(PipelineStep):
         manifest["files"] = {name: _sha256((out / name).read_bytes()) for name in READ_BY_TRAINING}
         replace_file(out / MANIFEST, seal(manifest))
         _deliver(out, self.data.path)
-        plans.remove(self.work)
+        job_folder.remove(self.work)
 
 
 def _advice(data: CorpusConfig, dropped: dict[str, int], read: int) -> str:
@@ -132,13 +132,13 @@ def is_whole(path: str, manifest: dict) -> bool:
     return True
 
 
-def _finished_buckets(work: Path, plan: plans.Plan) -> dict[str, list[dict]]:
+def _finished_buckets(work: Path, plan: job_folder.Plan) -> dict[str, list[dict]]:
     """The done-markers of each split's buckets. Raises UserError where one is missing."""
     found: dict[str, list[dict]] = {TRAIN: [], HELDOUT: []}
     for split, number in plan.bucket_ids:
-        done = plans.bucket_done(work, plan, split, number)
+        done = job_folder.bucket_done(work, plan, split, number)
         if done is None:
-            folder = plans.bucket_folder(work, split, number)
+            folder = job_folder.bucket_folder(work, split, number)
             raise UserError(f"{folder} is not finished or was damaged since: run the same command again")
         found[split].append(done)
     return found
@@ -168,7 +168,7 @@ def _merge_indexes(folder: Path, count: int) -> bytes:
     return content.digest()
 
 
-def _manifest(data: CorpusConfig, plan: plans.Plan, parts: list[dict], splits: dict, tokenizer: Tokenizer) -> dict:
+def _manifest(data: CorpusConfig, plan: job_folder.Plan, parts: list[dict], splits: dict, tokenizer: Tokenizer) -> dict:
     kept = (
         "documents",
         "samples",
@@ -212,7 +212,7 @@ def _dropped(parts: list[dict], splits: dict) -> dict[str, int]:
     return {reason: count for reason, count in sorted(dropped.items()) if count}
 
 
-def _decontamination(plan: plans.Plan, parts: list[dict]) -> dict:
+def _decontamination(plan: job_folder.Plan, parts: list[dict]) -> dict:
     found: dict[str, int] = {}
     for part in parts:
         for match in part.get("matches", []):

@@ -7,11 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-from retemper.pipeline.config import changed_keys
-from retemper.pipeline.data.manifest import find_manifest
+from retemper.pipeline.config.differences import changed_keys
+from retemper.pipeline.corpus.manifest import find_manifest
+from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.data import CorpusConfig
-from retemper.tokenize import plan as plans
+from retemper.tokenize import job_folder
 from retemper.tokenize.clean import Clean
 from retemper.tokenize.decontaminate import Decontaminate, Problems
 from retemper.tokenize.encode import Encode
@@ -19,12 +20,11 @@ from retemper.tokenize.encoder import choose_encoder
 from retemper.tokenize.executors import Stage, refuse_queued, run_stages
 from retemper.tokenize.finish import Finish, is_whole
 from retemper.tokenize.listing import list_parts, locate
-from retemper.tokenize.shards import Choose, WriteBucket
 from retemper.tokenize.sketch import Sketch
 from retemper.tokenize.sources import DocumentReader, prompt_wording
 from retemper.tokenize.split import Identify
 from retemper.tokenize.spool import ReadPart, Spool
-from retemper.tokenize.tokenizer import Tokenizer
+from retemper.tokenize.write_shards import Choose, WriteBucket
 
 # What may differ from run to run: where the job works, not what it makes.
 _WHERE = {"path", "work_dir", "executor", "tasks", "slurm", "allow_broken_files"}
@@ -53,7 +53,7 @@ def tokenize(data: CorpusConfig, *, progress: bool = True) -> dict | None:
         if is_whole(data.path, manifest):
             if work.exists():  # killed between the name and the tidying up
                 with _only_one(work):
-                    plans.remove(work)
+                    job_folder.remove(work)
             return manifest
     elif "://" not in data.path and os.path.lexists(data.path):
         raise UserError(f"data.path={data.path} exists and is not a token corpus (no manifest.json of one): choose another folder")
@@ -90,16 +90,16 @@ def _stages(data: CorpusConfig, work: Path, tokenizer: Tokenizer, problems: Prob
     ]
 
 
-def _plan(data: CorpusConfig, work: Path, tokenizer: Tokenizer, made_from: dict) -> plans.Plan:
+def _plan(data: CorpusConfig, work: Path, tokenizer: Tokenizer, made_from: dict) -> job_folder.Plan:
     """The job's plan; one that was begun keeps its pinned revision and its encoder, and reads only the files that changed since."""
-    before = plans.load_plan(work) if (work / "plan.json").is_file() else None
+    before = job_folder.load_plan(work) if (work / "plan.json").is_file() else None
     root, glob = locate(data.source)
     if before:
         _refuse_changes(str(work), before.made_from, made_from)
         root = before.root
     parts = list_parts(data.source, root, glob)
     encoder = before.encoder if before else choose_encoder(tokenizer, _sample_texts(data, root, parts))
-    return plans.make_plan(
+    return job_folder.make_plan(
         work,
         made_from,
         root,
@@ -171,4 +171,4 @@ def _only_one(work: Path):
         finally:
             Path(lock.name).unlink(missing_ok=True)
             if not (work / "plan.json").exists():  # finished, or refused before it began
-                plans.remove(work)
+                job_folder.remove(work)

@@ -5,7 +5,7 @@ import hashlib
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-TRAIN, HELDOUT = "train", "heldout"
+from retemper.pipeline.corpus.format import HELDOUT, TRAIN
 
 
 def split_of(text: str, heldout_fraction: float) -> str:

@@ -15,11 +15,19 @@ import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from retemper.tokenize.plan import Plan, load_plan, part_done, part_folder, part_inputs, told, write_done
+from retemper.pipeline.corpus.format import HELDOUT, TRAIN, document_numbers
+from retemper.tokenize.job_folder import (
+    Plan,
+    load_plan,
+    part_done,
+    part_folder,
+    part_inputs,
+    told,
+    write_done,
+)
 from retemper.tokenize.progress import advance
 from retemper.tokenize.sketch import BINS, NONE, HeldoutSketches
 from retemper.tokenize.sources import DocumentReader
-from retemper.tokenize.split import HELDOUT, TRAIN
 
 RECORD = np.dtype(
     [
@@ -35,8 +43,6 @@ RECORD = np.dtype(
     ]
 )
 _PIECE_TOKENS, _PIECE_DOCUMENTS = 1 << 26, 1 << 18
-# Of the 64 of a document's number: the position in its source file. The file's number is above.
-_POSITION_BITS = 40
 
 
 class ReadPart(PipelineStep):
@@ -187,11 +193,6 @@ def save_heldout_sketches(work: Path, plan: Plan) -> None:
     index.save(work / "heldout")
 
 
-def split_number(number: int) -> tuple[int, int]:
-    """(line of sources.jsonl, position in that file) of the document that a number stands for."""
-    return number >> _POSITION_BITS, number & ((1 << _POSITION_BITS) - 1)
-
-
 def _records(
     work: Path, plan: Plan, split: str, low: int, high: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Path, int]]:
@@ -214,7 +215,7 @@ def _records(
             if begin < end:
                 found = np.array(index[begin:end])
                 files = found["file"].astype("<u8") + np.uint64(first_file)
-                yield found, files << np.uint64(_POSITION_BITS) | found["position"], path, begin
+                yield found, document_numbers(files, found["position"]), path, begin
         first_file += len(part_inputs(work, part))
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from retemper.pipeline import eval_folder
 from retemper.pipeline.checkpoint import commit
-from retemper.pipeline.config import base_folder, base_step
+from retemper.pipeline.config.stored import base_folder, base_step
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.run_folder import replace_file
+from retemper.pipeline.files.atomic import replace_file
+from retemper.pipeline.runs import eval_folder
 from retemper.pipeline.schema.run import Config
 
 RECORD = "base.json"

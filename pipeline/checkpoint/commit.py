@@ -9,8 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from retemper.pipeline.data.manifest import is_intact, seal
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.sealed import is_intact, seal
 
 META = "meta.json"
 _SEAL = "sha256"  # in meta.json: a hash of all else in it

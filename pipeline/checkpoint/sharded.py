@@ -1,13 +1,11 @@
 """Model and optimizer to and from a committed folder, through megatron-core's resharding dist_checkpointing."""
 
-import queue
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
@@ -17,8 +15,9 @@ from torch.nn import ModuleList
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.base import base_of, locate
 from retemper.pipeline.checkpoint.state import TrainState, state_of
-from retemper.pipeline.config import changed_keys
-from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero, on_rank_zero, trust_extra_state
+from retemper.pipeline.config.differences import changed_keys
+from retemper.pipeline.distributed.collectives import barrier, from_rank_zero, on_rank_zero
+from retemper.pipeline.distributed.topology import Topology, trust_extra_state
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.model.adapter import is_adapter
 from retemper.pipeline.model.lora import begin_at_base
@@ -27,9 +26,6 @@ from retemper.pipeline.schema.run import Config
 # Optimizer states that load at another TP, PP or DP; megatron's default cannot change the topology.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
-# megatron hands results of its writer through a queue of a freshly spawned process, which imports torch again: 10 s
-# a save. A synchronous save stays in this process, where a plain queue does.
-filesystem_async._results_queue = queue.Queue()
 
 
 def write_checkpoint(run_dir: Path, step: int, sharded_state: dict, meta: dict, topology: Topology) -> None:

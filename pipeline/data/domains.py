@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from retemper.pipeline.data.corpus import REPLAY, stream_paths
+from retemper.pipeline.data.streams import REPLAY, stream_paths
 from retemper.pipeline.schema.run import Config
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.data.reader import StepData, Streams
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.jsonl import append_line, read_lines
+from retemper.pipeline.runs import run_folder
 from retemper.pipeline.schema.run import Config
 
 _SHOWN_PROBLEMS = 10
@@ -30,9 +31,9 @@ class Ledger:
         if self.config.data.ledger and self._reads:
             peers = {"data_parallel_rank": place.data_parallel_rank, "data_parallel_size": place.data_parallel_size}
             line = {"step": step, **peers, "ids": data.ids.tolist()}
-            run_folder.append_line(folder / run_folder.LEDGER / file, line)
+            append_line(folder / run_folder.LEDGER / file, line)
         if self._first_of_model and data.skipped.any():
-            run_folder.append_line(folder / run_folder.SKIPPED / file, {"step": step, "ids": data.ids[data.skipped].tolist()})
+            append_line(folder / run_folder.SKIPPED / file, {"step": step, "ids": data.ids[data.skipped].tolist()})
 
 
 def verify(config: Config, began_at: int) -> str:
@@ -63,7 +64,7 @@ def verify(config: Config, began_at: int) -> str:
         if times.min() < int(epoch) or times.max() > np.ceil(epoch):
             problems.append(f"{name}: after {epoch:.2f} epochs some sample was read {times.min()} times, another {times.max()} times")
         lines.append(f"{name}: {int(times.sum()):,} samples read, {epoch:.3f} epochs, each of {size:,} {_range(times)}")
-    notes = [record for path in run_folder.noted(config.run_dir, run_folder.SKIPPED) for record in run_folder.read_lines(path)]
+    notes = [record for path in run_folder.noted(config.run_dir, run_folder.SKIPPED) for record in read_lines(path)]
     if skipped := sum(len(record["ids"]) for record in notes):
         lines.append(f"{skipped:,} of them had no loss, their shards were bad ({config.run_dir / run_folder.SKIPPED})")
     if problems:

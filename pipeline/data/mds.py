@@ -12,10 +12,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from retemper.pipeline.corpus.format import PIECES
 from retemper.pipeline.errors import UserError
 
-# Columns that hold a value for each piece of a document in the sample (tokenize/shards.py writes them; pairs alone have prompts).
-_PIECES = {"lengths": "<u4", "documents": "<u8", "prompt_lengths": "<u4"}
 # What `retemper tokenize` calls its shards. A name of an index becomes a path: nothing else is taken.
 _NAMES = re.compile(r"\d{5}/shard\.\d{5}\.mds")
 
@@ -32,7 +31,7 @@ class Samples:
         self.seq_length = seq_length
         self.tokens = np.empty(count * seq_length + 1, np.int64)
         self.tokens[-1] = 0
-        self.pieces = {column: [b""] * count for column in _PIECES}
+        self.pieces = {column: [b""] * count for column in PIECES}
 
     def __len__(self) -> int:
         return len(self.pieces["lengths"])
@@ -43,7 +42,7 @@ class Samples:
 
     def leave_out(self, row: int) -> None:
         """Make a sample a prompt from end to end: nothing of it is learned."""
-        whole = np.array([self.seq_length], _PIECES["lengths"]).tobytes()
+        whole = np.array([self.seq_length], PIECES["lengths"]).tobytes()
         self.tokens_NT[row] = 0
         for column, held in {"lengths": whole, "documents": b"", "prompt_lengths": whole}.items():
             self.pieces[column][row] = held
@@ -51,7 +50,7 @@ class Samples:
     def values(self, column: str, row: int | None = None) -> np.ndarray:
         """The values of a column of pieces, of one sample or of all, one after the other."""
         held = self.pieces[column]
-        return np.frombuffer(b"".join(held) if row is None else held[row], _PIECES[column])
+        return np.frombuffer(b"".join(held) if row is None else held[row], PIECES[column])
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ class Shard:
 
 
 def _type_of(column: str, encoding: str) -> np.dtype:
-    if column in _PIECES and encoding == "bytes":
-        return np.dtype(_PIECES[column])
+    if column in PIECES and encoding == "bytes":
+        return np.dtype(PIECES[column])
     if column == "tokens" and (kind := re.fullmatch(r"ndarray:(uint16|uint32):\d+", encoding)):
         return np.dtype(kind[1])
     raise ValueError(f"it has a column {column} of type {encoding}")

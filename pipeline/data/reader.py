@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from retemper.pipeline.corpus.format import TRAIN
 from retemper.pipeline.data.batch import Batch, make_batches
-from retemper.pipeline.data.corpus import cache_folder, samples_per_window, stream_paths
 from retemper.pipeline.data.mds import Samples
 from retemper.pipeline.data.order import LANES, Order, Stream
 from retemper.pipeline.data.shards import BadShard, TokenShards
+from retemper.pipeline.data.streams import cache_folder, samples_per_window, stream_paths
+from retemper.pipeline.distributed.collectives import anywhere_in_model
 from retemper.pipeline.distributed.seeds import derive_seed
-from retemper.pipeline.distributed.topology import Topology, anywhere_in_model
+from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.run import Config
 
@@ -28,7 +30,7 @@ class Streams:
     """The training streams of a run, opened, and the order in which their samples come."""
 
     def __init__(self, config: Config):
-        self.shards = {name: TokenShards(path, "train", cache_folder(config, name)) for name, path in stream_paths(config).items()}
+        self.shards = {name: TokenShards(path, TRAIN, cache_folder(config, name)) for name, path in stream_paths(config).items()}
         shares = samples_per_window(config)
         self.order = Order(
             tuple(

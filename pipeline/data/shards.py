@@ -14,10 +14,10 @@ from typing import BinaryIO
 import numpy as np
 import zstandard
 
-from retemper.pipeline.data import store
-from retemper.pipeline.data.manifest import read_listed, read_manifest
+from retemper.pipeline.corpus.manifest import read_listed, read_manifest
 from retemper.pipeline.data.mds import Samples, Shard, ShardFile
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files import store
 
 _MOST_OPEN = 64  # shards of one split, each a file descriptor; a rank that reads every lane has about four of each in use
 

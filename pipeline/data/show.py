@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from retemper.pipeline.data import store
+from retemper.pipeline.corpus.format import split_number
 from retemper.pipeline.data.batch import learned_tokens
 from retemper.pipeline.data.mds import Samples
 from retemper.pipeline.data.reader import Streams
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files import store
 from retemper.pipeline.schema.run import Config
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a document must not steer the terminal
-_FILE_SHIFT = np.uint64(40)  # of a document's number: the source file above, the position in it below (tokenize/shards.py)
 
 
 def show_step(config: Config, began_at: int, step: int, samples: int, *, colours: bool) -> Iterator[str]:
@@ -28,7 +28,7 @@ def show_step(config: Config, began_at: int, step: int, samples: int, *, colours
     consumed = (step - 1) * config.train.global_batch_size - began_at
     if step < 1 or consumed < 0:
         raise UserError(f"step={step}: this data is read from step {began_at // config.train.global_batch_size + 1} on")
-    from retemper.tokenize.tokenizer import Tokenizer
+    from retemper.pipeline.corpus.tokenizer import Tokenizer
 
     streams, tokenizer = Streams(config), Tokenizer(config.data.tokenizer)
     sources = {name: _sources(shards.path) for name, shards in streams.shards.items()}
@@ -52,7 +52,12 @@ def show_step(config: Config, began_at: int, step: int, samples: int, *, colours
 def _sources(path: str):
     """document -> file:position, from the corpus's list of sources."""
     files = [json.loads(line)["path"] for line in store.read(f"{path}/sources.jsonl").splitlines()]
-    return lambda document: f"{files[int(document >> _FILE_SHIFT)]}:{int(document & ((np.uint64(1) << _FILE_SHIFT) - np.uint64(1)))}"
+
+    def source(document: np.uint64) -> str:
+        file, position = split_number(int(document))
+        return f"{files[file]}:{position}"
+
+    return source
 
 
 def _pieces(sample: Samples, counted_T: np.ndarray) -> Iterator[tuple[np.uint64, np.ndarray, np.ndarray]]:

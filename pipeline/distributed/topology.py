@@ -1,14 +1,10 @@
-"""Ranks and process groups. The only module of the house that touches megatron's parallel_state or RANK and WORLD_SIZE."""
+"""Ranks and process groups: who this rank is, how it joins and leaves."""
 
-import contextlib
-import ctypes
 import datetime
 import gc
 import logging
 import os
 import shutil
-import signal
-import sys
 import warnings
 from dataclasses import dataclass
 
@@ -44,42 +40,6 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-_asked_to_stop = False
-
-
-def follow_launcher() -> None:
-    """End this rank at once on Ctrl-C, and when its torchrun agent dies: an orphan would go on writing into the run's folder."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # commits are atomic: there is nothing to unwind
-    if launched_world_size() and sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def noting_signals():
-    """Within it SIGTERM and SIGUSR1, which schedulers send before they end a job, end nothing: asked_to_stop tells of them."""
-
-    def note(*_signal) -> None:
-        global _asked_to_stop
-        _asked_to_stop = True
-
-    before = {asks: signal.signal(asks, note) for asks in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for asks, handler in before.items():
-            signal.signal(asks, handler)
-
-
-def asked_to_stop() -> bool:
-    """Whether any rank has had a signal to stop. Every rank calls it."""
-    import torch
-
-    asked = torch.tensor(int(_asked_to_stop), device=_device(torch))
-    torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-    return bool(asked)
-
-
 def trust_extra_state() -> None:
     """Let Transformer Engine read the state of delayed scaling, which it pickles: for checkpoints that a run of this config wrote."""
     os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
@@ -103,9 +63,10 @@ def prepare_megatron() -> None:
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     for name in ("torch.utils.cpp_extension", "megatron.core", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from retemper.pipeline.distributed import cpu
+    from retemper.pipeline.compat import megatron_cpu, megatron_save
 
-    cpu.patch()
+    megatron_cpu.patch()
+    megatron_save.patch()
 
 
 def start(parallel: ParallelConfig) -> Topology:
@@ -138,7 +99,7 @@ def start(parallel: ParallelConfig) -> Topology:
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         is_first_stage=parallel_state.is_pipeline_first_stage(),
         is_last_stage=parallel_state.is_pipeline_last_stage(),
-        device=_device(torch),
+        device=local_device(torch),
     )
 
 
@@ -156,94 +117,6 @@ def stop(*, leave: bool = True) -> None:
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
     gc.collect()  # models know their groups: what is left of the one before keeps its threads
-
-
-def from_last_stage(values: "torch.Tensor") -> list[float]:  # noqa: F821
-    """Sum values over data- and context-parallel ranks of the last pipeline stage, and hand the result to every rank.
-
-    values: one dimension, of one length on every rank; only the last stage's count. The host waits once, for the result.
-    """
-    import torch
-    from megatron.core import parallel_state
-
-    summed = values.to(_device(torch), torch.float64)
-    if parallel_state.is_pipeline_last_stage():
-        torch.distributed.all_reduce(summed, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    torch.distributed.broadcast(
-        summed, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
-    )
-    return summed.tolist()
-
-
-def sum_over_ranks(values: list[float]) -> list[float]:
-    """Values summed over all ranks."""
-    import torch
-
-    summed = torch.tensor(values, dtype=torch.float64, device=_device(torch))
-    torch.distributed.all_reduce(summed)
-    return summed.tolist()
-
-
-def from_each_replica(value) -> list:
-    """The picklable values of the data-parallel replicas of this rank's part of the model, in order, on every rank."""
-    import torch
-    from megatron.core import parallel_state
-
-    group = parallel_state.get_data_parallel_group()
-    values = [None] * group.size()
-    torch.distributed.all_gather_object(values, value, group=group)
-    return values
-
-
-def sum_over_stages(counts: list[int]) -> list[int]:
-    """Whole numbers summed over the pipeline stages of a model."""
-    import torch
-    from megatron.core import parallel_state
-
-    summed = torch.tensor(counts, dtype=torch.int64, device=_device(torch))
-    torch.distributed.all_reduce(summed, group=parallel_state.get_pipeline_model_parallel_group())
-    return summed.tolist()
-
-
-def anywhere_in_model(flags: "np.ndarray") -> "np.ndarray":  # noqa: F821
-    """Which of the flags, bool (n,), are set on any tensor-, pipeline- or context-parallel peer."""
-    import torch
-    from megatron.core import parallel_state
-
-    count = torch.from_numpy(flags.astype("int32")).to(_device(torch))
-    for group in (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()):
-        torch.distributed.all_reduce(count, group=group)
-    return count.cpu().numpy() > 0
-
-
-def barrier() -> None:
-    """Wait for every rank."""
-    import torch
-
-    torch.distributed.barrier()
-
-
-def from_rank_zero(value):
-    """Rank 0's picklable value on every rank."""
-    import torch
-
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def on_rank_zero(function, *arguments):
-    """What a function gives on rank 0, or the UserError that it raises there, on every rank."""
-    outcome = None
-    if is_main_process():
-        try:
-            outcome = function(*arguments), None
-        except UserError as error:
-            outcome = None, str(error)
-    result, problem = from_rank_zero(outcome)
-    if problem:
-        raise UserError(problem)
-    return result
 
 
 def _join(torch) -> None:
@@ -277,5 +150,5 @@ def _check_shared_memory(local_world_size: int, folder: str = "/dev/shm") -> Non
         )
 
 
-def _device(torch):
+def local_device(torch):
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -7,9 +7,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from retemper.pipeline.config import OF_SCORING, load_run
+from retemper.pipeline.config.existing_run import OF_SCORING, load_run
+from retemper.pipeline.entry.rank import leave, run_rank
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.ranks import leave, run_rank
 
 
 def main(run_dir: str = "", *overrides: str) -> int:
@@ -18,14 +18,14 @@ def main(run_dir: str = "", *overrides: str) -> int:
 
 def score_checkpoints(config, topology, fingerprints) -> None:
     """Load what the run begins with and each checkpoint in turn, and run the hook on it."""
-    from retemper.pipeline import eval_folder
     from retemper.pipeline.checkpoint import commit
     from retemper.pipeline.checkpoint.sharded import Checkpointer
+    from retemper.pipeline.distributed.collectives import from_rank_zero
     from retemper.pipeline.distributed.seeds import seed_step
-    from retemper.pipeline.distributed.topology import from_rank_zero
     from retemper.pipeline.evals.hook import evaluate, format_scores, unscored
     from retemper.pipeline.model.build import build_model
-    from retemper.pipeline.track import mirror_scores
+    from retemper.pipeline.runs import eval_folder
+    from retemper.pipeline.runs.track import mirror_scores
 
     eval_folder.check_settings(config, config.evals.inline)
     start = from_rank_zero(eval_folder.start_of(config))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.evals.sandbox.run import Limits, Program
-from retemper.pipeline.records import read_records
-from retemper.pipeline.run_folder import replace_file
+from retemper.pipeline.evals.sandbox.execute import Limits, Program
+from retemper.pipeline.files.atomic import replace_file
+from retemper.pipeline.files.records import read_records
 from retemper.pipeline.schema.run import Config
 
 

@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 
 from retemper.pipeline.evals.code_tasks import CODE_TASKS, read_problems
 from retemper.pipeline.evals.tasks import chosen_problems
-from retemper.pipeline.records import compress_records
+from retemper.pipeline.files.records import compress_records
 from retemper.pipeline.schema.run import Config
 
 _LENGTH = 512  # tokens of a program with its prompt: bigcode's harness

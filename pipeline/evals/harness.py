@@ -7,7 +7,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from retemper.pipeline.data.corpus import decontaminated
+from retemper.pipeline.data.streams import decontaminated
 from retemper.pipeline.evals.tasks import chosen_problems, load_task
 from retemper.pipeline.evals.uncertainty import estimate, scores_by_problem
 from retemper.pipeline.schema.run import Config

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from retemper.pipeline.corpus.format import HELDOUT
+from retemper.pipeline.corpus.manifest import read_listed
 from retemper.pipeline.data.batch import make_batches
-from retemper.pipeline.data.corpus import cache_folder
-from retemper.pipeline.data.manifest import read_listed
 from retemper.pipeline.data.order import Order, Stream
 from retemper.pipeline.data.shards import TokenShards
-from retemper.pipeline.distributed.topology import Topology, from_last_stage
+from retemper.pipeline.data.streams import cache_folder
+from retemper.pipeline.distributed.collectives import from_last_stage
+from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.uncertainty import ratio
 from retemper.pipeline.model.forward import run_schedule
@@ -46,7 +48,7 @@ def heldout_scores(config: Config, topology: Topology, model, domains: Iterable[
 
 def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
     path = config.evals.heldout[domain]
-    shards = TokenShards(path, "heldout", cache_folder(config, f"heldout-{domain}"))
+    shards = TokenShards(path, HELDOUT, cache_folder(config, f"heldout-{domain}"))
     token_bytes = np.load(io.BytesIO(read_listed(path, shards.manifest, "token_bytes.npy")), allow_pickle=False)
     token_bytes = torch.from_numpy(token_bytes).to(topology.device)
     samples = min(len(shards), config.evals.max_samples)

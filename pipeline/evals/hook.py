@@ -3,11 +3,12 @@
 import time
 from dataclasses import dataclass
 
-from retemper.pipeline import eval_folder
-from retemper.pipeline.distributed.topology import Topology, from_rank_zero
+from retemper.pipeline.distributed.collectives import from_rank_zero
+from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.evals.heldout import heldout_scores
 from retemper.pipeline.evals.paired import forgetting
 from retemper.pipeline.evals.uncertainty import Estimate
+from retemper.pipeline.runs import eval_folder
 from retemper.pipeline.schema.run import Config
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.harness import score_task
+from retemper.pipeline.evals.run_tokenizer import load_tokenizer
 from retemper.pipeline.evals.sharded_lm import ShardedLM
 from retemper.pipeline.evals.team import Team
-from retemper.pipeline.evals.tokenizer import load_tokenizer
 from retemper.pipeline.schema.run import Config
 
 

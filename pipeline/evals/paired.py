@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from retemper.pipeline import eval_folder
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.score_code import problem_scores as scores_of_programs
 from retemper.pipeline.evals.score_code import verdicts_path
@@ -14,7 +13,8 @@ from retemper.pipeline.evals.uncertainty import (
     ratio,
     scores_by_problem,
 )
-from retemper.pipeline.records import read_records
+from retemper.pipeline.files.records import read_records
+from retemper.pipeline.runs import eval_folder
 from retemper.pipeline.schema.run import Config
 
 

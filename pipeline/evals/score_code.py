@@ -9,11 +9,11 @@ from pathlib import Path
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.code_tasks import CODE_TASKS
 from retemper.pipeline.evals.sandbox.control import unpassable
+from retemper.pipeline.evals.sandbox.execute import Verdict, run_programs
 from retemper.pipeline.evals.sandbox.layers import find_layers
-from retemper.pipeline.evals.sandbox.run import Verdict, run_programs
 from retemper.pipeline.evals.uncertainty import estimate, pass_at_k
-from retemper.pipeline.records import read_records
-from retemper.pipeline.run_folder import replace_file
+from retemper.pipeline.files.atomic import replace_file
+from retemper.pipeline.files.records import read_records
 
 _KEYS = {"task_id": (str, int), "sample": int, "completion": str}  # of a generation
 

@@ -1,8 +1,6 @@
 """The tasks: lm-eval's own definitions, over its hub datasets or over local files in their place."""
 
-import functools
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,18 +9,12 @@ from typing import Any
 import datasets
 import lm_eval
 import numpy as np
-from lm_eval import utils
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from retemper.pipeline.compat import lm_eval_speed
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.evals import EvalsConfig
-
-# Compiled anew for every problem and every solved example they take nine tenths of a task's time beside the model's (lm-eval #1286).
-utils.env.from_string = functools.lru_cache(maxsize=64)(utils.env.from_string)
-
-for _noisy in ("lm_eval", "datasets", "huggingface_hub", "urllib3"):
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 _DEFINITIONS = Path(lm_eval.__file__).parent / "tasks"
 _SHOTS_SEED = 1234  # of which solved examples stand before a problem; lm-eval's own
@@ -76,6 +68,7 @@ LOCAL_TASKS = {
 
 def load_task(name: str, evals: EvalsConfig) -> Task:
     """The task as evals.tasks and evals.tasks_dir ask for it. Raises UserError."""
+    lm_eval_speed.patch()
     asked = evals.tasks[name]
     changes: dict[str, Any] = {"task": name, "repeats": asked.repeats}
     if asked.shots is not None:

@@ -9,10 +9,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from retemper.pipeline.config.rules import fp8_token_multiple
 from retemper.pipeline.data.batch import Batch
-from retemper.pipeline.distributed.topology import Topology, from_each_replica, from_last_stage, from_rank_zero
+from retemper.pipeline.distributed.collectives import (
+    from_each_replica,
+    from_last_stage,
+    from_rank_zero,
+)
+from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model.inference import Sampling, generate, log_likelihoods
-from retemper.pipeline.rules import fp8_token_multiple
 from retemper.pipeline.schema.run import Config
 
 _IN_FLIGHT = 2  # micro-batches for each stage of a pipeline that it works on at once, all padded to the longest of them

@@ -15,17 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retemper.pipeline import eval_folder
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.base import base_of
-from retemper.pipeline.data.corpus import decontaminated
+from retemper.pipeline.data.streams import decontaminated
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.code_tasks import CODE_TASKS, problems_file, read_problems
 from retemper.pipeline.evals.score_code import score_generations
 from retemper.pipeline.evals.uncertainty import Estimate
-from retemper.pipeline.leases import lease, write_once
+from retemper.pipeline.files.atomic import write_once
+from retemper.pipeline.runs import eval_folder
+from retemper.pipeline.runs.leases import lease
+from retemper.pipeline.runs.track import mirror_scores
 from retemper.pipeline.schema.run import Config
-from retemper.pipeline.track import mirror_scores
 
 PARTS = ("generate", "score")
 _KS = (1, 10, 100)  # of pass@k, where there are as many samples
@@ -68,8 +69,8 @@ class Worker:
             if task in CODE_TASKS:
                 read_problems(self.config, task)
         if "generate" in self.parts:
+            from retemper.pipeline.evals.run_tokenizer import load_tokenizer
             from retemper.pipeline.evals.tasks import load_task
-            from retemper.pipeline.evals.tokenizer import load_tokenizer
 
             load_tokenizer(self.config)
             for task in self.config.evals.of_workers:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from retemper.pipeline.checkpoint import commit
-from retemper.pipeline.config import check_setup, load_parallel
+from retemper.pipeline.config.compose import load_parallel
+from retemper.pipeline.config.validate import check_setup
 from retemper.pipeline.distributed import topology as topologies
+from retemper.pipeline.distributed.collectives import barrier
+from retemper.pipeline.entry.rank import leave, run_prepared
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.ranks import leave, run_prepared
 from retemper.pipeline.schema.model import MethodConfig, ModelSetup, ParallelConfig
 
 
@@ -29,8 +31,8 @@ def importing(
     """
     import torch
 
-    from retemper.pipeline.huggingface.folder import Weights
-    from retemper.tokenize.tokenizer import Tokenizer
+    from retemper.pipeline.corpus.tokenizer import Tokenizer
+    from retemper.pipeline.huggingface.source_folder import Weights
 
     source, target = Path(folder), Path(run)
     weights = None
@@ -114,7 +116,7 @@ def _whole_or_nothing(target: Path, topology: topologies.Topology) -> Iterator[P
     if topology.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    topologies.barrier()
+    barrier()
     try:
         yield partial
         if topology.rank == 0:

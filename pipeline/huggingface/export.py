@@ -15,19 +15,19 @@ from safetensors.torch import save_file
 
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.base import base_of_checkpoint
+from retemper.pipeline.corpus.tokenizer import Tokenizer, is_hub_name
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.huggingface.config import (
+from retemper.pipeline.huggingface.load import ORIGIN, SOURCE
+from retemper.pipeline.huggingface.names import LINEAR, Shard, tensor_shapes
+from retemper.pipeline.huggingface.source_config import (
     TOKENIZER_FILES,
     config_of,
     model_of,
     read_config,
     transformers_folder,
 )
-from retemper.pipeline.huggingface.load import ORIGIN, SOURCE
-from retemper.pipeline.huggingface.names import LINEAR, Shard, tensor_shapes
 from retemper.pipeline.huggingface.streamed import StreamedModel
 from retemper.pipeline.model.adapter import is_adapter, joined_factors, scale_of
-from retemper.tokenize.tokenizer import Tokenizer, is_hub_name
 
 _FILE_BYTES = 5 * 10**9  # as transformers cuts its shards
 

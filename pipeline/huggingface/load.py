@@ -12,11 +12,11 @@ from retemper.pipeline.checkpoint.commit import IMPORTED
 from retemper.pipeline.checkpoint.sharded import METADATA, write_checkpoint
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.distributed.topology import Topology
-from retemper.pipeline.huggingface.config import TOKENIZER_FILES
-from retemper.pipeline.huggingface.folder import Weights
+from retemper.pipeline.files.atomic import replace_file
 from retemper.pipeline.huggingface.names import Shard
+from retemper.pipeline.huggingface.source_config import TOKENIZER_FILES
+from retemper.pipeline.huggingface.source_folder import Weights
 from retemper.pipeline.model.build import build_layers
-from retemper.pipeline.run_folder import replace_file
 from retemper.pipeline.schema.model import ModelSetup
 
 # What an import keeps of the folder it came from, for exports: the files beside the weights, and of each tensor its type.

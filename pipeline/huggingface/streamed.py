@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.base import base_of_checkpoint
 from retemper.pipeline.checkpoint.sharded import METADATA, verified_meta
-from retemper.pipeline.distributed.topology import Topology, on_rank_zero
+from retemper.pipeline.distributed.collectives import on_rank_zero
+from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model.adapter import is_adapter
 from retemper.pipeline.model.build import build_layers
 from retemper.pipeline.schema.model import ModelSetup, ParallelConfig

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.huggingface.folder import Weights
 from retemper.pipeline.huggingface.names import EMBEDDING
+from retemper.pipeline.huggingface.source_folder import Weights
 from retemper.pipeline.huggingface.streamed import StreamedModel
 
 PROOF = "verified.json"

@@ -14,7 +14,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.utils import unwrap_model
 
-from retemper.pipeline.distributed.topology import Topology, sum_over_stages
+from retemper.pipeline.distributed.collectives import sum_over_stages
+from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model import lora
 from retemper.pipeline.model.adapted import hand_out_gradients
 from retemper.pipeline.model.attention import SdpaAttention

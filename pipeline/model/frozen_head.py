@@ -117,7 +117,7 @@ def _measure(logits_PV, local_P, weight_VH, others_PH: torch.Tensor | None) -> t
     return torch.stack(measured)
 
 
-@torch.compile  # few kernels on a GPU; on a CPU as it stands (distributed/cpu.py)
+@torch.compile  # few kernels on a GPU; on a CPU as it stands (compat/megatron_cpu.py)
 def _softmax(
     logits_PV: torch.Tensor, local_P: torch.Tensor, with_softmax: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from megatron.core.utils import get_model_config
 
+from retemper.pipeline.config.rules import graph_conflicts
 from retemper.pipeline.data.batch import Batch
 from retemper.pipeline.distributed.seeds import random_state_kept
 from retemper.pipeline.model.adapted import forget_gradients, join_factors
 from retemper.pipeline.model.forward import forward_step, run_schedule, through_stages
-from retemper.pipeline.rules import graph_conflicts
 from retemper.pipeline.schema.run import Config
 
 # Before it is recorded a pass runs as it is: libraries choose kernels, compile and allocate what they keep.

@@ -20,7 +20,17 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from retemper.pipeline.model.adapted import TorchProducts, adapted_column, adapted_row
-from retemper.pipeline.model.adapter import Adapter, Dropout, gains_of, is_adapter, mark, principal_factors, row_norms, scale_of, turned
+from retemper.pipeline.model.adapter import (
+    Adapter,
+    Dropout,
+    gains_of,
+    is_adapter,
+    mark,
+    principal_factors,
+    row_norms,
+    scale_of,
+    turned,
+)
 from retemper.pipeline.schema.model import LoraConfig
 
 

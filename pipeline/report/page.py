@@ -5,14 +5,14 @@ import io
 from importlib.metadata import version
 from pathlib import Path
 
-from retemper.pipeline import eval_folder
-from retemper.pipeline.config import to_yaml
-from retemper.pipeline.data.corpus import stream_paths
-from retemper.pipeline.data.manifest import find_manifest
+from retemper.pipeline.config.compose import to_yaml
+from retemper.pipeline.corpus.manifest import find_manifest
+from retemper.pipeline.data.streams import stream_paths
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.evals import show
+from retemper.pipeline.evals import show_scores
+from retemper.pipeline.files.atomic import replace_file
 from retemper.pipeline.report.results import RunResult, comparison, read_study, table
-from retemper.pipeline.run_folder import replace_file
+from retemper.pipeline.runs import eval_folder
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
@@ -98,11 +98,11 @@ def _near_duplicates(path: str) -> list[str]:
 
 def _tasks(runs: list[RunResult]) -> str:
     steps = [(run.config, step) for run in runs for step in eval_folder.scored_steps(run.config.run_dir)]
-    rows = [[config.name, *row] for config, step in steps for row in show.task_rows(config, step)]
+    rows = [[config.name, *row] for config, step in steps for row in show_scores.task_rows(config, step)]
     if not rows:
         return ""
     said = "Scores of lm-eval's tasks, and their paired difference from the model that the run, or its trunk, began from, with its standard error and 95% interval."
-    return f'<h2>Tasks</h2>\n<p>{said}</p>\n<div class="scroll">{_table([["run", *show.COLUMNS], *rows])}</div>'
+    return f'<h2>Tasks</h2>\n<p>{said}</p>\n<div class="scroll">{_table([["run", *show_scores.COLUMNS], *rows])}</div>'
 
 
 def _table(rows: list[list[str]]) -> str:

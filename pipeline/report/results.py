@@ -6,13 +6,13 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-from retemper.pipeline import eval_folder, run_folder
-from retemper.pipeline.config import load_run
+from retemper.pipeline.config.existing_run import load_run
+from retemper.pipeline.config.schedules import last_share, length_of, percent
 from retemper.pipeline.data.domains import domains_of
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.paired import Scored
 from retemper.pipeline.report import verdicts
-from retemper.pipeline.schedules import last_share, length_of, percent
+from retemper.pipeline.runs import eval_folder, run_folder
 from retemper.pipeline.schema.run import Config
 
 # The kinds of points: where on its schedule of the learning rate a run was scored.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from retemper.pipeline import eval_folder
 from retemper.pipeline.data.domains import domains_of
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.paired import (
@@ -12,6 +11,7 @@ from retemper.pipeline.evals.paired import (
     task_difference,
 )
 from retemper.pipeline.evals.uncertainty import Estimate, mean, student
+from retemper.pipeline.runs import eval_folder
 
 LESS, MORE, NONE = "less", "more", "no difference measured"
 _UNKNOWN = "no verdict"

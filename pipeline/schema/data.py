@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from retemper.pipeline.schema.base import Name, PositiveInt, Section, Tokens
+from retemper.pipeline.schema.section import Name, PositiveInt, Section, Tokens
 
 
 class SourceConfig(Section):

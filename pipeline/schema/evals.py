@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from retemper.pipeline.schema.base import Name, PositiveInt, Section
+from retemper.pipeline.schema.section import Name, PositiveInt, Section
 
 TASKS_WITH_FILES = ("hellaswag", "arc_challenge", "winogrande", "gsm8k", "humaneval", "mbpp")  # that can be read from evals.tasks_dir
 

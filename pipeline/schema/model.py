@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from retemper.pipeline.schema.base import PositiveInt, Section
+from retemper.pipeline.schema.section import PositiveInt, Section
 
 
 class RopeScaling(Section):

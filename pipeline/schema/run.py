@@ -7,11 +7,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from retemper.pipeline.schema.base import Name, Section
 from retemper.pipeline.schema.data import DataConfig
 from retemper.pipeline.schema.evals import EvalsConfig
 from retemper.pipeline.schema.model import ModelSetup
-from retemper.pipeline.schema.train import AnomalyConfig, CheckpointConfig, OptimizerConfig, ProfileConfig, ScheduleConfig, TrainConfig
+from retemper.pipeline.schema.section import Name, Section
+from retemper.pipeline.schema.train import (
+    AnomalyConfig,
+    CheckpointConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 
 class TrackConfig(Section):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from retemper.pipeline.schema.base import Fraction, PositiveInt, Section, Tokens
+from retemper.pipeline.schema.section import Fraction, PositiveInt, Section, Tokens
 
 
 class OptimizerConfig(Section):

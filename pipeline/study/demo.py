@@ -4,12 +4,12 @@ import time
 from pathlib import Path
 
 from retemper.launch.torchrun import run_here
-from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps, folder_of, sealed_meta
-from retemper.pipeline.config import load_config
-from retemper.pipeline.preflight import preflight
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.entry.preflight import preflight
 from retemper.pipeline.report.page import write_report
 from retemper.pipeline.report.results import comparison, format_table, read_study, table
+from retemper.pipeline.runs import eval_folder, run_folder
 from retemper.pipeline.schema.run import Config
 
 # The tokenizer is trained on every eighth file of each corpus.
@@ -54,9 +54,10 @@ def _prepare_data(runs: list[Config]) -> None:
 
 
 def _train_tokenizer(runs: list[Config]) -> None:
+    from retemper.pipeline.corpus.format import TRAIN
+    from retemper.pipeline.corpus.tokenizer import train_tokenizer
     from retemper.tokenize.sources import read_documents
-    from retemper.tokenize.split import TRAIN, split_of
-    from retemper.tokenize.tokenizer import train_tokenizer
+    from retemper.tokenize.split import split_of
 
     texts = (
         document.text

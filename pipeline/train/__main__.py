@@ -3,9 +3,9 @@
 import sys
 from functools import partial
 
-from retemper.pipeline.config import load_config
-from retemper.pipeline.distributed.topology import noting_signals
-from retemper.pipeline.ranks import leave, run_rank
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.distributed.signals import noting_signals
+from retemper.pipeline.entry.rank import leave, run_rank
 
 
 def main(overrides: list[str]) -> int:

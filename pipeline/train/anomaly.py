@@ -6,10 +6,12 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.state import TrainState
-from retemper.pipeline.distributed.topology import Topology, barrier, from_rank_zero
+from retemper.pipeline.distributed.collectives import barrier, from_rank_zero
+from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.jsonl import append_line, read_lines
+from retemper.pipeline.runs import run_folder
 from retemper.pipeline.schema.run import Config
 
 _WINDOW = 100  # steps whose mean and deviation the next one is held against
@@ -81,7 +83,7 @@ def remember(state: TrainState, loss: float, grad_norm: float) -> None:
 
 def left_out(config: Config) -> set[int]:
     """The steps whose batches change no weight: those of rollbacks before. Every rank calls it."""
-    return set(from_rank_zero([record["step"] for record in run_folder.read_lines(config.run_dir / run_folder.LEFT_OUT)]))
+    return set(from_rank_zero([record["step"] for record in read_lines(config.run_dir / run_folder.LEFT_OUT)]))
 
 
 def roll_back(config: Config, topology: Topology, anomaly: Anomaly) -> None:
@@ -95,14 +97,14 @@ def roll_back(config: Config, topology: Topology, anomaly: Anomaly) -> None:
         raise UserError(
             f"{advice}anomaly.policy=rollback goes on from the newest and leaves the batch out; a lower optimizer.lr under another name begins anew"
         )
-    if len({record["rollback"] for record in run_folder.read_lines(path)}) >= config.anomaly.max_rollbacks:
+    if len({record["rollback"] for record in read_lines(path)}) >= config.anomaly.max_rollbacks:
         raise UserError(
             f"{advice}{path} has anomaly.max_rollbacks={config.anomaly.max_rollbacks} rollbacks already: what is wrong is not one batch"
         )
     barrier()  # every rank has read the file
     if topology.rank == 0:
         for step in range(max(1, anomaly.step - config.anomaly.left_out_steps + 1), anomaly.step + 1):
-            run_folder.append_line(path, {"step": step, "rollback": anomaly.step, "what": anomaly.what})
+            append_line(path, {"step": step, "rollback": anomaly.step, "what": anomaly.what})
         print(
             f"{config.study}/{config.name}: {anomaly.what} at step {anomaly.step}; back to the newest checkpoint, without that batch",
             flush=True,

@@ -6,17 +6,19 @@ precedence, as in the paper's code.
 
 from typing import Any
 
-from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.base import base_of
 from retemper.pipeline.checkpoint.commit import committed_steps
+from retemper.pipeline.checkpoint.trunk import branches_of, differences_of_training
+from retemper.pipeline.config.schedules import ending
 from retemper.pipeline.data.domains import measures
-from retemper.pipeline.distributed.topology import Topology, asked_to_stop, from_rank_zero
+from retemper.pipeline.distributed.collectives import from_rank_zero
+from retemper.pipeline.distributed.signals import asked_to_stop
+from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.evals.hook import unscored
 from retemper.pipeline.model.adapter import scale_of
-from retemper.pipeline.schedules import ending
+from retemper.pipeline.runs import eval_folder, run_folder
 from retemper.pipeline.schema.run import Config
 from retemper.pipeline.train.loop import train
-from retemper.pipeline.trunk import branches_of, differences_of_training
 
 
 def train_with_branches(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> None:

@@ -9,16 +9,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.data.reader import TrainingBatches
 from retemper.pipeline.distributed.environment import in_force
+from retemper.pipeline.estimate.flops import flops_per_token
+from retemper.pipeline.estimate.gpus import peak_flops
 from retemper.pipeline.evals.hook import Scores, format_scores
-from retemper.pipeline.flops import flops_per_token, peak_flops
+from retemper.pipeline.files.jsonl import append_line
 from retemper.pipeline.model.graph import is_recorded
 from retemper.pipeline.model.kernels import kernels_here
+from retemper.pipeline.runs import run_folder
+from retemper.pipeline.runs.track import TrainingTracker
 from retemper.pipeline.schema.run import Config
-from retemper.pipeline.track import TrainingTracker
 from retemper.pipeline.train.step import StepResult
 
 
@@ -79,7 +81,7 @@ class Log:
         self.checkpoint_seconds = 0.0
         record |= _utilisation(self.config, record["tokens_per_second"]) | result.norms
         record |= {f"epochs/{name}": epochs for name, epochs in self.batches.streams.epochs(self.state.samples_of_data).items()}
-        run_folder.append_line(self.config.run_dir / run_folder.METRICS, record)
+        append_line(self.config.run_dir / run_folder.METRICS, record)
         self.tracker.log(record)
         loss = "-" if result.loss is None else f"{result.loss:.4f}"
         self.bar.write(

@@ -11,7 +11,8 @@ from retemper.pipeline.checkpoint.sharded import Checkpointer
 from retemper.pipeline.data.ledger import Ledger
 from retemper.pipeline.data.reader import TrainingBatches
 from retemper.pipeline.distributed.seeds import seed_step
-from retemper.pipeline.distributed.topology import Topology, asked_to_stop
+from retemper.pipeline.distributed.signals import asked_to_stop
+from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.evals.hook import evaluate
 from retemper.pipeline.model.build import build_model, parameter_counts
 from retemper.pipeline.model.graph import Passes

@@ -7,7 +7,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from retemper.pipeline.distributed.topology import sum_over_ranks
+from retemper.pipeline.distributed.collectives import sum_over_ranks
 
 KINDS = ("embedding", "attention", "mlp", "norm", "head", "lora_A", "lora_B", "lora_magnitude")
 

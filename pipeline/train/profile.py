@@ -4,8 +4,8 @@ import contextlib
 
 import torch
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.distributed.topology import Topology
+from retemper.pipeline.runs import run_folder
 from retemper.pipeline.schema.run import Config
 
 

@@ -7,7 +7,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.data.batch import Batch
-from retemper.pipeline.distributed.topology import from_last_stage
+from retemper.pipeline.distributed.collectives import from_last_stage
 from retemper.pipeline.model.graph import Passes
 from retemper.pipeline.schema.run import Config
 from retemper.pipeline.train.anomaly import Anomaly, anomaly_in, remember

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.distributed import topology
 
 ROUNDS, STEPS = 7, 3

@@ -33,7 +33,8 @@ def synthetic_corpus(path: Path, shards: int) -> None:
 
     from streaming import MDSWriter
 
-    from retemper.pipeline.data.manifest import READ_BY_TRAINING, seal
+    from retemper.pipeline.corpus.manifest import READ_BY_TRAINING
+    from retemper.pipeline.files.sealed import seal
 
     rng = np.random.default_rng(0)
     columns = {"tokens": f"ndarray:uint16:{SEQ_LENGTH}", "lengths": "bytes", "documents": "bytes"}
@@ -67,7 +68,7 @@ def synthetic_corpus(path: Path, shards: int) -> None:
 
 
 def config_of(path: Path):
-    from retemper.pipeline.config import load_config
+    from retemper.pipeline.config.compose import load_config
 
     data = [f"data.path={path}", "data.name=synthetic", "data.tokenizer=none", "data.source.path=none", f"data.seq_length={SEQ_LENGTH}"]
     train = [
@@ -214,8 +215,8 @@ def bench_peers(folder: Path) -> None:
 
 
 def bench_waits(folder: Path) -> None:
-    from retemper.pipeline import run_folder
-    from retemper.pipeline.config import load_config
+    from retemper.pipeline.config.compose import load_config
+    from retemper.pipeline.runs import run_folder
     from retemper.pipeline.study.demo import _prepare_data
 
     overrides = ["run=demo_base", f"runs_dir={folder / 'waits'}", "parallel=single", "track.wandb=off", "train.log_every_steps=1"]

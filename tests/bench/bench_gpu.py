@@ -48,10 +48,10 @@ def make_corpora(folder: Path) -> None:
     """Tokenize this Python's standard library into folder/<name>; what is there already stays as it
     is.
     """
-    from retemper.pipeline.config import load_data_config
+    from retemper.pipeline.config.compose import load_data_config
+    from retemper.pipeline.corpus.tokenizer import train_tokenizer
     from retemper.tokenize.job import tokenize
     from retemper.tokenize.sources import read_documents
-    from retemper.tokenize.tokenizer import train_tokenizer
 
     rows = folder / "functions.jsonl"
     folder.mkdir(parents=True, exist_ok=True)

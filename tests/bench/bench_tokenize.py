@@ -22,11 +22,11 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
 
+from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.schema.data import DataConfig
 from retemper.tokenize.encode import Encode
 from retemper.tokenize.job import tokenize
 from retemper.tokenize.sources import read_documents
-from retemper.tokenize.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 

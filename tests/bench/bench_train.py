@@ -33,7 +33,7 @@ def main(parts: list[str]) -> None:
 
 def make_corpus(folder: Path) -> list[str]:
     """The overrides of a run on the demo's corpus, tokenized here."""
-    from retemper.pipeline.config import load_config
+    from retemper.pipeline.config.compose import load_config
     from retemper.pipeline.study.demo import _prepare_data
 
     asked = ["run=demo_base", "parallel=single", f"runs_dir={folder / 'runs'}", "evals.heldout={}", "track.wandb=off"]
@@ -186,9 +186,9 @@ def bench_lora(folder: Path, asked: list[str]) -> None:
 def train(asked: list[str], watch=lambda loop: ()) -> None:
     import contextlib
 
-    from retemper.pipeline.config import load_config
+    from retemper.pipeline.config.compose import load_config
     from retemper.pipeline.distributed import topology
-    from retemper.pipeline.preflight import preflight
+    from retemper.pipeline.entry.preflight import preflight
 
     config = load_config(asked)
     fingerprints = preflight(config)

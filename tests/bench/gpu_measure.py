@@ -137,7 +137,7 @@ def _number(asked: list[str], key: str) -> int:
 
 
 def _seq_length(corpus: Path) -> int:
-    from retemper.pipeline.data.manifest import read_manifest
+    from retemper.pipeline.corpus.manifest import read_manifest
 
     return read_manifest(str(corpus))["seq_length"]
 
@@ -147,7 +147,7 @@ def train(asked: list[str], watch: Watch, *, random_weights: bool) -> None:
     would take a minute for 7B on the host; else those that a run begins with. Raises what the
     run raises.
     """
-    from retemper.pipeline.config import load_config
+    from retemper.pipeline.config.compose import load_config
     from retemper.pipeline.distributed import topology
 
     topology.prepare_megatron()
@@ -227,7 +227,7 @@ def measure(
     """The record of a part. Raises what the run raises, UserError for a config that is refused
     among it.
     """
-    from retemper.pipeline.config import load_config
+    from retemper.pipeline.config.compose import load_config
 
     steps = Steps(1, 1) if tiny else steps
     taken = steps.warm_up + steps.timed + traced
@@ -285,7 +285,8 @@ def speed(config, step_ms: float) -> dict:
     """
     import torch
 
-    from retemper.pipeline.flops import flops_per_token, peak_flops
+    from retemper.pipeline.estimate.flops import flops_per_token
+    from retemper.pipeline.estimate.gpus import peak_flops
 
     rate = config.tokens_per_step / step_ms * 1000
     done = rate * flops_per_token(config.model, config.method.lora, config.data.seq_length)
@@ -306,7 +307,8 @@ def _smallest_product_us(config) -> float:
     """
     import torch
 
-    from retemper.pipeline.flops import linear_layers, peak_flops
+    from retemper.pipeline.estimate.gpus import peak_flops
+    from retemper.pipeline.schema.shapes import linear_layers
 
     peak = peak_flops(torch.cuda.get_device_name() if torch.cuda.is_available() else None, "bf16")
     if not (peak and config.method.lora):

@@ -32,7 +32,7 @@ def test_8_bits_compute_nearly_what_16_do(workspace, wide, method, precision):
     """And of a frozen base with one scale a tensor there is one byte a weight."""
     pytest.importorskip("transformer_engine", reason="Transformer Engine is not installed")
     asked = overrides(workspace, "fp8", *wide, f"precision={precision}", *method)
-    from retemper.pipeline.config import load_config
+    from retemper.pipeline.config.compose import load_config
     from retemper.pipeline.errors import UserError
     from retemper.pipeline.model.kernels import check_precision
 

@@ -3,7 +3,7 @@
 import pytest
 from conftest import launch, overrides
 
-from retemper.pipeline.run_folder import read_metrics
+from retemper.pipeline.runs.run_folder import read_metrics
 
 pytestmark = pytest.mark.gpu
 

@@ -13,10 +13,11 @@ from unittest import mock
 
 import torch
 
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.distributed import topology
+from retemper.pipeline.distributed.collectives import barrier
+from retemper.pipeline.entry.preflight import preflight
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.preflight import preflight
 
 
 class Stopped(Exception):
@@ -33,7 +34,7 @@ def main(cases: list[dict]) -> None:
         place = topology.start(config.parallel)
         if "copy_of" in case and place.rank == 0:
             shutil.copytree(case["copy_of"], config.run_dir)
-        topology.barrier()
+        barrier()
         with FAULTS[case.get("fault")](), stand_in_graph() if case.get("graph") else contextlib.nullcontext():
             try:
                 with interruption(loop, case.get("stop_after")):

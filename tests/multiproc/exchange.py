@@ -3,9 +3,10 @@
 A case: {"import": options} or {"export": options} as `retemper import` and `export` have them, or {"train": overrides}.
 """
 
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.distributed import topology
-from retemper.pipeline.preflight import preflight
+from retemper.pipeline.distributed.collectives import barrier
+from retemper.pipeline.entry.preflight import preflight
 
 
 def main(cases: list[dict]) -> None:
@@ -17,7 +18,7 @@ def main(cases: list[dict]) -> None:
         prepare, work = verbs[verb](**options)
         setup, fingerprints = prepare()
         work(setup, topology.start(setup.parallel), fingerprints)
-        topology.barrier()  # one rank alone compares with transformers
+        barrier()  # one rank alone compares with transformers
         topology.stop(leave=False)
 
 

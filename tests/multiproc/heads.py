@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from probes import Operations, batch_of, samples_of
 
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.distributed import topology
 from retemper.pipeline.distributed.seeds import seed_step
 

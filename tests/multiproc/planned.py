@@ -37,7 +37,7 @@ class Held(TorchDispatchMode):
 
 def counts(config, place, model) -> None:
     """The plan's parameters are those of the model: of the whole, and the bytes on this rank."""
-    from retemper.pipeline import memory
+    from retemper.pipeline.estimate import memory
     from retemper.pipeline.model.build import parameter_counts
 
     assert memory.parameter_counts(config) == parameter_counts(model, config.parallel.tensor_parallel_size)
@@ -50,7 +50,7 @@ def counts(config, place, model) -> None:
 def memory(config, place, _model) -> None:
     """What the plan says of this rank is within a tenth of what its tensors take at most: building the model, two steps, scoring."""
     from retemper.pipeline.checkpoint.state import TrainState
-    from retemper.pipeline.memory import rank_memory
+    from retemper.pipeline.estimate.memory import rank_memory
     from retemper.pipeline.model.build import build_model
     from retemper.pipeline.model.forward import run_schedule
     from retemper.pipeline.model.graph import Passes

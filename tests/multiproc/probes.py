@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.distributed import topology
 
 
@@ -220,8 +220,8 @@ def base(config, place, model) -> None:
     """
     from retemper.pipeline.checkpoint.base import base_of
     from retemper.pipeline.checkpoint.sharded import Checkpointer
-    from retemper.pipeline.preflight import preflight
-    from retemper.pipeline.ranks import _inputs_of_rank_zero
+    from retemper.pipeline.entry.preflight import preflight
+    from retemper.pipeline.entry.rank import _inputs_of_rank_zero
 
     asked = config.model_copy(update={"init_from": f"{config.init_from}@2"})
     found = preflight(config if place.rank else asked)

@@ -3,9 +3,9 @@
 A case: {"overrides": [...]}, and "all": as `retemper eval` does. Its results are evals/ in its run folder.
 """
 
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.distributed import topology
-from retemper.pipeline.preflight import preflight
+from retemper.pipeline.entry.preflight import preflight
 
 
 def main(cases: list[dict]) -> None:

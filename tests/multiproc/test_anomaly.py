@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, data_config, launch, overrides, run_command
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.commit import META, committed_steps, folder_of
+from retemper.pipeline.files.jsonl import append_line, read_lines
+from retemper.pipeline.runs import run_folder
 
 STEPS = 30
 RUN = ["parallel=tp2", "checkpoint.save_every_steps=5", "evals.heldout={}", f"train.tokens={STEPS * 8 * 64}", "optimizer.lr=1e-3"]
@@ -48,7 +49,7 @@ def runs(workspace, unreadable):
     )
     for fault, step in SPOILED.items():
         # What a run is that never had the batch: told from the start to leave it out.
-        run_folder.append_line(folder / f"{fault}-without" / run_folder.LEFT_OUT, {"step": step, "rollback": step, "what": "told"})
+        append_line(folder / f"{fault}-without" / run_folder.LEFT_OUT, {"step": step, "rollback": step, "what": "told"})
         launch(2, [{"overrides": overrides(workspace, f"{fault}-without", *RUN, *ROLLBACK)}])
         launch(2, [{"overrides": overrides(workspace, fault, *RUN, *ROLLBACK), "fault": fault}])
     return folder
@@ -66,7 +67,7 @@ def test_a_rollback_trains_on_as_if_the_batch_had_never_been(runs, fault):
     unspoiled = curve(runs / "unspoiled")
     assert all(straight[number] == unspoiled[number] for number in range(1, step)) and straight[STEPS][0] != unspoiled[STEPS][0]
     assert all(straight[number][2] == unspoiled[number][2] for number in straight)  # the rate counts tokens, the batch's too
-    (record,) = run_folder.read_lines(runs / fault / run_folder.LEFT_OUT)
+    (record,) = read_lines(runs / fault / run_folder.LEFT_OUT)
     assert (record["step"], record["rollback"]) == (step, step)
     assert {"nan_gradient": "gradient norm is nan", "garbage_batch": "deviations above"}[fault] in record["what"]
 

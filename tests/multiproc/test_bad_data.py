@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from conftest import data_config, overrides, run_command
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.commit import META, folder_of
 from retemper.pipeline.cli import main
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.data.ledger import read_ledger
 from retemper.pipeline.data.reader import Streams
-from retemper.tokenize import plan
+from retemper.pipeline.files.jsonl import read_lines
+from retemper.pipeline.runs import run_folder
+from retemper.tokenize import job_folder
 from retemper.tokenize.job import tokenize
 
 
@@ -27,7 +28,7 @@ def shards(workspace) -> Path:
 
     path = workspace / "data" / "shards"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "_BUCKET_BYTES", 25_000)
+        patch.setattr(job_folder, "_BUCKET_BYTES", 25_000)
         source = {"kind": "text", "path": str(Path(email.__file__).parent), "glob": "**/*.py"}
         tokenize(data_config(workspace, "shards", path=str(path), source=source, tasks=1), progress=False)
     return path
@@ -64,7 +65,7 @@ def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(workspace
     assert result.returncode == 0 and f"skips a shard: {victim}" in result.stderr, result.stderr[-3000:]
     run = workspace / "runs" / "test" / "skips"
     (note,) = run_folder.noted(run, run_folder.SKIPPED)
-    skipped = list(run_folder.read_lines(note))
+    skipped = list(read_lines(note))
     order = Streams(load_config(command(workspace, "skips", tmp_path / "copy"))).order
     expected = {step: sorted(set(order.batch((step - 1) * 8, 8).tolist()) & set(bad)) for step in range(1, 11)}
     assert {line["step"]: sorted(line["ids"]) for line in skipped} == {step: ids for step, ids in expected.items() if ids}

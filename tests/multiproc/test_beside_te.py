@@ -6,7 +6,7 @@ import sys
 
 from conftest import ROOT, overrides
 
-from retemper.pipeline.run_folder import read_metrics
+from retemper.pipeline.runs.run_folder import read_metrics
 
 # Every name of transformer_engine can be imported, and nothing of it computes without a GPU.
 TRANSFORMER_ENGINE = '''

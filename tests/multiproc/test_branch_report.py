@@ -5,12 +5,12 @@ import re
 import pytest
 from conftest import launch, overrides
 
-from retemper.pipeline import eval_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.cli import main
-from retemper.pipeline.config import load_run
+from retemper.pipeline.config.existing_run import load_run
 from retemper.pipeline.evals import worker
 from retemper.pipeline.report.results import comparison, read_study, table
+from retemper.pipeline.runs import eval_folder
 
 STEP = 8 * 64
 BRANCHES = {3: "ended in the warm-up", 10: "cooled down"}  # steps -> kind; the warm-up takes four

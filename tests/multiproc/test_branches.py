@@ -6,9 +6,9 @@ from conftest import launch, overrides
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps, folder_of
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.runs import eval_folder, run_folder
 
 STEP = 8 * 64
 # Steps of a branch -> its name.

@@ -10,13 +10,13 @@ import psutil
 import pytest
 from conftest import ROOT, overrides, run_command
 
-from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.cli import main
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.data.ledger import read_ledger
-from retemper.pipeline.flops import flops_per_token
-from retemper.pipeline.plan import checkpoint_bytes
+from retemper.pipeline.estimate.flops import flops_per_token
+from retemper.pipeline.estimate.plan import checkpoint_bytes
+from retemper.pipeline.runs import eval_folder, run_folder
 
 SAVE = ["parallel=tp2", "checkpoint.save_every_steps=5", "data.ledger=true"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SEQ_LENGTH, overrides, run_command
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.data.ledger import read_ledger
+from retemper.pipeline.runs import run_folder
 
 STEPS = 60
 LAYOUTS = {

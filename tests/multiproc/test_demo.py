@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.report.results import read_study
+from retemper.pipeline.runs import run_folder
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@
 import pytest
 from conftest import launch, overrides
 
-from retemper.pipeline import eval_folder, run_folder
+from retemper.pipeline.runs import eval_folder, run_folder
 
 LORA = ["method=lora", "method.lora.rank=4", "optimizer.lr=1e-3"]
 METHODS = {"full": [], "lora": LORA, "dropout": [*LORA, "method.lora.dropout=0.1"]}

@@ -11,11 +11,11 @@ import torch
 from conftest import SHARED_DATA, data_config, launch, overrides
 from safetensors.torch import load_file
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint import commit
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.data.reader import Streams
 from retemper.pipeline.huggingface.names import LINEAR
+from retemper.pipeline.runs import run_folder
 from retemper.pipeline.schema.run import Config
 from retemper.tokenize.job import tokenize
 

@@ -9,8 +9,8 @@ from conftest import launch, overrides
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.commit import folder_of
+from retemper.pipeline.runs import run_folder
 
 TWO_RANKS = {
     "tp2": ["parallel=tp2"],

@@ -7,11 +7,11 @@ from conftest import launch, overrides
 from safetensors.torch import load_file
 from test_branches import curve, tensors
 
-from retemper.pipeline import eval_folder
 from retemper.pipeline.checkpoint.base import read_record
 from retemper.pipeline.checkpoint.commit import committed_steps
-from retemper.pipeline.config import load_run
+from retemper.pipeline.config.existing_run import load_run
 from retemper.pipeline.evals import worker
+from retemper.pipeline.runs import eval_folder
 
 STEP = 8 * 64
 EMBEDDING = "model.embed_tokens.weight"  # which adapters leave as it is

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import launch, overrides, run_command
 
-from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.cli import main
-from retemper.pipeline.eval_folder import FORGOTTEN, forgetting
+from retemper.pipeline.runs import eval_folder, run_folder
+from retemper.pipeline.runs.eval_folder import FORGOTTEN, forgetting
 
 QUESTION = {"question": "Which is cold?", "choices": {"text": ["ice", "fire", "steam"], "label": ["A", "B", "C"]}, "answerKey": "A"}
 SENTENCE = {"sentence": "The cup did not fit the box, for the _ was small.", "option1": "cup", "option2": "box", "answer": "2"}

@@ -11,8 +11,8 @@ import zstandard
 from conftest import data_config, launch, overrides
 from safetensors.torch import load_file, save_file
 
-from retemper.pipeline import eval_folder
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.runs import eval_folder
 
 CHOICES = ("hellaswag", "arc_challenge", "winogrande")
 PLAIN = [f"evals.tasks.{name}={{shots:0,limit:200}}" for name in CHOICES]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import launch, overrides, run_command
 
-from retemper.pipeline import eval_folder, run_folder
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.data.ledger import read_ledger
+from retemper.pipeline.runs import eval_folder, run_folder
 
 LAYOUTS = {
     "tp2": ["parallel=tp2"],

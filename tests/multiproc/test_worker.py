@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SEQ_LENGTH, launch, overrides
 
-from retemper.pipeline import eval_folder, run_folder
 from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.cli import main
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.evals.worker import generations_path
-from retemper.pipeline.records import compress_records, read_records
+from retemper.pipeline.files.atomic import replace_bytes
+from retemper.pipeline.files.records import compress_records, read_records
+from retemper.pipeline.runs import eval_folder, run_folder
 
 TASKS = {
     "humaneval": "{where:worker,limit:3,repeats:2,temperature:0.8,top_p:0.95}",
@@ -172,7 +173,7 @@ def test_checkpoints_that_vanish_are_named_and_what_is_left_of_them_evaluated(wo
     emptied.mkdir(parents=True)
     problem = json.loads((shared_data / "evals" / "humaneval.jsonl").read_text().splitlines()[0])
     programs = [{"task_id": problem["task_id"], "sample": n, "completion": ("\n" + problem["canonical_solution"]) * n} for n in range(2)]
-    run_folder.replace_bytes(generations_path(config, 1, "humaneval"), compress_records(programs))
+    replace_bytes(generations_path(config, 1, "humaneval"), compress_records(programs))
     assert main(["evals", "worker", str(config.run_dir), *asked_tasks(shared_data)]) == 1
     said = capsys.readouterr().err
     assert f"step 1, gsm8k: {vanished} was removed before it was evaluated" in said

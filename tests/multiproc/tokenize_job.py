@@ -8,11 +8,11 @@ import sys
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.data import DataConfig
-from retemper.tokenize import listing, plan
+from retemper.tokenize import job_folder, listing
 from retemper.tokenize.job import tokenize
 
 if __name__ == "__main__":
-    listing.PART_BYTES, plan._BUCKET_BYTES = int(sys.argv[2]), int(sys.argv[3])
+    listing.PART_BYTES, job_folder._BUCKET_BYTES = int(sys.argv[2]), int(sys.argv[3])
     try:
         print(json.dumps(tokenize(DataConfig.model_validate_json(sys.argv[1]))))
     except UserError as error:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from conftest import overrides
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.base import (
     RECORD,
@@ -17,10 +16,12 @@ from retemper.pipeline.checkpoint.base import (
     read_record,
     record,
 )
-from retemper.pipeline.config import load_config, load_run
+from retemper.pipeline.checkpoint.trunk import not_here
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.config.existing_run import load_run
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.runs import run_folder
 from retemper.pipeline.schema.run import Config
-from retemper.pipeline.trunk import not_here
 
 
 def checkpoint(run_dir: Path, step: int, base: str | None = None, init_from: str | None = None):
@@ -196,7 +197,7 @@ def test_a_branch_has_its_trunks_base(tmp_path, base, first):
 
 
 def test_a_branchs_start_is_found_where_its_base_was_moved_to(tmp_path, base):
-    from retemper.pipeline.eval_folder import start_of
+    from retemper.pipeline.runs.eval_folder import start_of
 
     trunk = begun(run_of(tmp_path, f"{base}@5", name="trunk"))
     branch = begun(run_of(tmp_path, base, f"branch_of={trunk.run_dir}", name="branch"))

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retemper.pipeline.cli import main
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.data.batch import make_batches
 from retemper.pipeline.data.mds import Samples
 from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.errors import UserError
-from retemper.tokenize.tokenizer import Tokenizer
 
 
 @st.composite
@@ -121,7 +121,7 @@ def test_data_show_prints_the_step_with_its_sources(workspace, pairs, capsys):
     ],
 )
 def test_mixtures_that_cannot_be_are_refused(workspace, change, said):
-    from retemper.pipeline.data.corpus import check_corpora
+    from retemper.pipeline.data.streams import check_corpora
 
     with pytest.raises(UserError, match=said):
         check_corpora(load_config(overrides(workspace, "mixed", *change)))

@@ -172,7 +172,7 @@ def test_the_commit_is_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("parts", [gpu_lora.parts(), gpu_full.parts()], ids=["lora", "full"])
 def test_every_part_asks_for_a_config_that_can_be(parts):
-    from retemper.pipeline.config import load_config
+    from retemper.pipeline.config.compose import load_config
 
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:

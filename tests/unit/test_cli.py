@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, run_command
 
 from retemper.pipeline.cli import _parse
-from retemper.pipeline.config import load_data_config
+from retemper.pipeline.config.compose import load_data_config
 
 VERBS = ["tokenize", "import", "train", "eval", "export", "data", "report", "demo", "config", "plan", "launch"]
 

@@ -10,10 +10,10 @@ import zstandard
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.code_tasks import CODE_TASKS
+from retemper.pipeline.evals.sandbox.execute import Program, run_programs
 from retemper.pipeline.evals.sandbox.layers import Layers, find_layers
-from retemper.pipeline.evals.sandbox.run import Program, run_programs
 from retemper.pipeline.evals.score_code import problem_scores, score_generations, verdicts_path
-from retemper.pipeline.records import compress_records
+from retemper.pipeline.files.records import compress_records
 
 FILES = {"humaneval": "humaneval.jsonl", "mbpp": "mbpp_test.jsonl"}
 # MBPP's own answer to 342 has a class below an import: bigcode's stop words would cut it off.

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 from conftest import overrides
 
-from retemper.pipeline.config import OF_SCORING, changed_keys, load_config, load_data_config, load_run, preset_names
+from retemper.pipeline.config.compose import load_config, load_data_config, preset_names
+from retemper.pipeline.config.differences import changed_keys
+from retemper.pipeline.config.existing_run import OF_SCORING, load_run
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema.base import format_tokens, parse_tokens
+from retemper.pipeline.schema.section import format_tokens, parse_tokens
 
 
 def problems(*changes: str, tmp="/nowhere") -> str:

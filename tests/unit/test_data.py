@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from conftest import SEQ_LENGTH, VOCAB_SIZE, data_config, overrides
 
-from retemper.pipeline.config import load_config
-from retemper.pipeline.data.corpus import check_corpora, decontaminated
-from retemper.pipeline.data.manifest import read_manifest, seal
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.corpus.manifest import read_manifest
+from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.data.shards import TokenShards
+from retemper.pipeline.data.streams import check_corpora, decontaminated
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.sealed import seal
 from retemper.tokenize.job import tokenize
 from retemper.tokenize.sources import read_documents
 from retemper.tokenize.split import split_of
-from retemper.tokenize.tokenizer import Tokenizer
 
 
 def decoded(workspace, corpus: str, split: str) -> str:

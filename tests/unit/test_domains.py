@@ -3,10 +3,11 @@
 import pytest
 from conftest import overrides
 
-from retemper.pipeline.config import load_config, load_run
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.config.existing_run import load_run
 from retemper.pipeline.data.domains import Domains, domains_of, measures
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.run_folder import claim
+from retemper.pipeline.runs.run_folder import claim
 
 LORA = ["method=lora", "init_from=base", "model=gpt_tiny"]
 WIKI = ["data.mixture.wiki.path={data}/wiki", "data.mixture.wiki.fraction=0.25"]

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from conftest import data_config
 
+from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.data import SourceConfig
 from retemper.tokenize import encoder as encoders
 from retemper.tokenize.encoder import Encoder, choose_encoder, load_encoder
 from retemper.tokenize.job import tokenize
 from retemper.tokenize.sources import read_documents
-from retemper.tokenize.tokenizer import Tokenizer
 
 
 @pytest.fixture(params=["trained", "llama"])

@@ -14,18 +14,13 @@ from test_weights import MODEL, megatron_shapes
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.base import Base, base_of_checkpoint
 from retemper.pipeline.cli import main
+from retemper.pipeline.corpus.tokenizer import Tokenizer, train_tokenizer
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.huggingface import export, load
-from retemper.pipeline.huggingface.config import config_of, transformers_folder
-from retemper.pipeline.huggingface.folder import Weights
 from retemper.pipeline.huggingface.names import tensor_shapes
-from retemper.pipeline.schema.model import (
-    LoraConfig,
-    MethodConfig,
-    ModelSetup,
-    ParallelConfig,
-)
-from retemper.tokenize.tokenizer import Tokenizer, train_tokenizer
+from retemper.pipeline.huggingface.source_config import config_of, transformers_folder
+from retemper.pipeline.huggingface.source_folder import Weights
+from retemper.pipeline.schema.model import LoraConfig, MethodConfig, ModelSetup, ParallelConfig
 
 
 @dataclass

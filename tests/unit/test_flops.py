@@ -4,7 +4,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from retemper.pipeline.flops import flops_per_token, peak_flops
+from retemper.pipeline.estimate.flops import flops_per_token
+from retemper.pipeline.estimate.gpus import peak_flops
 from retemper.pipeline.schema.model import LoraConfig, ModelConfig
 
 LLAMA2_7B = ModelConfig(**yaml.safe_load((ROOT / "conf" / "model" / "llama2_7b.yaml").read_text()))

@@ -6,9 +6,9 @@ import sys
 import pytest
 from conftest import ROOT, overrides
 
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.memory import rank_memory
+from retemper.pipeline.estimate.memory import rank_memory
 from retemper.pipeline.schema.model import ModelSetup
 
 RECIPES = {"fp8_delayed": "delayed", "fp8_tensorwise": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}

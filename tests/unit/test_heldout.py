@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import data_config, overrides
 
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.data.mds import Samples
 from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.distributed.topology import prepare_megatron

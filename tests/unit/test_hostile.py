@@ -16,10 +16,10 @@ import zstandard
 from conftest import data_config
 from hostile import write_hostile_corpus
 
+from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.errors import UserError
 from retemper.tokenize.job import tokenize
-from retemper.tokenize.tokenizer import Tokenizer
 
 JOB = """
 import json, sys, threading

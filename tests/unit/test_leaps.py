@@ -6,7 +6,7 @@ import pytest
 from conftest import overrides
 
 from retemper.pipeline.checkpoint.state import TrainState
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of megatron-core's imports
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from retemper.pipeline.leases import lease, write_once
+from retemper.pipeline.files.atomic import write_once
+from retemper.pipeline.runs.leases import lease
 
 CONTEXT = multiprocessing.get_context("fork")
 SECONDS = 0.6  # of a lease

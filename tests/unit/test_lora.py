@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import overrides
 
-from retemper.pipeline import run_folder
-from retemper.pipeline.config import load_config, load_run
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.config.existing_run import load_run
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.runs import run_folder
 from retemper.pipeline.schema.model import LoraConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of megatron-core's imports

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from retemper.pipeline.activations import PIECE
-from retemper.pipeline.activations_te import APART_FROM_RANK, TransformerEngineActivations
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.distributed.topology import prepare_megatron
-from retemper.pipeline.memory import rank_memory
+from retemper.pipeline.estimate.activations import PIECE
+from retemper.pipeline.estimate.activations_te import APART_FROM_RANK, TransformerEngineActivations
+from retemper.pipeline.estimate.memory import rank_memory
 
 # As the benches ask for (tests/bench): random weights, no evaluation, on one card.
 SEVEN_B = ["study=s", "name=n", "model=llama2_7b", "data=demo_code", "data.path=unmade"]

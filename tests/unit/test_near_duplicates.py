@@ -12,15 +12,17 @@ import pytest
 from conftest import data_config
 
 from retemper.pipeline.cli import main
-from retemper.pipeline.data.manifest import read_manifest, seal
+from retemper.pipeline.corpus.format import HELDOUT, TRAIN
+from retemper.pipeline.corpus.manifest import read_manifest
 from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.sealed import seal
 from retemper.pipeline.schema.data import SourceConfig
-from retemper.tokenize import job, ngrams, plan
+from retemper.tokenize import job, job_folder, ngrams
 from retemper.tokenize.job import tokenize
 from retemper.tokenize.sketch import BINS, NONE, HeldoutSketches, sketches
 from retemper.tokenize.sources import read_documents
-from retemper.tokenize.split import HELDOUT, TRAIN, split_of
+from retemper.tokenize.split import split_of
 
 LICENCE = "".join(
     f"# Permission {number} is granted to whoever keeps this notice in every copy.\n"
@@ -149,7 +151,7 @@ def made(workspace, families, tmp_path_factory):
     def make(action: str) -> Path:
         corpus = config(workspace, families, folder / action, near_duplicates=action)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plan, "_BUCKET_BYTES", 300_000)
+            patch.setattr(job_folder, "_BUCKET_BYTES", 300_000)
             tokenize(corpus, progress=False)
         return Path(corpus.path)
 
@@ -307,7 +309,7 @@ def test_a_corpus_from_before_the_key_is_the_same_unless_near_duplicates_are_dro
 
 
 def test_a_job_begun_before_the_key_goes_on(workspace, families, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "_BUCKET_BYTES", 300_000)
+    monkeypatch.setattr(job_folder, "_BUCKET_BYTES", 300_000)
     begun, work = (
         config(workspace, families, tmp_path / "out", near_duplicates="keep"),
         tmp_path / "out.partial",

@@ -10,7 +10,7 @@ from conftest import overrides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.data.order import LANES, ORDER_VERSION, Order, Stream
 from retemper.pipeline.data.reader import Streams, TrainingBatches
 from retemper.pipeline.distributed.topology import Topology

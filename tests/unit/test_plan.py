@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, overrides
 
 from retemper.pipeline.cli import main
-from retemper.pipeline.config import preset_names
-from retemper.pipeline.rates import MEASURED
+from retemper.pipeline.config.compose import preset_names
+from retemper.pipeline.estimate.rates import MEASURED
 
 SEVEN_B = [
     *["study=paper", "name=full", "model=llama2_7b", "data=starcoder_python", "data.path=shards/unmade", "train.tokens=20B"],

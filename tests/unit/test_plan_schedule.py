@@ -6,13 +6,13 @@ import pytest
 from conftest import overrides
 
 from retemper.pipeline.checkpoint.commit import folder_of
+from retemper.pipeline.checkpoint.trunk import branches_of, check_against_trunk, check_trunk
 from retemper.pipeline.cli import main
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.entry.preflight import preflight
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.plan import Machine, plan
-from retemper.pipeline.preflight import preflight
+from retemper.pipeline.estimate.plan import Machine, plan
 from retemper.pipeline.schema.run import Config
-from retemper.pipeline.trunk import branches_of, check_against_trunk, check_trunk
 
 STEP = 8 * 64
 H100 = Machine(gpu="H100", gpu_memory=80, gpus_per_node=8, mfu=None, price=None)

@@ -11,14 +11,16 @@ from statistics import fmean
 import pytest
 from conftest import overrides, run_command
 
-from retemper.pipeline import eval_folder, run_folder
-from retemper.pipeline.config import load_config
-from retemper.pipeline.data.manifest import read_manifest
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.corpus.manifest import read_manifest
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.evals import show
+from retemper.pipeline.evals import show_scores
 from retemper.pipeline.evals.uncertainty import estimate, ratio
+from retemper.pipeline.files.atomic import replace_bytes, replace_file
+from retemper.pipeline.files.jsonl import append_line
 from retemper.pipeline.report import verdicts
 from retemper.pipeline.report.results import comparison, format_table, read_study, table
+from retemper.pipeline.runs import eval_folder, run_folder
 
 STEP = 8 * 64
 SIZES = [100.0, 140.0, 120.0, 160.0, 180.0, 100.0]  # bytes of each held-out sample
@@ -47,7 +49,7 @@ def started(workspace, runs_dir, name, *changes):
     config = load_config([*overrides(workspace, name, *asked, corpus=corpus), f"runs_dir={runs_dir}"])
     run_folder.claim(config, 0)
     line = {"step": 10, "tokens": 5120, "loss": 2.5, "grad_norm": 1.0, "lr": 0.0}
-    run_folder.append_line(config.run_dir / run_folder.METRICS, line | {"tokens_per_second": 1234.0})
+    append_line(config.run_dir / run_folder.METRICS, line | {"tokens_per_second": 1234.0})
     return config
 
 
@@ -166,7 +168,7 @@ def test_runs_are_compared_at_equal_tokens_and_gaps_stay_gaps(workspace, tmp_pat
     shutil.rmtree(eval_folder.scores_path(lora.run_dir, 10).parent)
     (sentence,) = comparison(read_study(full.run_dir.parent))
     assert sentence == "lora (LoRA) beside full (full): no milestone that both have reached yet."
-    run_folder.replace_file(eval_folder.scores_path(full.run_dir, 0), json.dumps({"code": {"bits_per_byte": 3.0}}))
+    replace_file(eval_folder.scores_path(full.run_dir, 0), json.dumps({"code": {"bits_per_byte": 3.0}}))
     runs = read_study(full.run_dir.parent)
     assert runs[1].gains() == {}
     row = next(row for row in table(runs) if row[0] == "full" and row[2] == "0")
@@ -252,7 +254,7 @@ def test_the_forgetting_score_has_an_interval_and_a_paired_difference(workspace,
             write_task(config, step, task, values)
             scores.setdefault((config.name, step), []).append(fmean(values))
             stderrs.setdefault((config.name, step), []).append(estimate(values).stderr)
-    row = next(row for row in show.task_rows(lora, 10) if row[1] == "forgetting score")
+    row = next(row for row in show_scores.task_rows(lora, 10) if row[1] == "forgetting score")
     assert row[3:5] == ("600", f"{fmean(scores['lora', 10]):.4f}")
     low, high = map(float, row[5].split(" to "))
     half = 1.96 * sum(error**2 for error in stderrs["lora", 10]) ** 0.5 / 3
@@ -285,7 +287,7 @@ def test_runs_without_a_difference_are_seldom_said_to_differ(workspace, tmp_path
         bits = [size * (each + more) for size, each, more in zip(sizes, hard, spread)]
         samples = [{"sample": n, "bits": part, "bytes": size} for n, (part, size) in enumerate(zip(bits, sizes))]
         path = eval_folder.samples_path(run.config.run_dir, step, f"heldout-{domain}")
-        run_folder.replace_bytes(path, eval_folder.compress_records(samples))
+        replace_bytes(path, eval_folder.compress_records(samples))
         return sum(bits) / sum(sizes)
 
     for _ in range(pairs):

@@ -7,9 +7,9 @@ import shutil
 import pytest
 from test_report import LORA, PAPER, STEP, record, score, started, write_task
 
-from retemper.pipeline import eval_folder
-from retemper.pipeline.evals import show
+from retemper.pipeline.evals import show_scores
 from retemper.pipeline.report.results import comparison, format_table, read_study, table
+from retemper.pipeline.runs import eval_folder
 
 # Steps of a branch -> its kind. The warm-up takes four steps, the trunk sixteen.
 BRANCHES = {3: "ended in the warm-up", 10: "cooled down", 20: "cooled down"}
@@ -126,7 +126,7 @@ def test_a_trunk_that_is_gone_is_named(study):
 
 def test_the_starts_of_a_branch_are_shown_with_its_scores(study):
     config = next(run.config for run in read_study(study) if run.config.name == "lora-10")
-    lines = list(show.table(config))
+    lines = list(show_scores.table(config))
     assert re.search(r"^ +0  code ", "\n".join(lines), re.MULTILINE)
     assert re.search(r"^ +10  code .* -0\.4000 ± 0\.\d+ \(-0\.\d+ to -0\.\d+\)", "\n".join(lines), re.MULTILINE)
 
@@ -137,10 +137,10 @@ def test_a_start_scored_in_a_branchs_own_folder_is_still_read(study):
     trunk = config.model_copy(update={"name": "lora"})
     for step, right in ((0, 0.5), (10, 1.0)):
         write_task(config, step, "gsm8k", [1.0, right, 0.0, right])
-    change = {row[0]: row[6] for row in show.task_rows(config, 10)}
+    change = {row[0]: row[6] for row in show_scores.task_rows(config, 10)}
     assert change["10"].startswith("+0.2500 ± ")
     write_task(trunk, 0, "gsm8k", [1.0, 1.0, 0.0, 1.0])
-    change = {row[0]: row[6] for row in show.task_rows(config, 10)}
+    change = {row[0]: row[6] for row in show_scores.task_rows(config, 10)}
     assert change["10"].startswith("+0.0000 on each of 4")
 
 

@@ -15,9 +15,9 @@ from lm_eval.api.instance import Instance
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from retemper.pipeline.corpus.tokenizer import EOS, Tokenizer, train_tokenizer
 from retemper.pipeline.evals.generate import language_model as exported_model
 from retemper.pipeline.evals.sharded_lm import ShardedLM
-from retemper.tokenize.tokenizer import EOS, Tokenizer, train_tokenizer
 
 BOS = "<bos>"
 TEXT = "a text of words, and a second one"

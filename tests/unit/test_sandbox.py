@@ -19,9 +19,9 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.sandbox import layers as layers_module
 from retemper.pipeline.evals.sandbox import seccomp
 from retemper.pipeline.evals.sandbox.control import unpassable
+from retemper.pipeline.evals.sandbox.execute import Limits, Program, Verdict, run_programs
 from retemper.pipeline.evals.sandbox.folder import private_folder
 from retemper.pipeline.evals.sandbox.layers import Layers, find_layers
-from retemper.pipeline.evals.sandbox.run import Limits, Program, Verdict, run_programs
 
 LIMITS = Limits(cpu_seconds=1, wall_seconds=30, memory_bytes=2**29)
 UNLEASHED = attacks.HARMLESS_WITHOUT_WALLS | attacks.WHERE_ALLOWED

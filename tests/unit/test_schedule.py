@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 from conftest import overrides
 
-from retemper.pipeline.config import load_config, load_run
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.config.existing_run import load_run
+from retemper.pipeline.config.schedules import (
+    ending,
+    ends_in_warmup,
+    largest_warmup,
+    last_share,
+    share_of_peak,
+)
 from retemper.pipeline.distributed.topology import prepare_megatron
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schedules import ending, ends_in_warmup, largest_warmup, last_share, share_of_peak
 
 SCHEDULES = {
     "trapezoid": ["schedule.warmup_tokens=100M"],

@@ -13,14 +13,15 @@ import pytest
 import torch
 from conftest import data_config, overrides
 
-from retemper.pipeline.config import load_config
-from retemper.pipeline.data import store as stores
-from retemper.pipeline.data.manifest import find_manifest, seal
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.corpus.manifest import find_manifest
 from retemper.pipeline.data.reader import TrainingBatches
 from retemper.pipeline.data.shards import BadShard, TokenShards
 from retemper.pipeline.distributed.topology import Topology, _check_shared_memory
 from retemper.pipeline.errors import UserError
-from retemper.tokenize import plan
+from retemper.pipeline.files import store as stores
+from retemper.pipeline.files.sealed import seal
+from retemper.tokenize import job_folder
 from retemper.tokenize.job import tokenize
 
 REMOTE = "s3://corpora/faults"
@@ -40,7 +41,7 @@ def corpus(workspace, tmp_path_factory, client) -> Path:
 
     folder = tmp_path_factory.mktemp("faults") / "corpus"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "_BUCKET_BYTES", 25_000)
+        patch.setattr(job_folder, "_BUCKET_BYTES", 25_000)
         source = {"kind": "text", "path": str(Path(email.__file__).parent), "glob": "**/*.py"}
         tokenize(data_config(workspace, "faults", path=str(folder), source=source, compression="zstd", tasks=1), progress=False)
     for name, content in files(folder).items():

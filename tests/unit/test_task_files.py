@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import overrides
 
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.evals import TASKS_WITH_FILES, EvalsConfig, TaskConfig
 
@@ -62,7 +62,7 @@ def test_every_task_that_may_be_asked_of_files_can_be_read():
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused(workspace):
-    from retemper.pipeline.evals.tokenizer import load_tokenizer
+    from retemper.pipeline.evals.run_tokenizer import load_tokenizer
 
     data = SimpleNamespace(tokenizer=str(workspace / "data" / "tokenizer"), path=str(workspace / "data" / "code"))
     assert len(load_tokenizer(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=300)))) == 300
@@ -73,7 +73,7 @@ def test_a_tokenizer_larger_than_its_model_is_refused(workspace):
 @pytest.mark.parametrize("stop", ["Question:", "é", "\n\n", " and"])
 def test_text_ends_with_the_token_that_completes_a_stop_string(workspace, monkeypatch, stop):
     from retemper.pipeline.evals import team
-    from retemper.pipeline.evals.tokenizer import load_tokenizer
+    from retemper.pipeline.evals.run_tokenizer import load_tokenizer
     from retemper.pipeline.model.inference import Sampling
 
     data = SimpleNamespace(tokenizer=str(workspace / "data" / "tokenizer"), path=str(workspace / "data" / "code"))

@@ -10,12 +10,12 @@ from conftest import TINY
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from retemper.pipeline.config import load_config
-from retemper.pipeline.data.corpus import check_corpora
-from retemper.pipeline.data.manifest import seal
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.corpus import tokenizer as tokenizers
+from retemper.pipeline.corpus.tokenizer import Tokenizer, train_tokenizer
+from retemper.pipeline.data.streams import check_corpora
 from retemper.pipeline.errors import UserError
-from retemper.tokenize import tokenizer as tokenizers
-from retemper.tokenize.tokenizer import Tokenizer, train_tokenizer
+from retemper.pipeline.files.sealed import seal
 
 PYTHON = Path(heapq.__file__).read_text()
 ADDED = [

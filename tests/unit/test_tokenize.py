@@ -14,13 +14,13 @@ import pytest
 import zstandard
 from conftest import SEQ_LENGTH, data_config
 
-from retemper.pipeline.config import load_data_config
+from retemper.pipeline.config.compose import load_data_config
+from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.errors import UserError
-from retemper.tokenize import listing, plan
+from retemper.tokenize import job_folder, listing
 from retemper.tokenize.job import tokenize
 from retemper.tokenize.sources import read_documents
-from retemper.tokenize.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def documents(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_parts(monkeypatch):
     monkeypatch.setattr(listing, "PART_BYTES", 20_000)
-    monkeypatch.setattr(plan, "_BUCKET_BYTES", 100_000)
+    monkeypatch.setattr(job_folder, "_BUCKET_BYTES", 100_000)
 
 
 def rows_config(workspace, documents: Path, path: Path, **changes):
@@ -141,7 +141,7 @@ def test_a_restart_keeps_finished_parts_and_reads_changed_files_again(workspace,
     second.write_text("{half a mark")  # and damaged
     (source / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x and y"}\n'))  # and mended
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "remove", lambda folder: None)
+        patch.setattr(job_folder, "remove", lambda folder: None)
         manifest = tokenize(corpus, progress=False)
     after = finished()
     assert {path for path in before if after[path] == before[path]} == set(before) - {first, second}

@@ -10,11 +10,12 @@ import pytest
 from conftest import overrides
 from wandb.proto.wandb_internal_pb2 import Record
 
-from retemper.pipeline import eval_folder, run_folder
-from retemper.pipeline.config import load_config
-from retemper.pipeline.eval_folder import write_result
-from retemper.pipeline.leases import lease
-from retemper.pipeline.track import TrainingTracker, mirror_scores
+from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.files.atomic import replace_file
+from retemper.pipeline.runs import eval_folder
+from retemper.pipeline.runs.eval_folder import write_result
+from retemper.pipeline.runs.leases import lease
+from retemper.pipeline.runs.track import TrainingTracker, mirror_scores
 
 BLOCK, HEADER = 32768, struct.Struct("<IHB")  # of LevelDB's log format: checksum, length, and whether it is whole, first, middle or last
 
@@ -81,7 +82,7 @@ def test_scores_of_workers_come_once_whoever_may_write(config):
     assert told(config) == [*first, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.0}]
 
     mirror_scores(config)  # nothing is new
-    run_folder.replace_file(eval_folder.scores_path(config.run_dir, 4), '{"code": {"bits_per_byte": 1.5}}')
+    replace_file(eval_folder.scores_path(config.run_dir, 4), '{"code": {"bits_per_byte": 1.5}}')
     for task in ("hellaswag", "arc_challenge", "winogrande"):
         score(config, 4, task, 0.5)
     assert not write_result(config.run_dir, 4, "gsm8k", {"metric": "acc", "score": 0.75}, [])

@@ -8,7 +8,15 @@ from statistics import fmean, stdev
 import pytest
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.evals.uncertainty import Estimate, estimate, mean, paired_difference, pass_at_k, ratio, student
+from retemper.pipeline.evals.uncertainty import (
+    Estimate,
+    estimate,
+    mean,
+    paired_difference,
+    pass_at_k,
+    ratio,
+    student,
+)
 
 
 def test_pass_at_k_is_exact_combinatorics():

@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import overrides
 
-from retemper.pipeline import run_folder
 from retemper.pipeline.checkpoint.state import TrainState
-from retemper.pipeline.config import load_config
+from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.data.order import Order, Stream
 from retemper.pipeline.distributed.topology import prepare_megatron
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.report.figures import training_loss
 from retemper.pipeline.report.results import read_study
+from retemper.pipeline.runs import run_folder
 
 prepare_megatron()  # before anything imports megatron-core
 from retemper.pipeline.train import log as logs  # noqa: E402

@@ -13,13 +13,10 @@ from safetensors.torch import save_file
 
 from retemper.pipeline.cli import main
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.huggingface.config import config_of, model_of
-from retemper.pipeline.huggingface.folder import Weights
 from retemper.pipeline.huggingface.names import Shard, tensor_shapes
-from retemper.pipeline.schema.model import (
-    ModelConfig,
-    RopeScaling,
-)
+from retemper.pipeline.huggingface.source_config import config_of, model_of
+from retemper.pipeline.huggingface.source_folder import Weights
+from retemper.pipeline.schema.model import ModelConfig, RopeScaling
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4, num_query_groups=2, vocab_size=50, max_sequence_length=32
@@ -286,7 +283,7 @@ def test_a_tied_head_may_be_written_beside_its_embedding(tmp_path, head):
     ],
 )
 def test_a_head_that_is_tied_and_another_is_refused_and_not_dropped(tmp_path, head, monkeypatch):
-    monkeypatch.setattr("retemper.pipeline.huggingface.folder._ROWS", 7)
+    monkeypatch.setattr("retemper.pipeline.huggingface.source_folder._ROWS", 7)
     folder = tied(tmp_path / "m", head)
     with pytest.raises(
         UserError,

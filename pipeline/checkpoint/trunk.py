@@ -1,0 +1,127 @@
+"""A trunk and the runs that branch off it: what they share and what may differ. Without torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.config.differences import changed_keys
+from retemper.pipeline.config.stored import base_folder, base_step, read_config
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.runs import run_folder
+from retemper.pipeline.schema.run import Config
+from retemper.pipeline.schema.section import format_tokens
+
+# What a branch may have otherwise than its trunk, beside what a restart may change.
+_MAY_DIFFER = (
+    *run_folder.MAY_CHANGE,
+    "study:",
+    "name:",
+    "optimizer.lr:",
+    "optimizer.weight_decay:",
+    "schedule.",
+    "train.tokens:",
+    "train.cuda_graph:",
+)
+# Of these differences, what says how the branch trains, and not where it runs.
+_OF_TRAINING = ("optimizer.", "schedule.", "train.micro_batch_size:", "parallel.")
+
+
+def branches_of(trunk: Config) -> list[Config]:
+    """The runs that branch off a trunk, by length; each can be trained on its own, too."""
+    return [_branch(trunk, tokens) for tokens in sorted(trunk.train.branches)]
+
+
+def _branch(trunk: Config, tokens: int) -> Config:
+    changed: dict[str, Any] = {"name": f"{trunk.name}-{format_tokens(tokens)}"}
+    changed["branch_of"] = str(trunk.run_dir)
+    changed["train"] = trunk.train.model_copy(update={"tokens": tokens, "branches": []})
+    changed["checkpoint"] = trunk.checkpoint.model_copy(update={"milestones": []})
+    return trunk.model_copy(update=changed)
+
+
+def check_trunk(config: Config) -> None:
+    """Refuse a trunk that is not here, is another run, or has no checkpoint at the cooldown.
+
+    A branch that has a checkpoint of its own goes on from that. Raises UserError.
+    """
+    if config.branch_of is None or commit.committed_steps(config.run_dir):
+        return
+    trunk = Path(config.branch_of)
+    if read_config(trunk) is None:
+        raise UserError(
+            f"branch_of={trunk}: there is no run (no config.json); train that run first, "
+            "or correct the path"
+        )
+    check_against_trunk(config)
+    begins = config.cooldown_begins(config.train.tokens)
+    there = commit.committed_steps(trunk)
+    if begins not in there:
+        steps = ", ".join(map(str, there)) or "none"
+        raise UserError(
+            f"branch_of={trunk}: the cooldown of train.tokens={config.train.tokens} begins after "
+            f"step {begins}, of which the trunk has no checkpoint (it has: {steps}). Train the trunk "
+            f"with train.branches=[{config.train.tokens}], or set train.tokens "
+            "so that the cooldown begins after one of those steps"
+        )
+
+
+def check_against_trunk(config: Config) -> None:
+    """Refuse a branch that is not what its trunk was so far. Raises UserError that names each key."""
+    refused = [change for change in differences(config) if not change.startswith(_MAY_DIFFER)]
+    if config.data.allow_change:
+        refused = [change for change in refused if not run_folder.is_of_data(change)]
+    if refused:
+        listed = "\n".join(f"  - {change}" for change in refused)
+        raise UserError(
+            f"branch_of={config.branch_of}: a branch goes on with its trunk's weights, optimizer and "
+            f"data, but these differ:\n{listed}\nGive them the trunk's values, which stand first, "
+            "or leave out branch_of for a run of its own"
+        )
+
+
+def differences(config: Config) -> list[str]:
+    """The keys in which a branch differs from its trunk, as "key: of the trunk -> of the branch".
+
+    None where the trunk is not here. Raises UserError where branch_of names no run.
+    """
+    raw = read_config(Path(config.branch_of)) if config.branch_of else None
+    if raw is None:
+        return []
+    try:
+        # Keys that came later than the trunk have their defaults.
+        trunk = Config.model_validate(raw)
+    except ValidationError:
+        raise UserError(
+            f"branch_of={config.branch_of}: its config.json is that of no run that trains on; "
+            "an imported model is named in init_from"
+        ) from None
+    return changed_keys(json.loads(trunk.to_json()), json.loads(config.to_json()))
+
+
+def differences_of_training(config: Config) -> list[str]:
+    """Of the differences from its trunk those that say how the branch trains."""
+    return [change for change in differences(config) if change.startswith(_OF_TRAINING)]
+
+
+def not_here(config: Config) -> list[str]:
+    """What a plan or launch says of a base and a trunk that it knows by the config alone."""
+    lines = []
+    for name, key in (("trunk", "branch_of"), ("base", "init_from")):
+        folder = getattr(config, key)
+        if folder and read_config(base_folder(folder)) is None:
+            lines.append(f"{name} not here: shape from model=; `train` needs {key}={folder}")
+    if config.init_from and not lines:
+        lines += _step_not_here(config.init_from)
+    return lines
+
+
+def _step_not_here(init_from: str) -> list[str]:
+    step = base_step(init_from)
+    there = commit.committed_steps(base_folder(init_from))
+    if step is None or step in there:
+        return []
+    steps = ", ".join(map(str, there)) or "none"
+    return [f"base's checkpoint not here: `train` needs init_from={init_from} (it has: {steps})"]

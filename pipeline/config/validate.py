@@ -1,0 +1,72 @@
+"""A plain dictionary checked against the schema and the rules, every problem in one message."""
+
+import copy
+import functools
+import operator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from retemper.pipeline.config.rules import beginning_conflicts, conflicts, setup_conflicts
+from retemper.pipeline.errors import UserError, nearest
+from retemper.pipeline.schema.model import ModelSetup
+from retemper.pipeline.schema.run import Config
+from retemper.pipeline.schema.section import Section
+
+
+def check_setup(setup: ModelSetup) -> ModelSetup:
+    """Check a model against its layout. Raises UserError."""
+    if problems := list(setup_conflicts(setup)):
+        raise config_error(problems)
+    return setup
+
+
+def check_config(raw: dict[str, Any], *, begins: bool = False) -> Config:
+    """Check a plain dictionary against the schema and the rules between its keys. Raises UserError.
+
+    begins: the run has not begun; one that has may break rules that came later.
+    """
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise config_error([*(describe_problem(problem) for problem in error.errors()), *_conflicts_beside(error, raw)]) from None
+    if problems := [*conflicts(config), *(beginning_conflicts(config) if begins else ())]:
+        raise config_error(problems)
+    return config
+
+
+def _conflicts_beside(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+    """The rules broken beside unknown keys; a value that is missing or ill-typed leaves nothing to check them on."""
+    known = copy.deepcopy(raw)
+    for problem in error.errors():
+        if problem["type"] != "extra_forbidden":
+            return []
+        *path, key = problem["loc"]
+        functools.reduce(operator.getitem, path, known).pop(key)
+    return list(conflicts(Config.model_validate(known)))
+
+
+def config_error(problems: list[str]) -> UserError:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return UserError("\n".join([f"The configuration has {count}:", *(f"  - {problem}" for problem in problems)]))
+
+
+def describe_problem(problem: dict[str, Any], prefix: str = "") -> str:
+    key = prefix + ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key{nearest(key, _schema_keys(Config))}"
+    if problem["type"] == "missing":
+        return f"{key}: has no value; set it as {key}=…"
+    return f"{key}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _schema_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        inner = [kind for kind in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_section(kind)]
+        keys += _schema_keys(inner[0], f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return keys
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)

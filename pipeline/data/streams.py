@@ -1,0 +1,93 @@
+"""The corpora of a run: its training streams and held-out domains, checked against the config before anything starts."""
+
+from pathlib import Path
+from typing import Any
+
+from retemper.pipeline.corpus.format import HELDOUT, TRAIN
+from retemper.pipeline.corpus.manifest import find_manifest, read_manifest
+from retemper.pipeline.corpus.tokenizer import sha256_here
+from retemper.pipeline.data.order import ORDER_VERSION
+from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema.data import StreamConfig
+from retemper.pipeline.schema.run import Config
+
+REPLAY = "replay"  # the name of data.replay among the training streams
+
+
+def stream_paths(config: Config) -> dict[str, str]:
+    """Name -> folder of every training stream, by name: the order of samples follows this one."""
+    mixed_in = {name: stream.path for name, stream in _mixed_in(config).items()}
+    return dict(sorted(({config.data.name: config.data.path} | mixed_in).items()))
+
+
+def samples_per_window(config: Config) -> dict[str, int]:
+    """Name -> samples in every data.mixture_window."""
+    window = config.data.mixture_window
+    mixed_in = {name: round(stream.fraction * window) for name, stream in _mixed_in(config).items()}
+    return {config.data.name: window - sum(mixed_in.values())} | mixed_in
+
+
+def cache_folder(config: Config, name: str) -> Path:
+    """Where this run keeps shards of one corpus that it fetched or unpacked."""
+    cache = config.data.cache_dir
+    return (Path(cache, config.study, config.name) if cache else config.run_dir / "cache") / name
+
+
+def decontaminated(config: Config, task: str) -> dict[str, bool | None]:
+    """Training stream -> whether documents that share text with an evaluation task's problems were left out of it, as its manifest says.
+
+    None where the manifest cannot be read from here.
+    """
+    manifests = {name: find_manifest(path) for name, path in stream_paths(config).items()}
+    return {name: manifest and task in manifest.get("decontamination", {}).get("tasks", {}) for name, manifest in manifests.items()}
+
+
+def check_corpora(config: Config) -> dict[str, Any]:
+    """Check every manifest against the config; returns the fingerprints of "data" and "tokenizer".
+
+    A data.tokenizer that is not on this machine is not compared: training reads token ids alone.
+    Raises UserError with every mismatch: vocabulary, sequence length, tokenizer, and a corpus smaller than one batch.
+    """
+    paths = stream_paths(config)
+    manifests = {name: read_manifest(path) for name, path in paths.items()}
+    heldout = {f"heldout {domain}": read_manifest(path) for domain, path in config.evals.heldout.items()}
+    own = manifests[config.data.name]
+    problems = [problem for name, manifest in (manifests | heldout).items() for problem in _mismatches(config, name, manifest, own)]
+    if (tokenizer := sha256_here(config.data.tokenizer)) and tokenizer != own["tokenizer_sha256"]:
+        problems.append(
+            f"data.tokenizer={config.data.tokenizer} is another tokenizer than the one that corpus "
+            f"{own['name']} in {config.data.path} was made with: name that one, "
+            "or tokenize again to another data.path"
+        )
+    for name, manifest in heldout.items():
+        if not manifest["splits"][HELDOUT]["samples"]:
+            problems.append(f"{name}: corpus {manifest['name']} has no held-out sample; raise data.heldout_fraction and tokenize again")
+    available = own["splits"][TRAIN]["samples"]
+    if available < config.train.global_batch_size:
+        problems.append(
+            f"{config.data.name}: the corpus has {available} samples, fewer than one batch of "
+            f"train.global_batch_size={config.train.global_batch_size}; give more text or a smaller batch"
+        )
+    if problems:
+        raise UserError("\n".join(["The data does not fit the run:", *(f"  - {problem}" for problem in problems)]))
+    shares = samples_per_window(config)
+    window = config.data.mixture_window
+    streams = {name: f"{manifest['fingerprint']}, {shares[name]} of {window} samples" for name, manifest in manifests.items()}
+    return {"data": {"order": ORDER_VERSION, "streams": streams}, "tokenizer": own["tokenizer_sha256"]}
+
+
+def _mixed_in(config: Config) -> dict[str, StreamConfig]:
+    return config.data.mixture | ({REPLAY: config.data.replay} if config.data.replay else {})
+
+
+def _mismatches(config: Config, name: str, manifest: dict, own: dict):
+    if manifest["vocab_size"] > config.model.vocab_size:
+        yield (
+            f"{name}: the tokenizer of corpus {manifest['name']} has {manifest['vocab_size']} tokens, model.vocab_size is only {config.model.vocab_size}"
+        )
+    if manifest["seq_length"] != config.data.seq_length:
+        yield (
+            f"{name}: corpus {manifest['name']} has samples of {manifest['seq_length']} tokens, data.seq_length is {config.data.seq_length}"
+        )
+    if manifest["tokenizer_sha256"] != own["tokenizer_sha256"]:
+        yield f"{name}: corpus {manifest['name']} was made with another tokenizer than {own['name']}"

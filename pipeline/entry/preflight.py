@@ -1,0 +1,22 @@
+"""Everything about a run that can be refused before a process group starts."""
+
+from typing import Any
+
+from retemper.pipeline.checkpoint.base import base_of
+from retemper.pipeline.checkpoint.trunk import check_trunk
+from retemper.pipeline.data.streams import check_corpora
+from retemper.pipeline.runs import run_folder
+from retemper.pipeline.schema.run import Config
+
+
+def preflight(config: Config) -> dict[str, Any]:
+    """Check run folder, trunk, corpora and base. Raises UserError.
+
+    Returns the fingerprints of data, tokenizer and base.
+    """
+    run_folder.check(config)
+    check_trunk(config)
+    fingerprints = check_corpora(config)
+    if base := base_of(config):
+        fingerprints["base"] = base.fingerprint
+    return fingerprints

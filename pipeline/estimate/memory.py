@@ -1,0 +1,155 @@
+"""Parameters and bytes of a run on a rank, by arithmetic alone.
+
+On CPU what it says is held to built models and to measured training steps (tests/multiproc/test_planned.py), on a GPU to peaks
+that were measured (tests/unit/test_memory.py).
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from retemper.pipeline.estimate.activations import SHARDED_BY_INPUT, Activations, bytes_of_element
+from retemper.pipeline.estimate.activations_te import TransformerEngineActivations, layers_in_bf16
+from retemper.pipeline.schema.model import ModelSetup
+from retemper.pipeline.schema.run import Config
+from retemper.pipeline.schema.shapes import linear_layers
+
+# Elements by (adapter or base, sharded over tensor-parallel ranks or on each of them).
+Weights = Counter[tuple[str, bool]]
+
+
+def parameter_counts(setup: ModelSetup) -> tuple[int, int]:
+    """(trainable, frozen) elements of the whole model, the vocabulary's padding among them: model.build's, without building it."""
+    layers, model = _layer_weights(setup), setup.model
+    whole = Counter({kind: count * model.num_layers for kind, count in layers.items()})
+    whole["base", True] += setup.padded_vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    whole["base", False] += model.hidden_size
+    return _trainable_and_frozen(setup, {kind: sum(whole[kind, sharded] for sharded in (True, False)) for kind in _KINDS})
+
+
+_KINDS = ("base", "adapters", "initial")  # the last are PiSSA's frozen factors
+
+
+def _trainable_and_frozen(setup: ModelSetup, count: dict[str, int]) -> tuple[int, int]:
+    if setup.method.name == "full":
+        return count["base"], 0
+    return count["adapters"], count["base"] + count["initial"]
+
+
+def _layer_weights(setup: ModelSetup) -> Weights:
+    model, lora, count = setup.model, setup.method.lora, Counter()
+    sizes = linear_layers(model)
+    count["base", True] = sum(features_in * features_out for features_in, features_out in sizes.values())
+    count["base", False] = 2 * model.hidden_size + (2 * model.kv_channels if model.qk_norm else 0)  # norms
+    if model.qkv_bias:
+        count["base", True] += sum(sizes[name][1] for name in ("q", "k", "v"))
+    for target in lora.targets if lora else ():
+        features_in, features_out = sizes[target]
+        A, B = lora.rank * features_in, lora.rank * features_out
+        by_input = target in SHARDED_BY_INPUT
+        for kind in ("adapters", "initial") if lora.pissa else ("adapters",):
+            count[kind, by_input] += A
+            count[kind, not by_input] += B
+        if lora.dora:
+            count["adapters", not by_input] += features_out  # the magnitude
+    return count
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes at the peak of training and scoring on the ranks of one pipeline stage."""
+
+    stage: int
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int  # that the forward pass leaves for the backward pass
+    temporary: int  # logits and loss, what the backward pass of one layer works with, or of FP8 weights their values in bf16 at first
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.temporary
+
+
+def worst_rank(config: Config, *, fused: bool = True) -> RankMemory:
+    """Of the pipeline stage that holds the most.
+
+    fused: of Transformer Engine's layers, as on a GPU; else of megatron-core's own, as on CPU.
+    """
+    stages = range(config.parallel.pipeline_parallel_size)
+    return max((rank_memory(config, stage, fused=fused) for stage in stages), key=lambda memory: memory.total)
+
+
+def rank_memory(config: Config, stage: int, *, fused: bool = True) -> RankMemory:
+    """Of the ranks of one pipeline stage, counted from 0."""
+    parallel, element = config.parallel, bytes_of_element(config)
+    kind = TransformerEngineActivations if fused else Activations
+    held = _stage_weights(config, stage)
+    trainable, _ = _trainable_and_frozen(config, held)
+    # megatron-core's distributed optimizer: gradients are reduced in float32; float32 moments, and of bf16 weights a float32
+    # copy, are shared among data- and context-parallel ranks. Float32 weights are updated where they are.
+    state = 4 * moments_of(config) + (0 if config.precision == "fp32" else 4)
+    moments = kind(config, config.train.micro_batch_size).moments(stage)
+    if config.evals.heldout:
+        scored_together = min(config.evals.micro_batch_size, math.ceil(config.evals.max_samples / parallel.data_parallel_size))
+        scoring = kind(config, scored_together)
+        moments.append((scoring.constant(stage), scoring.scoring(stage)))
+    states = {
+        "weights": held["base"] * element + _of_fp8(config, stage),
+        "adapters": (held["adapters"] + held["initial"]) * element,
+        "gradients": trainable * 4,
+        "optimizer": trainable * state // (parallel.data_parallel_size * parallel.context_parallel_size),
+    }
+    if config.fp8_weights:
+        # While the model is built, and nothing else is there: weights are drawn in bf16 beside those that Transformer Engine
+        # has made in FP8 (model/fp8.py, plain_weights).
+        building = held["base"] * element + _both_orders(config, stage)
+        moments.append((0, building - sum(states.values())))
+    activations, temporary = max(moments, key=sum)
+    return RankMemory(stage=stage, **states, activations=activations, temporary=temporary)
+
+
+def moments_of(config: Config) -> int:
+    """How many numbers the optimizer keeps of a gradient's history for each trained one."""
+    return {"adamw": 2, "lion": 1}[config.optimizer.name]
+
+
+def _of_fp8(config: ModelSetup, stage: int) -> int:
+    """Bytes of a stage's linear layers in FP8, beyond those they take in bf16; less than none where FP8 alone is kept.
+
+    Transformer Engine multiplies both orders of a weight, and keeps both of what trains; of a frozen one with one scale a tensor one
+    (model/fp8.py), unless fp8.keep_transposed asks for both. Scales are one in float32 for 128 × 128 numbers, or a byte for 32.
+    """
+    if config.fp8_recipe is None:
+        return 0
+    one_scale = config.fp8_recipe in ("delayed", "tensorwise")
+    one_order = config.method.name == "lora" and one_scale and not config.fp8.keep_transposed
+    held = _both_orders(config, stage) // (2 if one_order else 1)
+    return held - (2 * _elements_in_fp8(config, stage) if config.fp8_weights else 0)
+
+
+def _both_orders(config: ModelSetup, stage: int) -> int:
+    """Bytes of a stage's linear layers in FP8, both orders of each, with their scales."""
+    scale = {"delayed": 0, "tensorwise": 0, "blockwise": 4 / 128**2, "mxfp8": 1 / 32}[config.fp8_recipe]
+    return round(2 * (1 + scale) * _elements_in_fp8(config, stage))
+
+
+def _elements_in_fp8(config: ModelSetup, stage: int) -> int:
+    model, parallel = config.model, config.parallel
+    layers = model.num_layers // parallel.pipeline_parallel_size
+    of_layer = sum(math.prod(sizes) for sizes in linear_layers(model).values())
+    return (layers - layers_in_bf16(config, stage)) * of_layer // parallel.tensor_parallel_size
+
+
+def _stage_weights(config: ModelSetup, stage: int) -> dict[str, int]:
+    """Elements on one rank by kind."""
+    model, parallel = config.model, config.parallel
+    layers = model.num_layers // parallel.pipeline_parallel_size
+    count = Counter({kind: elements * layers for kind, elements in _layer_weights(config).items()})
+    first, last = stage == 0, stage == parallel.pipeline_parallel_size - 1
+    # A last stage that is not the first holds a copy of a tied embedding.
+    matrices = 1 if first and last and model.tie_embeddings else first + last
+    count["base", True] += config.padded_vocab_size * model.hidden_size * matrices
+    count["base", False] += model.hidden_size * last  # the final norm
+    return {kind: count[kind, True] // parallel.tensor_parallel_size + count[kind, False] for kind in _KINDS}
