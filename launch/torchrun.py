@@ -25,7 +25,11 @@ def run_here(module: str, overrides: list[str], world_size: int) -> int:
     # The loopback address, not the host name: laptops and containers often cannot resolve their own.
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     try:
-        run.run(run.parse_args([*rendezvous, SIGNALS, f"--nproc-per-node={world_size}", "-m", module, *overrides]))
+        run.run(
+            run.parse_args(
+                [*rendezvous, SIGNALS, f"--nproc-per-node={world_size}", "-m", module, *overrides]
+            )
+        )
     except ChildFailedError as error:
         return max(1, next(iter(error.failures.values())).exitcode)
     except SignalException:

@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except OSError as error:
         print(
-            f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; what was finished is kept", file=sys.stderr
+            f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; what was finished is kept",
+            file=sys.stderr,
         )
         return 1
 
@@ -34,14 +35,18 @@ def _tokenize(arguments) -> int:
     data = load_data_config(arguments.overrides)
     manifest = tokenize(data)
     if manifest is None:
-        print("submitted; `squeue --me` shows the jobs. The same command says what came of them, and goes on where they stopped")
+        print(
+            "submitted; `squeue --me` shows the jobs. The same command says what came of them, and goes on where they stopped"
+        )
         return 0
     for split, counts in manifest["splits"].items():
         print(
             f"{data.path}/{split}: {counts['samples']:,} samples, {counts['tokens']:,} tokens from {counts['documents']:,} documents "
             f"({counts['padding_fraction']:.2%} padding, {counts['cut_documents_fraction']:.1%} of the documents cut)"
         )
-    dropped = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items())
+    dropped = ", ".join(
+        f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items()
+    )
     print(f"{manifest['documents_read']:,} documents read; left out: {dropped or 'none'}")
     if line := _near_duplicates(manifest):
         print(line)
@@ -78,7 +83,9 @@ def _near_duplicates(manifest: dict) -> str:
 def _train(arguments) -> int:
     from retemper.pipeline.config.compose import load_config
 
-    return _launch_here("retemper.pipeline.train", load_config(arguments.overrides), arguments.overrides)
+    return _launch_here(
+        "retemper.pipeline.train", load_config(arguments.overrides), arguments.overrides
+    )
 
 
 def _eval(arguments) -> int:
@@ -105,10 +112,21 @@ def _import(arguments) -> int:
     _refuse_existing(arguments.run)
     # What can be said of config.json is said before any rank starts, which then reads the rest.
     folder = transformers_folder(arguments.folder, arguments.folder)
-    check_setup(ModelSetup(model=model_of(read_config(folder), folder), method=MethodConfig(name="full"), parallel=parallel))
+    check_setup(
+        ModelSetup(
+            model=model_of(read_config(folder), folder),
+            method=MethodConfig(name="full"),
+            parallel=parallel,
+        )
+    )
     options = {name: getattr(arguments, name) for name in ("run", "trust", "overrides")}
-    options |= {"folder": str(folder), "name": None if Path(arguments.folder).exists() else arguments.folder}
-    return run_here("retemper.pipeline.huggingface", ["import", json.dumps(options)], parallel.world_size)
+    options |= {
+        "folder": str(folder),
+        "name": None if Path(arguments.folder).exists() else arguments.folder,
+    }
+    return run_here(
+        "retemper.pipeline.huggingface", ["import", json.dumps(options)], parallel.world_size
+    )
 
 
 def _export(arguments) -> int:
@@ -118,8 +136,13 @@ def _export(arguments) -> int:
 
     _refuse_existing(arguments.folder)
     if arguments.base and not arguments.adapter:
-        raise UserError("--base goes with --adapter: a whole model brings its base's weights itself")
-    options = {name: getattr(arguments, name) for name in ("run", "folder", "step", "adapter", "base", "tokenizer")}
+        raise UserError(
+            "--base goes with --adapter: a whole model brings its base's weights itself"
+        )
+    options = {
+        name: getattr(arguments, name)
+        for name in ("run", "folder", "step", "adapter", "base", "tokenizer")
+    }
     return run_here("retemper.pipeline.huggingface", ["export", json.dumps(options)], 1)
 
 
@@ -148,7 +171,9 @@ def _evals(arguments) -> int:
     from retemper.pipeline.evals.worker import PARTS, Worker
 
     if not config.evals.of_workers:
-        raise UserError(f"{arguments.run} names no task for workers: set evals=paper, or evals.tasks.humaneval.where=worker")
+        raise UserError(
+            f"{arguments.run} names no task for workers: set evals=paper, or evals.tasks.humaneval.where=worker"
+        )
     worker = Worker(config, (arguments.only,) if arguments.only else PARTS, arguments.lease)
     worker.work(None if arguments.once else arguments.poll)
     return 0
@@ -211,7 +236,10 @@ def _plan(arguments) -> int:
     from retemper.pipeline.estimate.plan import Machine, plan
 
     options = ("gpu", "gpu_memory", "gpus_per_node", "mfu", "price")
-    for line in plan(load_config(arguments.overrides), Machine(**{name: getattr(arguments, name) for name in options})):
+    for line in plan(
+        load_config(arguments.overrides),
+        Machine(**{name: getattr(arguments, name) for name in options}),
+    ):
         print(line)
     return 0
 
@@ -223,7 +251,9 @@ def _launch(arguments) -> int:
     from retemper.pipeline.config.compose import load_config
     from retemper.pipeline.estimate.nodes import layout_of
 
-    targets = [text.removeprefix("target=") for text in arguments.overrides if text.startswith("target=")]
+    targets = [
+        text.removeprefix("target=") for text in arguments.overrides if text.startswith("target=")
+    ]
     if targets not in (["torchrun"], ["slurm"]):
         raise UserError("name one target: target=torchrun or target=slurm")
     overrides = [text for text in arguments.overrides if not text.startswith("target=")]
@@ -235,7 +265,9 @@ def _launch(arguments) -> int:
     if targets == ["slurm"]:
         print(sbatch_script(overrides, layout, arguments.port), end="")
         return 0
-    for node, command in enumerate(node_commands(overrides, layout, arguments.host, arguments.port)):
+    for node, command in enumerate(
+        node_commands(overrides, layout, arguments.host, arguments.port)
+    ):
         print(f"# node {node}\n{command}")
     return 0
 
@@ -273,7 +305,11 @@ def _parser() -> argparse.ArgumentParser:
     def add(name, function, summary, *examples, actions=(), positionals=(), overrides=_OVERRIDES):
         epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
         verb = verbs.add_parser(
-            name, help=summary, description=summary, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=summary,
+            description=summary,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         verb.set_defaults(verb=function)
         if actions:
@@ -303,20 +339,32 @@ def _parser() -> argparse.ArgumentParser:
         "retemper import Llama-2-7b-hf/ runs/models/llama2-7b", "retemper train init_from=runs/models/llama2-7b method=lora …",
         "retemper import Llama-3.1-70B/ runs/models/llama3-70b parallel.tensor_parallel_size=8", positionals=("folder", "run"),
     )  # fmt: skip
-    imported.add_argument("--trust", metavar="NAME", help="the folder's name, to read a folder that brings Python code; it is not run")
+    imported.add_argument(
+        "--trust",
+        metavar="NAME",
+        help="the folder's name, to read a folder that brings Python code; it is not run",
+    )
     export = add(
         "export", _export, "Write a checkpoint as files that stock transformers load, or an adapter for peft, compared before it is called done.",
         "retemper export runs/demo/full exported/", "retemper export runs/paper/lora adapter/ --adapter --step 500",
         positionals=("run", "folder"), overrides="",
     )  # fmt: skip
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    export.add_argument("--adapter", action="store_true", help="the adapters alone, for peft (default: merged into the model)")
+    export.add_argument(
+        "--adapter",
+        action="store_true",
+        help="the adapters alone, for peft (default: merged into the model)",
+    )
     export.add_argument(
         "--base",
         metavar="NAME",
         help="with --adapter: the base that the adapter names, a hub name or a transformers folder (default: what it was imported as)",
     )
-    export.add_argument("--tokenizer", metavar="FOLDER", help="for a model that was never imported (default: the run's data.tokenizer)")
+    export.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="for a model that was never imported (default: the run's data.tokenizer)",
+    )
     add(
         "eval", _eval, "Score what a run began with and every checkpoint, on what they have no scores of yet, in its own layout or another.",
         "retemper eval runs/demo/full", "retemper eval runs/demo/full evals=quick evals.tasks_dir=tasks/", "retemper eval runs/demo/full parallel=dp2",
@@ -329,11 +377,21 @@ def _parser() -> argparse.ArgumentParser:
         "retemper evals show runs/paper/lora",
         actions=("worker", "show"), positionals=("run",), overrides="in place of the run's own: evals=… and evals.…=…",
     )  # fmt: skip
-    evals.add_argument("--once", action="store_true", help="evaluate the checkpoints that are there, and end")
     evals.add_argument(
-        "--only", choices=("generate", "score"), help="one part of the work: generated programs can be run on another machine"
+        "--once", action="store_true", help="evaluate the checkpoints that are there, and end"
     )
-    evals.add_argument("--poll", type=_positive(float), default=30, metavar="SECONDS", help="between looks for checkpoints (default: 30)")
+    evals.add_argument(
+        "--only",
+        choices=("generate", "score"),
+        help="one part of the work: generated programs can be run on another machine",
+    )
+    evals.add_argument(
+        "--poll",
+        type=_positive(float),
+        default=30,
+        metavar="SECONDS",
+        help="between looks for checkpoints (default: 30)",
+    )
     evals.add_argument(
         "--lease",
         type=_positive(float),
@@ -348,7 +406,11 @@ def _parser() -> argparse.ArgumentParser:
         actions=("show", "verify"),
     )  # fmt: skip
     report = add(
-        "report", _report, "Write report.html and PNG figures from the runs of a study.", "retemper report runs/demo", overrides=""
+        "report",
+        _report,
+        "Write report.html and PNG figures from the runs of a study.",
+        "retemper report runs/demo",
+        overrides="",
     )
     report.add_argument("study", help="the folder of a study, that is runs_dir/study")
     add(
@@ -366,18 +428,53 @@ def _parser() -> argparse.ArgumentParser:
         "data.path=shards/starcoder train.tokens=20B train.global_batch_size=192 train.micro_batch_size=2 optimizer.lr=2e-4 "
         "parallel.data_parallel_size=8 --price 2.50",
     )  # fmt: skip
-    planned.add_argument("--gpu", default="H100", help="whose peak the time is reckoned by, as CUDA names it (default: H100)")
-    planned.add_argument("--gpu-memory", type=_positive(float), default=80, metavar="GIB", help="of one GPU (default: 80)")
-    planned.add_argument("--gpus-per-node", type=_positive(int), metavar="N", default=8, help="ranks a node holds (default: 8)")
-    planned.add_argument("--mfu", type=_positive(float), help="share of the GPU's peak that is expected (default: as measured)")
-    planned.add_argument("--price", type=_positive(float), help="of one GPU for an hour, for the cost")
+    planned.add_argument(
+        "--gpu",
+        default="H100",
+        help="whose peak the time is reckoned by, as CUDA names it (default: H100)",
+    )
+    planned.add_argument(
+        "--gpu-memory",
+        type=_positive(float),
+        default=80,
+        metavar="GIB",
+        help="of one GPU (default: 80)",
+    )
+    planned.add_argument(
+        "--gpus-per-node",
+        type=_positive(int),
+        metavar="N",
+        default=8,
+        help="ranks a node holds (default: 8)",
+    )
+    planned.add_argument(
+        "--mfu",
+        type=_positive(float),
+        help="share of the GPU's peak that is expected (default: as measured)",
+    )
+    planned.add_argument(
+        "--price", type=_positive(float), help="of one GPU for an hour, for the cost"
+    )
     launch = add(
         "launch", _launch, "Print the commands that start a run on a cluster.",
         "retemper launch run=demo_full target=torchrun --gpus-per-node 1 --host node0", "retemper launch run=demo_full target=slurm > run.sbatch",
     )  # fmt: skip
-    launch.add_argument("--gpus-per-node", type=_positive(int), metavar="N", default=8, help="ranks a node holds (default: 8)")
-    launch.add_argument("--host", default="HEAD_NODE", help="address of the first node, for target=torchrun")
-    launch.add_argument("--port", type=int, default=29500, help="port of the rendezvous on the first node (default: 29500)")
+    launch.add_argument(
+        "--gpus-per-node",
+        type=_positive(int),
+        metavar="N",
+        default=8,
+        help="ranks a node holds (default: 8)",
+    )
+    launch.add_argument(
+        "--host", default="HEAD_NODE", help="address of the first node, for target=torchrun"
+    )
+    launch.add_argument(
+        "--port",
+        type=int,
+        default=29500,
+        help="port of the rendezvous on the first node (default: 29500)",
+    )
     return parser
 
 

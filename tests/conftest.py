@@ -52,8 +52,13 @@ def workspace(tmp_path_factory) -> Path:
     from retemper.tokenize.job import tokenize
     from retemper.tokenize.sources import read_documents
 
-    corpora = {"code": data_config(folder, "code", "text", code), "math": data_config(folder, "math", "docstrings", math)}
-    texts = [document.text for corpus in corpora.values() for document in read_documents(corpus.source)]
+    corpora = {
+        "code": data_config(folder, "code", "text", code),
+        "math": data_config(folder, "math", "docstrings", math),
+    }
+    texts = [
+        document.text for corpus in corpora.values() for document in read_documents(corpus.source)
+    ]
     train_tokenizer(texts, VOCAB_SIZE, folder / "data" / "tokenizer")
     for corpus in corpora.values():
         tokenize(corpus, progress=False)
@@ -70,7 +75,12 @@ def data_config(folder: Path, name: str, kind: str = "text", documents: Path = P
         "tokenizer": str(folder / "data" / "tokenizer"),
         "seq_length": SEQ_LENGTH,
         "heldout_fraction": 0.2,
-        "source": {"kind": kind, "path": str(documents), "glob": "**/*.py", "exclude": ["tests", "__pycache__"]},
+        "source": {
+            "kind": kind,
+            "path": str(documents),
+            "glob": "**/*.py",
+            "exclude": ["tests", "__pycache__"],
+        },
     }
     return DataConfig.model_validate(values | changes)
 
@@ -92,10 +102,14 @@ def overrides(workspace: Path, name: str, *changes: str, corpus: str = "math") -
     ]
 
 
-def run_command(arguments: list[str], cwd: Path = ROOT, timeout: int = 300, **options) -> subprocess.CompletedProcess:
+def run_command(
+    arguments: list[str], cwd: Path = ROOT, timeout: int = 300, **options
+) -> subprocess.CompletedProcess:
     """Run the `retemper` of this environment; text output captured."""
     command = [str(Path(sys.executable).parent / "retemper"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, **options)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, **options
+    )
 
 
 class Ranks:
@@ -104,11 +118,27 @@ class Ranks:
     def __init__(self, world_size: int, folder: Path):
         self.world_size, self.folder, self.requests = world_size, folder, 0
         self.said = open(folder / "said", "w+")  # noqa: SIM115
-        command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-        command += ["--local-addr=127.0.0.1", f"--nproc-per-node={world_size}", str(ROOT / "tests" / "multiproc" / "ranks.py")]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}  # on a GPU, fp32 is fp32
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=127.0.0.1:0",
+        ]
+        command += [
+            "--local-addr=127.0.0.1",
+            f"--nproc-per-node={world_size}",
+            str(ROOT / "tests" / "multiproc" / "ranks.py"),
+        ]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "NVIDIA_TF32_OVERRIDE": "0",
+        }  # on a GPU, fp32 is fp32
         self.process = subprocess.Popen(
-            [*command, str(folder), str(os.getpid())], stdout=self.said, stderr=subprocess.STDOUT, env=environment
+            [*command, str(folder), str(os.getpid())],
+            stdout=self.said,
+            stderr=subprocess.STDOUT,
+            env=environment,
         )
 
     def run(self, script: str, cases: list[dict], timeout: int) -> None:
@@ -118,9 +148,13 @@ class Ranks:
         whole.write_text(json.dumps({"script": script, "cases": cases}))
         whole.rename(request)
         deadline = time.monotonic() + timeout
-        while not all((self.folder / f"{self.requests}.{rank}").exists() for rank in range(self.world_size)):
+        while not all(
+            (self.folder / f"{self.requests}.{rank}").exists() for rank in range(self.world_size)
+        ):
             assert self.process.poll() is None, self._words()
-            assert time.monotonic() < deadline, f"{self.world_size} ranks did not end {script} in {timeout} s: {self._words()}"
+            assert time.monotonic() < deadline, (
+                f"{self.world_size} ranks did not end {script} in {timeout} s: {self._words()}"
+            )
             time.sleep(0.02)
         self.requests += 1
 
@@ -193,10 +227,20 @@ def wide(workspace) -> list[str]:
     from retemper.tokenize.job import tokenize
 
     length = 128
-    corpus = data_config(workspace, "wide", documents=Path(email.__file__).parent, seq_length=length)
+    corpus = data_config(
+        workspace, "wide", documents=Path(email.__file__).parent, seq_length=length
+    )
     tokenize(corpus, progress=False)
-    asked = [f"data.path={corpus.path}", "data.name=wide", f"data.seq_length={length}", f"model.max_sequence_length={length}"]
-    asked += [f"train.tokens={10 * 8 * length}", *(f"evals.heldout.{domain}={corpus.path}" for domain in ("code", "math"))]
+    asked = [
+        f"data.path={corpus.path}",
+        "data.name=wide",
+        f"data.seq_length={length}",
+        f"model.max_sequence_length={length}",
+    ]
+    asked += [
+        f"train.tokens={10 * 8 * length}",
+        *(f"evals.heldout.{domain}={corpus.path}" for domain in ("code", "math")),
+    ]
     return [*asked, "model.hidden_size=128", "model.ffn_hidden_size=256"]
 
 

@@ -30,7 +30,9 @@ class FaultyStore:
                 if fault == "hangs":
                     time.sleep(600)
                 headers = [
-                    (name, value) for name, value in response.getheaders() if name.lower() not in ("transfer-encoding", "connection")
+                    (name, value)
+                    for name, value in response.getheaders()
+                    if name.lower() not in ("transfer-encoding", "connection")
                 ]
                 self.answer(response.status, headers, content, fault)
 

@@ -43,10 +43,14 @@ _BAD_CELLS = [
 
 def good_text(number: int) -> str:
     """A document like no other."""
-    return f"# document {number}\r\ndef f{number}(x):\n\treturn x * {number}  # naïve 🎉\n" * (1 + number % 5)
+    return f"# document {number}\r\ndef f{number}(x):\n\treturn x * {number}  # naïve 🎉\n" * (
+        1 + number % 5
+    )
 
 
-def write_hostile_corpus(folder: Path, records: int, giant_bytes: int) -> tuple[Counter, list[str], list[str]]:
+def write_hostile_corpus(
+    folder: Path, records: int, giant_bytes: int
+) -> tuple[Counter, list[str], list[str]]:
     """Write about `records` records below `folder` in every format, good ones among bad ones.
 
     Returns why records are to be dropped, the good documents, and the names of the files that are damaged.
@@ -67,7 +71,9 @@ def write_hostile_corpus(folder: Path, records: int, giant_bytes: int) -> tuple[
                 dropped[reason] += 1
             else:
                 good.append(good_text(len(good)))
-                line = json.dumps({"text": good[-1], "id": len(good), "extra": float("nan")}).encode()
+                line = json.dumps(
+                    {"text": good[-1], "id": len(good), "extra": float("nan")}
+                ).encode()
             lines.append(line)
         return b"\n".join(lines) + b"\n"
 
@@ -77,7 +83,9 @@ def write_hostile_corpus(folder: Path, records: int, giant_bytes: int) -> tuple[
 
     # The last lines of these are cut off: what can be read of them is known from reading them.
     for name, compress in (("cut.jsonl.gz", gzip.compress), ("cut.jsonl.zst", zstandard.compress)):
-        (folder / name).write_bytes(compress(json.dumps({"text": f"lost with {name}"}).encode())[:-12])
+        (folder / name).write_bytes(
+            compress(json.dumps({"text": f"lost with {name}"}).encode())[:-12]
+        )
     (folder / "cut.parquet").write_bytes(b"PAR1 and then nothing that parquet knows")
     (folder / "empty.parquet").write_bytes(b"")
 
@@ -93,8 +101,15 @@ def write_hostile_corpus(folder: Path, records: int, giant_bytes: int) -> tuple[
     # Arrow checks nothing when it is told that bytes are text, and neither did whoever wrote such a file.
     text = pa.StringArray.from_buffers(len(cells), *_string_buffers(cells))
     nested = pa.array([[{"a": [[number]]}] for number in range(share)])
-    pq.write_table(pa.table({"id": range(share), "nested": nested, "text": text}), folder / "d.parquet", row_group_size=max(1, share // 7))
-    pq.write_table(pa.table({"content": [f"in another column {number}" for number in range(share)]}), folder / "wrong_column.parquet")
+    pq.write_table(
+        pa.table({"id": range(share), "nested": nested, "text": text}),
+        folder / "d.parquet",
+        row_group_size=max(1, share // 7),
+    )
+    pq.write_table(
+        pa.table({"content": [f"in another column {number}" for number in range(share)]}),
+        folder / "wrong_column.parquet",
+    )
     dropped["no_text"] += share
     pq.write_table(pa.table({"text": list(range(share))}), folder / "numbers.parquet")
     dropped["not_text"] += share
@@ -117,4 +132,8 @@ def _string_buffers(cells: list[bytes | None]) -> tuple:
 
     ends = np.cumsum([0] + [len(cell or b"") for cell in cells]).astype(np.int32)
     validity = pa.array([cell is not None for cell in cells]).buffers()[1]
-    return pa.py_buffer(ends.tobytes()), pa.py_buffer(b"".join(cell or b"" for cell in cells)), validity
+    return (
+        pa.py_buffer(ends.tobytes()),
+        pa.py_buffer(b"".join(cell or b"" for cell in cells)),
+        validity,
+    )

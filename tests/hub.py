@@ -8,7 +8,9 @@ from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
-def serve(repository: str, commits: dict[str, dict[str, bytes]], branches: dict[str, str]) -> tuple[ThreadingHTTPServer, list[str]]:
+def serve(
+    repository: str, commits: dict[str, dict[str, bytes]], branches: dict[str, str]
+) -> tuple[ThreadingHTTPServer, list[str]]:
     """Start it. commits: commit -> path -> content; branches: name -> commit (may change). Returns the server and the paths asked for."""
     asked: list[str] = []
 
@@ -22,7 +24,9 @@ def serve(repository: str, commits: dict[str, dict[str, bytes]], branches: dict[
                 if commit := self._commit(match[1]):
                     self._json({"id": repository, "sha": commit, "private": False, "siblings": []})
             elif match := re.fullmatch(rf"/api/datasets/{repository}", path):
-                self._json({"id": repository, "sha": branches["main"], "private": False, "siblings": []})
+                self._json(
+                    {"id": repository, "sha": branches["main"], "private": False, "siblings": []}
+                )
             elif match := re.fullmatch(rf"/api/datasets/{repository}/tree/([^/]+)/?(.*)", path):
                 if commit := self._commit(match[1]):
                     self._tree(commits[commit], match[2])
@@ -36,9 +40,18 @@ def serve(repository: str, commits: dict[str, dict[str, bytes]], branches: dict[
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            match = re.fullmatch(rf"/api/datasets/{repository}/paths-info/(.+)", unquote(urlsplit(self.path).path))
+            match = re.fullmatch(
+                rf"/api/datasets/{repository}/paths-info/(.+)", unquote(urlsplit(self.path).path)
+            )
             paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
-            self._json([entry for path in paths for entry in self._entries(commits[match[1]]) if entry["path"] == path])
+            self._json(
+                [
+                    entry
+                    for path in paths
+                    for entry in self._entries(commits[match[1]])
+                    if entry["path"] == path
+                ]
+            )
 
         def _commit(self, revision: str) -> str | None:
             commit = revision if revision in commits else branches.get(revision)
@@ -52,14 +65,29 @@ def serve(repository: str, commits: dict[str, dict[str, bytes]], branches: dict[
         def _tree(self, files: dict[str, bytes], folder: str):
             deep = "recursive=true" in self.path.lower()
             parts = len(PurePosixPath(folder).parts)
-            inside = [entry for entry in self._entries(files) if entry["path"].startswith(f"{folder}/" if folder else "")]
-            self._json([entry for entry in inside if deep or len(PurePosixPath(entry["path"]).parts) == parts + 1])
+            inside = [
+                entry
+                for entry in self._entries(files)
+                if entry["path"].startswith(f"{folder}/" if folder else "")
+            ]
+            self._json(
+                [
+                    entry
+                    for entry in inside
+                    if deep or len(PurePosixPath(entry["path"]).parts) == parts + 1
+                ]
+            )
 
         def _entries(self, files: dict[str, bytes]) -> list[dict]:
-            folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
+            folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {
+                "."
+            }
             return [
                 *({"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(folders)),
-                *({"type": "file", "path": path, "size": len(content), "oid": "0" * 40} for path, content in files.items()),
+                *(
+                    {"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
+                    for path, content in files.items()
+                ),
             ]
 
         def _file(self, content: bytes | None, commit: str):

@@ -9,7 +9,10 @@ from retemper.pipeline.schema.data import CleanConfig
 
 _HEAD_LINES = 5
 # The words by which BigCode's preparation of The Stack knew generated files.
-_GENERATED = re.compile(r"auto-?\s?generated|automatically generated|@generated|generated (?:by|from|using) |do not edit", re.IGNORECASE)
+_GENERATED = re.compile(
+    r"auto-?\s?generated|automatically generated|@generated|generated (?:by|from|using) |do not edit",
+    re.IGNORECASE,
+)
 # Codex (arXiv 2107.03374) and The Stack dropped files with longer lines.
 _MAX_LINE_CHARS, _MAX_MEAN_LINE_CHARS = 1000, 100
 

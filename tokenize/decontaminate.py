@@ -37,7 +37,12 @@ _BLOOM_BITS = 22
 class Problems:
     """The n-grams of evaluation problems, by hash."""
 
-    def __init__(self, grams: dict[int, tuple[np.ndarray, np.ndarray]], names: list[str], counts: dict[str, dict[str, int]]):
+    def __init__(
+        self,
+        grams: dict[int, tuple[np.ndarray, np.ndarray]],
+        names: list[str],
+        counts: dict[str, dict[str, int]],
+    ):
         """grams: n -> (sorted hashes uint64 (grams,), index into names int32 (grams,)); counts: task -> problems, without_ngram."""
         self.grams, self.names, self.counts = grams, names, counts
         self._bloom = {n: np.zeros(1 << _BLOOM_BITS, bool) for n in grams}
@@ -55,16 +60,24 @@ class Problems:
                 if len(hashes):
                     owners = np.full(len(hashes), len(names), np.int32)
                     found.setdefault(n, []).append((hashes, owners))
-                names.append(f"{task}: {next((problem[key] for key in ('task_id', 'id', 'ind') if key in problem), row)}")
+                names.append(
+                    f"{task}: {next((problem[key] for key in ('task_id', 'id', 'ind') if key in problem), row)}"
+                )
                 counts[task]["problems"] += 1
                 counts[task]["without_ngram"] += not len(hashes)
             if not counts[task]["problems"]:
-                raise UserError(f"data.decontaminate.tasks.{task}={path} holds no problem; name a jsonl or parquet file of them")
+                raise UserError(
+                    f"data.decontaminate.tasks.{task}={path} holds no problem; name a jsonl or parquet file of them"
+                )
         return cls({n: _first_of_each(pieces) for n, pieces in found.items()}, names, counts)
 
     def save(self, path: Path) -> None:
         """Write the index for the workers."""
-        arrays = {f"{part}_{n}": array for n, pair in self.grams.items() for part, array in zip(("hashes", "problems"), pair)}
+        arrays = {
+            f"{part}_{n}": array
+            for n, pair in self.grams.items()
+            for part, array in zip(("hashes", "problems"), pair)
+        }
         np.savez(path, names=np.array(self.names), **arrays)
 
     @classmethod
@@ -72,8 +85,14 @@ class Problems:
     def load(cls, path: Path) -> "Problems":
         """Read a saved index, once a process."""
         with np.load(path, allow_pickle=False) as saved:
-            lengths = [int(key.removeprefix("hashes_")) for key in saved if key.startswith("hashes_")]
-            return cls({n: (saved[f"hashes_{n}"], saved[f"problems_{n}"]) for n in lengths}, saved["names"].tolist(), {})
+            lengths = [
+                int(key.removeprefix("hashes_")) for key in saved if key.startswith("hashes_")
+            ]
+            return cls(
+                {n: (saved[f"hashes_{n}"], saved[f"problems_{n}"]) for n in lengths},
+                saved["names"].tolist(),
+                {},
+            )
 
     @property
     def sha256(self) -> str:
@@ -98,7 +117,9 @@ class Problems:
                 if len(hits := np.nonzero(known[places] == hashes[candidates])[0]):
                     at = candidates[hits[0]]
                     gram = segment[starts[at] : ends[at + n - 1]].replace(SEPARATOR_BYTE, b" ")
-                    return self.names[problems[places[hits[0]]]], " ".join(gram.decode("utf-8", "replace").split())
+                    return self.names[problems[places[hits[0]]]], " ".join(
+                        gram.decode("utf-8", "replace").split()
+                    )
         return None
 
 
@@ -129,15 +150,21 @@ def _rows(task: str, path: str) -> Iterator[dict]:
         root, glob = locate(source)
         files = [file.path for part in list_parts(source, root, glob) for file in part]
     except UserError as error:
-        raise UserError(str(error).replace("data.source.path", f"data.decontaminate.tasks.{task}")) from None
+        raise UserError(
+            str(error).replace("data.source.path", f"data.decontaminate.tasks.{task}")
+        ) from None
     for file in dict.fromkeys(files):
         with get_datafolder(root).open(file, "rb", compression="infer") as stream:
             try:
                 yield from (
-                    pq.read_table(stream).to_pylist() if file.endswith(".parquet") else map(orjson.loads, filter(bytes.strip, stream))
+                    pq.read_table(stream).to_pylist()
+                    if file.endswith(".parquet")
+                    else map(orjson.loads, filter(bytes.strip, stream))
                 )
             except ValueError as error:
-                raise UserError(f"data.decontaminate.tasks.{task}: {file} cannot be read ({error}); fetch it again") from None
+                raise UserError(
+                    f"data.decontaminate.tasks.{task}: {file} cannot be read ({error}); fetch it again"
+                ) from None
 
 
 def _texts(value) -> Iterator[str]:
@@ -146,7 +173,9 @@ def _texts(value) -> Iterator[str]:
         yield value
     elif isinstance(value, dict):
         if {"sentence", "option1", "option2"} <= value.keys():
-            yield from (value["sentence"].replace("_", value[option]) for option in ("option1", "option2"))
+            yield from (
+                value["sentence"].replace("_", value[option]) for option in ("option1", "option2")
+            )
         yield from _texts([*value.values()])
     elif isinstance(value, list):
         for item in value:

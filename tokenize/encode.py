@@ -27,16 +27,25 @@ class Encode(PipelineStep):
         encoder = load_encoder(self.folder, self.sha256, self.encoder)
         before, after = self.before, self.after
         for documents in batches(data):
-            prompts = [document.text[: document.metadata["prompt_chars"]].encode() for document in documents]
+            prompts = [
+                document.text[: document.metadata["prompt_chars"]].encode()
+                for document in documents
+            ]
             texts = [document.metadata.pop("utf8") for document in documents]
             for document in documents:
                 document.text = ""
             # The prompt's tokens are those it has in common with the whole: a token across the seam carries loss.
-            encoded_prompts = encoder.encode(prompts) if any(prompts) else [before[:0]] * len(documents)
-            for document, text, ids, prompt in zip(documents, texts, encoder.encode(texts), encoded_prompts, strict=True):
+            encoded_prompts = (
+                encoder.encode(prompts) if any(prompts) else [before[:0]] * len(documents)
+            )
+            for document, text, ids, prompt in zip(
+                documents, texts, encoder.encode(texts), encoded_prompts, strict=True
+            ):
                 prompt_tokens = _common(prompt, ids)
                 document.metadata |= {
-                    "token_ids": np.concatenate([before, ids, after], dtype=before.dtype, casting="unsafe"),
+                    "token_ids": np.concatenate(
+                        [before, ids, after], dtype=before.dtype, casting="unsafe"
+                    ),
                     "prompt_tokens": len(before) + prompt_tokens if prompt_tokens else 0,
                     "bytes": len(text),
                 }

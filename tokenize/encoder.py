@@ -30,19 +30,27 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, name: Literal["gigatoken", "tokenizers"]):
         self.tokenizer = tokenizer
-        self._encode = _gigatoken(tokenizer) if name == "gigatoken" else functools.partial(_tokenizers, tokenizer)
+        self._encode = (
+            _gigatoken(tokenizer)
+            if name == "gigatoken"
+            else functools.partial(_tokenizers, tokenizer)
+        )
         self._token_bytes = tokenizer.token_bytes()
 
     def encode(self, texts: list[bytes]) -> list[np.ndarray]:
         """Ids of UTF-8 texts, integer arrays (tokens,)."""
         short = iter(self._encode([text for text in texts if len(text) <= _WINDOW_BYTES]))
-        return [next(short) if len(text) <= _WINDOW_BYTES else self._encode_long(text) for text in texts]
+        return [
+            next(short) if len(text) <= _WINDOW_BYTES else self._encode_long(text) for text in texts
+        ]
 
     def _encode_long(self, text: bytes) -> np.ndarray:
         parts: list[np.ndarray] = []
         before = None
         for start in range(0, len(text), _WINDOW_BYTES):
-            cut, end = (_character_start(text, position) for position in (start, start + _WINDOW_BYTES))
+            cut, end = (
+                _character_start(text, position) for position in (start, start + _WINDOW_BYTES)
+            )
             window = self._window(text, _character_start(text, max(0, start - _OVERLAP_BYTES)), end)
             if before:
                 if joint := _joint(before, window, cut):
@@ -57,7 +65,12 @@ class Encoder:
         (ids,) = self._encode([text[begin:end]])
         sizes = self._token_bytes[ids].astype(np.int64)
         # Counted from the end: a tokenizer may put a space before the text.
-        return _Window(begin, ids, end - (sizes.sum() - np.cumsum(sizes)), exact=end - begin <= sizes.sum() <= end - begin + 1)
+        return _Window(
+            begin,
+            ids,
+            end - (sizes.sum() - np.cumsum(sizes)),
+            exact=end - begin <= sizes.sum() <= end - begin + 1,
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,10 @@ class _Window:
 def _joint(first: _Window, second: _Window, cut: int) -> int | None:
     """The middle of the overlap, at a token boundary, where both windows give the same tokens over the half around it."""
     quarter = (cut - second.begin) // 4
-    inner = [window.ends[(window.ends >= second.begin + quarter) & (window.ends <= cut - quarter)] for window in (first, second)]
+    inner = [
+        window.ends[(window.ends >= second.begin + quarter) & (window.ends <= cut - quarter)]
+        for window in (first, second)
+    ]
     common = np.intersect1d(*inner)
     if not (first.exact and second.exact) or len(common) < 2:
         return None
@@ -93,13 +109,22 @@ def choose_encoder(tokenizer: Tokenizer, documents: list[str]) -> dict:
     """Which encoder this corpus gets, and why: gigatoken where every sample document and hostile string agrees with tokenizers."""
     strings = [
         *_HOSTILE,
-        *(f"x{token}y {token}" for token in tokenizer.backend.get_vocab() if token.startswith("<") and token.endswith(">")),
+        *(
+            f"x{token}y {token}"
+            for token in tokenizer.backend.get_vocab()
+            if token.startswith("<") and token.endswith(">")
+        ),
     ]
     try:
         found = _gigatoken(tokenizer)([text.encode() for text in [*strings, *documents]])
     except Exception as error:  # a Rust library's loader: whatever it cannot do, tokenizers does
-        return {"name": "tokenizers", "reason": f"gigatoken cannot load this tokenizer: {str(error).splitlines()[0]}"}
-    for text, ids, expected in zip([*strings, *documents], found, tokenizer.encode([*strings, *documents]), strict=True):
+        return {
+            "name": "tokenizers",
+            "reason": f"gigatoken cannot load this tokenizer: {str(error).splitlines()[0]}",
+        }
+    for text, ids, expected in zip(
+        [*strings, *documents], found, tokenizer.encode([*strings, *documents]), strict=True
+    ):
         if ids.tolist() != expected:
             return {"name": "tokenizers", "reason": f"gigatoken gives other ids for {text[:60]!r}"}
     checked = {"documents": len(documents), "strings": len(strings)}
@@ -137,7 +162,11 @@ def _gigatoken(tokenizer: Tokenizer):
 
 
 def _tokenizers(tokenizer: Tokenizer, texts: list[bytes]) -> list[np.ndarray]:
-    return [np.array(ids, np.uint32) for ids in tokenizer.encode([text.decode() for text in texts])] if texts else []
+    return (
+        [np.array(ids, np.uint32) for ids in tokenizer.encode([text.decode() for text in texts])]
+        if texts
+        else []
+    )
 
 
 def _character_start(text: bytes, position: int) -> int:

@@ -33,10 +33,14 @@ class Stage:
 
 def run_stages(stages: list[Stage], data: CorpusConfig, work: Path, *, progress: bool) -> bool:
     """Run the stages, or submit them. Returns whether they are done. Raises UserError."""
-    shutil.rmtree(work / "logs", ignore_errors=True)  # of an earlier try: what it says of tasks is not true any more
-    run: Callable[[list[Stage], CorpusConfig, Path, bool], bool] = {"local": _run_local, "ray": _run_ray, "slurm": _submit_slurm}[
-        data.executor
-    ]
+    shutil.rmtree(
+        work / "logs", ignore_errors=True
+    )  # of an earlier try: what it says of tasks is not true any more
+    run: Callable[[list[Stage], CorpusConfig, Path, bool], bool] = {
+        "local": _run_local,
+        "ray": _run_ray,
+        "slurm": _submit_slurm,
+    }[data.executor]
     return run(stages, data, work, progress)
 
 
@@ -44,7 +48,13 @@ class _LocalExecutor(LocalPipelineExecutor):
     """datatrove's, on a pool that notices when a worker is killed: multiprocessing.Pool waits for ever."""
 
     def __init__(self, stage: Stage, workers: int, logging_dir: str, progress: bool):
-        super().__init__(stage.steps, tasks=stage.tasks, workers=workers, logging_dir=logging_dir, skip_completed=False)
+        super().__init__(
+            stage.steps,
+            tasks=stage.tasks,
+            workers=workers,
+            logging_dir=logging_dir,
+            skip_completed=False,
+        )
         self.name, self.progress = stage.name, progress
 
     def run(self) -> None:
@@ -60,9 +70,13 @@ class _LocalExecutor(LocalPipelineExecutor):
                 self._run_pool(counters, advance)
 
     def _run_pool(self, counters, advance: Callable[[], None]) -> None:
-        pool = ProcessPoolExecutor(self.workers, PROCESSES, initializer=_start_worker, initargs=(counters,))
+        pool = ProcessPoolExecutor(
+            self.workers, PROCESSES, initializer=_start_worker, initargs=(counters,)
+        )
         try:
-            waiting = {pool.submit(self._run_for_rank, rank, rank + 1) for rank in range(self.tasks)}
+            waiting = {
+                pool.submit(self._run_for_rank, rank, rank + 1) for rank in range(self.tasks)
+            }
             while waiting:
                 finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for task in finished:
@@ -94,7 +108,9 @@ def _workers(data: CorpusConfig, stage: Stage) -> int:
 
 def _run_local(stages: list[Stage], data: CorpusConfig, work: Path, progress: bool) -> bool:
     for stage in stages:
-        _LocalExecutor(stage, _workers(data, stage), str(work / "logs" / stage.name), progress).run()
+        _LocalExecutor(
+            stage, _workers(data, stage), str(work / "logs" / stage.name), progress
+        ).run()
     return True
 
 
@@ -110,11 +126,18 @@ def _run_ray(stages: list[Stage], data: CorpusConfig, work: Path, progress: bool
         workers = data.tasks or int(ray.cluster_resources()["CPU"])
         logs = work / "logs" / stage.name
         executor = RayPipelineExecutor(
-            stage.steps, tasks=stage.tasks, workers=min(workers, stage.tasks), logging_dir=str(logs), skip_completed=False
+            stage.steps,
+            tasks=stage.tasks,
+            workers=min(workers, stage.tasks),
+            logging_dir=str(logs),
+            skip_completed=False,
         )
         executor.run()
         if failed := executor.get_incomplete_ranks(skip_completed=True):  # it only logs them
-            raise UserError(job_folder.take_error(work) or f"{len(failed)} of {stage.tasks} tasks of stage {stage.name} failed: see {logs}")
+            raise UserError(
+                job_folder.take_error(work)
+                or f"{len(failed)} of {stage.tasks} tasks of stage {stage.name} failed: see {logs}"
+            )
     return True
 
 
@@ -142,19 +165,29 @@ def _submit_slurm(stages: list[Stage], data: CorpusConfig, work: Path, progress:
     try:
         previous.run()
     except subprocess.CalledProcessError:
-        raise UserError("sbatch refused the job for the reason above: correct data.slurm, then run the same command again") from None
+        raise UserError(
+            "sbatch refused the job for the reason above: correct data.slurm, then run the same command again"
+        ) from None
     return False
 
 
 def refuse_queued(data: CorpusConfig, work: Path) -> None:
     """Raises UserError where this job waits in Slurm's queue or runs, and once where its last try failed, with the reason."""
     try:
-        queued = subprocess.run(["squeue", "--me", "-h", "-o", "%i %j %T"], capture_output=True, text=True, check=True).stdout.splitlines()
+        queued = subprocess.run(
+            ["squeue", "--me", "-h", "-o", "%i %j %T"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
     except FileNotFoundError:
-        raise UserError("data.executor=slurm, but there is no squeue here: run the command where jobs are submitted") from None
+        raise UserError(
+            "data.executor=slurm, but there is no squeue here: run the command where jobs are submitted"
+        ) from None
     except subprocess.CalledProcessError as error:
         raise UserError(f"squeue failed ({error.stderr.strip()}): is the cluster up?") from None
     if mine := [line for line in queued if line.split()[1].startswith(f"{data.name}-")]:
-        raise UserError("\n".join(["this job is already queued or running; wait for it, or scancel it:", *mine]))
+        raise UserError(
+            "\n".join(["this job is already queued or running; wait for it, or scancel it:", *mine])
+        )
     if reason := job_folder.take_error(work):
-        raise UserError(f"the job stopped: {reason}\nOnce that is mended, run the same command again: it goes on from what is finished")
+        raise UserError(
+            f"the job stopped: {reason}\nOnce that is mended, run the same command again: it goes on from what is finished"
+        )

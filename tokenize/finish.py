@@ -34,14 +34,19 @@ class Finish(PipelineStep):
         super().__init__()
         self.data, self.work, self.tokenizer = data, work, tokenizer
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(
+        self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
+    ) -> DocumentsPipeline:
         with job_folder.told(self.work):
             self._finish()
         yield from ()
 
     def _finish(self) -> None:
         plan, out = job_folder.load_plan(self.work), self.work / "out"
-        parts, buckets = job_folder.all_parts_done(self.work, plan), _finished_buckets(self.work, plan)
+        parts, buckets = (
+            job_folder.all_parts_done(self.work, plan),
+            _finished_buckets(self.work, plan),
+        )
         tokenizer = Tokenizer(self.tokenizer)
         splits = {
             split: _totals([done["counts"] for done in found]) for split, found in buckets.items()
@@ -59,14 +64,21 @@ class Finish(PipelineStep):
             raise UserError(_no_heldout(self.data, splits))
         fingerprint = hashlib.sha256()
         for split, count in plan.buckets.items():
-            for leftover in sorted((out / split).iterdir())[count:]:  # of a plan with more buckets, before the source changed
+            for leftover in sorted((out / split).iterdir())[
+                count:
+            ]:  # of a plan with more buckets, before the source changed
                 job_folder.remove(leftover)
             fingerprint.update(_merge_indexes(out / split, count))
         sources = [file for part in parts for file in part["sources"]]
         _write_lines(out / "sources.jsonl", sources)
-        _write_lines(out / "contaminated.jsonl", [match for part in parts for match in part.get("matches", [])])
+        _write_lines(
+            out / "contaminated.jsonl",
+            [match for part in parts for match in part.get("matches", [])],
+        )
         np.save(out / "token_bytes.npy", tokenizer.token_bytes())
-        manifest = _manifest(self.data, plan, parts, splits, tokenizer) | {"fingerprint": fingerprint.hexdigest()}
+        manifest = _manifest(self.data, plan, parts, splits, tokenizer) | {
+            "fingerprint": fingerprint.hexdigest()
+        }
         manifest["near_duplicates"] = {"action": self.data.near_duplicates}
         if self.data.near_duplicates != "keep":
             pairs = [pair for done in buckets[TRAIN] for pair in done["near_duplicates"]]
@@ -74,7 +86,9 @@ class Finish(PipelineStep):
             counts = {"documents": len(pairs), "compared_with": compared_with}
             manifest["near_duplicates"] |= counts
             _write_lines(out / "near_duplicates.jsonl", [_named(pair, sources) for pair in pairs])
-        manifest["source"]["fingerprint"] = _sha256("".join(file["sha256"] for file in sources).encode())
+        manifest["source"]["fingerprint"] = _sha256(
+            "".join(file["sha256"] for file in sources).encode()
+        )
         manifest["files"] = {name: _sha256((out / name).read_bytes()) for name in READ_BY_TRAINING}
         replace_file(out / MANIFEST, seal(manifest))
         _deliver(out, self.data.path)
@@ -83,7 +97,11 @@ class Finish(PipelineStep):
 
 def _advice(data: CorpusConfig, dropped: dict[str, int], read: int) -> str:
     if dropped.get("no_text") == read > 0:
-        columns = f", and {{…}} of data.source.prompt={data.source.prompt!r} other columns" if data.source.prompt else ""
+        columns = (
+            f", and {{…}} of data.source.prompt={data.source.prompt!r} other columns"
+            if data.source.prompt
+            else ""
+        )
         return f"no record has text: data.source.text_key={data.source.text_key} names its column{columns}; correct them"
     return "give more text, a smaller data.seq_length, or correct what left them out"
 
@@ -139,7 +157,9 @@ def _finished_buckets(work: Path, plan: job_folder.Plan) -> dict[str, list[dict]
         done = job_folder.bucket_done(work, plan, split, number)
         if done is None:
             folder = job_folder.bucket_folder(work, split, number)
-            raise UserError(f"{folder} is not finished or was damaged since: run the same command again")
+            raise UserError(
+                f"{folder} is not finished or was damaged since: run the same command again"
+            )
         found[split].append(done)
     return found
 
@@ -150,7 +170,9 @@ def _totals(buckets: list[dict]) -> dict:
     return {
         **total,
         "padding_fraction": total["padding_tokens"] / positions if positions else 0.0,
-        "cut_documents_fraction": total["cut_documents"] / total["documents"] if total["documents"] else 0.0,
+        "cut_documents_fraction": total["cut_documents"] / total["documents"]
+        if total["documents"]
+        else 0.0,
     }
 
 
@@ -164,11 +186,15 @@ def _merge_indexes(folder: Path, count: int) -> bytes:
                 if data:
                     data["basename"] = f"{number:05d}/{data['basename']}"
             shards.append(shard)
-    replace_file(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+    replace_file(
+        folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True)
+    )
     return content.digest()
 
 
-def _manifest(data: CorpusConfig, plan: job_folder.Plan, parts: list[dict], splits: dict, tokenizer: Tokenizer) -> dict:
+def _manifest(
+    data: CorpusConfig, plan: job_folder.Plan, parts: list[dict], splits: dict, tokenizer: Tokenizer
+) -> dict:
     kept = (
         "documents",
         "samples",
@@ -188,12 +214,17 @@ def _manifest(data: CorpusConfig, plan: job_folder.Plan, parts: list[dict], spli
         "seq_length": data.seq_length,
         "packing": data.packing,
         "encoder": plan.encoder,
-        "splits": {split: {name: counts[name] for name in kept} for split, counts in splits.items()},
+        "splits": {
+            split: {name: counts[name] for name in kept} for split, counts in splits.items()
+        },
         "documents_read": _read(parts),
         "dropped": _dropped(parts, splits),
         "broken_files": [file for part in parts for file in part.get("broken", [])],
         "source": {"root": plan.root, "files": plan.source_files, "bytes": plan.source_bytes},
-        "versions": {name: version(name) for name in ("retemper", "datatrove", "mosaicml-streaming", "tokenizers", "gigatoken")},
+        "versions": {
+            name: version(name)
+            for name in ("retemper", "datatrove", "mosaicml-streaming", "tokenizers", "gigatoken")
+        },
     }
     if data.decontaminate:
         manifest["decontamination"] = _decontamination(plan, parts)
@@ -208,7 +239,13 @@ def _dropped(parts: list[dict], splits: dict) -> dict[str, int]:
     """reason -> documents, where there are any."""
     dropped: Counter = Counter()
     for counts in [*(part["counts"] for part in parts), *splits.values()]:
-        dropped.update({name.removeprefix("dropped_"): count for name, count in counts.items() if name.startswith("dropped_")})
+        dropped.update(
+            {
+                name.removeprefix("dropped_"): count
+                for name, count in counts.items()
+                if name.startswith("dropped_")
+            }
+        )
     return {reason: count for reason, count in sorted(dropped.items()) if count}
 
 
@@ -219,7 +256,12 @@ def _decontamination(plan: job_folder.Plan, parts: list[dict]) -> dict:
             task = match["problem"].split(": ")[0]
             found[task] = found.get(task, 0) + 1
     tasks = plan.made_from["decontaminate"]["problems"]
-    return {"tasks": {task: {**counts, "documents_dropped": found.get(task, 0)} for task, counts in tasks.items()}}
+    return {
+        "tasks": {
+            task: {**counts, "documents_dropped": found.get(task, 0)}
+            for task, counts in tasks.items()
+        }
+    }
 
 
 def _deliver(out: Path, path: str) -> None:
@@ -243,14 +285,18 @@ def _deliver(out: Path, path: str) -> None:
 def _upload(out: Path, path: str) -> None:
     target = get_datafolder(path)
     if target.exists(MANIFEST):
-        target.rm_file(MANIFEST)  # of this corpus, when it had lost shards: it must not stand over half of another
+        target.rm_file(
+            MANIFEST
+        )  # of this corpus, when it had lost shards: it must not stand over half of another
     files = sorted(file for file in out.rglob("*") if file.is_file() and file.name != MANIFEST)
     for file in [*files, out / MANIFEST]:
         name = str(file.relative_to(out))
         with open(file, "rb") as source, target.open(name, "wb") as copy:
             shutil.copyfileobj(source, copy, 16 << 20)
         if target.info(name)["size"] != file.stat().st_size:
-            raise UserError(f"{path}/{name} is not as long as what was uploaded: run the same command again")
+            raise UserError(
+                f"{path}/{name} is not as long as what was uploaded: run the same command again"
+            )
 
 
 def _write_lines(path: Path, records: list[dict]) -> None:

@@ -56,7 +56,9 @@ def tokenize(data: CorpusConfig, *, progress: bool = True) -> dict | None:
                     job_folder.remove(work)
             return manifest
     elif "://" not in data.path and os.path.lexists(data.path):
-        raise UserError(f"data.path={data.path} exists and is not a token corpus (no manifest.json of one): choose another folder")
+        raise UserError(
+            f"data.path={data.path} exists and is not a token corpus (no manifest.json of one): choose another folder"
+        )
     with _only_one(work):
         if data.executor == "slurm":
             refuse_queued(data, work)
@@ -66,15 +68,21 @@ def tokenize(data: CorpusConfig, *, progress: bool = True) -> dict | None:
     return find_manifest(data.path)
 
 
-def _stages(data: CorpusConfig, work: Path, tokenizer: Tokenizer, problems: Problems | None, made_from: dict) -> list[Stage]:
+def _stages(
+    data: CorpusConfig, work: Path, tokenizer: Tokenizer, problems: Problems | None, made_from: dict
+) -> list[Stage]:
     plan = _plan(data, work, tokenizer, made_from)
     dtype = tokenizer.dtype
     padding_id = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
-    reader = DocumentReader(data.source, plan.root, replace_invalid=data.clean.invalid_utf8 == "replace")
+    reader = DocumentReader(
+        data.source, plan.root, replace_invalid=data.clean.invalid_utf8 == "replace"
+    )
     steps = [
         reader,
         Clean(data.clean),
-        Identify(seed=data.seed, heldout_fraction=data.heldout_fraction, duplicates=data.clean.duplicates),
+        Identify(
+            seed=data.seed, heldout_fraction=data.heldout_fraction, duplicates=data.clean.duplicates
+        ),
     ]
     if problems:
         problems.save(work / "problems.npz")
@@ -83,9 +91,17 @@ def _stages(data: CorpusConfig, work: Path, tokenizer: Tokenizer, problems: Prob
         steps.append(Sketch(prompt_wording(data.source)))
     encode = Encode(tokenizer, plan.encoder["name"], bos=data.bos, eos=data.eos)
     return [
-        Stage("encode", [ReadPart(work, reader), *steps[1:], encode, Spool(work, dtype, steps)], len(plan.parts)),
+        Stage(
+            "encode",
+            [ReadPart(work, reader), *steps[1:], encode, Spool(work, dtype, steps)],
+            len(plan.parts),
+        ),
         Stage("choose", [Choose(data, work, dtype)], 1),
-        Stage("write", [WriteBucket(data, work, dtype, padding_id, tokenizer.token_bytes())], len(plan.bucket_ids)),
+        Stage(
+            "write",
+            [WriteBucket(data, work, dtype, padding_id, tokenizer.token_bytes())],
+            len(plan.bucket_ids),
+        ),
         Stage("finish", [Finish(data, work, str(tokenizer.folder))], 1),
     ]
 
@@ -98,7 +114,9 @@ def _plan(data: CorpusConfig, work: Path, tokenizer: Tokenizer, made_from: dict)
         _refuse_changes(str(work), before.made_from, made_from)
         root = before.root
     parts = list_parts(data.source, root, glob)
-    encoder = before.encoder if before else choose_encoder(tokenizer, _sample_texts(data, root, parts))
+    encoder = (
+        before.encoder if before else choose_encoder(tokenizer, _sample_texts(data, root, parts))
+    )
     return job_folder.make_plan(
         work,
         made_from,
@@ -120,8 +138,14 @@ def _sample_texts(data: CorpusConfig, root: str, parts: list) -> list[str]:
 
 
 def _made_from(data: CorpusConfig, tokenizer: Tokenizer, problems: Problems | None) -> dict:
-    made_from = {**data.model_dump(include=CorpusConfig.model_fields.keys() - _WHERE), "tokenizer": tokenizer.sha256}
-    made_from |= {"bos": tokenizer.bos_id if data.bos else None, "eos": tokenizer.eos_id if data.eos else None}
+    made_from = {
+        **data.model_dump(include=CorpusConfig.model_fields.keys() - _WHERE),
+        "tokenizer": tokenizer.sha256,
+    }
+    made_from |= {
+        "bos": tokenizer.bos_id if data.bos else None,
+        "eos": tokenizer.eos_id if data.eos else None,
+    }
     if data.near_duplicates != "drop":
         del made_from["near_duplicates"]
     if problems:
@@ -132,25 +156,36 @@ def _made_from(data: CorpusConfig, tokenizer: Tokenizer, problems: Problems | No
 def _work_folder(data: CorpusConfig) -> Path:
     """A folder of the job's own, which it removes at the end."""
     name = data.path.rstrip("/").rpartition("/")[2] + ".partial"
-    return Path(data.work_dir or ("." if "://" in data.path else os.path.dirname(data.path)), name).resolve()
+    return Path(
+        data.work_dir or ("." if "://" in data.path else os.path.dirname(data.path)), name
+    ).resolve()
 
 
 def _refuse_overlap(data: CorpusConfig, work: Path) -> None:
     """Raises UserError where the job would write into its own source, or its corpus into its intermediate files."""
     source = Path(data.source.path).resolve()
     written = [work] if "://" in data.path else [work, Path(data.path).resolve()]
-    if "://" not in data.source.path and any(source == path or source in path.parents for path in written):
+    if "://" not in data.source.path and any(
+        source == path or source in path.parents for path in written
+    ):
         raise UserError(
             f"data.path={data.path} or data.work_dir lies in data.source.path={data.source.path}: choose a folder outside of it"
         )
     if len(written) == 2 and (written[1] in work.parents or work in written[1].parents):
-        raise UserError(f"data.work_dir={data.work_dir} and data.path={data.path} lie in each other: choose another work_dir")
+        raise UserError(
+            f"data.work_dir={data.work_dir} and data.path={data.path} lie in each other: choose another work_dir"
+        )
 
 
 def _refuse_changes(folder: str, before: dict, after: dict) -> None:
     if changes := changed_keys(_UNLESS_DROPPED | before, _UNLESS_DROPPED | after):
         raise UserError(
-            "\n".join([f"{folder} was made from another configuration:", *(f"  - data.{change}" for change in changes)])
+            "\n".join(
+                [
+                    f"{folder} was made from another configuration:",
+                    *(f"  - data.{change}" for change in changes),
+                ]
+            )
             + "\nChange it back, choose another data.path, or remove the folder"
         )
 
@@ -163,7 +198,9 @@ def _only_one(work: Path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{work} is being written by another `retemper tokenize`: wait for it, or choose another data.path") from None
+            raise UserError(
+                f"{work} is being written by another `retemper tokenize`: wait for it, or choose another data.path"
+            ) from None
         except OSError:
             pass  # a file system without locks
         try:

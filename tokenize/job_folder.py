@@ -115,7 +115,10 @@ def told(work: Path):
     try:
         yield
     except Exception as error:
-        replace_file(work / "error.txt", str(error) if isinstance(error, UserError) else traceback.format_exc())
+        replace_file(
+            work / "error.txt",
+            str(error) if isinstance(error, UserError) else traceback.format_exc(),
+        )
         raise
 
 
@@ -138,7 +141,10 @@ def part_folder(work: Path, part: str) -> Path:
 
 def part_inputs(work: Path, part: str) -> list[FileRange]:
     """The files of a part."""
-    return [FileRange(**file) for file in json.loads((part_folder(work, part) / "inputs.json").read_text())]
+    return [
+        FileRange(**file)
+        for file in json.loads((part_folder(work, part) / "inputs.json").read_text())
+    ]
 
 
 def read_done(marker: Path, folder: Path, fingerprint: str | None = None) -> dict | None:
@@ -158,7 +164,15 @@ def write_done(marker: Path, folder: Path, done: dict) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    replace_file(marker, json.dumps({**done, "files": {str(path.relative_to(folder)): path.stat().st_size for path in paths}}))
+    replace_file(
+        marker,
+        json.dumps(
+            {
+                **done,
+                "files": {str(path.relative_to(folder)): path.stat().st_size for path in paths},
+            }
+        ),
+    )
 
 
 def part_done(work: Path, part: str) -> dict | None:
@@ -177,7 +191,9 @@ def bucket_folder(work: Path, split: str, number: int) -> Path:
 def bucket_done(work: Path, plan: Plan, split: str, number: int) -> dict | None:
     """The done-marker of a bucket whose shards stand whole."""
     fingerprint = plan.bucket_fingerprint(split, number, read_limit(work, split, number))
-    return read_done(bucket_marker(work, split, number), bucket_folder(work, split, number), fingerprint)
+    return read_done(
+        bucket_marker(work, split, number), bucket_folder(work, split, number), fingerprint
+    )
 
 
 def write_limits(work: Path, limits: list[int | None]) -> None:
@@ -193,7 +209,9 @@ def all_parts_done(work: Path, plan: Plan) -> list[dict]:
     """The markers of all parts, in order. Raises UserError where one is missing."""
     done = [part_done(work, part) for part in plan.parts]
     if missing := done.count(None):
-        raise UserError(f"{missing} of {len(done)} parts in {work} are not finished or were damaged since: run the same command again")
+        raise UserError(
+            f"{missing} of {len(done)} parts in {work} are not finished or were damaged since: run the same command again"
+        )
     return done
 
 

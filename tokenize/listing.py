@@ -18,9 +18,21 @@ from retemper.pipeline.schema.data import SourceConfig
 # A part is what one task does and a restart repeats. Its size must not depend on how many tasks there are.
 PART_BYTES = 64 << 20
 _PART_FILES = 10_000
-_ROWS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".jsonl.bz2", ".jsonl.xz", ".parquet")
+_ROWS = (
+    ".jsonl",
+    ".json",
+    ".jsonl.gz",
+    ".json.gz",
+    ".jsonl.zst",
+    ".json.zst",
+    ".jsonl.bz2",
+    ".jsonl.xz",
+    ".parquet",
+)
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-_HUB = re.compile(r"hf://(?P<kind>datasets/)?(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?P<rest>/.*)?")
+_HUB = re.compile(
+    r"hf://(?P<kind>datasets/)?(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?P<rest>/.*)?"
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,17 @@ def locate(source: SourceConfig) -> tuple[str, str]:
         return (folder, name) if path.endswith(_ROWS) else (path, glob)
     folder = Path(os.path.abspath(source.path))
     if not folder.exists():
-        raise UserError(f"data.source.path={source.path}: {folder} does not exist; name a folder or file of documents")
+        raise UserError(
+            f"data.source.path={source.path}: {folder} does not exist; name a folder or file of documents"
+        )
     if folder.is_file():
         return str(folder.parent), folder.name
     try:
         os.listdir(folder)  # glob passes over what it may not read
     except PermissionError:
-        raise UserError(f"data.source.path={source.path}: {folder} cannot be read; change its permissions") from None
+        raise UserError(
+            f"data.source.path={source.path}: {folder} cannot be read; change its permissions"
+        ) from None
     return str(folder), glob
 
 
@@ -87,7 +103,10 @@ def _ranges(file: FileRange, kind: str) -> list[FileRange]:
     whole = kind != "rows" or file.path.endswith(COMPRESSED)
     count = 1 if whole else -(-file.size // PART_BYTES)
     edges = [file.size * index // count for index in range(count + 1)]
-    return [FileRange(file.path, start, end, file.size, file.version) for start, end in zip(edges, edges[1:])]
+    return [
+        FileRange(file.path, start, end, file.size, file.version)
+        for start, end in zip(edges, edges[1:])
+    ]
 
 
 def _list_files(source: SourceConfig, root: str, glob: str) -> list[FileRange]:
@@ -97,15 +116,26 @@ def _list_files(source: SourceConfig, root: str, glob: str) -> list[FileRange]:
         if error.filename is None:  # an empty remote folder
             found = {}
         else:
-            raise UserError(f"data.source.path={source.path}: {error.filename} leads nowhere; mend the link or remove it") from None
+            raise UserError(
+                f"data.source.path={source.path}: {error.filename} leads nowhere; mend the link or remove it"
+            ) from None
     except PermissionError as error:
-        raise UserError(f"data.source.path={source.path}: {error}; change its permissions, or check the credentials") from None
+        raise UserError(
+            f"data.source.path={source.path}: {error}; change its permissions, or check the credentials"
+        ) from None
     files = []
     for path, info in sorted(found.items()):
         excluded = not set(source.exclude).isdisjoint(PurePosixPath(path).parts)
         named = source.kind != "rows" or source.glob or glob != "**/*" or path.endswith(_ROWS)
         if info["type"] == "file" and named and not excluded:
-            version = next((str(info[key]) for key in ("ETag", "etag", "blob_id", "mtime", "LastModified") if info.get(key)), "")
+            version = next(
+                (
+                    str(info[key])
+                    for key in ("ETag", "etag", "blob_id", "mtime", "LastModified")
+                    if info.get(key)
+                ),
+                "",
+            )
             files.append(FileRange(path, 0, info["size"], info["size"], version))
     return files
 
@@ -125,10 +155,18 @@ def _walk(root: str, glob: str) -> dict[str, dict]:
                 folders.clear()
                 continue
             seen.add(real)
-            names += [name for file in found if pattern.match(name := os.path.relpath(os.path.join(folder, file), root))]
+            names += [
+                name
+                for file in found
+                if pattern.match(name := os.path.relpath(os.path.join(folder, file), root))
+            ]
     stats = {name: os.stat(os.path.join(root, name)) for name in names}
     return {
-        name: {"type": "file" if stat.S_ISREG(found.st_mode) else "other", "size": found.st_size, "mtime": found.st_mtime}
+        name: {
+            "type": "file" if stat.S_ISREG(found.st_mode) else "other",
+            "size": found.st_size,
+            "mtime": found.st_mtime,
+        }
         for name, found in stats.items()
     }
 
@@ -139,10 +177,16 @@ def _pinned(source: SourceConfig) -> str:
 
     match = _HUB.fullmatch(source.path)
     if not match:
-        raise UserError(f"data.source.path={source.path} is no hub path: write hf://datasets/OWNER/NAME/FOLDER")
+        raise UserError(
+            f"data.source.path={source.path} is no hub path: write hf://datasets/OWNER/NAME/FOLDER"
+        )
     kind = "dataset" if match["kind"] else "model"
     try:
-        commit = HfApi().repo_info(match["name"], repo_type=kind, revision=match["revision"] or source.revision).sha
+        commit = (
+            HfApi()
+            .repo_info(match["name"], repo_type=kind, revision=match["revision"] or source.revision)
+            .sha
+        )
     except (HfHubHTTPError, OSError) as error:
         raise UserError(
             f"data.source.path={source.path}: revision {match['revision'] or source.revision} cannot be had from the hub "
@@ -154,5 +198,7 @@ def _pinned(source: SourceConfig) -> str:
 def _package_folder(name: str) -> str:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"data.source.path=package:{name}: no installed package has that name; install it or name a folder")
+        raise UserError(
+            f"data.source.path=package:{name}: no installed package has that name; install it or name a folder"
+        )
     return str(next(iter(spec.submodule_search_locations)))

@@ -17,12 +17,20 @@ def concat(lengths: np.ndarray, seq_length: int) -> list[list[Piece]]:
     starts = ends - lengths
     samples = []
     for begin in range(0, int(ends[-1]) // seq_length * seq_length if len(ends) else 0, seq_length):
-        first, last = np.searchsorted(ends, begin, "right"), np.searchsorted(ends, begin + seq_length, "left")
+        first, last = (
+            np.searchsorted(ends, begin, "right"),
+            np.searchsorted(ends, begin + seq_length, "left"),
+        )
         pieces = []
         for document in range(first, last + 1):
-            piece_start, piece_end = max(begin, starts[document]), min(begin + seq_length, ends[document])
+            piece_start, piece_end = (
+                max(begin, starts[document]),
+                min(begin + seq_length, ends[document]),
+            )
             if piece_end > piece_start:
-                pieces.append((document, int(piece_start - starts[document]), int(piece_end - piece_start)))
+                pieces.append(
+                    (document, int(piece_start - starts[document]), int(piece_end - piece_start))
+                )
         samples.append(pieces)
     return samples
 
@@ -40,7 +48,9 @@ def best_fit(lengths: np.ndarray, seq_length: int, seed: int) -> list[list[Piece
     ]
     pieces.sort(key=lambda piece: -piece[2])
     samples: list[list[Piece]] = []
-    rooms: list[int] = []  # the free room that samples have, ascending, and for each which samples have it
+    rooms: list[
+        int
+    ] = []  # the free room that samples have, ascending, and for each which samples have it
     samples_with: dict[int, list[int]] = {}
     for piece in pieces:
         at = bisect.bisect_left(rooms, piece[2])
@@ -57,4 +67,7 @@ def best_fit(lengths: np.ndarray, seq_length: int, seed: int) -> list[list[Piece
             if room not in samples_with:
                 bisect.insort(rooms, room)
             samples_with.setdefault(room, []).append(sample)
-    return [samples[index] for index in np.random.Generator(np.random.Philox(seed)).permutation(len(samples))]
+    return [
+        samples[index]
+        for index in np.random.Generator(np.random.Philox(seed)).permutation(len(samples))
+    ]

@@ -9,7 +9,9 @@ import time
 # A pool's workers start from a small server process: a fork of this one would copy its threads' locks.
 PROCESSES = multiprocessing.get_context("forkserver")
 # Seconds of imports (streaming brings torch and transformers), once for all workers of all stages.
-PROCESSES.set_forkserver_preload(["retemper.tokenize.job", "streaming", "gigatoken", "awkward", "pyarrow.parquet"])
+PROCESSES.set_forkserver_preload(
+    ["retemper.tokenize.job", "streaming", "gigatoken", "awkward", "pyarrow.parquet"]
+)
 
 _counters = None
 
@@ -39,7 +41,9 @@ def progress_bar(name: str, total: int, counters, *, show: bool):
     from tqdm import tqdm
 
     started, stop = time.monotonic(), threading.Event()
-    with tqdm(total=total, desc=name, unit="part", file=sys.stderr, disable=not show, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, desc=name, unit="part", file=sys.stderr, disable=not show, dynamic_ncols=True
+    ) as bar:
 
         def watch():
             while not stop.wait(1):

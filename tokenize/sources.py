@@ -44,7 +44,11 @@ class DocumentReader(BaseDiskReader):
     def __init__(self, source: SourceConfig, root: str, *, replace_invalid: bool = False):
         super().__init__(root)
         self.source, self.replace_invalid = source, replace_invalid
-        self.columns = [*dict.fromkeys([source.text_key, *_COLUMN.findall(source.prompt or ""), *source.metadata_keys])]
+        self.columns = [
+            *dict.fromkeys(
+                [source.text_key, *_COLUMN.findall(source.prompt or ""), *source.metadata_keys]
+            )
+        ]
         self.broken: list[dict] = []
 
     def read_part(self, part: list[FileRange]) -> DocumentsPipeline:
@@ -64,7 +68,13 @@ class DocumentReader(BaseDiskReader):
             except Exception as error:
                 if not _is_damage(error):
                     raise
-                self.broken.append({"file": self.data_folder.resolve_paths(file.path), "error": str(error), "records_read": read})
+                self.broken.append(
+                    {
+                        "file": self.data_folder.resolve_paths(file.path),
+                        "error": str(error),
+                        "records_read": read,
+                    }
+                )
             if read:
                 self.stat_update("read", value=read, unit="file")
 
@@ -93,9 +103,13 @@ class DocumentReader(BaseDiskReader):
             for group in range(parquet.num_row_groups):
                 layout = parquet.metadata.row_group(group)
                 chunk = layout.column(0)
-                start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+                start = min(
+                    chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset
+                )
                 if file.start <= start < file.end:
-                    batches = parquet.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=columns, use_threads=False)
+                    batches = parquet.iter_batches(
+                        _PARQUET_ROWS, row_groups=[group], columns=columns, use_threads=False
+                    )
                     yield from enumerate(_batch_rows(batches, columns, layout.num_rows), row)
                 row += layout.num_rows
 
@@ -106,10 +120,17 @@ class DocumentReader(BaseDiskReader):
             record = self._parsed(record) if self.source.kind == "rows" else self._extracted(record)
         if not isinstance(record, dict) or record.get(self.source.text_key) is None:
             raise Rejected("no_text")
-        prompt = _COLUMN.sub(lambda match: self._text(record.get(match[1])), self.source.prompt or "")
+        prompt = _COLUMN.sub(
+            lambda match: self._text(record.get(match[1])), self.source.prompt or ""
+        )
         text = self._text(record[self.source.text_key])
         about = {key: record.get(key) for key in self.source.metadata_keys}
-        metadata = {"file": number, "position": position, "prompt_chars": len(prompt), "about": about}
+        metadata = {
+            "file": number,
+            "position": position,
+            "prompt_chars": len(prompt),
+            "about": about,
+        }
         return Document(prompt + text, f"{path}:{position}", metadata=metadata)
 
     def _text(self, value) -> str:
@@ -129,7 +150,11 @@ class DocumentReader(BaseDiskReader):
             row = json.loads(self._decoded(line))
         except (ValueError, RecursionError):
             raise Rejected("malformed_json") from None
-        return {key: self._without_surrogates(row.get(key)) for key in self.columns} if isinstance(row, dict) else row
+        return (
+            {key: self._without_surrogates(row.get(key)) for key in self.columns}
+            if isinstance(row, dict)
+            else row
+        )
 
     def _without_surrogates(self, value):
         if not isinstance(value, str) or not _SURROGATE.search(value):
@@ -224,7 +249,9 @@ def _decompressed(folder, path: str):
         stream = pa.CompressedInputStream(folder.open(path, "rb"), "zstd")
     else:
         stream = folder.open(path, "rb", compression="infer")
-    return io.BufferedReader(_Piecewise(stream) if path.endswith(COMPRESSED) else stream, _BUFFER_BYTES)
+    return io.BufferedReader(
+        _Piecewise(stream) if path.endswith(COMPRESSED) else stream, _BUFFER_BYTES
+    )
 
 
 class _Piecewise(io.RawIOBase):
@@ -246,7 +273,17 @@ def _is_damage(error: Exception) -> bool:
     """Whether a file's content is at fault, and not the disk, the network or the program."""
     import pyarrow as pa
 
-    if isinstance(error, (EOFError, UnicodeDecodeError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, pa.ArrowException)):
+    if isinstance(
+        error,
+        (
+            EOFError,
+            UnicodeDecodeError,
+            zlib.error,
+            lzma.LZMAError,
+            gzip.BadGzipFile,
+            pa.ArrowException,
+        ),
+    ):
         return True
     return type(error) is OSError and error.errno is None  # bz2 and Arrow's decompressors
 

@@ -26,18 +26,28 @@ class Identify(PipelineStep):
 
     def __init__(self, *, seed: int, heldout_fraction: float, duplicates: bool):
         super().__init__()
-        self.key, self.heldout_fraction, self.duplicates = seed.to_bytes(8, "big"), heldout_fraction, duplicates
+        self.key, self.heldout_fraction, self.duplicates = (
+            seed.to_bytes(8, "big"),
+            heldout_fraction,
+            duplicates,
+        )
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for document in data:
             utf8 = document.text.encode()
             digest = hashlib.sha256(utf8).digest()
-            identity = digest if self.duplicates else digest + document.id.encode("utf-8", "surrogateescape")
+            identity = (
+                digest
+                if self.duplicates
+                else digest + document.id.encode("utf-8", "surrogateescape")
+            )
             document.metadata |= {
                 "utf8": utf8,
                 "digest": digest,
                 "split": _split(digest, self.heldout_fraction),
-                "priority": int.from_bytes(hashlib.blake2b(identity, digest_size=8, key=self.key).digest(), "big"),
+                "priority": int.from_bytes(
+                    hashlib.blake2b(identity, digest_size=8, key=self.key).digest(), "big"
+                ),
             }
             del utf8  # the encode step lets go of it
             yield document

@@ -54,7 +54,9 @@ class ReadPart(PipelineStep):
         super().__init__()
         self.work, self.reader = work, reader
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(
+        self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
+    ) -> DocumentsPipeline:
         yield from self.reader.read_part(part_inputs(self.work, load_plan(self.work).parts[rank]))
 
 
@@ -91,9 +93,21 @@ class Spool(PipelineStep):
             for name, metric in step.stats.stats.items():
                 if name == "read" or name.startswith("dropped_"):
                     counts[name] = counts.get(name, 0) + int(metric.total)
-        reported = {name: items for step in self.steps for name in ("broken", "matches") if (items := getattr(step, name, None))}
+        reported = {
+            name: items
+            for step in self.steps
+            for name in ("broken", "matches")
+            if (items := getattr(step, name, None))
+        }
         files = [
-            {"path": file.path, "start": file.start, "end": file.end, "size": file.size, "documents": count, "sha256": digest.hexdigest()}
+            {
+                "path": file.path,
+                "start": file.start,
+                "end": file.end,
+                "size": file.size,
+                "documents": count,
+                "sha256": digest.hexdigest(),
+            }
             for file, count, digest in zip(inputs, documents, digests, strict=True)
         ]
         write_done(folder / "done.json", folder, {"counts": counts, "sources": files, **reported})
@@ -263,4 +277,10 @@ def _pieces(documents: DocumentsPipeline) -> Iterator[list[Document]]:
 
 def _order(document: Document):
     about = document.metadata
-    return about["split"] == HELDOUT, about["priority"], about["digest"], about["file"], about["position"]
+    return (
+        about["split"] == HELDOUT,
+        about["priority"],
+        about["digest"],
+        about["file"],
+        about["position"],
+    )

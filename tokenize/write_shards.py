@@ -30,7 +30,9 @@ class Choose(PipelineStep):
         super().__init__()
         self.data, self.work, self.dtype = data, work, dtype
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(
+        self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
+    ) -> DocumentsPipeline:
         with job_folder.told(self.work):
             plan = job_folder.load_plan(self.work)
             done = job_folder.all_parts_done(self.work, plan)
@@ -99,24 +101,37 @@ class WriteBucket(PipelineStep):
 
     name, type = "💾 MDS shards", "💽 - WRITER"
 
-    def __init__(self, data: CorpusConfig, work: Path, dtype: str, padding_id: int, token_bytes: np.ndarray):
+    def __init__(
+        self, data: CorpusConfig, work: Path, dtype: str, padding_id: int, token_bytes: np.ndarray
+    ):
         """token_bytes: UTF-8 bytes that each token id stands for."""
         super().__init__()
         self.data, self.work, self.dtype = data, work, dtype
         self.padding_id, self.token_bytes = padding_id, token_bytes
-        self.columns = {"tokens": f"ndarray:{dtype}:{data.seq_length}", "lengths": "bytes", "documents": "bytes"}
+        self.columns = {
+            "tokens": f"ndarray:{dtype}:{data.seq_length}",
+            "lengths": "bytes",
+            "documents": "bytes",
+        }
         if data.source.prompt is not None:
             self.columns["prompt_lengths"] = "bytes"
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+    def run(
+        self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
+    ) -> DocumentsPipeline:
         plan = job_folder.load_plan(self.work)
         split, number = plan.bucket_ids[rank]
         with job_folder.told(self.work):
             if job_folder.bucket_done(self.work, plan, split, number) is None:
-                limit, folder = job_folder.read_limit(self.work, split, number), job_folder.bucket_folder(self.work, split, number)
+                limit, folder = (
+                    job_folder.read_limit(self.work, split, number),
+                    job_folder.bucket_folder(self.work, split, number),
+                )
                 done = self._write(plan, split, number, limit, folder)
                 done["fingerprint"] = plan.bucket_fingerprint(split, number, limit)
-                job_folder.write_done(job_folder.bucket_marker(self.work, split, number), folder, done)
+                job_folder.write_done(
+                    job_folder.bucket_marker(self.work, split, number), folder, done
+                )
         yield from ()
 
     def _write(
@@ -130,7 +145,12 @@ class WriteBucket(PipelineStep):
         too_long, samples = pack(bucket, self.data, number, limit if whole else None)
         written = samples if whole else samples[:limit]
         shutil.rmtree(folder, ignore_errors=True)
-        with MDSWriter(columns=self.columns, out=str(folder), compression=self.data.compression, hashes=["sha256"]) as writer:
+        with MDSWriter(
+            columns=self.columns,
+            out=str(folder),
+            compression=self.data.compression,
+            hashes=["sha256"],
+        ) as writer:
             for pieces in written:
                 writer.write(self._sample(bucket, pieces))
                 advance(documents=len(pieces), tokens=self.data.seq_length)
@@ -154,10 +174,14 @@ class WriteBucket(PipelineStep):
         return {
             "samples": len(written),
             "documents": len(held),
-            "bytes": int(bucket.records["bytes"][list(held)].sum()) - self._bytes_left_out(bucket, held),
+            "bytes": int(bucket.records["bytes"][list(held)].sum())
+            - self._bytes_left_out(bucket, held),
             "tokens": tokens,
             "padding_tokens": len(written) * self.data.seq_length - tokens,
-            "cut_documents": sum(pieces_of[document] > 1 or held[document] < int(lengths[document]) for document in held),
+            "cut_documents": sum(
+                pieces_of[document] > 1 or held[document] < int(lengths[document])
+                for document in held
+            ),
             "cut_tokens": int(lengths[list(held)].sum()) - tokens,
             "dropped_duplicate": bucket.duplicates,
             "dropped_near_duplicate": len(bucket.near_duplicates),
@@ -168,8 +192,17 @@ class WriteBucket(PipelineStep):
 
     def _bytes_left_out(self, bucket: Bucket, held: Counter) -> int:
         """UTF-8 bytes of the tokens that were not written of documents that were written in part: samples end within them."""
-        cut = [document for document, count in held.items() if count < int(bucket.records["length"][document])]
-        ends = [bucket.tokens(document, held[document], int(bucket.records["length"][document]) - held[document]) for document in cut]
+        cut = [
+            document
+            for document, count in held.items()
+            if count < int(bucket.records["length"][document])
+        ]
+        ends = [
+            bucket.tokens(
+                document, held[document], int(bucket.records["length"][document]) - held[document]
+            )
+            for document in cut
+        ]
         return int(sum(self.token_bytes[ids].sum() for ids in ends))
 
     def _sample(self, bucket: Bucket, pieces: list[Piece]) -> dict:
@@ -184,7 +217,10 @@ class WriteBucket(PipelineStep):
         }
         if "prompt_lengths" in self.columns:
             prompts = bucket.records["prompt"]
-            inside = [min(max(0, int(prompts[document]) - start), count) for document, start, count in pieces]
+            inside = [
+                min(max(0, int(prompts[document]) - start), count)
+                for document, start, count in pieces
+            ]
             sample["prompt_lengths"] = np.array(inside, PIECES["prompt_lengths"]).tobytes()
         return sample
 
@@ -201,13 +237,20 @@ def pack(
     if data.packing == "best_fit" and data.source.prompt is not None:
         too_long = {int(document) for document in np.flatnonzero(lengths > data.seq_length)}
         lengths = np.where(lengths > data.seq_length, 0, lengths)
-    samples = best_fit(lengths, data.seq_length, data.seed + number) if data.packing == "best_fit" else concat(lengths, data.seq_length)
+    samples = (
+        best_fit(lengths, data.seq_length, data.seed + number)
+        if data.packing == "best_fit"
+        else concat(lengths, data.seq_length)
+    )
     return too_long, samples
 
 
 def _refuse_broken(broken: list[dict], data: CorpusConfig) -> None:
     if broken and not data.allow_broken_files:
-        files = "\n".join(f"  - {file['file']}: {file['error']} (after {file['records_read']:,} records)" for file in broken)
+        files = "\n".join(
+            f"  - {file['file']}: {file['error']} (after {file['records_read']:,} records)"
+            for file in broken
+        )
         raise UserError(
             f"{len(broken)} source files are damaged:\n{files}\nFetch them again and run the same command: only their parts are read again. "
             "Or keep what could be read of them with data.allow_broken_files=true"

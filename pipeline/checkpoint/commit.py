@@ -26,7 +26,11 @@ def folder_of(run_dir: Path, step: int) -> Path:
 def committed_steps(run_dir: Path) -> list[int]:
     """Steps of all committed checkpoints, ascending."""
     folder = run_dir / "checkpoints"
-    return sorted(int(path.name[5:]) for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted(
+        int(path.name[5:])
+        for path in folder.glob("step-*")
+        if re.fullmatch(r"step-\d{8,}", path.name)
+    )
 
 
 def newest(run_dir: Path) -> Path:

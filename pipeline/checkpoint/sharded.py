@@ -24,13 +24,19 @@ from retemper.pipeline.model.lora import begin_at_base
 from retemper.pipeline.schema.run import Config
 
 # Optimizer states that load at another TP, PP or DP; megatron's default cannot change the topology.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
 
 
-
-def write_checkpoint(run_dir: Path, step: int, sharded_state: dict, meta: dict, topology: Topology) -> None:
+def write_checkpoint(
+    run_dir: Path, step: int, sharded_state: dict, meta: dict, topology: Topology
+) -> None:
     """Commit a sharded state dictionary as the checkpoint after `step` steps. Every rank calls it. Raises UserError on a full disk."""
-    temporary = Path(from_rank_zero(str(commit.begin(run_dir, step)) if topology.rank == 0 else None))
+    temporary = Path(
+        from_rank_zero(str(commit.begin(run_dir, step)) if topology.rank == 0 else None)
+    )
     try:
         dist_checkpointing.save(sharded_state, str(temporary))
     except CheckpointException as error:  # raised on every rank alike
@@ -58,9 +64,21 @@ class Checkpointer:
         """Commit a checkpoint after state.step steps. Every rank calls it."""
         if self.config.parallel.overlap:
             for stage in self.model:
-                stage.start_param_sync(force_sync=True)  # else the next forward pass gathers what this step changed
-        meta = {"train_state": state.to_dict(), "fingerprints": self.fingerprints, "config": self.config.model_dump()}
-        write_checkpoint(self.config.run_dir, state.step, self._sharded_state(is_loading=False), meta, self.topology)
+                stage.start_param_sync(
+                    force_sync=True
+                )  # else the next forward pass gathers what this step changed
+        meta = {
+            "train_state": state.to_dict(),
+            "fingerprints": self.fingerprints,
+            "config": self.config.model_dump(),
+        }
+        write_checkpoint(
+            self.config.run_dir,
+            state.step,
+            self._sharded_state(is_loading=False),
+            meta,
+            self.topology,
+        )
 
     def restore(self) -> TrainState:
         """Load this run's newest committed checkpoint; without one, that of the run it branches off, or the weights of init_from.
@@ -68,7 +86,9 @@ class Checkpointer:
         Every rank calls it. Raises UserError where a checkpoint is damaged, of another kind, or was made on other data or another base.
         """
         steps = from_rank_zero(commit.committed_steps(self.config.run_dir))
-        if self.config.init_from and (self.config.method.name == "lora" or not (steps or self.config.branch_of)):
+        if self.config.init_from and (
+            self.config.method.name == "lora" or not (steps or self.config.branch_of)
+        ):
             self._load_base()
         if steps:
             return self.load(steps[-1])
@@ -87,10 +107,18 @@ class Checkpointer:
         meta = verified_meta(folder)
         state = state_of(folder, meta)
         # Scoring reads no training data: a checkpoint from before a change of it may be scored.
-        compared = {name: value for name, value in self.fingerprints.items() if self.optimizer or name != "data"}
-        if changes := changed_keys({name: meta["fingerprints"].get(name) for name in compared}, compared):
+        compared = {
+            name: value
+            for name, value in self.fingerprints.items()
+            if self.optimizer or name != "data"
+        }
+        if changes := changed_keys(
+            {name: meta["fingerprints"].get(name) for name in compared}, compared
+        ):
             self._allow(changes, folder)
-            state.data_changes.append({"step": step, "consumed_samples": state.consumed_samples, "difference": changes})
+            state.data_changes.append(
+                {"step": step, "consumed_samples": state.consumed_samples, "difference": changes}
+            )
         if self.config.fp8_recipe == "delayed":
             trust_extra_state()
         loaded = _read(self._sharded_state(is_loading=True), folder)
@@ -105,8 +133,12 @@ class Checkpointer:
         if of_data and self.config.data.allow_change:
             return
         listed = "\n".join(f"  - {change}" for change in changes)
-        advice = "restore the old one or choose another name" + ("; data.allow_change=true goes on with the new data" if of_data else "")
-        raise UserError(f"{folder} was made with other inputs than this run's:\n{listed}\nTo go on, {advice}")
+        advice = "restore the old one or choose another name" + (
+            "; data.allow_change=true goes on with the new data" if of_data else ""
+        )
+        raise UserError(
+            f"{folder} was made with other inputs than this run's:\n{listed}\nTo go on, {advice}"
+        )
 
     def _load_base(self) -> None:
         init_from = self.config.init_from
@@ -116,29 +148,46 @@ class Checkpointer:
         folder = base.folder
         meta = on_rank_zero(base.read_meta)
         if meta["config"]["method"]["name"] != "full":
-            raise UserError(f"init_from={init_from}: {folder} holds adapters, not a model; name a run with method=full")
+            raise UserError(
+                f"init_from={init_from}: {folder} holds adapters, not a model; name a run with method=full"
+            )
         if changes := changed_keys(meta["config"]["model"], self.config.model.model_dump()):
             raise UserError(
                 f"init_from={init_from}: {folder} holds another model ({'; '.join(changes)}); set model.* to its shape"
             )
         if meta["fingerprints"]["tokenizer"] != self.fingerprints["tokenizer"]:
-            raise UserError(f"init_from={init_from}: {folder} was trained with another tokenizer than {self.config.data.path}")
+            raise UserError(
+                f"init_from={init_from}: {folder} was trained with another tokenizer than {self.config.data.path}"
+            )
         weights = [
-            {key: value for key, value in state.items() if not (is_adapter(key) or _is_scaling(key))} for state in self._model_state()
+            {
+                key: value
+                for key, value in state.items()
+                if not (is_adapter(key) or _is_scaling(key))
+            }
+            for state in self._model_state()
         ]
         loaded = _read({"model": weights}, folder)["model"]
         self._fill_model(loaded)
         begin_at_base(self.model)
         if self.optimizer:
             # From what was read: the model's own may be in FP8.
-            names = ["model"] if len(loaded) == 1 else [f"model{number}" for number in range(len(loaded))]
-            self.optimizer.reload_model_params(dict(zip(names, loaded, strict=True)) if self.config.fp8.param_gather else None)
+            names = (
+                ["model"]
+                if len(loaded) == 1
+                else [f"model{number}" for number in range(len(loaded))]
+            )
+            self.optimizer.reload_model_params(
+                dict(zip(names, loaded, strict=True)) if self.config.fp8.param_gather else None
+            )
 
     def _sharded_state(self, *, is_loading: bool) -> dict:
         model_state = self._trained_state()
         if not self.optimizer:
             return {"model": model_state}
-        optimizer_state = self.optimizer.sharded_state_dict({"model": model_state}, is_loading=is_loading, metadata=dict(METADATA))
+        optimizer_state = self.optimizer.sharded_state_dict(
+            {"model": model_state}, is_loading=is_loading, metadata=dict(METADATA)
+        )
         return {"model": model_state, "optimizer": optimizer_state}
 
     def _trained_state(self) -> list[dict]:
@@ -148,14 +197,22 @@ class Checkpointer:
         def is_kept(key: str) -> bool:
             return delayed if _is_scaling(key) else full or is_adapter(key)
 
-        return [{key: value for key, value in state.items() if is_kept(key)} for state in self._model_state()]
+        return [
+            {key: value for key, value in state.items() if is_kept(key)}
+            for state in self._model_state()
+        ]
 
     def _model_state(self) -> list[dict]:
         """Of each stage of this rank: the names in it say nothing of other stages, what they stand for does."""
-        return [stage.sharded_state_dict(metadata=dict(METADATA)) for stage in unwrap_model(list(self.model))]
+        return [
+            stage.sharded_state_dict(metadata=dict(METADATA))
+            for stage in unwrap_model(list(self.model))
+        ]
 
     def _fill_model(self, states: list[dict]) -> None:
-        for stage, tensors, known in zip(unwrap_model(list(self.model)), states, self._model_state(), strict=True):
+        for stage, tensors, known in zip(
+            unwrap_model(list(self.model)), states, self._model_state(), strict=True
+        ):
             unknown = tensors.keys() - known.keys()
             assert not unknown, f"weights that fit nowhere: {unknown}"
             stage.load_state_dict(tensors, strict=False)
@@ -166,7 +223,11 @@ def _read(sharded_state: dict, folder: Path) -> dict:
 
     By default megatron-core reads part after part into them, and each part sets the scale that all of them share.
     """
-    return dist_checkpointing.load(sharded_state, str(folder), sharded_strategy=TorchDistLoadShardedStrategy(stream_ckpt_dequant=False))
+    return dist_checkpointing.load(
+        sharded_state,
+        str(folder),
+        sharded_strategy=TorchDistLoadShardedStrategy(stream_ckpt_dequant=False),
+    )
 
 
 def _is_scaling(key: str) -> bool:
@@ -176,7 +237,10 @@ def _is_scaling(key: str) -> bool:
 
 def _reason(error: CheckpointException) -> str:
     """The first failing rank's own words; only the coordinating rank knows them."""
-    return next((f"rank {rank}: {failure}" for rank, (failure, _traceback) in error.failures.items()), "another rank failed")
+    return next(
+        (f"rank {rank}: {failure}" for rank, (failure, _traceback) in error.failures.items()),
+        "another rank failed",
+    )
 
 
 def verified_meta(folder: Path) -> dict:

@@ -14,9 +14,13 @@ class TrainState:
     step: int = 0
     consumed_samples: int = 0
     seconds: float = 0.0  # spent in steps, over all restarts
-    recent_losses: list[float] = field(default_factory=list)  # of the last steps: what the next one may not leap out of
+    recent_losses: list[float] = field(
+        default_factory=list
+    )  # of the last steps: what the next one may not leap out of
     recent_grad_norms: list[float] = field(default_factory=list)
-    data_changes: list[dict] = field(default_factory=list)  # step, consumed_samples and difference of every switch of the data
+    data_changes: list[dict] = field(
+        default_factory=list
+    )  # step, consumed_samples and difference of every switch of the data
 
     @property
     def samples_of_data(self) -> int:

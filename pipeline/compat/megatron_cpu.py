@@ -104,7 +104,11 @@ def _redirect_types() -> None:
     def type_as_on_cuda(self, dtype=None, **kwargs):
         if dtype is not None:
             return original(self, dtype, **kwargs)
-        return original(self).replace("torch.", "torch.cuda.", 1) if self.device.type == "cpu" else original(self)
+        return (
+            original(self).replace("torch.", "torch.cuda.", 1)
+            if self.device.type == "cpu"
+            else original(self)
+        )
 
     torch.Tensor.type = type_as_on_cuda
 
@@ -154,7 +158,9 @@ class FusedAdam(torch.optim.Optimizer):
 
     def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode=True, capturable=False):
         self.decoupled_weight_decay = adam_w_mode
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -166,7 +172,10 @@ class FusedAdam(torch.optim.Optimizer):
                 continue
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                    self.state[p] = {
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
             kernel(
                 params,
                 [p.grad for p in params],

@@ -127,7 +127,9 @@ def load_data_config(overrides: list[str]) -> DataConfig:
     try:
         data = DataConfig.model_validate(raw["data"])
     except ValidationError as error:
-        raise config_error([describe_problem(problem, "data.") for problem in error.errors()]) from None
+        raise config_error(
+            [describe_problem(problem, "data.") for problem in error.errors()]
+        ) from None
     if problems := list(data_conflicts(data)):
         raise config_error(problems)
     return data
@@ -140,7 +142,9 @@ def load_parallel(overrides: list[str]) -> ParallelConfig:
     try:
         return ParallelConfig.model_validate(compose(overrides)["parallel"])
     except ValidationError as error:
-        raise config_error([describe_problem(problem, "parallel.") for problem in error.errors()]) from None
+        raise config_error(
+            [describe_problem(problem, "parallel.") for problem in error.errors()]
+        ) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -172,7 +176,11 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    groups = {path.name for path in conf_dir().iterdir() if path.is_dir() and not path.name.startswith("_")}
+    groups = {
+        path.name
+        for path in conf_dir().iterdir()
+        if path.is_dir() and not path.name.startswith("_")
+    }
     _check_presets(overrides, groups)
     # Hydra stops at the first unknown key; added with ++ it reaches the schema, which reports all of them together.
     arguments = []
@@ -183,7 +191,11 @@ def compose(overrides: list[str]) -> dict[str, Any]:
         arguments.append(text if key in groups else f"++{text.lstrip('+')}")
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return _without_unset(OmegaConf.to_container(compose_presets("config", arguments), resolve=True, throw_on_missing=False))
+            return _without_unset(
+                OmegaConf.to_container(
+                    compose_presets("config", arguments), resolve=True, throw_on_missing=False
+                )
+            )
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(
             f"The configuration cannot be composed from {' '.join(overrides) or 'its defaults'}: {error}\n"
@@ -193,7 +205,11 @@ def compose(overrides: list[str]) -> dict[str, Any]:
 
 def _without_unset(section: dict[str, Any]) -> dict[str, Any]:
     """The values that are set: presets write ??? for those that the person must give."""
-    return {key: _without_unset(value) if isinstance(value, dict) else value for key, value in section.items() if value != "???"}
+    return {
+        key: _without_unset(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "???"
+    }
 
 
 def _check_presets(overrides: list[str], groups: set[str]) -> None:
@@ -203,7 +219,8 @@ def _check_presets(overrides: list[str], groups: set[str]) -> None:
         if not separator:
             problems.append(f"{text!r} is not key=value")
         elif key in groups and value not in preset_names(key):
-            problems.append(f"{key}={value}: no such preset; there are {', '.join(preset_names(key))}{nearest(value, preset_names(key))}")
+            problems.append(
+                f"{key}={value}: no such preset; there are {', '.join(preset_names(key))}{nearest(value, preset_names(key))}"
+            )
     if problems:
         raise config_error(problems)
-

@@ -16,26 +16,42 @@ from retemper.pipeline.schema.run import Config
 OF_EVALUATIONS = ("evals",)
 
 
-OF_SCORING = (*OF_EVALUATIONS, "parallel", "train.micro_batch_size", "track", "init_from", "data.path", "data.tokenizer")
+OF_SCORING = (
+    *OF_EVALUATIONS,
+    "parallel",
+    "train.micro_batch_size",
+    "track",
+    "init_from",
+    "data.path",
+    "data.tokenizer",
+)
 
 
 # Of its evaluations, what a preset leaves as it was: what the run has been scored on so far, and what fits its machine.
 _KEPT = ("heldout", "learned", "max_samples", "micro_batch_size", "tasks_dir")
 
 
-def load_run(run_dir: Path, overrides: list[str], may_change: tuple[str, ...] = OF_EVALUATIONS) -> Config:
+def load_run(
+    run_dir: Path, overrides: list[str], may_change: tuple[str, ...] = OF_EVALUATIONS
+) -> Config:
     """The config of a run's folder, wherever that stands now, with keys as given here where they are. Raises UserError.
 
     may_change: the sections and keys that may be given.
     """
     if strange := [text for text in overrides if not any(_is_of(text, key) for key in may_change)]:
-        raise UserError(f"{strange[0]}: the run's own config holds; what can be given anew is {', '.join(may_change)}")
+        raise UserError(
+            f"{strange[0]}: the run's own config holds; what can be given anew is {', '.join(may_change)}"
+        )
     folder = Path(os.path.abspath(run_dir))
     raw = read_config(folder)
     if raw is None:
-        raise UserError(f"{run_dir} is no run folder: it has no config.json; name runs_dir/study/name of a run that has begun")
+        raise UserError(
+            f"{run_dir} is no run folder: it has no config.json; name runs_dir/study/name of a run that has begun"
+        )
     if "evals" not in raw:
-        raise UserError(f"{run_dir} is an imported model, which no run has trained: name the folder of a run that begins from it")
+        raise UserError(
+            f"{run_dir} is an imported model, which no run has trained: name the folder of a run that begins from it"
+        )
     raw |= {"runs_dir": str(folder.parent.parent), "study": folder.parent.name, "name": folder.name}
     return check_config(_with_overrides(raw, overrides) if overrides else raw)
 

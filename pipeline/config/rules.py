@@ -41,19 +41,28 @@ def _mixture_conflicts(data: DataConfig):
                 f"the fraction {stream.fraction} of {name} is no whole number of samples of data.mixture_window={data.mixture_window}; "
                 "round it, or take a longer window"
             )
-    if sum(round(stream.fraction * data.mixture_window) for stream in streams.values()) >= data.mixture_window:
+    if (
+        sum(round(stream.fraction * data.mixture_window) for stream in streams.values())
+        >= data.mixture_window
+    ):
         yield "the fractions of data.mixture and data.replay leave nothing of the run's own corpus: their sum must be less than 1"
 
 
 def setup_conflicts(config: ModelSetup):
     """Yield every rule between a model and its layout that is broken."""
     model, parallel, method = config.model, config.parallel, config.method
-    tp, pp, vpp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
+    tp, pp, vpp = (
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.virtual_pipeline_parallel_size,
+    )
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         if getattr(model, key) % tp:
             yield f"parallel.tensor_parallel_size={tp} does not divide model.{key}={getattr(model, key)}"
     if model.num_layers % (pp * vpp):
-        sizes = f"parallel.pipeline_parallel_size={pp}" + (f" × parallel.virtual_pipeline_parallel_size={vpp}" if vpp > 1 else "")
+        sizes = f"parallel.pipeline_parallel_size={pp}" + (
+            f" × parallel.virtual_pipeline_parallel_size={vpp}" if vpp > 1 else ""
+        )
         yield f"{sizes} does not divide model.num_layers={model.num_layers}"
     if vpp > 1 and pp == 1:
         yield f"parallel.virtual_pipeline_parallel_size={vpp} needs parallel.pipeline_parallel_size > 1"
@@ -86,7 +95,12 @@ def setup_conflicts(config: ModelSetup):
 
 
 # What Transformer Engine's kernels ask of sizes: in features, and in tokens of a micro-batch.
-_FP8_MULTIPLES = {"delayed": (16, 8), "tensorwise": (16, 8), "blockwise": (128, 128), "mxfp8": (32, 32)}
+_FP8_MULTIPLES = {
+    "delayed": (16, 8),
+    "tensorwise": (16, 8),
+    "blockwise": (128, 128),
+    "mxfp8": (32, 32),
+}
 
 
 def fp8_token_multiple(config: ModelSetup) -> int:
@@ -114,11 +128,20 @@ def _fp8_conflicts(config: ModelSetup):
         yield f"fp8.attention=true goes with precision=fp8_tensorwise or fp8_delayed, not with {config.precision}"
     if config.fp8.bf16_layers and recipe == "delayed":
         yield "fp8.bf16_layers does not go with precision=fp8_delayed, whose scales are of the whole model: take fp8_tensorwise or 0"
-    if config.fp8.bf16_layers > (of_stage := config.model.num_layers // config.parallel.pipeline_parallel_size):
+    if config.fp8.bf16_layers > (
+        of_stage := config.model.num_layers // config.parallel.pipeline_parallel_size
+    ):
         yield f"fp8.bf16_layers={config.fp8.bf16_layers} is more than the {of_stage} layers of a pipeline stage"
     multiple, _ = _FP8_MULTIPLES[recipe]
-    out = {name: features_out // tp for name, (_, features_out) in linear_layers(config.model).items()}
-    fused = {"hidden state": config.model.hidden_size, "q, k and v": out["q"] + out["k"] + out["v"], "q": out["q"], "gate": out["gate"]}
+    out = {
+        name: features_out // tp for name, (_, features_out) in linear_layers(config.model).items()
+    }
+    fused = {
+        "hidden state": config.model.hidden_size,
+        "q, k and v": out["q"] + out["k"] + out["v"],
+        "q": out["q"],
+        "gate": out["gate"],
+    }
     for name, features in fused.items():
         if features % multiple:
             yield f"precision={config.precision} asks for features that {multiple} divides, but {name} has {features} on a rank"
@@ -126,7 +149,9 @@ def _fp8_conflicts(config: ModelSetup):
 
 def _fp8_batch_conflicts(config: Config):
     parallel, multiple = config.parallel, fp8_token_multiple(config)
-    parts = parallel.context_parallel_size * (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
+    parts = parallel.context_parallel_size * (
+        parallel.tensor_parallel_size if parallel.sequence_parallel else 1
+    )
     tokens = config.train.micro_batch_size * config.data.seq_length // parts
     if tokens % multiple:
         yield (
@@ -155,7 +180,9 @@ def _overlap_conflicts(config: Config):
 def _branch_conflicts(config: Config):
     if config.train.branches and config.branch_of:
         yield "train.branches: a branch has none of its own; leave branch_of or train.branches out"
-    if (config.train.branches or config.branch_of) and not (config.schedule.name == "trapezoid" and config.schedule.cooldown_fraction):
+    if (config.train.branches or config.branch_of) and not (
+        config.schedule.name == "trapezoid" and config.schedule.cooldown_fraction
+    ):
         yield "branches cool down from a constant rate: schedule=trapezoid with a schedule.cooldown_fraction above 0"
     for tokens, step in zip(config.train.branches, config.branch_steps, strict=True):
         if not 1 <= step <= config.steps:
@@ -208,7 +235,11 @@ def conflicts(config: Config):
     yield from data_conflicts(config.data)
     yield from setup_conflicts(config)
     model, parallel, train, method = config.model, config.parallel, config.train, config.method
-    tp, cp, dp = parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.data_parallel_size
+    tp, cp, dp = (
+        parallel.tensor_parallel_size,
+        parallel.context_parallel_size,
+        parallel.data_parallel_size,
+    )
     parts = (tp if parallel.sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
     if config.data.seq_length % parts:
         yield (
@@ -225,9 +256,9 @@ def conflicts(config: Config):
             f"train.global_batch_size={train.global_batch_size} is not divisible by train.micro_batch_size × "
             f"parallel.data_parallel_size = {train.micro_batch_size} × {dp}"
         )
-    elif parallel.virtual_pipeline_parallel_size > 1 and (batches := train.global_batch_size // (train.micro_batch_size * dp)) % (
-        pp := parallel.pipeline_parallel_size
-    ):
+    elif parallel.virtual_pipeline_parallel_size > 1 and (
+        batches := train.global_batch_size // (train.micro_batch_size * dp)
+    ) % (pp := parallel.pipeline_parallel_size):
         yield (
             f"{batches} micro-batches a step are not divisible by parallel.pipeline_parallel_size={pp}, as virtual_pipeline_parallel_size "
             "asks: change train.global_batch_size or train.micro_batch_size"

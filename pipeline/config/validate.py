@@ -29,7 +29,12 @@ def check_config(raw: dict[str, Any], *, begins: bool = False) -> Config:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise config_error([*(describe_problem(problem) for problem in error.errors()), *_conflicts_beside(error, raw)]) from None
+        raise config_error(
+            [
+                *(describe_problem(problem) for problem in error.errors()),
+                *_conflicts_beside(error, raw),
+            ]
+        ) from None
     if problems := [*conflicts(config), *(beginning_conflicts(config) if begins else ())]:
         raise config_error(problems)
     return config
@@ -48,7 +53,9 @@ def _conflicts_beside(error: ValidationError, raw: dict[str, Any]) -> list[str]:
 
 def config_error(problems: list[str]) -> UserError:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return UserError("\n".join([f"The configuration has {count}:", *(f"  - {problem}" for problem in problems)]))
+    return UserError(
+        "\n".join([f"The configuration has {count}:", *(f"  - {problem}" for problem in problems)])
+    )
 
 
 def describe_problem(problem: dict[str, Any], prefix: str = "") -> str:
@@ -63,7 +70,11 @@ def describe_problem(problem: dict[str, Any], prefix: str = "") -> str:
 def _schema_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
-        inner = [kind for kind in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_section(kind)]
+        inner = [
+            kind
+            for kind in (field.annotation, *getattr(field.annotation, "__args__", ()))
+            if _is_section(kind)
+        ]
         keys += _schema_keys(inner[0], f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return keys
 

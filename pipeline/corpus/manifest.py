@@ -30,10 +30,17 @@ def find_manifest(path: str) -> dict | None:
         if isinstance(error, UserError):
             raise
         manifest = None
-    if not isinstance(manifest, dict) or not {"made_from", "fingerprint", "splits"} <= manifest.keys():
-        raise UserError(f"{path} is not a token corpus (its {MANIFEST} is none of one, or damaged): choose another folder, or remove it")
+    if (
+        not isinstance(manifest, dict)
+        or not {"made_from", "fingerprint", "splits"} <= manifest.keys()
+    ):
+        raise UserError(
+            f"{path} is not a token corpus (its {MANIFEST} is none of one, or damaged): choose another folder, or remove it"
+        )
     if not is_intact(manifest):
-        raise UserError(f"{path}/{MANIFEST} is damaged, or of another version of retemper: remove {path} and tokenize again")
+        raise UserError(
+            f"{path}/{MANIFEST} is damaged, or of another version of retemper: remove {path} and tokenize again"
+        )
     del manifest["sha256"]
     return manifest
 
@@ -42,7 +49,9 @@ def read_manifest(path: str) -> dict:
     """The manifest of the corpus at `path`. Raises UserError where there is none or it is damaged."""
     if manifest := find_manifest(path):
         return manifest
-    raise UserError(f"{path} holds no token corpus (it has no {MANIFEST} of one): make it with `retemper tokenize`")
+    raise UserError(
+        f"{path} holds no token corpus (it has no {MANIFEST} of one): make it with `retemper tokenize`"
+    )
 
 
 def read_listed(path: str, manifest: dict, name: str) -> bytes:
@@ -51,5 +60,6 @@ def read_listed(path: str, manifest: dict, name: str) -> bytes:
         content = store.read(f"{path}/{name}")
         if hashlib.sha256(content).hexdigest() == manifest["files"][name]:
             return content
-    raise Damaged(f"{path}/{name} is damaged: run the `retemper tokenize` command that made {path} again")
-
+    raise Damaged(
+        f"{path}/{name} is damaged: run the `retemper tokenize` command that made {path} again"
+    )

@@ -24,11 +24,15 @@ class Tokenizer:
         folder = _local_folder(str(folder))
         path = Path(folder, "tokenizer.json")
         if not path.is_file():
-            raise UserError(f"data.tokenizer={folder}: there is no {path}; name a folder with a transformers fast tokenizer")
+            raise UserError(
+                f"data.tokenizer={folder}: there is no {path}; name a folder with a transformers fast tokenizer"
+            )
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust parser raises bare Exception
-            raise UserError(f"{path} is no tokenizer that this version reads ({error}); save it again with transformers") from None
+            raise UserError(
+                f"{path} is no tokenizer that this version reads ({error}); save it again with transformers"
+            ) from None
         # A document that spells out a special token holds text, not the token.
         self.backend.encode_special_tokens = True
         self.folder = Path(folder).absolute()
@@ -42,7 +46,10 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def require(self, *, bos: bool, eos: bool) -> None:
         """Raises UserError where a token that documents are joined by is not in the vocabulary."""
@@ -52,7 +59,9 @@ class Tokenizer:
                     f"data.{name}=true, but {self.folder / 'tokenizer_config.json'} names no {name}_token of the vocabulary; set data.{name}=false"
                 )
         if not (bos or eos):
-            raise UserError("data.bos and data.eos are both false: nothing would part one document from the next; set one of them")
+            raise UserError(
+                "data.bos and data.eos are both false: nothing would part one document from the next; set one of them"
+            )
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes each id stands for, int32 (vocab_size,).
@@ -156,7 +165,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         )
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "bos_token": None, "clean_up_tokenization_spaces": False}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": EOS}, indent=2))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 

@@ -28,15 +28,26 @@ class Batch:
         """The batch on `device`, copied without waiting for what it computes."""
         if device.type == "cpu":
             return self
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.pinned()._tensors().items()})
+        return replace(
+            self,
+            **{
+                name: value.to(device, non_blocking=True)
+                for name, value in self.pinned()._tensors().items()
+            },
+        )
 
     def pinned(self) -> "Batch":
         """The batch in memory from which a GPU can copy while the host goes on."""
         # Masks may be views expanded from one number, which cannot be pinned.
-        return replace(self, **{name: value.contiguous().pin_memory() for name, value in self._tensors().items()})
+        return replace(
+            self,
+            **{name: value.contiguous().pin_memory() for name, value in self._tensors().items()},
+        )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return {
+            name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
 
     def of_context_rank(self, rank: int, size: int) -> "Batch":
         """An early and a late part of every sequence, as megatron-core deals them out to context-parallel ranks: causal attention
@@ -48,7 +59,14 @@ class Batch:
             parts = tensor_BT.chunk(2 * size, dim=1)
             return torch.cat([parts[rank], parts[-1 - rank]], dim=1)
 
-        return replace(self, **{name: part(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)})
+        return replace(
+            self,
+            **{
+                name: part(value)
+                for name, value in vars(self).items()
+                if isinstance(value, torch.Tensor)
+            },
+        )
 
 
 def make_batches(samples: Samples, micro_batch_size: int, *, mask_documents: bool) -> list[Batch]:
@@ -59,7 +77,13 @@ def make_batches(samples: Samples, micro_batch_size: int, *, mask_documents: boo
     lengths, learned = learned_tokens(samples, mask_documents=mask_documents)
     size = micro_batch_size * samples.seq_length
     # Labels, and which of them count, are what stands one place on: the same memory.
-    parts = zip(*(torch.from_numpy(flat).split(size) for flat in (samples.tokens[:-1], samples.tokens[1:], learned[1:])), strict=True)
+    parts = zip(
+        *(
+            torch.from_numpy(flat).split(size)
+            for flat in (samples.tokens[:-1], samples.tokens[1:], learned[1:])
+        ),
+        strict=True,
+    )
     if not mask_documents:
         return [_of_samples(samples.seq_length, part) for part in parts]
     batch_ends = np.arange(size, len(samples) * samples.seq_length, size)
@@ -74,9 +98,14 @@ def learned_tokens(samples: Samples, *, mask_documents: bool) -> tuple[np.ndarra
     """
     lengths = samples.values("lengths").astype(np.int64)
     prompts = samples.values("prompt_lengths").astype(np.int64)
-    ends = np.cumsum([len(pieces) for pieces in samples.pieces["lengths"]]) // samples.values("lengths").itemsize
+    ends = (
+        np.cumsum([len(pieces) for pieces in samples.pieces["lengths"]])
+        // samples.values("lengths").itemsize
+    )
     padding = samples.seq_length - np.add.reduceat(lengths, np.append(0, ends[:-1]))
-    lengths, prompts = (np.insert(pieces, ends, padding) for pieces in (lengths, prompts))  # padding is all prompt
+    lengths, prompts = (
+        np.insert(pieces, ends, padding) for pieces in (lengths, prompts)
+    )  # padding is all prompt
     lengths, prompts = lengths[lengths > 0], prompts[lengths > 0]
     starts = lengths.cumsum() - lengths
     learned = np.ones(len(samples.tokens), np.float32)
@@ -94,7 +123,13 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def _of_samples(seq_length: int, part: tuple[torch.Tensor, ...]) -> Batch:
     tokens_BT, labels_BT, loss_mask_BT = (flat.view(-1, seq_length) for flat in part)
-    return Batch(tokens_BT.shape, tokens_BT, labels_BT, loss_mask_BT, torch.arange(seq_length).expand_as(tokens_BT))
+    return Batch(
+        tokens_BT.shape,
+        tokens_BT,
+        labels_BT,
+        loss_mask_BT,
+        torch.arange(seq_length).expand_as(tokens_BT),
+    )
 
 
 def _of_documents(lengths: np.ndarray, part: tuple[torch.Tensor, ...]) -> Batch:
@@ -102,5 +137,11 @@ def _of_documents(lengths: np.ndarray, part: tuple[torch.Tensor, ...]) -> Batch:
     edges = np.append(0, lengths.cumsum())
     positions = torch.from_numpy(_ranges(np.zeros_like(lengths), lengths)).view(1, -1)
     return Batch(
-        tokens_BT.shape, tokens_BT, labels_BT, loss_mask_BT, positions, torch.from_numpy(edges.astype(np.int32)), int(lengths.max())
+        tokens_BT.shape,
+        tokens_BT,
+        labels_BT,
+        loss_mask_BT,
+        positions,
+        torch.from_numpy(edges.astype(np.int32)),
+        int(lengths.max()),
     )

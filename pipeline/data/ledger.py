@@ -22,18 +22,31 @@ class Ledger:
 
     def __init__(self, config: Config, topology: Topology):
         self.config, self.topology = config, topology
-        self._first_of_model = topology.is_first_stage and topology.tensor_parallel_rank == topology.context_parallel_rank == 0
+        self._first_of_model = (
+            topology.is_first_stage
+            and topology.tensor_parallel_rank == topology.context_parallel_rank == 0
+        )
         self._reads = topology.is_first_stage or topology.is_last_stage
 
     def record(self, step: int, data: StepData) -> None:
         """Note what the step numbered `step`, counted from 1, was made of."""
-        folder, place, file = self.config.run_dir, self.topology, f"rank-{self.topology.rank:05d}.jsonl"
+        folder, place, file = (
+            self.config.run_dir,
+            self.topology,
+            f"rank-{self.topology.rank:05d}.jsonl",
+        )
         if self.config.data.ledger and self._reads:
-            peers = {"data_parallel_rank": place.data_parallel_rank, "data_parallel_size": place.data_parallel_size}
+            peers = {
+                "data_parallel_rank": place.data_parallel_rank,
+                "data_parallel_size": place.data_parallel_size,
+            }
             line = {"step": step, **peers, "ids": data.ids.tolist()}
             append_line(folder / run_folder.LEDGER / file, line)
         if self._first_of_model and data.skipped.any():
-            append_line(folder / run_folder.SKIPPED / file, {"step": step, "ids": data.ids[data.skipped].tolist()})
+            append_line(
+                folder / run_folder.SKIPPED / file,
+                {"step": step, "ids": data.ids[data.skipped].tolist()},
+            )
 
 
 def verify(config: Config, began_at: int) -> str:
@@ -44,7 +57,9 @@ def verify(config: Config, began_at: int) -> str:
     """
     steps = _steps(config.run_dir)
     if not steps:
-        raise UserError(f"{config.run_dir / run_folder.LEDGER} is empty: train with data.ledger=true from the start, then verify")
+        raise UserError(
+            f"{config.run_dir / run_folder.LEDGER} is empty: train with data.ledger=true from the start, then verify"
+        )
     streams, batch_size = Streams(config), config.train.global_batch_size
     problems, counted = [], [np.zeros(0, np.int64)]
     for step in range(1, max(steps) + 1):
@@ -55,23 +70,46 @@ def verify(config: Config, began_at: int) -> str:
             problem = _difference(ids, streams.order.batch(consumed, batch_size))
         if problem:
             problems.append(f"step {step}: {problem}")
-    counts = np.bincount(np.concatenate(counted), minlength=sum(len(shards) for shards in streams.shards.values()))
+    counts = np.bincount(
+        np.concatenate(counted), minlength=sum(len(shards) for shards in streams.shards.values())
+    )
     lines, first = [], 0
     for name, epoch in streams.epochs(max(steps) * batch_size - began_at).items():
         size = len(streams.shards[name])
         times = counts[first : first + size]
         first += size
         if times.min() < int(epoch) or times.max() > np.ceil(epoch):
-            problems.append(f"{name}: after {epoch:.2f} epochs some sample was read {times.min()} times, another {times.max()} times")
-        lines.append(f"{name}: {int(times.sum()):,} samples read, {epoch:.3f} epochs, each of {size:,} {_range(times)}")
-    notes = [record for path in run_folder.noted(config.run_dir, run_folder.SKIPPED) for record in read_lines(path)]
+            problems.append(
+                f"{name}: after {epoch:.2f} epochs some sample was read {times.min()} times, another {times.max()} times"
+            )
+        lines.append(
+            f"{name}: {int(times.sum()):,} samples read, {epoch:.3f} epochs, each of {size:,} {_range(times)}"
+        )
+    notes = [
+        record
+        for path in run_folder.noted(config.run_dir, run_folder.SKIPPED)
+        for record in read_lines(path)
+    ]
     if skipped := sum(len(record["ids"]) for record in notes):
-        lines.append(f"{skipped:,} of them had no loss, their shards were bad ({config.run_dir / run_folder.SKIPPED})")
+        lines.append(
+            f"{skipped:,} of them had no loss, their shards were bad ({config.run_dir / run_folder.SKIPPED})"
+        )
     if problems:
-        more = [f"  and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
+        more = (
+            [f"  and {len(problems) - _SHOWN_PROBLEMS} more"]
+            if len(problems) > _SHOWN_PROBLEMS
+            else []
+        )
         shown = [f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
-        raise UserError("\n".join([f"{config.run_dir}: the ledger is not what it must be:", *shown, *more]))
-    return "\n".join([f"{max(steps):,} steps of {batch_size} samples: nothing skipped, nothing repeated, the order as configured", *lines])
+        raise UserError(
+            "\n".join([f"{config.run_dir}: the ledger is not what it must be:", *shown, *more])
+        )
+    return "\n".join(
+        [
+            f"{max(steps):,} steps of {batch_size} samples: nothing skipped, nothing repeated, the order as configured",
+            *lines,
+        ]
+    )
 
 
 def read_ledger(run_dir: Path) -> dict[int, np.ndarray]:
@@ -93,7 +131,9 @@ def _steps(run_dir: Path) -> dict[int, dict[tuple[int, int], list[list[int]]]]:
     """step -> (data-parallel rank, size) -> ids, once for each rank that noted them."""
     steps: dict = defaultdict(lambda: defaultdict(list))
     for entry in _entries(run_dir):
-        steps[entry["step"]][entry["data_parallel_rank"], entry["data_parallel_size"]].append(entry["ids"])
+        steps[entry["step"]][entry["data_parallel_rank"], entry["data_parallel_size"]].append(
+            entry["ids"]
+        )
     return steps
 
 
@@ -111,11 +151,17 @@ def _global_batch(parts: dict[tuple[int, int], list[list[int]]]) -> tuple[np.nda
     sizes = {size for _, size in parts}
     ranks = sorted(rank for rank, _ in parts)
     if len(sizes) != 1 or ranks != list(range(*sizes)):
-        return np.zeros(0, np.int64), f"data-parallel ranks {ranks} noted it, of {sorted(sizes) or 'none'}"
+        return np.zeros(
+            0, np.int64
+        ), f"data-parallel ranks {ranks} noted it, of {sorted(sizes) or 'none'}"
     for (rank, _), noted in sorted(parts.items()):
         if any(ids != noted[0] for ids in noted):
-            return np.zeros(0, np.int64), f"the ranks of one model read different samples at data-parallel rank {rank}"
-    return np.concatenate([np.array(noted[0], np.int64) for _, noted in sorted(parts.items())]), None
+            return np.zeros(
+                0, np.int64
+            ), f"the ranks of one model read different samples at data-parallel rank {rank}"
+    return np.concatenate(
+        [np.array(noted[0], np.int64) for _, noted in sorted(parts.items())]
+    ), None
 
 
 def _difference(ids: np.ndarray, expected: np.ndarray) -> str | None:

@@ -62,7 +62,9 @@ class Shard:
     bytes: int  # uncompressed
     sha256: str  # of the uncompressed file
     samples: int
-    columns: tuple[tuple[str, np.dtype, int | None], ...]  # name, type of its values, bytes where they are fixed
+    columns: tuple[
+        tuple[str, np.dtype, int | None], ...
+    ]  # name, type of its values, bytes where they are fixed
 
     @classmethod
     def from_index(cls, entry: dict) -> "Shard":
@@ -71,7 +73,9 @@ class Shard:
             raise ValueError(f"it is of format {entry['format']}, version {entry['version']}")
         raw, stored = entry["raw_data"], entry["zip_data"] or entry["raw_data"]
         name, compression = raw["basename"], entry["compression"]
-        if not _NAMES.fullmatch(name) or stored["basename"] != name + (".zstd" if compression else ""):
+        if not _NAMES.fullmatch(name) or stored["basename"] != name + (
+            ".zstd" if compression else ""
+        ):
             raise ValueError(f"it names the shard {name!r}, stored as {stored['basename']!r}")
         if compression and compression.partition(":")[0] != "zstd":
             raise ValueError(f"{name} is compressed by {compression}")
@@ -79,9 +83,20 @@ class Shard:
             raise ValueError(f"it has a shard of {entry['samples']} samples")
         if "sha256" not in raw["hashes"]:
             raise ValueError(f"it has no sha256 of {name}")
-        described = zip(entry["column_names"], entry["column_encodings"], entry["column_sizes"], strict=True)
-        columns = tuple((column, _type_of(column, encoding), size) for column, encoding, size in described)
-        return cls(name, stored["basename"], raw["bytes"], raw["hashes"]["sha256"], entry["samples"], columns)
+        described = zip(
+            entry["column_names"], entry["column_encodings"], entry["column_sizes"], strict=True
+        )
+        columns = tuple(
+            (column, _type_of(column, encoding), size) for column, encoding, size in described
+        )
+        return cls(
+            name,
+            stored["basename"],
+            raw["bytes"],
+            raw["hashes"]["sha256"],
+            entry["samples"],
+            columns,
+        )
 
     @property
     def is_compressed(self) -> bool:
@@ -102,18 +117,27 @@ class ShardFile:
     def __init__(self, shard: Shard, file: BinaryIO):
         self._shard, self._file = shard, file
         # The file: the number of samples, where each begins and the last ends (uint32), the columns as JSON, the samples.
-        self._offsets = np.frombuffer(os.pread(file.fileno(), 4 * (shard.samples + 1), 4), "<u4").tolist()
+        self._offsets = np.frombuffer(
+            os.pread(file.fileno(), 4 * (shard.samples + 1), 4), "<u4"
+        ).tolist()
         self._sizes = struct.Struct(f"<{sum(size is None for _, _, size in shard.columns)}I")
 
     def read(self, numbers: list[int], into: Samples, rows: list[int]) -> None:
         """The samples of these numbers into those rows. A sample: the sizes of the columns that vary (uint32), then all columns."""
-        file, offsets, columns, tokens_NT = self._file.fileno(), self._offsets, self._shard.columns, into.tokens_NT
+        file, offsets, columns, tokens_NT = (
+            self._file.fileno(),
+            self._offsets,
+            self._shard.columns,
+            into.tokens_NT,
+        )
         has_prompts = any(column == "prompt_lengths" for column, _, _ in columns)
         for row, number in zip(rows, numbers, strict=True):
             begin, end = offsets[number], offsets[number + 1]
             data = os.pread(file, end - begin, begin)
             if len(data) != end - begin:
-                raise UserError(f"{self._file.name} was cut off while it was read: start again, and it is fetched anew")
+                raise UserError(
+                    f"{self._file.name} was cut off while it was read: start again, and it is fetched anew"
+                )
             sizes, place = iter(self._sizes.unpack_from(data)), self._sizes.size
             for column, kind, size in columns:
                 size = next(sizes) if size is None else size
@@ -123,4 +147,6 @@ class ShardFile:
                     into.pieces[column][row] = data[place : place + size]
                 place += size
             if not has_prompts:
-                into.pieces["prompt_lengths"][row] = bytes(len(into.pieces["lengths"][row]))  # zeros
+                into.pieces["prompt_lengths"][row] = bytes(
+                    len(into.pieces["lengths"][row])
+                )  # zeros

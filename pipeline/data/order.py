@@ -46,7 +46,10 @@ class Order:
             epochs, offsets = np.divmod(positions[mine], stream.samples)
             orders = self._orders_of(number, np.unique(epochs).tolist())
             ids[mine] = first + np.concatenate(
-                [np.empty(0, np.int64), *(order[offsets[epochs == epoch]] for epoch, order in orders.items())]
+                [
+                    np.empty(0, np.int64),
+                    *(order[offsets[epochs == epoch]] for epoch, order in orders.items()),
+                ]
             )
             lanes[mine] = (offsets % _lanes(stream.samples)) / _lanes(stream.samples)
             first += stream.samples
@@ -57,12 +60,18 @@ class Order:
         pattern, _ = self._pattern
         whole, rest = divmod(consumed_samples, len(pattern))
         begun = np.bincount(pattern[:rest], minlength=len(self.streams))
-        return [(whole * stream.per_window + int(count)) / stream.samples for stream, count in zip(self.streams, begun, strict=True)]
+        return [
+            (whole * stream.per_window + int(count)) / stream.samples
+            for stream, count in zip(self.streams, begun, strict=True)
+        ]
 
     def _orders_of(self, number: int, epochs: list[int]) -> dict[int, np.ndarray]:
         """epoch -> order of a stream; those of its latest batch are kept, which is two where an epoch ends."""
         kept, stream = self._latest.get(number, {}), self.streams[number]
-        self._latest[number] = {epoch: kept[epoch] if epoch in kept else _epoch(stream.seed, epoch, stream.shard_sizes) for epoch in epochs}
+        self._latest[number] = {
+            epoch: kept[epoch] if epoch in kept else _epoch(stream.seed, epoch, stream.shard_sizes)
+            for epoch in epochs
+        }
         return self._latest[number]
 
     @functools.cached_property
@@ -74,7 +83,9 @@ class Order:
         pattern, before = self._pattern
         windows, offsets = np.divmod(samples, len(pattern))
         streams = pattern[offsets]
-        return streams, windows * np.array([stream.per_window for stream in self.streams])[streams] + before[offsets]
+        return streams, windows * np.array([stream.per_window for stream in self.streams])[
+            streams
+        ] + before[offsets]
 
     @functools.cached_property
     def _pattern(self) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +121,10 @@ def _epoch(seed: int, epoch: int, shard_sizes: tuple[int, ...]) -> np.ndarray:
         cuts = np.unique(np.concatenate([[begin, end], ends[(ends > begin) & (ends < end)]]))
         spans = np.argsort(bits.random_raw(len(cuts) - 1), kind="stable")
         shards = np.searchsorted(ends, cuts[:-1], side="right")[spans]
-        firsts, lengths = starts[dealt[shards]] + cuts[:-1][spans] - (ends[shards] - sizes[dealt[shards]]), np.diff(cuts)[spans]
+        firsts, lengths = (
+            starts[dealt[shards]] + cuts[:-1][spans] - (ends[shards] - sizes[dealt[shards]]),
+            np.diff(cuts)[spans],
+        )
         after = np.cumsum(lengths)
         low, high = np.maximum(after - lengths - reach, 0), np.minimum(after + reach, end - begin)
         uniform = (bits.random_raw(end - begin) >> np.uint64(11)) * 2.0**-53

@@ -22,7 +22,9 @@ from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.run import Config
 
-_STEPS_AHEAD = 4  # read while a step computes, so that the next shards are there before they are needed
+_STEPS_AHEAD = (
+    4  # read while a step computes, so that the next shards are there before they are needed
+)
 _OPENED_AT_ONCE = 8  # shards of a step that are fetched and hashed together
 
 
@@ -30,11 +32,15 @@ class Streams:
     """The training streams of a run, opened, and the order in which their samples come."""
 
     def __init__(self, config: Config):
-        self.shards = {name: TokenShards(path, TRAIN, cache_folder(config, name)) for name, path in stream_paths(config).items()}
+        self.shards = {
+            name: TokenShards(path, TRAIN, cache_folder(config, name))
+            for name, path in stream_paths(config).items()
+        }
         shares = samples_per_window(config)
         self.order = Order(
             tuple(
-                Stream(derive_seed(config.seed, "stream", name), shards.shard_sizes, shares[name]) for name, shards in self.shards.items()
+                Stream(derive_seed(config.seed, "stream", name), shards.shard_sizes, shares[name])
+                for name, shards in self.shards.items()
             )
         )
         self._ends = np.cumsum([len(shards) for shards in self.shards.values()])
@@ -43,7 +49,10 @@ class Streams:
         """stream -> which of the ids of the order stand for its samples, and which samples those are."""
         numbers = np.searchsorted(self._ends, ids, side="right")
         rows = {name: np.flatnonzero(numbers == number) for number, name in enumerate(self.shards)}
-        return {name: (rows[name], ids[rows[name]] - end + len(self.shards[name])) for name, end in zip(rows, self._ends, strict=True)}
+        return {
+            name: (rows[name], ids[rows[name]] - end + len(self.shards[name]))
+            for name, end in zip(rows, self._ends, strict=True)
+        }
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each stream has been read after `samples` of the order."""
@@ -66,12 +75,18 @@ class TrainingBatches:
         """The `steps` steps of this data that follow `consumed_samples` of its samples. Raises UserError where a disk is too small."""
         self.config, self.topology = config, topology
         batch_size = config.train.global_batch_size
-        self._steps = iter(range(consumed_samples, consumed_samples + steps * batch_size, batch_size))
+        self._steps = iter(
+            range(consumed_samples, consumed_samples + steps * batch_size, batch_size)
+        )
         self.seconds_waited = 0.0
-        self._reads = config.data.mask_documents or topology.is_first_stage or topology.is_last_stage
+        self._reads = (
+            config.data.mask_documents or topology.is_first_stage or topology.is_last_stage
+        )
         self.streams = Streams(config)
         _check_disk(config, topology, self.streams)
-        self._reader = ThreadPoolExecutor(1, "step-reader")  # more of them wait for each other: 6,000 samples/s against 14,000
+        self._reader = ThreadPoolExecutor(
+            1, "step-reader"
+        )  # more of them wait for each other: 6,000 samples/s against 14,000
         self._openers = ThreadPoolExecutor(_OPENED_AT_ONCE, "shard-opener")
         self._ahead: deque[Future[StepData]] = deque()
         for consumed in itertools.islice(self._steps, _STEPS_AHEAD):
@@ -98,7 +113,9 @@ class TrainingBatches:
         if self.config.data.bad_shards == "skip":
             data = self._agree(data)
         part = self.topology.context_parallel_rank, self.config.parallel.context_parallel_size
-        micro_batches = [batch.of_context_rank(*part).to(self.topology.device) for batch in data.micro_batches]
+        micro_batches = [
+            batch.of_context_rank(*part).to(self.topology.device) for batch in data.micro_batches
+        ]
         data = replace(data, micro_batches=micro_batches)
         self.seconds_waited += time.perf_counter() - started
         return data
@@ -111,18 +128,26 @@ class TrainingBatches:
         mine = np.split(ids, self.topology.data_parallel_size)[self.topology.data_parallel_rank]
         size, mask_documents = self.config.train.micro_batch_size, self.config.data.mask_documents
         if not self._reads:
-            return StepData(mine, np.zeros(len(mine), bool), [Batch((size, self.config.data.seq_length))] * (len(mine) // size))
+            return StepData(
+                mine,
+                np.zeros(len(mine), bool),
+                [Batch((size, self.config.data.seq_length))] * (len(mine) // size),
+            )
         samples, skipped = self._samples(mine)
         batches = make_batches(samples, size, mask_documents=mask_documents)
         if self.topology.device.type == "cuda":
-            batches = [batch.pinned() for batch in batches]  # here, beside training: the first time takes milliseconds
+            batches = [
+                batch.pinned() for batch in batches
+            ]  # here, beside training: the first time takes milliseconds
         return StepData(mine, skipped, batches)
 
     def _samples(self, ids: np.ndarray) -> tuple[Samples, np.ndarray]:
         """The samples, and which of them are left out because their shard is bad, bool (n,)."""
         located = self.streams.located(ids)
         wanted = {
-            (name, number) for name, (_, numbers) in located.items() for number in self.streams.shards[name].shards_of(numbers).tolist()
+            (name, number)
+            for name, (_, numbers) in located.items()
+            for number in self.streams.shards[name].shards_of(numbers).tolist()
         }
         list(self._openers.map(self._open, sorted(wanted)))
         samples, skipped = Samples(len(ids), self.config.data.seq_length), np.zeros(len(ids), bool)
@@ -146,7 +171,9 @@ class TrainingBatches:
             if self.config.data.bad_shards == "stop":
                 raise
             if not known:
-                print(f"rank {self.topology.rank} skips a shard: {error}", file=sys.stderr, flush=True)
+                print(
+                    f"rank {self.topology.rank} skips a shard: {error}", file=sys.stderr, flush=True
+                )
 
     def _agree(self, data: StepData) -> StepData:
         """Leave out of the loss what any rank of the model could not read."""
@@ -163,7 +190,11 @@ def _check_disk(config: Config, topology: Topology, streams: Streams) -> None:
     readers_alike = config.parallel.tensor_parallel_size * config.parallel.context_parallel_size
     ranks_here = -(-topology.local_world_size // readers_alike)
     # The default cache is one that nodes may share, and holds what all of them read.
-    part = min(1.0, ranks_here / topology.data_parallel_size + 1 / LANES) if config.data.cache_dir else 1.0
+    part = (
+        min(1.0, ranks_here / topology.data_parallel_size + 1 / LANES)
+        if config.data.cache_dir
+        else 1.0
+    )
     needed = int(part * sum(shards.bytes_to_fetch for shards in streams.shards.values()))
     if not needed:
         return

@@ -38,7 +38,9 @@ class TokenShards:
         self.manifest = read_manifest(self.path)
         self._temporary = None if cache else tempfile.TemporaryDirectory(prefix="retemper-shards-")
         self._cache = Path(cache or self._temporary.name, split)
-        self._shards = _shards(read_listed(self.path, self.manifest, f"{split}/index.json"), self.source)
+        self._shards = _shards(
+            read_listed(self.path, self.manifest, f"{split}/index.json"), self.source
+        )
         self._ends = np.cumsum([0, *self.shard_sizes])[1:]
         self._open: dict[int, ShardFile] = {}
         self.bad: dict[int, str] = {}  # found so, and what was said: they are not tried again
@@ -106,7 +108,11 @@ class TokenShards:
     def _place(self, shard: Shard) -> Path:
         """Where the uncompressed shard is read: at its source where it lies there so, else in the cache."""
         local = Path(self.source, shard.name)
-        return local if not store.is_remote(self.path) and local.is_file() else self._cache / shard.name
+        return (
+            local
+            if not store.is_remote(self.path) and local.is_file()
+            else self._cache / shard.name
+        )
 
     def _whole(self, number: int) -> BinaryIO:
         """The uncompressed shard's file, its content checked; what is damaged in the cache is fetched again."""
@@ -118,8 +124,12 @@ class TokenShards:
             raise self._bad(number, place)
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(place.with_name(place.name + ".lock"), "w") as lock:
-            with contextlib.suppress(OSError):  # file systems without locks: it is fetched twice, no harm
-                fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks of this node fetch it too; a killed one lets go
+            with contextlib.suppress(
+                OSError
+            ):  # file systems without locks: it is fetched twice, no harm
+                fcntl.flock(
+                    lock, fcntl.LOCK_EX
+                )  # other ranks of this node fetch it too; a killed one lets go
             for _attempt in range(2):
                 if file := _checked(place, shard):
                     return file
@@ -172,4 +182,6 @@ def _shards(index: bytes, source: str) -> list[Shard]:
     try:
         return [Shard.from_index(entry) for entry in json.loads(index)["shards"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{source}/index.json was not written by `retemper tokenize`, do not trust it: {error}") from None
+        raise UserError(
+            f"{source}/index.json was not written by `retemper tokenize`, do not trust it: {error}"
+        ) from None

@@ -18,7 +18,9 @@ from retemper.pipeline.schema.run import Config
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a document must not steer the terminal
 
 
-def show_step(config: Config, began_at: int, step: int, samples: int, *, colours: bool) -> Iterator[str]:
+def show_step(
+    config: Config, began_at: int, step: int, samples: int, *, colours: bool
+) -> Iterator[str]:
     """Lines for the terminal: the first `samples` samples of the step numbered `step`, counted from 1.
 
     What has no loss is dim, or without colours in ⟦ ⟧. began_at: samples consumed before the data of `config` came in.
@@ -27,18 +29,26 @@ def show_step(config: Config, began_at: int, step: int, samples: int, *, colours
         raise UserError(f"step={step}: the run has {config.steps} steps")
     consumed = (step - 1) * config.train.global_batch_size - began_at
     if step < 1 or consumed < 0:
-        raise UserError(f"step={step}: this data is read from step {began_at // config.train.global_batch_size + 1} on")
+        raise UserError(
+            f"step={step}: this data is read from step {began_at // config.train.global_batch_size + 1} on"
+        )
     from retemper.pipeline.corpus.tokenizer import Tokenizer
 
     streams, tokenizer = Streams(config), Tokenizer(config.data.tokenizer)
     sources = {name: _sources(shards.path) for name, shards in streams.shards.items()}
     ids = streams.order.batch(consumed, config.train.global_batch_size)[:samples]
-    places = {row: (name, number) for name, found in streams.located(ids).items() for row, number in zip(*found, strict=True)}
+    places = {
+        row: (name, number)
+        for name, found in streams.located(ids).items()
+        for row, number in zip(*found, strict=True)
+    }
     for row, id in enumerate(ids):
         name, number = places[row]
         shards = streams.shards[name]
         sample, [shard] = shards.samples(np.array([number])), shards.shards_of(np.array([number]))
-        counted_T = learned_tokens(sample, mask_documents=config.data.mask_documents)[1][:-1].astype(bool)
+        counted_T = learned_tokens(sample, mask_documents=config.data.mask_documents)[1][
+            :-1
+        ].astype(bool)
         padding = len(counted_T) - int(sample.values("lengths").sum())
         yield (
             f"── step {step} · sample {id} · {name} {number}, shard {shard} · {int(counted_T.sum())} of {len(counted_T)} tokens with loss"
@@ -60,16 +70,22 @@ def _sources(path: str):
     return source
 
 
-def _pieces(sample: Samples, counted_T: np.ndarray) -> Iterator[tuple[np.uint64, np.ndarray, np.ndarray]]:
+def _pieces(
+    sample: Samples, counted_T: np.ndarray
+) -> Iterator[tuple[np.uint64, np.ndarray, np.ndarray]]:
     lengths = sample.values("lengths")
     ends = np.cumsum(lengths, dtype=np.int64)
     for document, start, end in zip(sample.values("documents"), ends - lengths, ends, strict=True):
         yield document, sample.tokens[start:end], counted_T[start:end]
 
 
-def _marked(tokenizer, tokens_T: np.ndarray, counts_T: np.ndarray, *, colours: bool) -> Iterator[str]:
+def _marked(
+    tokenizer, tokens_T: np.ndarray, counts_T: np.ndarray, *, colours: bool
+) -> Iterator[str]:
     before, after = ("\x1b[2m", "\x1b[0m") if colours else ("⟦", "⟧")
-    for counts, run in itertools.groupby(zip(tokens_T.tolist(), counts_T.tolist(), strict=True), key=lambda pair: pair[1]):
+    for counts, run in itertools.groupby(
+        zip(tokens_T.tolist(), counts_T.tolist(), strict=True), key=lambda pair: pair[1]
+    ):
         text = tokenizer.backend.decode([token for token, _ in run], skip_special_tokens=False)
         text = _CONTROLS.sub(lambda control: repr(control[0])[1:-1], text)
         yield text if counts else f"{before}{text}{after}"

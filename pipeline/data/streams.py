@@ -39,7 +39,10 @@ def decontaminated(config: Config, task: str) -> dict[str, bool | None]:
     None where the manifest cannot be read from here.
     """
     manifests = {name: find_manifest(path) for name, path in stream_paths(config).items()}
-    return {name: manifest and task in manifest.get("decontamination", {}).get("tasks", {}) for name, manifest in manifests.items()}
+    return {
+        name: manifest and task in manifest.get("decontamination", {}).get("tasks", {})
+        for name, manifest in manifests.items()
+    }
 
 
 def check_corpora(config: Config) -> dict[str, Any]:
@@ -50,9 +53,15 @@ def check_corpora(config: Config) -> dict[str, Any]:
     """
     paths = stream_paths(config)
     manifests = {name: read_manifest(path) for name, path in paths.items()}
-    heldout = {f"heldout {domain}": read_manifest(path) for domain, path in config.evals.heldout.items()}
+    heldout = {
+        f"heldout {domain}": read_manifest(path) for domain, path in config.evals.heldout.items()
+    }
     own = manifests[config.data.name]
-    problems = [problem for name, manifest in (manifests | heldout).items() for problem in _mismatches(config, name, manifest, own)]
+    problems = [
+        problem
+        for name, manifest in (manifests | heldout).items()
+        for problem in _mismatches(config, name, manifest, own)
+    ]
     if (tokenizer := sha256_here(config.data.tokenizer)) and tokenizer != own["tokenizer_sha256"]:
         problems.append(
             f"data.tokenizer={config.data.tokenizer} is another tokenizer than the one that corpus "
@@ -61,7 +70,9 @@ def check_corpora(config: Config) -> dict[str, Any]:
         )
     for name, manifest in heldout.items():
         if not manifest["splits"][HELDOUT]["samples"]:
-            problems.append(f"{name}: corpus {manifest['name']} has no held-out sample; raise data.heldout_fraction and tokenize again")
+            problems.append(
+                f"{name}: corpus {manifest['name']} has no held-out sample; raise data.heldout_fraction and tokenize again"
+            )
     available = own["splits"][TRAIN]["samples"]
     if available < config.train.global_batch_size:
         problems.append(
@@ -69,11 +80,21 @@ def check_corpora(config: Config) -> dict[str, Any]:
             f"train.global_batch_size={config.train.global_batch_size}; give more text or a smaller batch"
         )
     if problems:
-        raise UserError("\n".join(["The data does not fit the run:", *(f"  - {problem}" for problem in problems)]))
+        raise UserError(
+            "\n".join(
+                ["The data does not fit the run:", *(f"  - {problem}" for problem in problems)]
+            )
+        )
     shares = samples_per_window(config)
     window = config.data.mixture_window
-    streams = {name: f"{manifest['fingerprint']}, {shares[name]} of {window} samples" for name, manifest in manifests.items()}
-    return {"data": {"order": ORDER_VERSION, "streams": streams}, "tokenizer": own["tokenizer_sha256"]}
+    streams = {
+        name: f"{manifest['fingerprint']}, {shares[name]} of {window} samples"
+        for name, manifest in manifests.items()
+    }
+    return {
+        "data": {"order": ORDER_VERSION, "streams": streams},
+        "tokenizer": own["tokenizer_sha256"],
+    }
 
 
 def _mixed_in(config: Config) -> dict[str, StreamConfig]:

@@ -14,9 +14,13 @@ def from_last_stage(values: "torch.Tensor") -> list[float]:  # noqa: F821
 
     summed = values.to(local_device(torch), torch.float64)
     if parallel_state.is_pipeline_last_stage():
-        torch.distributed.all_reduce(summed, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        torch.distributed.all_reduce(
+            summed, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
     torch.distributed.broadcast(
-        summed, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
+        summed,
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
     )
     return summed.tolist()
 
@@ -57,7 +61,10 @@ def anywhere_in_model(flags: "np.ndarray") -> "np.ndarray":  # noqa: F821
     from megatron.core import parallel_state
 
     count = torch.from_numpy(flags.astype("int32")).to(local_device(torch))
-    for group in (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()):
+    for group in (
+        parallel_state.get_model_parallel_group(),
+        parallel_state.get_context_parallel_group(),
+    ):
         torch.distributed.all_reduce(count, group=group)
     return count.cpu().numpy() > 0
 

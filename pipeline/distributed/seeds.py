@@ -23,7 +23,11 @@ def seed_step(seed: int, step: int, topology: Topology) -> None:
     """
     from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
-    place = topology.data_parallel_rank, topology.pipeline_parallel_rank, topology.context_parallel_rank
+    place = (
+        topology.data_parallel_rank,
+        topology.pipeline_parallel_rank,
+        topology.context_parallel_rank,
+    )
     step_seed = derive_seed(seed, "step", step, *place) % 2**31
     known = get_cuda_rng_tracker().get_states()
     torch.manual_seed(step_seed)

@@ -13,7 +13,9 @@ _asked_to_stop = False
 
 def follow_launcher() -> None:
     """End this rank at once on Ctrl-C, and when its torchrun agent dies: an orphan would go on writing into the run's folder."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # commits are atomic: there is nothing to unwind
+    signal.signal(
+        signal.SIGINT, lambda *_: os._exit(130)
+    )  # commits are atomic: there is nothing to unwind
     if launched_world_size() and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

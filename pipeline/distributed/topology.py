@@ -82,7 +82,9 @@ def start(parallel: ParallelConfig) -> Topology:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual if (virtual := parallel.virtual_pipeline_parallel_size) > 1 else None,
+        virtual_pipeline_model_parallel_size=virtual
+        if (virtual := parallel.virtual_pipeline_parallel_size) > 1
+        else None,
         context_parallel_size=parallel.context_parallel_size,
     )
     if torch.cuda.is_available():
@@ -137,7 +139,9 @@ def _join(torch) -> None:
         _check_shared_memory(int(os.environ["LOCAL_WORLD_SIZE"]))
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=10))
+    torch.distributed.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=10)
+    )
 
 
 def _check_shared_memory(local_world_size: int, folder: str = "/dev/shm") -> None:
@@ -151,4 +155,8 @@ def _check_shared_memory(local_world_size: int, folder: str = "/dev/shm") -> Non
 
 
 def local_device(torch):
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )

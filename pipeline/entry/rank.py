@@ -21,7 +21,9 @@ from retemper.pipeline.schema.run import Config
 _SECONDS_FOR_RANK_ZERO = 5
 
 
-def run_rank(load: Callable[[], Config], work: Callable[[Config, topologies.Topology, dict[str, Any]], None]) -> int:
+def run_rank(
+    load: Callable[[], Config], work: Callable[[Config, topologies.Topology, dict[str, Any]], None]
+) -> int:
     """Load and check the config, start the process groups, call work(config, topology, fingerprints). Returns the exit code."""
 
     from retemper.pipeline.model.kernels import check_graph, check_precision
@@ -39,7 +41,8 @@ def run_rank(load: Callable[[], Config], work: Callable[[Config, topologies.Topo
 
 
 def run_prepared[Setup: ModelSetup](
-    prepare: Callable[[], tuple[Setup, dict[str, Any]]], work: Callable[[Setup, topologies.Topology, dict[str, Any]], None]
+    prepare: Callable[[], tuple[Setup, dict[str, Any]]],
+    work: Callable[[Setup, topologies.Topology, dict[str, Any]], None],
 ) -> int:
     """prepare() checks the input and gives a setup and fingerprints; then work(setup, topology, fingerprints). Returns the exit code.
 
@@ -79,9 +82,7 @@ def _inputs_of_rank_zero(rank: int, fingerprints: dict[str, Any]) -> dict[str, A
     """
     expected = from_rank_zero(fingerprints)
     changes = [
-        change
-        for change in changed_keys(expected, fingerprints)
-        if not change.startswith("base:")
+        change for change in changed_keys(expected, fingerprints) if not change.startswith("base:")
     ]
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)

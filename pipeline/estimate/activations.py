@@ -30,18 +30,35 @@ class Activations:
         self.tokens = micro_batch_size * self.sequence
         self.own = self.tokens // (tp if parallel.sequence_parallel else 1)
         self.heads = model.num_attention_heads // tp
-        self.h, self.f, self.vocabulary = model.hidden_size, model.ffn_hidden_size // tp, config.padded_vocab_size // tp
-        self.q, self.k = model.kv_channels * self.heads, model.kv_channels * model.num_query_groups // tp
+        self.h, self.f, self.vocabulary = (
+            model.hidden_size,
+            model.ffn_hidden_size // tp,
+            config.padded_vocab_size // tp,
+        )
+        self.q, self.k = (
+            model.kv_channels * self.heads,
+            model.kv_channels * model.num_query_groups // tp,
+        )
         targets = self.lora.targets if self.lora else []
         self.adapted = not {"gate", "up"}.isdisjoint(targets)
-        self.reads_product = self.full or "down" in targets  # what down reads is kept for the gradient of a weight
+        self.reads_product = (
+            self.full or "down" in targets
+        )  # what down reads is kept for the gradient of a weight
         of_column = {"q": self.q, "k": self.k, "v": self.k, "gate": self.f, "up": self.f}
-        self.features = {target: (self.h, out) for target, out in of_column.items()} | {"o": (self.q, self.h), "down": (self.f, self.h)}
+        self.features = {target: (self.h, out) for target, out in of_column.items()} | {
+            "o": (self.q, self.h),
+            "down": (self.f, self.h),
+        }
 
     def moments(self, stage: int) -> list[tuple[int, int]]:
         """(kept for the backward pass, temporary) at those moments of a training step that may hold the most."""
-        parallel, last = self.config.parallel, stage == self.config.parallel.pipeline_parallel_size - 1
-        layers = self.config.model.num_layers // (parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size)
+        parallel, last = (
+            self.config.parallel,
+            stage == self.config.parallel.pipeline_parallel_size - 1,
+        )
+        layers = self.config.model.num_layers // (
+            parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size
+        )
         hidden = self.own * self.h * self.element
         kept, again = self.of_layer(stage)
         # Each chunk of layers also holds what it gives on: to the pipeline, or to the final norm.
@@ -50,16 +67,30 @@ class Activations:
         if parallel.virtual_pipeline_parallel_size > 1:
             # The interleaved schedule receives what it works on next, an input and a gradient, and lets go of the gradient it sent then.
             activations += 3 * hidden
-        if stage == 0 and parallel.recompute == "none" and self.lora and not {"q", "k", "v", "o"} & set(self.lora.targets):
+        if (
+            stage == 0
+            and parallel.recompute == "none"
+            and self.lora
+            and not {"q", "k", "v", "o"} & set(self.lora.targets)
+        ):
             # Nothing trains before the first feed-forward layer: no gradient passes through what precedes it.
-            activations -= in_flight // parallel.virtual_pipeline_parallel_size * (self.attention() + hidden)
+            activations -= (
+                in_flight // parallel.virtual_pipeline_parallel_size * (self.attention() + hidden)
+            )
         # Computed again, a layer's output is there already, and its gradient.
         forward = self.forward() + (hidden if again else -hidden)
         moments = [(activations, again + max(self.backward(), forward))]
         if last:
             moments.append((activations, self.loss()))
-        if stage == 0 and self.full:  # the gradient of the embedding, when all else of a micro-batch is done
-            moments.append(((in_flight - 1) * chunk + self.constant(stage), self.vocabulary * self.h * self.element))
+        if (
+            stage == 0 and self.full
+        ):  # the gradient of the embedding, when all else of a micro-batch is done
+            moments.append(
+                (
+                    (in_flight - 1) * chunk + self.constant(stage),
+                    self.vocabulary * self.h * self.element,
+                )
+            )
         return moments
 
     def of_layer(self, stage: int) -> tuple[int, int]:
@@ -68,7 +99,10 @@ class Activations:
         hidden = self.own * self.h * self.element
         return {
             "none": (attention + norm + ffn, 0),
-            "selective": (attention + norm, ffn),  # within a layer, what follows the norm is computed again
+            "selective": (
+                attention + norm,
+                ffn,
+            ),  # within a layer, what follows the norm is computed again
             "full": (hidden, attention + norm + ffn - hidden),  # a layer's input is kept
         }[self.config.parallel.recompute]
 
@@ -83,7 +117,9 @@ class Activations:
         logits = scored * self.vocabulary * (4 if self.element == 4 else 6) if last else 0
         # gate and up, SiLU's output, up + 0 and their product; or the base's gate and up, what adapters add, and the sum.
         gates = 6 if self.adapted else 5
-        return 4 * self.own * self.h * self.element + max(logits, gates * self.tokens * self.f * self.element)
+        return 4 * self.own * self.h * self.element + max(
+            logits, gates * self.tokens * self.f * self.element
+        )
 
     def norm(self, *targets: str) -> int:
         """RMSNorm, of which the linear layers `targets` read."""
@@ -92,7 +128,11 @@ class Activations:
         kept = elements * 4 + self.own * 4
         if self.full:
             kept += elements * 4  # normalised, for the weight's gradient
-        return kept + self.input_of(targets, elements, read_later=self.config.parallel.recompute == "selective" and "gate" in targets)
+        return kept + self.input_of(
+            targets,
+            elements,
+            read_later=self.config.parallel.recompute == "selective" and "gate" in targets,
+        )
 
     def input_of(self, targets: tuple[str, ...], elements: int, *, read_later: bool = False) -> int:
         """What a linear layer reads, which it keeps where a weight on it trains, and its adapters' hidden states."""
@@ -100,7 +140,9 @@ class Activations:
         kept = elements * self.element if read_later or (adapted and not self.lora.dropout) else 0
         if self.full and not read_later:
             in_fp8 = self.config.fp8_recipe and "head" not in targets
-            kept = elements * (1 if in_fp8 else self.element)  # for the weight's gradient, as it was multiplied
+            kept = elements * (
+                1 if in_fp8 else self.element
+            )  # for the weight's gradient, as it was multiplied
         if adapted and self.lora.dropout:
             kept += elements * 2 * self.element  # what dropout leaves, and its mask
         return kept + (self.adapters(adapted, targets) if adapted else 0)
@@ -108,7 +150,10 @@ class Activations:
     def adapters(self, adapted: list[str], parts: tuple[str, ...]) -> int:
         """What the adapters of a layer of these parts keep beside its input: hidden states, their factors where they are joined, and
         what DoRA computes with."""
-        features_in, features_out = self.features[adapted[0]][0], sum(self.features[part][1] for part in parts)
+        features_in, features_out = (
+            self.features[adapted[0]][0],
+            sum(self.features[part][1] for part in parts),
+        )
         rank = len(adapted) * self.lora.rank * (2 if self.lora.pissa else 1)
         by_input = parts[0] in SHARDED_BY_INPUT
         tokens = self.own if by_input else self.tokens
@@ -122,15 +167,23 @@ class Activations:
     def attention(self) -> int:
         tokens, element = self.tokens, self.element
         kept = self.norm("q", "k", "v")
-        kept += tokens * (self.q + 2 * self.k) * element  # q, k, v as the linear layer gives them: v is a view of it
+        kept += (
+            tokens * (self.q + 2 * self.k) * element
+        )  # q, k, v as the linear layer gives them: v is a view of it
         kept += tokens * (self.q + self.k) * element  # q and k rotated
-        kept += 4 * self.sequence * self.config.model.kv_channels * element  # cosines and sines for both
+        kept += (
+            4 * self.sequence * self.config.model.kv_channels * element
+        )  # cosines and sines for both
         if self.config.model.qk_norm:
             kept += tokens * (self.q + self.k) * (4 if self.full else 0) + tokens * self.q * element
         if self.context > 1:
             kept += self.in_context()
-        kept += tokens * self.q * element + tokens * self.heads * 4  # attention's output, and the logarithms of its sums
-        return kept + self.input_of(("o",), 0 if not (self.lora and self.lora.dropout) else tokens * self.q)
+        kept += (
+            tokens * self.q * element + tokens * self.heads * 4
+        )  # attention's output, and the logarithms of its sums
+        return kept + self.input_of(
+            ("o",), 0 if not (self.lora and self.lora.dropout) else tokens * self.q
+        )
 
     def in_context(self) -> int:
         """Beyond that: keys and values of the whole sequence instead of a part's, and each part of the queries with its mask."""
@@ -154,7 +207,9 @@ class Activations:
         product where it was kept and is gone; or those of the product and of down's weight."""
         product = self.tokens * self.f * self.element
         weight = self.h * self.f * self.element if self.full else 0
-        return self.own * self.h * self.element + max((2 if self.reads_product else 3) * product, product + weight)
+        return self.own * self.h * self.element + max(
+            (2 if self.reads_product else 3) * product, product + weight
+        )
 
     def loss(self) -> int:
         """Of logits: the float32 softmax in the place of its gradient, and of bf16 the logits or their gradient beside it."""
@@ -164,7 +219,9 @@ class Activations:
         gradients = (self.tokens * self.h + self.vocabulary * self.h) * self.element
         final_norm = self.norm("head") - self.own * self.h * self.element  # whose input is kept
         if self.config.parallel.sequence_parallel:
-            final_norm += self.tokens * self.h * self.element  # megatron-core's buffer for the gathered input
+            final_norm += (
+                self.tokens * self.h * self.element
+            )  # megatron-core's buffer for the gathered input
         if self.element == 4:
             return final_norm + 4 * logits + gradients
         return final_norm + max(6 * logits, 2 * logits + gradients)
@@ -193,7 +250,9 @@ def chunks_in_flight(config: Config, stage: int) -> int:
     """
     parallel, train = config.parallel, config.train
     stages, chunks = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
-    micro_batches = train.global_batch_size // (train.micro_batch_size * parallel.data_parallel_size)
+    micro_batches = train.global_batch_size // (
+        train.micro_batch_size * parallel.data_parallel_size
+    )
     after = stages - stage - 1
     warmup = after if chunks == 1 else 2 * after + (chunks - 1) * stages
     return min(warmup + 1, micro_batches * chunks)

@@ -27,7 +27,9 @@ def flops_per_token(model: ModelConfig, lora: LoraConfig | None, seq_length: int
 _INPUTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
-def _layer(model: ModelConfig, lora: LoraConfig | None, seq_length: int, *, trains_before: bool) -> int:
+def _layer(
+    model: ModelConfig, lora: LoraConfig | None, seq_length: int, *, trains_before: bool
+) -> int:
     """trains_before: whether something does before this layer, whose gradient passes through it."""
     sizes, flops = linear_layers(model), 0
     for names in _INPUTS:
@@ -37,6 +39,14 @@ def _layer(model: ModelConfig, lora: LoraConfig | None, seq_length: int, *, trai
             if lora and name in lora.targets:
                 flops += 2 * lora.rank * (features_in * (2 + trains_before) + features_out * 3)
         trains_before = trains_before or bool(lora and set(names) & set(lora.targets))
-        if names[0] == "q":  # attention follows: scores and their sum of values, half of both; each has two inputs
-            flops += 2 * seq_length * model.kv_channels * model.num_attention_heads * (1 + 2 * trains_before)
+        if (
+            names[0] == "q"
+        ):  # attention follows: scores and their sum of values, half of both; each has two inputs
+            flops += (
+                2
+                * seq_length
+                * model.kv_channels
+                * model.num_attention_heads
+                * (1 + 2 * trains_before)
+            )
     return flops

@@ -1,6 +1,5 @@
 """Peak arithmetic of GPUs by name."""
 
-
 # Dense FLOP/s of a tensor core by the name that CUDA reports, first match first; where NVIDIA prints a figure with sparsity, half of it.
 # https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet (H100: SXM, PCIe, NVL),
 # https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446 (H200),

@@ -22,9 +22,13 @@ def parameter_counts(setup: ModelSetup) -> tuple[int, int]:
     """(trainable, frozen) elements of the whole model, the vocabulary's padding among them: model.build's, without building it."""
     layers, model = _layer_weights(setup), setup.model
     whole = Counter({kind: count * model.num_layers for kind, count in layers.items()})
-    whole["base", True] += setup.padded_vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    whole["base", True] += (
+        setup.padded_vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    )
     whole["base", False] += model.hidden_size
-    return _trainable_and_frozen(setup, {kind: sum(whole[kind, sharded] for sharded in (True, False)) for kind in _KINDS})
+    return _trainable_and_frozen(
+        setup, {kind: sum(whole[kind, sharded] for sharded in (True, False)) for kind in _KINDS}
+    )
 
 
 _KINDS = ("base", "adapters", "initial")  # the last are PiSSA's frozen factors
@@ -39,8 +43,12 @@ def _trainable_and_frozen(setup: ModelSetup, count: dict[str, int]) -> tuple[int
 def _layer_weights(setup: ModelSetup) -> Weights:
     model, lora, count = setup.model, setup.method.lora, Counter()
     sizes = linear_layers(model)
-    count["base", True] = sum(features_in * features_out for features_in, features_out in sizes.values())
-    count["base", False] = 2 * model.hidden_size + (2 * model.kv_channels if model.qk_norm else 0)  # norms
+    count["base", True] = sum(
+        features_in * features_out for features_in, features_out in sizes.values()
+    )
+    count["base", False] = 2 * model.hidden_size + (
+        2 * model.kv_channels if model.qk_norm else 0
+    )  # norms
     if model.qkv_bias:
         count["base", True] += sum(sizes[name][1] for name in ("q", "k", "v"))
     for target in lora.targets if lora else ():
@@ -69,7 +77,14 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.temporary
+        return (
+            self.weights
+            + self.adapters
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.temporary
+        )
 
 
 def worst_rank(config: Config, *, fused: bool = True) -> RankMemory:
@@ -78,7 +93,10 @@ def worst_rank(config: Config, *, fused: bool = True) -> RankMemory:
     fused: of Transformer Engine's layers, as on a GPU; else of megatron-core's own, as on CPU.
     """
     stages = range(config.parallel.pipeline_parallel_size)
-    return max((rank_memory(config, stage, fused=fused) for stage in stages), key=lambda memory: memory.total)
+    return max(
+        (rank_memory(config, stage, fused=fused) for stage in stages),
+        key=lambda memory: memory.total,
+    )
 
 
 def rank_memory(config: Config, stage: int, *, fused: bool = True) -> RankMemory:
@@ -92,14 +110,19 @@ def rank_memory(config: Config, stage: int, *, fused: bool = True) -> RankMemory
     state = 4 * moments_of(config) + (0 if config.precision == "fp32" else 4)
     moments = kind(config, config.train.micro_batch_size).moments(stage)
     if config.evals.heldout:
-        scored_together = min(config.evals.micro_batch_size, math.ceil(config.evals.max_samples / parallel.data_parallel_size))
+        scored_together = min(
+            config.evals.micro_batch_size,
+            math.ceil(config.evals.max_samples / parallel.data_parallel_size),
+        )
         scoring = kind(config, scored_together)
         moments.append((scoring.constant(stage), scoring.scoring(stage)))
     states = {
         "weights": held["base"] * element + _of_fp8(config, stage),
         "adapters": (held["adapters"] + held["initial"]) * element,
         "gradients": trainable * 4,
-        "optimizer": trainable * state // (parallel.data_parallel_size * parallel.context_parallel_size),
+        "optimizer": trainable
+        * state
+        // (parallel.data_parallel_size * parallel.context_parallel_size),
     }
     if config.fp8_weights:
         # While the model is built, and nothing else is there: weights are drawn in bf16 beside those that Transformer Engine
@@ -131,7 +154,9 @@ def _of_fp8(config: ModelSetup, stage: int) -> int:
 
 def _both_orders(config: ModelSetup, stage: int) -> int:
     """Bytes of a stage's linear layers in FP8, both orders of each, with their scales."""
-    scale = {"delayed": 0, "tensorwise": 0, "blockwise": 4 / 128**2, "mxfp8": 1 / 32}[config.fp8_recipe]
+    scale = {"delayed": 0, "tensorwise": 0, "blockwise": 4 / 128**2, "mxfp8": 1 / 32}[
+        config.fp8_recipe
+    ]
     return round(2 * (1 + scale) * _elements_in_fp8(config, stage))
 
 
@@ -152,4 +177,7 @@ def _stage_weights(config: ModelSetup, stage: int) -> dict[str, int]:
     matrices = 1 if first and last and model.tie_embeddings else first + last
     count["base", True] += config.padded_vocab_size * model.hidden_size * matrices
     count["base", False] += model.hidden_size * last  # the final norm
-    return {kind: count[kind, True] // parallel.tensor_parallel_size + count[kind, False] for kind in _KINDS}
+    return {
+        kind: count[kind, True] // parallel.tensor_parallel_size + count[kind, False]
+        for kind in _KINDS
+    }

@@ -22,4 +22,8 @@ def layout_of(config: Config, gpus_per_node: int) -> Layout:
         raise UserError(
             f"{world_size} ranks do not fill nodes of {gpus_per_node} GPUs: change parallel.*_size or --gpus-per-node so that one divides the other"
         )
-    return Layout(f"retemper-{config.study}-{config.name}", max(1, world_size // gpus_per_node), min(world_size, gpus_per_node))
+    return Layout(
+        f"retemper-{config.study}-{config.name}",
+        max(1, world_size // gpus_per_node),
+        min(world_size, gpus_per_node),
+    )

@@ -77,7 +77,11 @@ def _layout(config: Config, machine: Machine) -> Iterator[str]:
 
 
 def _memory(memory: RankMemory, config: Config, machine: Machine) -> Iterator[str]:
-    where = f", on the ranks of stage {memory.stage}" if config.parallel.pipeline_parallel_size > 1 else ""
+    where = (
+        f", on the ranks of stage {memory.stage}"
+        if config.parallel.pipeline_parallel_size > 1
+        else ""
+    )
     yield f"memory: {_size(memory.total)} a GPU{where}; {_size(machine.usable_bytes)} of {machine.gpu_memory:g} GiB can be used"
     for kind in ("weights", "adapters", "gradients", "optimizer", "activations", "temporary"):
         if value := getattr(memory, kind):
@@ -166,19 +170,26 @@ def _does_not_fit(config: Config, memory: RankMemory, machine: Machine) -> str:
             "take more of them (parallel.*_size), a shorter data.seq_length, or method=lora"
         )
     changes, fits = nearest
-    return said + f"On as many GPUs {_size(fits.total)} do with {' '.join(f'{key}={str(value).lower()}' for key, value in changes.items())}"
+    return (
+        said
+        + f"On as many GPUs {_size(fits.total)} do with {' '.join(f'{key}={str(value).lower()}' for key, value in changes.items())}"
+    )
 
 
 _RECOMPUTE = ("none", "selective", "full")
 
 
-def _nearest_that_fits(config: Config, machine: Machine) -> tuple[dict[str, object], RankMemory] | None:
+def _nearest_that_fits(
+    config: Config, machine: Machine
+) -> tuple[dict[str, object], RankMemory] | None:
     """Changed keys, and the memory, of the layout that fits with the least changed: doublings of sizes, steps of recomputation.
 
     Of equal ones that with the smallest micro-batch, which costs the least speed.
     """
     micro_batch = config.train.micro_batch_size
-    for sizes, smaller in sorted(_grid(config, machine.gpus_per_node), key=lambda candidate: _distance(config, *candidate)):
+    for sizes, smaller in sorted(
+        _grid(config, machine.gpus_per_node), key=lambda candidate: _distance(config, *candidate)
+    ):
         sections = config.model_dump()
         sections["parallel"] |= sizes
         sections["train"]["micro_batch_size"] = smaller
@@ -187,8 +198,14 @@ def _nearest_that_fits(config: Config, machine: Machine) -> tuple[dict[str, obje
         except UserError:  # a layout that cannot be
             continue
         if memory.total <= machine.usable_bytes:
-            changed = {f"parallel.{key}": value for key, value in sizes.items() if value != getattr(config.parallel, key)}
-            return changed | ({"train.micro_batch_size": smaller} if smaller != micro_batch else {}), memory
+            changed = {
+                f"parallel.{key}": value
+                for key, value in sizes.items()
+                if value != getattr(config.parallel, key)
+            }
+            return changed | (
+                {"train.micro_batch_size": smaller} if smaller != micro_batch else {}
+            ), memory
     return None
 
 
@@ -197,11 +214,21 @@ def _grid(config: Config, gpus_per_node: int) -> Iterator[tuple[dict[str, object
     parallel = config.parallel
     ranks = parallel.world_size // parallel.context_parallel_size
     for tp, pp, recompute, micro_batch in itertools.product(
-        _divisors(math.gcd(ranks, gpus_per_node)), _divisors(ranks), _RECOMPUTE, _divisors(config.train.micro_batch_size)
+        _divisors(math.gcd(ranks, gpus_per_node)),
+        _divisors(ranks),
+        _RECOMPUTE,
+        _divisors(config.train.micro_batch_size),
     ):
         if ranks % (tp * pp) == 0:
-            sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "data_parallel_size": ranks // (tp * pp)}
-            of_tensor = {key: getattr(parallel, key) and tp > 1 for key in ("sequence_parallel", "tensor_parallel_overlap")}
+            sizes = {
+                "tensor_parallel_size": tp,
+                "pipeline_parallel_size": pp,
+                "data_parallel_size": ranks // (tp * pp),
+            }
+            of_tensor = {
+                key: getattr(parallel, key) and tp > 1
+                for key in ("sequence_parallel", "tensor_parallel_overlap")
+            }
             yield sizes | of_tensor | {"recompute": recompute}, micro_batch
 
 
@@ -209,7 +236,9 @@ def _distance(config: Config, sizes: dict, micro_batch: int) -> tuple[float, int
     keys = ("tensor_parallel_size", "pipeline_parallel_size")
     doublings = sum(abs(math.log2(sizes[key] / getattr(config.parallel, key))) for key in keys)
     doublings += math.log2(config.train.micro_batch_size / micro_batch)
-    return doublings + abs(_RECOMPUTE.index(sizes["recompute"]) - _RECOMPUTE.index(config.parallel.recompute)), micro_batch
+    return doublings + abs(
+        _RECOMPUTE.index(sizes["recompute"]) - _RECOMPUTE.index(config.parallel.recompute)
+    ), micro_batch
 
 
 def _divisors(number: int) -> list[int]:

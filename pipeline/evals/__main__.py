@@ -13,7 +13,9 @@ from retemper.pipeline.errors import UserError
 
 
 def main(run_dir: str = "", *overrides: str) -> int:
-    return run_rank(partial(load_run, Path(run_dir), list(overrides), OF_SCORING), score_checkpoints)
+    return run_rank(
+        partial(load_run, Path(run_dir), list(overrides), OF_SCORING), score_checkpoints
+    )
 
 
 def score_checkpoints(config, topology, fingerprints) -> None:
@@ -29,10 +31,15 @@ def score_checkpoints(config, topology, fingerprints) -> None:
 
     eval_folder.check_settings(config, config.evals.inline)
     start = from_rank_zero(eval_folder.start_of(config))
-    runs = {step: config if step else start for step in _steps(start, commit.committed_steps(config.run_dir))}
+    runs = {
+        step: config if step else start
+        for step in _steps(start, commit.committed_steps(config.run_dir))
+    }
     runs = from_rank_zero({step: run for step, run in runs.items() if any(unscored(run, step))})
     if start is None and topology.rank == 0:
-        print(f"{config.run_dir}: its trunk {config.branch_of} is gone, so that its start cannot be scored")
+        print(
+            f"{config.run_dir}: its trunk {config.branch_of} is gone, so that its start cannot be scored"
+        )
     # A trunk's own weights, where they are drawn, and its own base.
     begun = runs.get(0, config)
     model = build_model(begun, topology)
@@ -47,7 +54,9 @@ def score_checkpoints(config, topology, fingerprints) -> None:
         scores = evaluate(run, topology, model, step)
         if topology.rank == 0:
             print(format_scores(step, scores), flush=True)
-            failed += [f"step {step}: {task}" for task, found in scores.tasks.items() if "error" in found]
+            failed += [
+                f"step {step}: {task}" for task, found in scores.tasks.items() if "error" in found
+            ]
     if topology.rank == 0:
         if not runs:
             print(f"{config.run_dir}: every checkpoint has its scores already")

@@ -75,7 +75,9 @@ def problems_file(config: Config, task: str) -> Path:
     if config.evals.tasks_dir is not None:
         found = sorted(Path(config.evals.tasks_dir).glob(f"{task}*.jsonl"))
         if not found:
-            raise UserError(f"evals.tasks.{task}: evals.tasks_dir={config.evals.tasks_dir} has no file {task}*.jsonl; put it there")
+            raise UserError(
+                f"evals.tasks.{task}: evals.tasks_dir={config.evals.tasks_dir} has no file {task}*.jsonl; put it there"
+            )
         return found[0]
     path = config.run_dir / "evals" / f"{task}.jsonl"
     if not path.exists():

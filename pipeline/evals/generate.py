@@ -70,8 +70,15 @@ def complete_problems(config: Config, task: str, lm: TemplateLM) -> bytes:
     for problem in problems:
         prompt = code_task.prompt(problem)
         room = min(_LENGTH, lm.max_length) - len(lm.tok_encode(prompt))
-        settings = {"max_gen_toks": max(room, 1), "do_sample": False, "until": list(code_task.stop_words)} | asked.generation
-        requests += [Instance("generate_until", problem, (prompt, settings), sample) for sample in range(asked.repeats)]
+        settings = {
+            "max_gen_toks": max(room, 1),
+            "do_sample": False,
+            "until": list(code_task.stop_words),
+        } | asked.generation
+        requests += [
+            Instance("generate_until", problem, (prompt, settings), sample)
+            for sample in range(asked.repeats)
+        ]
     completions = lm.generate_until(requests)
     return compress_records(
         {"task_id": request.doc["task_id"], "sample": request.idx, "completion": completion}

@@ -24,7 +24,12 @@ def score_task(name: str, config: Config, lm: TemplateLM) -> tuple[dict, list[di
     started = time.perf_counter()
     task, asked = load_task(name, config.evals), config.evals.tasks[name]
     chosen = chosen_problems(len(task.eval_docs), asked.limit)
-    results = evaluate(lm, {"tasks": {name: task}}, samples={name: chosen} if chosen else None, bootstrap_iters=1000)
+    results = evaluate(
+        lm,
+        {"tasks": {name: task}},
+        samples={name: chosen} if chosen else None,
+        bootstrap_iters=1000,
+    )
     metrics, problems = _metrics(results["results"][name]), results["samples"][name]
     lengths = [[_lengths(lm, *request) for request in problem["arguments"]] for problem in problems]
     if task.OUTPUT_TYPE == "multiple_choice":
@@ -36,7 +41,8 @@ def score_task(name: str, config: Config, lm: TemplateLM) -> tuple[dict, list[di
         **estimate(list(scores_by_problem(problems, metric).values())).headline(metric),
         "metrics": metrics,
         "cut_prompts": _cut_prompts(problems, lengths, lm),
-        "settings": asked.settings | {"shots": task.config.num_fewshot, "lm_eval": lm_eval.__version__, "seed": config.seed},
+        "settings": asked.settings
+        | {"shots": task.config.num_fewshot, "lm_eval": lm_eval.__version__, "seed": config.seed},
         "seconds": round(time.perf_counter() - started, 3),
     }
     return scores, [_record(problem) for problem in problems]
@@ -44,16 +50,25 @@ def score_task(name: str, config: Config, lm: TemplateLM) -> tuple[dict, list[di
 
 def _metrics(results: dict) -> dict[str, dict[str, float | None]]:
     """lm-eval's "metric,filter" keys: metric -> value and stderr; the filter is named where there is one."""
-    named = {key: key.removesuffix(",none").replace(",", "/") for key in results if "," in key and "_stderr," not in key}
+    named = {
+        key: key.removesuffix(",none").replace(",", "/")
+        for key in results
+        if "," in key and "_stderr," not in key
+    }
     errors = {key: results.get(key.replace(",", "_stderr,", 1)) for key in named}
-    return {name: {"value": results[key], "stderr": errors[key] if errors[key] != "N/A" else None} for key, name in named.items()}
+    return {
+        name: {"value": results[key], "stderr": errors[key] if errors[key] != "N/A" else None}
+        for key, name in named.items()
+    }
 
 
 def _lengths(lm: TemplateLM, *request) -> tuple[int, int]:
     """Tokens of a prompt, and of the answer that is scored, or that may be generated."""
     match request:
         case prompt, dict(settings):
-            return len(lm.tok_encode(prompt)), normalize_gen_kwargs(settings, NEW_TOKENS)["max_gen_toks"]
+            return len(lm.tok_encode(prompt)), normalize_gen_kwargs(settings, NEW_TOKENS)[
+                "max_gen_toks"
+            ]
         case "", answer:  # lm-eval puts one token before it
             return 1, len(lm.tok_encode(answer, add_special_tokens=False)) - 1
         case prompt, answer:
@@ -64,10 +79,18 @@ def _lengths(lm: TemplateLM, *request) -> tuple[int, int]:
 
 def _cut_prompts(problems: list[dict], lengths: list[list[tuple[int, int]]], lm: TemplateLM) -> int:
     """Problems whose prompt is longer than the model takes: all of lm-eval's classes leave its beginning away, the first examples."""
-    return len({problem["doc_id"] for problem, of_it in zip(problems, lengths, strict=True) if max(map(sum, of_it)) > lm.max_length})
+    return len(
+        {
+            problem["doc_id"]
+            for problem, of_it in zip(problems, lengths, strict=True)
+            if max(map(sum, of_it)) > lm.max_length
+        }
+    )
 
 
-def _by_token_loss(task, problems: list[dict], lengths: list[list[tuple[int, int]]]) -> dict[str, dict[str, float]]:
+def _by_token_loss(
+    task, problems: list[dict], lengths: list[list[tuple[int, int]]]
+) -> dict[str, dict[str, float]]:
     """How often the right choice has the lowest mean loss of a token, as MosaicML's Gauntlet scores: the paper's measure of forgetting.
 
     Marks every problem with it, beside lm-eval's acc and acc_norm.
@@ -83,4 +106,8 @@ def _by_token_loss(task, problems: list[dict], lengths: list[list[tuple[int, int
 def _record(problem: dict) -> dict:
     """What later comparisons need of a problem: which it was, what was said, what that was worth."""
     kept = {key: problem[key] for key in ("doc_id", "doc_hash", "filter", "target", "resps")}
-    return kept | {metric: problem[metric] for metric in (*problem["metrics"], BY_TOKEN_LOSS) if metric in problem}
+    return kept | {
+        metric: problem[metric]
+        for metric in (*problem["metrics"], BY_TOKEN_LOSS)
+        if metric in problem
+    }

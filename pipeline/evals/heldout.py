@@ -33,7 +33,9 @@ class Heldout:
 
 
 @torch.no_grad()
-def heldout_scores(config: Config, topology: Topology, model, domains: Iterable[str]) -> dict[str, Heldout]:
+def heldout_scores(
+    config: Config, topology: Topology, model, domains: Iterable[str]
+) -> dict[str, Heldout]:
     """Each domain's scores, the same on every rank.
 
     Bits per byte divides the loss of all predicted tokens by the UTF-8 bytes they stand for, so that models with
@@ -49,21 +51,31 @@ def heldout_scores(config: Config, topology: Topology, model, domains: Iterable[
 def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
     path = config.evals.heldout[domain]
     shards = TokenShards(path, HELDOUT, cache_folder(config, f"heldout-{domain}"))
-    token_bytes = np.load(io.BytesIO(read_listed(path, shards.manifest, "token_bytes.npy")), allow_pickle=False)
+    token_bytes = np.load(
+        io.BytesIO(read_listed(path, shards.manifest, "token_bytes.npy")), allow_pickle=False
+    )
     token_bytes = torch.from_numpy(token_bytes).to(topology.device)
     samples = min(len(shards), config.evals.max_samples)
     # A fixed random choice: the first samples would be the first few documents by name.
     chosen = Order((Stream(_CHOICE, shards.shard_sizes, 1),)).batch(0, samples)
     sums_N3 = np.zeros((samples, 3))  # of each sample: nats, tokens, bytes
-    mine = np.array_split(np.arange(samples), topology.data_parallel_size)[topology.data_parallel_rank]
+    mine = np.array_split(np.arange(samples), topology.data_parallel_size)[
+        topology.data_parallel_rank
+    ]
     for places in _parts(mine, config.evals.micro_batch_size):
-        [batch] = make_batches(shards.samples(chosen[places]), len(places), mask_documents=config.data.mask_documents)
-        batch = batch.of_context_rank(topology.context_parallel_rank, config.parallel.context_parallel_size).to(topology.device)
+        [batch] = make_batches(
+            shards.samples(chosen[places]), len(places), mask_documents=config.data.mask_documents
+        )
+        batch = batch.of_context_rank(
+            topology.context_parallel_rank, config.parallel.context_parallel_size
+        ).to(topology.device)
         for output in run_schedule(model, [batch], forward_only=True):
             bytes_BT = token_bytes[batch.labels_BT] * batch.loss_mask_BT
             sums_B3 = _sums_of_samples(output["losses_BT"], bytes_BT, len(places))
             sums_N3[places] = sums_B3.cpu().numpy()
-    nats_N, tokens_N, bytes_N = np.array(from_last_stage(torch.from_numpy(sums_N3.ravel()))).reshape(-1, 3).T
+    nats_N, tokens_N, bytes_N = (
+        np.array(from_last_stage(torch.from_numpy(sums_N3.ravel()))).reshape(-1, 3).T
+    )
     if not tokens_N.sum():
         raise UserError(
             f"evals.heldout.{domain}={path}: none of the {samples} held-out samples that are read has a "
@@ -82,7 +94,9 @@ def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
         "samples": samples,
     }
     each = zip(chosen.tolist(), bits_N.tolist(), bytes_N.tolist(), strict=True)
-    return Heldout(scores, [{"sample": sample, "bits": bits, "bytes": bytes_} for sample, bits, bytes_ in each])
+    return Heldout(
+        scores, [{"sample": sample, "bits": bits, "bytes": bytes_} for sample, bits, bytes_ in each]
+    )
 
 
 def _sums_of_samples(losses_BT: torch.Tensor, bytes_BT: torch.Tensor, samples: int) -> torch.Tensor:

@@ -35,19 +35,33 @@ def evaluate(config: Config, topology: Topology, model, step: int) -> Scores | N
     seconds = time.perf_counter() - started
     scores = {domain: found.scores for domain, found in heldout.items()}
     if missing and topology.rank == 0:
-        eval_folder.write_heldout(config.run_dir, step, scores, {domain: found.samples for domain, found in heldout.items()})
+        eval_folder.write_heldout(
+            config.run_dir,
+            step,
+            scores,
+            {domain: found.samples for domain, found in heldout.items()},
+        )
     scored = _score(config, topology, model, step, tasks) if tasks else {}
-    return Scores(scores, seconds, scored, forgetting(eval_folder.read_tasks(config.run_dir, step)) if scored else None)
+    return Scores(
+        scores,
+        seconds,
+        scored,
+        forgetting(eval_folder.read_tasks(config.run_dir, step)) if scored else None,
+    )
 
 
 def unscored(config: Config, step: int) -> tuple[list[str], list[str]]:
     """The held-out domains and the inline tasks without scores at a step."""
     domains = eval_folder.read_scores(config.run_dir).get(step, {})
     tasks = eval_folder.read_tasks(config.run_dir, step) if config.evals.inline else {}
-    return [name for name in config.evals.heldout if name not in domains], [name for name in config.evals.inline if name not in tasks]
+    return [name for name in config.evals.heldout if name not in domains], [
+        name for name in config.evals.inline if name not in tasks
+    ]
 
 
-def _score(config: Config, topology: Topology, model, step: int, names: list[str]) -> dict[str, dict]:
+def _score(
+    config: Config, topology: Topology, model, step: int, names: list[str]
+) -> dict[str, dict]:
     from retemper.pipeline.evals.team import Team
 
     team = Team(config, topology, model)
@@ -71,12 +85,20 @@ def format_scores(step: int, scores: Scores) -> str:
         lines.append(
             "held-out "
             + "  ".join(
-                f"{domain} {values['bits_per_byte']:.4f} ± {values['stderr']:.4f} bits/byte" for domain, values in scores.heldout.items()
+                f"{domain} {values['bits_per_byte']:.4f} ± {values['stderr']:.4f} bits/byte"
+                for domain, values in scores.heldout.items()
             )
             + f"  ({scores.heldout_seconds:.2f} s)"
         )
     for name, values in scores.tasks.items():
-        lines.append(f"{name} " + (f"was not scored: {values['error']}" if "error" in values else _format_metrics(values)))
+        lines.append(
+            f"{name} "
+            + (
+                f"was not scored: {values['error']}"
+                if "error" in values
+                else _format_metrics(values)
+            )
+        )
     if scores.forgetting is not None:
         found = f"{scores.forgetting.value:.4f} ± {scores.forgetting.stderr:.4f}"
         lines.append(f"forgetting score {found} (mean of {', '.join(eval_folder.FORGOTTEN)})")
@@ -85,8 +107,13 @@ def format_scores(step: int, scores: Scores) -> str:
 
 def _format_metrics(scores: dict) -> str:
     figures = [
-        f"{metric} {values['value']:.4f}" + ("" if values["stderr"] is None else f" ± {values['stderr']:.4f}")
+        f"{metric} {values['value']:.4f}"
+        + ("" if values["stderr"] is None else f" ± {values['stderr']:.4f}")
         for metric, values in scores["metrics"].items()
     ]
-    cut = f", {scores['cut_prompts']} of them cut to the model's length" if scores["cut_prompts"] else ""
+    cut = (
+        f", {scores['cut_prompts']} of them cut to the model's length"
+        if scores["cut_prompts"]
+        else ""
+    )
     return f"{'  '.join(figures)}  ({scores['samples']} problems{cut}, {scores['seconds']:.0f} s)"

@@ -10,7 +10,9 @@ from retemper.pipeline.evals.team import Team
 from retemper.pipeline.schema.run import Config
 
 
-def score_tasks(config: Config, team: Team, names: list[str]) -> Iterator[tuple[str, dict, list[dict]]]:
+def score_tasks(
+    config: Config, team: Team, names: list[str]
+) -> Iterator[tuple[str, dict, list[dict]]]:
     """For each task its name, its scores or {"error": …}, and a record for each of its problems."""
     for name in names:
         yield name, *_attempt(name, config, team)

@@ -17,12 +17,16 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerFast:
             f"data.tokenizer={config.data.tokenizer} is another tokenizer than that of the corpus {config.data.path}, which the model "
             "was trained on: name that one"
         )
-    tokenizer = AutoTokenizer.from_pretrained(ours.folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        ours.folder, local_files_only=True, trust_remote_code=False
+    )
     if len(tokenizer) > config.model.vocab_size:
         raise UserError(
             f"data.tokenizer={config.data.tokenizer} has {len(tokenizer)} tokens, model.vocab_size is only {config.model.vocab_size}: "
             "it is not this model's"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"data.tokenizer={config.data.tokenizer} names no end-of-text: give its tokenizer_config.json an eos_token")
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer} names no end-of-text: give its tokenizer_config.json an eos_token"
+        )
     return tokenizer

@@ -18,7 +18,13 @@ from retemper.pipeline.files.records import read_records
 _KEYS = {"task_id": (str, int), "sample": int, "completion": str}  # of a generation
 
 
-def score_generations(task: str, problems: Path, generations: Path, ks: Sequence[int] = (1,), unsafe_code: bool = False) -> dict:
+def score_generations(
+    task: str,
+    problems: Path,
+    generations: Path,
+    ks: Sequence[int] = (1,),
+    unsafe_code: bool = False,
+) -> dict:
     """Scores of a task's generations by its problems (jsonl); only one rank may call it.
 
     Returns pass@k for each k with its standard error and interval, problems, samples (of each problem), why programs failed, and
@@ -34,7 +40,9 @@ def score_generations(task: str, problems: Path, generations: Path, ks: Sequence
         )
     layers = find_layers(unsafe_code)
     code_task = CODE_TASKS[task]
-    programs = [code_task.program(by_id[record["task_id"]], record["completion"]) for record in records]
+    programs = [
+        code_task.program(by_id[record["task_id"]], record["completion"]) for record in records
+    ]
     verdicts = run_programs(programs, code_task.limits, layers)
     path = verdicts_path(generations)
     replace_file(path, _verdict_lines(records, verdicts))
@@ -49,7 +57,9 @@ def score_generations(task: str, problems: Path, generations: Path, ks: Sequence
 
 def verdicts_path(generations: Path) -> Path:
     """Beside humaneval.jsonl.zst: humaneval.verdicts.jsonl."""
-    return generations.with_name(generations.name.removesuffix(".zst").removesuffix(".jsonl") + ".verdicts.jsonl")
+    return generations.with_name(
+        generations.name.removesuffix(".zst").removesuffix(".jsonl") + ".verdicts.jsonl"
+    )
 
 
 def problem_scores(verdicts: Path, k: int = 1) -> dict[str | int, float]:
@@ -70,7 +80,9 @@ def _problems(task: str, path: Path) -> dict[str | int, dict]:
         try:
             unpassable(CODE_TASKS[task].program(problem, "").tests)
         except (SyntaxError, TypeError, IndexError) as error:
-            raise UserError(f"{path}: the tests of problem {name} cannot be run ({error}): correct or replace the file") from None
+            raise UserError(
+                f"{path}: the tests of problem {name} cannot be run ({error}): correct or replace the file"
+            ) from None
         by_id[name] = problem
     return by_id
 
@@ -81,21 +93,30 @@ def _samples(records: list[dict], problems: dict, generations: Path, problems_pa
     for record in records:
         name, sample = record["task_id"], record["sample"]
         if name not in problems:
-            raise UserError(f"{generations}: problem {name} is not in {problems_path}: give the problems these were generated for")
+            raise UserError(
+                f"{generations}: problem {name} is not in {problems_path}: give the problems these were generated for"
+            )
         if sample in seen[name]:
-            raise UserError(f"{generations} has sample {sample} of problem {name} twice: generate it anew")
+            raise UserError(
+                f"{generations} has sample {sample} of problem {name} twice: generate it anew"
+            )
         seen[name].add(sample)
     if not seen:
         raise UserError(f"{generations} holds no record: generate it anew")
     most = max(map(len, seen.values()))
     for name, numbers in seen.items():
         if len(numbers) < most:
-            raise UserError(f"{generations} has {len(numbers)} samples of problem {name} and {most} of others: generate it anew")
+            raise UserError(
+                f"{generations} has {len(numbers)} samples of problem {name} and {most} of others: generate it anew"
+            )
     return most
 
 
 def _verdict_lines(records: list[dict], verdicts: list[Verdict]) -> str:
-    lines = ({"task_id": record["task_id"], "sample": record["sample"], **asdict(verdict)} for record, verdict in zip(records, verdicts))
+    lines = (
+        {"task_id": record["task_id"], "sample": record["sample"], **asdict(verdict)}
+        for record, verdict in zip(records, verdicts)
+    )
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 

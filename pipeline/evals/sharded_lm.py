@@ -4,7 +4,11 @@ import numpy as np
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from transformers import PreTrainedTokenizerFast
 
 from retemper.pipeline.errors import UserError
@@ -33,27 +37,46 @@ class ShardedLM(TemplateLM):
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_options
+    ) -> list[int]:
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, **_options) -> list[tuple[float, bool]]:
         # One token more than the model takes, for the last is only a label.
-        sequences = [np.array((context + continuation)[-self.max_length - 1 :], np.int32) for _, context, continuation in requests]
+        sequences = [
+            np.array((context + continuation)[-self.max_length - 1 :], np.int32)
+            for _, context, continuation in requests
+        ]
         lengths = [len(continuation) for _, _, continuation in requests]
         if max(lengths) > self.max_length:
-            raise UserError(f"the task has an answer of {max(lengths)} tokens, model.max_sequence_length is only {self.max_length}")
-        scores_N2 = self.team.ask("log_likelihoods", sequences=sequences, lengths=lengths, label=self.label)
+            raise UserError(
+                f"the task has an answer of {max(lengths)} tokens, model.max_sequence_length is only {self.max_length}"
+            )
+        scores_N2 = self.team.ask(
+            "log_likelihoods", sequences=sequences, lengths=lengths, label=self.label
+        )
         return [(nats, missed == 0) for nats, missed in scores_N2.tolist()]
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        windows = [(number, None, *pair) for number, request in enumerate(requests) for pair in self._windows(*request.args)]
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
+        windows = [
+            (number, None, *pair)
+            for number, request in enumerate(requests)
+            for pair in self._windows(*request.args)
+        ]
         totals = [0.0] * len(requests)
-        for (number, *_), (nats, _greedy) in zip(windows, self._loglikelihood_tokens([window[1:] for window in windows]), strict=True):
+        for (number, *_), (nats, _greedy) in zip(
+            windows, self._loglikelihood_tokens([window[1:] for window in windows]), strict=True
+        ):
             totals[number] += nats
         return totals
 
@@ -71,18 +94,30 @@ class ShardedLM(TemplateLM):
         settings = [normalize_gen_kwargs(request.args[1], NEW_TOKENS) for request in requests]
         for chosen in {repr(each): each for each in settings}.values():
             places = [place for place, each in enumerate(settings) if each == chosen]
-            answers_of_these = self._generate([requests[place].args[0] for place in places], dict(chosen))
+            answers_of_these = self._generate(
+                [requests[place].args[0] for place in places], dict(chosen)
+            )
             for place, answer in zip(places, answers_of_these, strict=True):
                 answers[place] = answer
         return answers
 
     def _generate(self, contexts: list[str], settings: dict) -> list[str]:
-        stops = handle_stop_sequences(settings.pop("until"), eos=self.tokenizer.decode(self.eot_token_id))
-        sampling = Sampling(settings.pop("max_gen_toks"), settings.get("temperature", 0.0), settings.get("top_p", 1.0))
+        stops = handle_stop_sequences(
+            settings.pop("until"), eos=self.tokenizer.decode(self.eot_token_id)
+        )
+        sampling = Sampling(
+            settings.pop("max_gen_toks"),
+            settings.get("temperature", 0.0),
+            settings.get("top_p", 1.0),
+        )
         if unknown := settings.keys() - _SAMPLING_KEYS:
-            raise UserError(f"the task asks for the generation settings {', '.join(sorted(unknown))}, which there are not here")
+            raise UserError(
+                f"the task asks for the generation settings {', '.join(sorted(unknown))}, which there are not here"
+            )
         if self.team.config.parallel.context_parallel_size > 1:
-            raise UserError("tasks that generate text do not go with parallel.context_parallel_size > 1: leave them to another layout")
+            raise UserError(
+                "tasks that generate text do not go with parallel.context_parallel_size > 1: leave them to another layout"
+            )
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
             raise UserError(
@@ -93,4 +128,9 @@ class ShardedLM(TemplateLM):
             "generate", prompts=[np.array(self.tok_encode(context)[-room:], np.int32) for context in contexts], sampling=sampling,
             stops=stops, tokenizer=self.tokenizer, eos_id=self.eot_token_id, seed=self.seed, label=self.label,
         )  # fmt: skip
-        return [postprocess_generated_text(self.tokenizer.decode(tokens, skip_special_tokens=True), stops, None) for tokens in new]
+        return [
+            postprocess_generated_text(
+                self.tokenizer.decode(tokens, skip_special_tokens=True), stops, None
+            )
+            for tokens in new
+        ]

@@ -24,7 +24,14 @@ def table(config: Config) -> Iterator[str]:
             f"{config.run_dir} has no scores yet: `retemper eval {config.run_dir}` and `retemper evals worker {config.run_dir}` make them"
         )
     heldout = eval_folder.heldout_of(config)
-    for row in [COLUMNS, *(row for step in steps for row in (*_heldout_rows(config, step, heldout), *task_rows(config, step)))]:
+    for row in [
+        COLUMNS,
+        *(
+            row
+            for step in steps
+            for row in (*_heldout_rows(config, step, heldout), *task_rows(config, step))
+        ),
+    ]:
         yield "{:>8}  {:<17}{:<26}{:>6}{:>9}  {:<18}{}".format(*row).rstrip()
 
 
@@ -34,7 +41,9 @@ def task_rows(config: Config, step: int) -> Iterator[tuple[str, ...]]:
     pair = Scored(config, 0), Scored(config, step)
     for task, scores in tasks.items():
         difference = _said(task_difference, *pair, task) if step and task in base else ""
-        yield _row(step, task, scores["metric"], scores, "  ".join([difference, *_warnings(scores)]))
+        yield _row(
+            step, task, scores["metric"], scores, "  ".join([difference, *_warnings(scores)])
+        )
     if (found := forgetting(tasks)) is not None:
         metric = f"mean of {len(eval_folder.FORGOTTEN)}"
         compared = step and eval_folder.forgetting(base) is not None
@@ -46,16 +55,32 @@ def task_rows(config: Config, step: int) -> Iterator[tuple[str, ...]]:
                 yield str(step), task, f"was not scored: {error}", "", "", "", ""
 
 
-def _heldout_rows(config: Config, step: int, heldout: dict[int, dict[str, dict]]) -> Iterator[tuple[str, ...]]:
+def _heldout_rows(
+    config: Config, step: int, heldout: dict[int, dict[str, dict]]
+) -> Iterator[tuple[str, ...]]:
     pair = Scored(config, 0), Scored(config, step)
     for domain, scores in heldout.get(step, {}).items():
-        difference = _said(heldout_difference, *pair, domain) if step and domain in heldout.get(0, {}) else ""
-        yield _row(step, domain, "bits_per_byte", scores | {"score": scores["bits_per_byte"]}, difference)
+        difference = (
+            _said(heldout_difference, *pair, domain)
+            if step and domain in heldout.get(0, {})
+            else ""
+        )
+        yield _row(
+            step, domain, "bits_per_byte", scores | {"score": scores["bits_per_byte"]}, difference
+        )
 
 
 def _row(step: int, name: str, metric: str, scores: dict, difference: str) -> tuple[str, ...]:
     interval = "{:.4f} to {:.4f}".format(*scores["interval"])
-    return str(step), name, metric, str(scores["samples"]), f"{scores['score']:.4f}", interval, difference
+    return (
+        str(step),
+        name,
+        metric,
+        str(scores["samples"]),
+        f"{scores['score']:.4f}",
+        interval,
+        difference,
+    )
 
 
 def _warnings(scores: dict) -> Iterator[str]:

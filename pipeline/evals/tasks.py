@@ -36,7 +36,9 @@ LOCAL_TASKS = {
         "hellaswag",
         {"validation": "hellaswag_validation*.jsonl"},
         '{"query": text, "choices": [texts], "gold": the place of the right one}, as lm-eval makes them of its dataset',
-        lambda record: isinstance(record["query"], str) and isinstance(record["choices"][record["gold"]], str),
+        lambda record: (
+            isinstance(record["query"], str) and isinstance(record["choices"][record["gold"]], str)
+        ),
         {"training_split": None, "process_docs": None, "doc_to_target": "gold"},
     ),
     "arc_challenge": _Local(
@@ -54,7 +56,11 @@ LOCAL_TASKS = {
         "winogrande",
         {"validation": "winogrande_validation.jsonl"},
         '{"sentence": text with a _, "option1": text, "option2": text, "answer": "1" or "2"}',
-        lambda record: "_" in record["sentence"] and record["answer"] in ("1", "2") and bool(record["option1"] and record["option2"]),
+        lambda record: (
+            "_" in record["sentence"]
+            and record["answer"] in ("1", "2")
+            and bool(record["option1"] and record["option2"])
+        ),
         {"training_split": None},
     ),
     "gsm8k": _Local(
@@ -77,7 +83,9 @@ def load_task(name: str, evals: EvalsConfig) -> Task:
         changes |= _from_files(name, Path(evals.tasks_dir))
     manager = _manager(name)
     if name not in manager.all_tasks:
-        raise UserError(f"evals.tasks.{name}: lm-eval {lm_eval.__version__} has no task of that name")
+        raise UserError(
+            f"evals.tasks.{name}: lm-eval {lm_eval.__version__} has no task of that name"
+        )
     try:
         # A task alone would be read as a definition of its own; within a group its keys are changes to lm-eval's.
         (task,) = manager.load({"group": "retemper", "task": [changes]})["tasks"].values()
@@ -104,14 +112,21 @@ def chosen_problems(problems: int, limit: int | None) -> list[int] | None:
 def _manager(name: str) -> TaskManager:
     if name not in LOCAL_TASKS:
         return TaskManager()  # reads some 15,000 files, for half a minute
-    return TaskManager(include_path=str(_DEFINITIONS / LOCAL_TASKS[name].folder), include_defaults=False)
+    return TaskManager(
+        include_path=str(_DEFINITIONS / LOCAL_TASKS[name].folder), include_defaults=False
+    )
 
 
 def _from_files(name: str, folder: Path) -> dict[str, Any]:
     """The changes to a definition by which it reads local files."""
     local = LOCAL_TASKS[name]
-    splits = {split: _records(_file(name, folder, pattern), local) for split, pattern in local.files.items()}
-    made = datasets.DatasetDict({split: datasets.Dataset.from_list(records) for split, records in splits.items()})
+    splits = {
+        split: _records(_file(name, folder, pattern), local)
+        for split, pattern in local.files.items()
+    }
+    made = datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(records) for split, records in splits.items()}
+    )
     return local.changes | {"custom_dataset": lambda **_metadata: made}
 
 
@@ -132,7 +147,9 @@ def _records(path: Path, local: _Local) -> list[dict]:
         except (ValueError, LookupError, TypeError):
             sound = False
         if not sound:
-            raise UserError(f"{path}, line {number}: no record of the form {local.form}; mend it, or download the file again")
+            raise UserError(
+                f"{path}, line {number}: no record of the form {local.form}; mend it, or download the file again"
+            )
         records.append(record)
     if not records:
         raise UserError(f"{path} is empty; download it again")

@@ -47,12 +47,20 @@ class Team:
     def dismiss(self) -> None:
         from_rank_zero(None)
 
-    def log_likelihoods(self, sequences: list[np.ndarray], lengths: list[int], label: str) -> np.ndarray:
+    def log_likelihoods(
+        self, sequences: list[np.ndarray], lengths: list[int], label: str
+    ) -> np.ndarray:
         """Of the last lengths[n] tokens of each sequence: log-likelihood in nats, and how many of them were not the likeliest, (N, 2)."""
         scores_N2 = np.zeros((len(sequences), 2))
         size, parallel = self.config.evals.micro_batch_size, self.config.parallel
-        together = size * (_IN_FLIGHT * parallel.pipeline_parallel_size if parallel.pipeline_parallel_size > 1 else 1)
-        for ids in self._parts(np.array([len(sequence) for sequence in sequences]), together, label):
+        together = size * (
+            _IN_FLIGHT * parallel.pipeline_parallel_size
+            if parallel.pipeline_parallel_size > 1
+            else 1
+        )
+        for ids in self._parts(
+            np.array([len(sequence) for sequence in sequences]), together, label
+        ):
             batches = self._batches([sequences[id] for id in ids], [lengths[id] for id in ids])
             scored = log_likelihoods(self.model, batches)
             if scored:
@@ -60,7 +68,14 @@ class Team:
         return np.array(from_last_stage(torch.from_numpy(scores_N2.ravel()))).reshape(-1, 2)
 
     def generate(
-        self, prompts: list[np.ndarray], sampling: Sampling, stops: list[str], tokenizer, eos_id: int | None, seed: int, label: str
+        self,
+        prompts: list[np.ndarray],
+        sampling: Sampling,
+        stops: list[str],
+        tokenizer,
+        eos_id: int | None,
+        seed: int,
+        label: str,
     ) -> list[list[int]]:
         """Continue each prompt until a stop string or end-of-text. A prompt's place in the list and the seed decide what is drawn."""
 
@@ -72,10 +87,22 @@ class Team:
             return new[-1] == eos_id or any(stop in text for stop in stops)
 
         mine, multiple = {}, fp8_token_multiple(self.config)
-        for ids in self._parts(np.array([len(prompt) for prompt in prompts]), self.config.evals.micro_batch_size, label):
-            rows = np.resize(ids, -(-len(ids) // multiple) * multiple)  # some twice, where kernels ask for more
-            draws = np.stack([np.random.default_rng([seed, id]).random(sampling.max_new_tokens) for id in rows])
-            mine |= zip(rows, generate(self.model, self.topology, [prompts[id] for id in rows], draws, sampling, ended), strict=True)
+        for ids in self._parts(
+            np.array([len(prompt) for prompt in prompts]), self.config.evals.micro_batch_size, label
+        ):
+            rows = np.resize(
+                ids, -(-len(ids) // multiple) * multiple
+            )  # some twice, where kernels ask for more
+            draws = np.stack(
+                [np.random.default_rng([seed, id]).random(sampling.max_new_tokens) for id in rows]
+            )
+            mine |= zip(
+                rows,
+                generate(
+                    self.model, self.topology, [prompts[id] for id in rows], draws, sampling, ended
+                ),
+                strict=True,
+            )
         answers = {id: new for part in from_each_replica(mine) for id, new in part.items()}
         return [answers[id] for id in range(len(prompts))]
 
@@ -83,7 +110,13 @@ class Team:
         """This replica's share of sequences, as ids of like length, the longest first: what does not fit into memory fails at once."""
         by_length = np.argsort(-lengths, kind="stable")
         mine = by_length[self.topology.data_parallel_rank :: self.topology.data_parallel_size]
-        with tqdm(total=len(mine), desc=label, leave=False, dynamic_ncols=True, disable=True if self.topology.rank else None) as bar:
+        with tqdm(
+            total=len(mine),
+            desc=label,
+            leave=False,
+            dynamic_ncols=True,
+            disable=True if self.topology.rank else None,
+        ) as bar:
             for start in range(0, len(mine), size):
                 yield (ids := mine[start : start + size])
                 bar.update(len(ids))
@@ -96,17 +129,28 @@ class Team:
         parts = math.lcm(parts, parallel.context_parallel_size * fp8_token_multiple(self.config))
         longest = -(-(max(map(len, sequences)) - 1) // parts) * parts
         filled = -(-len(sequences) // size) * size
-        tokens_NT, mask_NT = np.zeros((filled, longest + 1), np.int64), np.zeros((filled, longest), np.float32)
+        tokens_NT, mask_NT = (
+            np.zeros((filled, longest + 1), np.int64),
+            np.zeros((filled, longest), np.float32),
+        )
         for row in range(filled):
             sequence, length = sequences[row % len(sequences)], lengths[row % len(sequences)]
             tokens_NT[row, : len(sequence)] = sequence
             mask_NT[row, len(sequence) - 1 - length : len(sequence) - 1] = 1
-        return [self._batch(tokens_NT[start : start + size], mask_NT[start : start + size]) for start in range(0, filled, size)]
+        return [
+            self._batch(tokens_NT[start : start + size], mask_NT[start : start + size])
+            for start in range(0, filled, size)
+        ]
 
     def _batch(self, tokens_BT: np.ndarray, mask_BT: np.ndarray) -> Batch:
-        inputs_BT, labels_BT = torch.from_numpy(tokens_BT[:, :-1].copy()), torch.from_numpy(tokens_BT[:, 1:].copy())
-        positions_BT = torch.arange(inputs_BT.shape[1]).expand_as(inputs_BT).contiguous()
-        batch = Batch(tuple(inputs_BT.shape), inputs_BT, labels_BT, torch.from_numpy(mask_BT), positions_BT)
-        return batch.of_context_rank(self.topology.context_parallel_rank, self.config.parallel.context_parallel_size).to(
-            self.topology.device
+        inputs_BT, labels_BT = (
+            torch.from_numpy(tokens_BT[:, :-1].copy()),
+            torch.from_numpy(tokens_BT[:, 1:].copy()),
         )
+        positions_BT = torch.arange(inputs_BT.shape[1]).expand_as(inputs_BT).contiguous()
+        batch = Batch(
+            tuple(inputs_BT.shape), inputs_BT, labels_BT, torch.from_numpy(mask_BT), positions_BT
+        )
+        return batch.of_context_rank(
+            self.topology.context_parallel_rank, self.config.parallel.context_parallel_size
+        ).to(self.topology.device)

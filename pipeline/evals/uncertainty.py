@@ -26,13 +26,23 @@ class Estimate:
 
     def headline(self, metric: str) -> dict:
         """A task's one number, and how far it may be off, as evals/<step>/<task>.json has them."""
-        return {"metric": metric, "score": self.value, "stderr": self.stderr, "interval": [self.low, self.high], "samples": self.problems}
+        return {
+            "metric": metric,
+            "score": self.value,
+            "stderr": self.stderr,
+            "interval": [self.low, self.high],
+            "samples": self.problems,
+        }
 
 
 def scores_by_problem(problems: Iterable[dict], metric: str) -> dict[int, float]:
     """Each problem's part in a metric of lm-eval's, which may name the filter that it is of, as exact_match/strict-match."""
     name, _, of_filter = metric.partition("/")
-    return {problem["doc_id"]: float(problem[name]) for problem in problems if not of_filter or problem["filter"] == of_filter}
+    return {
+        problem["doc_id"]: float(problem[name])
+        for problem in problems
+        if not of_filter or problem["filter"] == of_filter
+    }
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -41,7 +51,9 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     As a product, as in Chen et al. 2021 (arXiv 2107.03374, figure 3): the binomials do not fit into floats.
     """
     if not 0 <= passed <= samples or not 1 <= k <= samples:
-        raise UserError(f"pass@{k} of {samples} samples of which {passed} passed: k must be from 1 to the number of samples")
+        raise UserError(
+            f"pass@{k} of {samples} samples of which {passed} passed: k must be from 1 to the number of samples"
+        )
     if samples - passed < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(samples - passed + 1, samples + 1))
@@ -60,11 +72,23 @@ def estimate(scores: Sequence[float]) -> Estimate:
     squares = math.fsum((score - mean) ** 2 for score in scores)
     effective = n * n * mean * (1 - mean) / squares if squares else n
     middle = (mean + _Z**2 / (2 * effective)) / (1 + _Z**2 / effective)
-    half = _Z / (1 + _Z**2 / effective) * math.sqrt(max(0, mean * (1 - mean)) / effective + (_Z / (2 * effective)) ** 2)
-    return Estimate(mean, _standard_error(squares, n), max(0.0, min(mean, middle - half)), min(1.0, max(mean, middle + half)), n)
+    half = (
+        _Z
+        / (1 + _Z**2 / effective)
+        * math.sqrt(max(0, mean * (1 - mean)) / effective + (_Z / (2 * effective)) ** 2)
+    )
+    return Estimate(
+        mean,
+        _standard_error(squares, n),
+        max(0.0, min(mean, middle - half)),
+        min(1.0, max(mean, middle + half)),
+        n,
+    )
 
 
-def paired_difference(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> Estimate:
+def paired_difference(
+    first: Mapping[Hashable, float], second: Mapping[Hashable, float]
+) -> Estimate:
     """Of second minus first, each problem -> score, on the same problems.
 
     The standard error of the mean of the problems' differences: Miller 2024 (arXiv 2411.00640), section 4.2. What makes a problem hard
@@ -72,7 +96,9 @@ def paired_difference(first: Mapping[Hashable, float], second: Mapping[Hashable,
     """
     if first.keys() != second.keys():
         apart = sorted(map(str, first.keys() ^ second.keys()))
-        raise UserError(f"only checkpoints scored on the same problems compare: {len(apart)} are in one alone, {apart[0]} among them")
+        raise UserError(
+            f"only checkpoints scored on the same problems compare: {len(apart)} are in one alone, {apart[0]} among them"
+        )
     differences = [second[problem] - first[problem] for problem in first]
     n = _count(differences)
     mean = fmean(differences)
@@ -88,7 +114,9 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
     """
     n, whole = _count(numerators), math.fsum(denominators)
     value = math.fsum(numerators) / whole
-    squares = math.fsum((part - value * size) ** 2 for part, size in zip(numerators, denominators, strict=True))
+    squares = math.fsum(
+        (part - value * size) ** 2 for part, size in zip(numerators, denominators, strict=True)
+    )
     error = _standard_error(squares, n) * n / whole
     return Estimate(value, error, value - _Z * error, value + _Z * error, n)
 

@@ -59,7 +59,9 @@ class Worker:
                     print(said := waiting, flush=True)
                 time.sleep(poll_seconds)
         if self.failed:
-            listed = "\n".join(f"  - step {step}, {task}: {why}" for (step, task), why in self.failed.items())
+            listed = "\n".join(
+                f"  - step {step}, {task}: {why}" for (step, task), why in self.failed.items()
+            )
             raise UserError(f"{self.config.run_dir} is not evaluated whole:\n{listed}")
 
     def _check(self) -> None:
@@ -82,7 +84,10 @@ class Worker:
 
         A branch's is its trunk's, whose scores stand in the trunk's folder: whoever comes first scores it, and nobody again.
         """
-        there = {*commit.committed_steps(self.config.run_dir), *eval_folder.scored_steps(self.config.run_dir)}
+        there = {
+            *commit.committed_steps(self.config.run_dir),
+            *eval_folder.scored_steps(self.config.run_dir),
+        }
         start = eval_folder.start_of(self.config)
         begun = [0] if start and start.init_from else []
         return begun + [step for step in self.config.milestone_steps if step in there]
@@ -98,15 +103,21 @@ class Worker:
         for step in self.config.milestone_steps:
             if step not in committed and step < max(committed, default=0):
                 with self._noting(step, self._missing(step, "generate")):
-                    raise UserError(f"{commit.folder_of(self.config.run_dir, step)} was removed before it was evaluated")
+                    raise UserError(
+                        f"{commit.folder_of(self.config.run_dir, step)} was removed before it was evaluated"
+                    )
 
     def _is_over(self) -> bool:
         complete = self.config.steps in commit.committed_steps(self.config.run_dir)
         parts = PARTS if self.parts == ("score",) else self.parts  # programs come from others
-        return complete and not any(self._missing(step, part) for step in self._steps() for part in parts)
+        return complete and not any(
+            self._missing(step, part) for step in self._steps() for part in parts
+        )
 
     def _waiting(self) -> str:
-        if to_come := [step for step in self.config.milestone_steps if step > max(self._steps(), default=0)]:
+        if to_come := [
+            step for step in self.config.milestone_steps if step > max(self._steps(), default=0)
+        ]:
             return f"waiting for the checkpoint of step {to_come[0]}"
         return "waiting for what other workers have begun"
 
@@ -123,8 +134,16 @@ class Worker:
     def _missing(self, step: int, part: str) -> list[str]:
         """Tasks of which this part of the work is to be done at a step."""
         scored = eval_folder.tasks_of(self.config, step)
-        tasks = [task for task in self.config.evals.of_workers if task not in scored and (step, task) not in self.failed]
-        generated = [task for task in tasks if task in CODE_TASKS and generations_path(self.config, step, task).exists()]
+        tasks = [
+            task
+            for task in self.config.evals.of_workers
+            if task not in scored and (step, task) not in self.failed
+        ]
+        generated = [
+            task
+            for task in tasks
+            if task in CODE_TASKS and generations_path(self.config, step, task).exists()
+        ]
         return generated if part == "score" else [task for task in tasks if task not in generated]
 
     @contextlib.contextmanager
@@ -133,7 +152,9 @@ class Worker:
         try:
             yield
         except Exception as error:  # of files, of the hub, of lm-eval, of vLLM
-            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            said = (
+                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            )
             for task in tasks:
                 self.failed[step, task] = said
                 print(f"step {step:>6}  {task} was not scored: {said}", file=sys.stderr, flush=True)
@@ -150,7 +171,10 @@ class Worker:
                 with self._noting(step, [task]):
                     print(f"step {step:>6}  {task}: generating", flush=True)
                     if task in CODE_TASKS:
-                        write_once(generations_path(self.config, step, task), complete_problems(self.config, task, lm))
+                        write_once(
+                            generations_path(self.config, step, task),
+                            complete_problems(self.config, task, lm),
+                        )
                     else:
                         self._commit(step, task, *score_task(task, self.config, lm))
 
@@ -162,19 +186,33 @@ class Worker:
 
     def _commit(self, step: int, task: str, scores: dict, problems: list[dict]) -> None:
         # Not written where this lease had expired, and its successor was faster.
-        if eval_folder.write_result(eval_folder.homes(self.config, step)[0], step, task, scores, problems):
-            print(f"step {step:>6}  {task}: {scores['metric']} {scores['score']:.4f} ± {scores['stderr']:.4f}", flush=True)
+        if eval_folder.write_result(
+            eval_folder.homes(self.config, step)[0], step, task, scores, problems
+        ):
+            print(
+                f"step {step:>6}  {task}: {scores['metric']} {scores['score']:.4f} ± {scores['stderr']:.4f}",
+                flush=True,
+            )
 
 
 def score_programs(config: Config, step: int, task: str) -> dict:
     """Run the programs that were generated at a step; what evals/<step>/<task>.json holds. Raises UserError."""
     asked = config.evals.tasks[task]
     ks = [k for k in _KS if k <= asked.repeats]
-    scored = score_generations(task, problems_file(config, task), generations_path(config, step, task), ks, config.evals.unsafe_code)
+    scored = score_generations(
+        task,
+        problems_file(config, task),
+        generations_path(config, step, task),
+        ks,
+        config.evals.unsafe_code,
+    )
     estimates = {f"pass@{k}": Estimate(**scored.pop(f"pass@{k}")) for k in ks}
     return estimates["pass@1"].headline("pass@1") | {
         "decontaminated": decontaminated(config, task),
-        "metrics": {name: {"value": estimate.value, "stderr": estimate.stderr} for name, estimate in estimates.items()},
+        "metrics": {
+            name: {"value": estimate.value, "stderr": estimate.stderr}
+            for name, estimate in estimates.items()
+        },
         "programs": scored,
         "settings": asked.settings | {"seed": config.seed},
     }
@@ -198,10 +236,17 @@ def export(config: Config, step: int, folder: Path) -> None:
     """Write a run's checkpoint, or with step 0 the model that it began from, for transformers. Raises UserError."""
     options = json.dumps(export_options(config, step, folder))
     command = [sys.executable, "-m", "retemper.pipeline.huggingface", "export", options]
-    done = subprocess.run(command, capture_output=True, text=True)  # a process of its own: what it held is free afterwards
+    done = subprocess.run(
+        command, capture_output=True, text=True
+    )  # a process of its own: what it held is free afterwards
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        raise UserError(next((line.removeprefix("error: ") for line in said if line.startswith("error: ")), "\n".join(said[-5:])))
+        raise UserError(
+            next(
+                (line.removeprefix("error: ") for line in said if line.startswith("error: ")),
+                "\n".join(said[-5:]),
+            )
+        )
 
 
 def generations_path(config: Config, step: int, task: str) -> Path:

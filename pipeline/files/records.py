@@ -25,14 +25,22 @@ def _record(line: str, keys: dict, place: str) -> dict:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON ({error}): was the file cut off? Generate it anew") from None
+        raise UserError(
+            f"{place} is not JSON ({error}): was the file cut off? Generate it anew"
+        ) from None
     if not isinstance(record, dict):
         raise UserError(f"{place}: one JSON object a line is expected, found {line[:60]}")
     for key, kind in keys.items():
         # True is an int to Python, but no number of a sample.
-        if not isinstance(record.get(key), kind) or (isinstance(record[key], bool) and kind is not bool):
-            names = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-            raise UserError(f"{place}: {key} must be {names}, found {json.dumps(record.get(key))[:60]}")
+        if not isinstance(record.get(key), kind) or (
+            isinstance(record[key], bool) and kind is not bool
+        ):
+            names = " or ".join(
+                each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,))
+            )
+            raise UserError(
+                f"{place}: {key} must be {names}, found {json.dumps(record.get(key))[:60]}"
+            )
     return record
 
 

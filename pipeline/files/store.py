@@ -32,14 +32,18 @@ def read(path: str) -> bytes:
         except (FileNotFoundError, NotADirectoryError):
             raise Missing(f"{path} is missing") from None
         except PermissionError:
-            raise UserError(f"{path} may not be read: check its permissions, or the store's credentials") from None
+            raise UserError(
+                f"{path} may not be read: check its permissions, or the store's credentials"
+            ) from None
         except Exception as error:  # each store has its own
             if not is_remote(path) or time.monotonic() - began + wait > _PATIENCE_SECONDS:
                 raise UserError(
                     f"{path} could not be read for {time.monotonic() - began:.0f} s ({type(error).__name__}: {error}); "
                     "when the store is well again, the same command goes on from the last checkpoint"
                 ) from None
-        time.sleep(wait * random.uniform(0.5, 1))  # ranks that failed together do not ask again together
+        time.sleep(
+            wait * random.uniform(0.5, 1)
+        )  # ranks that failed together do not ask again together
         wait *= 2
 
 

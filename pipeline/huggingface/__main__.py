@@ -42,7 +42,14 @@ def importing(
         weights = Weights(source, trusted=trust == source.resolve().name)
         bf16 = all(weights.dtype(name) == torch.bfloat16 for name in weights.names)
         method, parallel = MethodConfig(name="full"), load_parallel(overrides)
-        setup = check_setup(ModelSetup(model=weights.model, method=method, parallel=parallel, precision="bf16" if bf16 else "fp32"))
+        setup = check_setup(
+            ModelSetup(
+                model=weights.model,
+                method=method,
+                parallel=parallel,
+                precision="bf16" if bf16 else "fp32",
+            )
+        )
         topologies.check_world_size(setup)
         tokenizer = Tokenizer(source)
         if tokenizer.vocab_size > weights.model.vocab_size:
@@ -65,19 +72,25 @@ def importing(
             if topology.rank == 0:
                 verify(streamed, source, None, partial / ORIGIN, rounded=False)
         if topology.rank == 0:
-            print(f"{target}: {weights.model.num_layers} layers from {source}, for init_from={target}\n{summary(target / ORIGIN)}")
+            print(
+                f"{target}: {weights.model.num_layers} layers from {source}, for init_from={target}\n{summary(target / ORIGIN)}"
+            )
 
     return prepare, work
 
 
-def exporting(run: str, folder: str, step: int | None, adapter: bool, base: str | None, tokenizer: str | None):
+def exporting(
+    run: str, folder: str, step: int | None, adapter: bool, base: str | None, tokenizer: str | None
+):
     """What run_prepared needs to write a checkpoint for transformers or peft."""
     run_dir, target = Path(run), Path(folder)
 
     def prepare():
         chosen = commit.folder_of(run_dir, step) if step is not None else commit.newest(run_dir)
         if not (chosen / commit.META).is_file():
-            raise UserError(f"{chosen} is no checkpoint; {run_dir} has those after the steps {commit.committed_steps(run_dir)}")
+            raise UserError(
+                f"{chosen} is no checkpoint; {run_dir} has those after the steps {commit.committed_steps(run_dir)}"
+            )
         meta = commit.sealed_meta(chosen)
         if not adapter:
             from retemper.pipeline.huggingface.export import tokenizer_of

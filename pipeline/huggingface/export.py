@@ -62,7 +62,9 @@ def export_model(streamed: StreamedModel, target: Path, tokenizer: Tokenizer) ->
     origin = origin_of(streamed.folder, streamed.meta)
     source = json.loads((origin / SOURCE).read_text()) if origin else {}
     dtype_of_run = "float32" if streamed.meta["config"]["precision"] == "fp32" else "bfloat16"
-    dtypes = source.get("dtypes") or dict.fromkeys(tensor_shapes(streamed.setup.model), dtype_of_run)
+    dtypes = source.get("dtypes") or dict.fromkeys(
+        tensor_shapes(streamed.setup.model), dtype_of_run
+    )
     rounded: Counter[str] = Counter()
 
     def typed() -> Iterator[tuple[str, torch.Tensor]]:
@@ -165,7 +167,9 @@ def base_of(streamed: StreamedModel, base: str | None) -> tuple[str, Path]:
     Raises UserError where no folder of it is known, or it holds another model.
     """
     if streamed.setup.method.name != "lora":
-        raise UserError(f"{streamed.folder} is of full training and holds no adapters: leave out --adapter")
+        raise UserError(
+            f"{streamed.folder} is of full training and holds no adapters: leave out --adapter"
+        )
     origin = origin_of(streamed.folder, streamed.meta)
     source = json.loads((origin / SOURCE).read_text()) if origin else {}
     name = base or source.get("name")
@@ -180,8 +184,13 @@ def base_of(streamed: StreamedModel, base: str | None) -> tuple[str, Path]:
             f"{folder} is no transformers folder that is here: name that of the adapters' base, "
             f"{streamed.base}, with --base FOLDER, or make one: retemper export {streamed.base.path} FOLDER --step {streamed.base.step}"
         )
-    wanted, there = tensor_shapes(streamed.setup.model), tensor_shapes(model_of(read_config(folder), folder))
-    if other := sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)):
+    wanted, there = (
+        tensor_shapes(streamed.setup.model),
+        tensor_shapes(model_of(read_config(folder), folder)),
+    )
+    if other := sorted(
+        name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)
+    ):
         raise UserError(
             f"{folder} is not the adapters' base {streamed.base}: "
             f"{len(other)} tensors are others, {other[0]} among them"
@@ -222,7 +231,9 @@ def _tensors(streamed: StreamedModel) -> Iterator[tuple[str, torch.Tensor]]:
                 tensor = tensors.setdefault(block.name, torch.empty(shapes[block.name]))
                 tensor[block.there] = parameter[block.here]
         for module, adapter in _adapters(loaded).items():
-            tensors[f"{module}.weight"] = _merged(tensors[f"{module}.weight"], adapter, scale_of(streamed.setup.method.lora))
+            tensors[f"{module}.weight"] = _merged(
+                tensors[f"{module}.weight"], adapter, scale_of(streamed.setup.method.lora)
+            )
         yield from tensors.items()
 
 
@@ -243,7 +254,9 @@ def _adapters(loaded: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tens
     return adapters
 
 
-def _write_tensors(tensors: Iterator[tuple[str, torch.Tensor]], target: Path) -> list[dict[str, Any]]:
+def _write_tensors(
+    tensors: Iterator[tuple[str, torch.Tensor]], target: Path
+) -> list[dict[str, Any]]:
     """Numbered files of at most _FILE_BYTES, or of one tensor that is larger; returns name -> bytes of each."""
     files, held, size = [], {}, 0
 

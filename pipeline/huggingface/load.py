@@ -38,17 +38,29 @@ def import_weights(
     """
     stages = build_layers(setup, topology)
     for stage in stages:
-        fill(stage, weights, Shard(setup.model, topology.tensor_parallel_rank, setup.parallel.tensor_parallel_size))
+        fill(
+            stage,
+            weights,
+            Shard(setup.model, topology.tensor_parallel_rank, setup.parallel.tensor_parallel_size),
+        )
     if topology.rank == 0:
         _keep_origin(weights, name, target / ORIGIN)
-        replace_file(target / "config.json", json.dumps(setup.model_dump(), indent=2))  # runs that begin here take its model
+        replace_file(
+            target / "config.json", json.dumps(setup.model_dump(), indent=2)
+        )  # runs that begin here take its model
     meta = {
         "train_state": TrainState().to_dict(),
         "fingerprints": {"tokenizer": tokenizer_sha256},
         "config": setup.model_dump() | {"init_from": None},
         IMPORTED: weights.sha256 if topology.rank == 0 else None,  # rank 0 writes it
     }
-    write_checkpoint(target, 0, {"model": [stage.sharded_state_dict(metadata=dict(METADATA)) for stage in stages]}, meta, topology)
+    write_checkpoint(
+        target,
+        0,
+        {"model": [stage.sharded_state_dict(metadata=dict(METADATA)) for stage in stages]},
+        meta,
+        topology,
+    )
 
 
 @torch.no_grad()
@@ -64,7 +76,9 @@ def _global_names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
     """Parameters with the number of their layer counted from the start of the model, whatever stage this is."""
     for name, parameter in model.named_parameters():
         if found := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
-            name = f"decoder.layers.{model.decoder.layers[int(found[1])].layer_number - 1}.{found[2]}"
+            name = (
+                f"decoder.layers.{model.decoder.layers[int(found[1])].layer_number - 1}.{found[2]}"
+            )
         yield name, parameter
 
 

@@ -20,7 +20,10 @@ _WHOLE = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
 }
-_ROW_PARALLEL = {"self_attention.linear_proj.weight": "self_attn.o_proj.weight", "mlp.linear_fc2.weight": "mlp.down_proj.weight"}
+_ROW_PARALLEL = {
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+}
 
 # The linear layers that adapters stand on, by target.
 LINEAR = {
@@ -68,7 +71,11 @@ class Shard:
             return [Block(prefix + _WHOLE[name], (slice(None),), (slice(None),))]
         if name in _ROW_PARALLEL:
             columns = slice(self.rank * shape[1], (self.rank + 1) * shape[1])
-            return [Block(prefix + _ROW_PARALLEL[name], (slice(None), columns), (slice(None), slice(None)))]
+            return [
+                Block(
+                    prefix + _ROW_PARALLEL[name], (slice(None), columns), (slice(None), slice(None))
+                )
+            ]
         kind = name.rpartition(".")[2]
         if name.startswith("self_attention.linear_qkv."):
             return list(self._qkv(prefix, kind))
@@ -83,19 +90,31 @@ class Shard:
     def _qkv(self, prefix: str, kind: str) -> Iterator[Block]:
         """megatron interleaves by query group: (group, [its queries, one key, one value], head size)."""
         groups = self.model.num_query_groups // self.size
-        heads = self.model.num_attention_heads // self.model.num_query_groups * self.model.kv_channels
+        heads = (
+            self.model.num_attention_heads // self.model.num_query_groups * self.model.kv_channels
+        )
         here = 0
         for group in range(self.rank * groups, (self.rank + 1) * groups):
-            for target, rows in (("q", heads), ("k", self.model.kv_channels), ("v", self.model.kv_channels)):
+            for target, rows in (
+                ("q", heads),
+                ("k", self.model.kv_channels),
+                ("v", self.model.kv_channels),
+            ):
                 there = slice(group * rows, (group + 1) * rows)
-                yield Block(f"{prefix}{LINEAR[target]}.{kind}", (there,), (slice(here, here + rows),))
+                yield Block(
+                    f"{prefix}{LINEAR[target]}.{kind}", (there,), (slice(here, here + rows),)
+                )
                 here += rows
 
     def _gate_up(self, prefix: str, kind: str) -> Iterator[Block]:
         rows = self.model.ffn_hidden_size // self.size
         there = slice(self.rank * rows, (self.rank + 1) * rows)
         for number, target in enumerate(("gate", "up")):
-            yield Block(f"{prefix}{LINEAR[target]}.{kind}", (there,), (slice(number * rows, (number + 1) * rows),))
+            yield Block(
+                f"{prefix}{LINEAR[target]}.{kind}",
+                (there,),
+                (slice(number * rows, (number + 1) * rows),),
+            )
 
 
 def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -106,11 +125,21 @@ def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(model.num_layers):
         prefix = f"model.layers.{layer}."
         outputs = {"q": q, "k": kv, "v": kv, "gate": ffn, "up": ffn}
-        shapes |= {f"{prefix}{LINEAR[target]}.weight": (rows, hidden) for target, rows in outputs.items()}
-        shapes |= {f"{prefix}{LINEAR['o']}.weight": (hidden, q), f"{prefix}{LINEAR['down']}.weight": (hidden, ffn)}
-        shapes |= {f"{prefix}{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+        shapes |= {
+            f"{prefix}{LINEAR[target]}.weight": (rows, hidden) for target, rows in outputs.items()
+        }
+        shapes |= {
+            f"{prefix}{LINEAR['o']}.weight": (hidden, q),
+            f"{prefix}{LINEAR['down']}.weight": (hidden, ffn),
+        }
+        shapes |= {
+            f"{prefix}{name}.weight": (hidden,)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        }
         if model.qkv_bias:
-            shapes |= {f"{prefix}{LINEAR[target]}.bias": (outputs[target],) for target in ("q", "k", "v")}
+            shapes |= {
+                f"{prefix}{LINEAR[target]}.bias": (outputs[target],) for target in ("q", "k", "v")
+            }
         if model.qk_norm:
             shapes |= {f"{prefix}self_attn.{name}_norm.weight": (head,) for name in ("q", "k")}
     shapes[FINAL_NORM] = (hidden,)

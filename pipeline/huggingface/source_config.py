@@ -81,15 +81,25 @@ def model_of(config: dict[str, Any], source: Path) -> ModelConfig:
     """The model that config.json describes. Raises UserError for every architecture and option that is not supported."""
     (architecture,) = config.get("architectures") or ["none named"]
     if architecture not in _ARCHITECTURES:
-        raise UserError(f"{source}/config.json: the architecture {architecture} is not supported; there are {', '.join(_ARCHITECTURES)}")
+        raise UserError(
+            f"{source}/config.json: the architecture {architecture} is not supported; there are {', '.join(_ARCHITECTURES)}"
+        )
     problems = [
-        f"{key}={config[key]!r}, where {value!r} alone is supported" for key, value in _FIXED.items() if config.get(key, value) != value
+        f"{key}={config[key]!r}, where {value!r} alone is supported"
+        for key, value in _FIXED.items()
+        if config.get(key, value) != value
     ]
-    problems += [f"the unknown key {key}={config[key]!r}" for key in sorted(config.keys() - _HARMLESS - _READ - _FIXED.keys())]
+    problems += [
+        f"the unknown key {key}={config[key]!r}"
+        for key in sorted(config.keys() - _HARMLESS - _READ - _FIXED.keys())
+    ]
     rope = config.get("rope_parameters") or {}
     scaling = _rope_scaling(config.get("rope_scaling") or rope, problems)
     if problems:
-        raise UserError(f"{source}/config.json asks for what is not supported:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        raise UserError(
+            f"{source}/config.json asks for what is not supported:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+        )
     try:
         heads = config["num_attention_heads"]
         return ModelConfig(
@@ -122,9 +132,15 @@ def config_of(
     the latter.
     """
     fixed = {"qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm}
-    found = [name for name, fixes in _ARCHITECTURES.items() if {"qkv_bias": False, "qk_norm": False} | fixes == fixed]
+    found = [
+        name
+        for name, fixes in _ARCHITECTURES.items()
+        if {"qkv_bias": False, "qk_norm": False} | fixes == fixed
+    ]
     if not found:
-        raise UserError("transformers has no architecture with both model.qkv_bias and model.qk_norm")
+        raise UserError(
+            "transformers has no architecture with both model.qkv_bias and model.qk_norm"
+        )
     config = {
         "architectures": found[:1],
         "model_type": found[0].removesuffix("ForCausalLM").lower(),
@@ -169,7 +185,10 @@ def _rope_scaling(scaling: dict[str, Any], problems: list[str]) -> RopeScaling |
     try:
         values = {"kind": kind, "factor": float(scaling["factor"])}
         if kind == "llama3":
-            values["low_freq_factor"], values["high_freq_factor"] = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+            values["low_freq_factor"], values["high_freq_factor"] = (
+                float(scaling["low_freq_factor"]),
+                float(scaling["high_freq_factor"]),
+            )
             values["original_max_sequence_length"] = scaling["original_max_position_embeddings"]
         return RopeScaling(**values)
     except KeyError as error:

@@ -15,7 +15,9 @@ from retemper.pipeline.huggingface.names import EMBEDDING, HEAD, Region, tensor_
 from retemper.pipeline.huggingface.source_config import model_of, read_config
 
 # Buffers that old versions of transformers saved, and that every model makes anew.
-_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+_BUFFERS = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq"
+)
 _ROWS = 1 << 14  # of two matrices that are compared at a time
 
 
@@ -44,8 +46,12 @@ class Weights:
     @property
     def sha256(self) -> str:
         """Of the weights' files and of the model that config.json says they are."""
-        files = {file: commit.sha256(self.folder / file) for file in sorted(set(self._file_of.values()))}
-        return hashlib.sha256(json.dumps([self.model.model_dump(), files], sort_keys=True).encode()).hexdigest()
+        files = {
+            file: commit.sha256(self.folder / file) for file in sorted(set(self._file_of.values()))
+        }
+        return hashlib.sha256(
+            json.dumps([self.model.model_dump(), files], sort_keys=True).encode()
+        ).hexdigest()
 
     def dtype(self, name: str) -> torch.dtype:
         return self.read(name, tuple(slice(0, 0) for _ in self._shape(name))).dtype
@@ -57,7 +63,9 @@ class Weights:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         held = self._file(self._file_of[name])
-        return tuple(held[name].shape if isinstance(held, dict) else held.get_slice(name).get_shape())
+        return tuple(
+            held[name].shape if isinstance(held, dict) else held.get_slice(name).get_shape()
+        )
 
     def _file(self, file: str):
         if file not in self._open:
@@ -67,18 +75,29 @@ class Weights:
     def _check_shapes(self) -> None:
         expected = tensor_shapes(self.model)
         problems = [f"{name} is missing" for name in expected.keys() - self._file_of.keys()]
-        spare = {HEAD} if self.model.tie_embeddings else set()  # written beside the embedding that it is
-        extra = [name for name in self._file_of.keys() - expected.keys() - spare if not _BUFFERS.fullmatch(name)]
+        spare = (
+            {HEAD} if self.model.tie_embeddings else set()
+        )  # written beside the embedding that it is
+        extra = [
+            name
+            for name in self._file_of.keys() - expected.keys() - spare
+            if not _BUFFERS.fullmatch(name)
+        ]
         problems += [f"{name} belongs to no part of this architecture" for name in extra]
         for name, shape in expected.items():
-            if name in self._file_of and (found := self._try_shape(name, problems)) not in (None, shape):
+            if name in self._file_of and (found := self._try_shape(name, problems)) not in (
+                None,
+                shape,
+            ):
                 problems.append(f"{name} has the shape {found}, config.json asks for {shape}")
         if not problems and spare & self._file_of.keys():
             problems += self._untied()
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in sorted(problems)[:20])
             more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise UserError(f"{self.folder} does not hold the model of its config.json:\n{listed}{more}")
+            raise UserError(
+                f"{self.folder} does not hold the model of its config.json:\n{listed}{more}"
+            )
 
     def _untied(self) -> list[str]:
         """What is wrong where the head that config.json ties to the embedding is another matrix."""
@@ -126,19 +145,29 @@ def _files(folder: Path) -> dict[str, str]:
         if (folder / stem).is_file():
             held = _open(folder / stem)
             return dict.fromkeys(held if isinstance(held, dict) else held.keys(), stem)
-    raise UserError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor an index of them")
+    raise UserError(
+        f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor an index of them"
+    )
 
 
 def _of_index(index: Path) -> dict[str, str]:
     try:
         file_of = json.loads(index.read_text())["weight_map"]
-        strange = [file for file in file_of.values() if not isinstance(file, str) or Path(file).name != file]
+        strange = [
+            file
+            for file in file_of.values()
+            if not isinstance(file, str) or Path(file).name != file
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged ({error!r}); download it again") from None
     if strange:
         raise UserError(f"{index} names the file {strange[0]!r}: do not trust this folder")
-    if missing := sorted({file for file in file_of.values() if not (index.parent / file).is_file()}):
-        raise UserError(f"{index.parent} lacks {', '.join(missing)}, which its index names; download it again")
+    if missing := sorted(
+        {file for file in file_of.values() if not (index.parent / file).is_file()}
+    ):
+        raise UserError(
+            f"{index.parent} lacks {', '.join(missing)}, which its index names; download it again"
+        )
     return file_of
 
 
@@ -151,10 +180,14 @@ def _open(path: Path):
             raise UserError(f"{path} is damaged or cut off ({error}); download it again") from None
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises by what is wrong: UnpicklingError, RuntimeError, EOFError, …
+    except (
+        Exception
+    ) as error:  # torch raises by what is wrong: UnpicklingError, RuntimeError, EOFError, …
         raise UserError(
             f"{path} holds more than tensors, or is damaged ({str(error).splitlines()[0]}); take the safetensors of this model"
         ) from None
-    if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
+    if not isinstance(held, dict) or not all(
+        isinstance(value, torch.Tensor) for value in held.values()
+    ):
         raise UserError(f"{path} holds no dictionary of tensors")
     return held

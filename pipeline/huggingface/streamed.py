@@ -49,11 +49,18 @@ class StreamedModel:
 
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Parameters in fp32 on the CPU."""
-        loaded = {name: torch.zeros(self.model.get_parameter(name).shape) for name in names}  # what stands in no file is padding
+        loaded = {
+            name: torch.zeros(self.model.get_parameter(name).shape) for name in names
+        }  # what stands in no file is padding
         base = self.base.folder if self.base else self.folder
         for folder, of_adapters in ((base, False), (self.folder, True)):
-            wanted = {name: tensor for name, tensor in loaded.items() if is_adapter(name) == of_adapters}
-            _read(folder, [pair for name, tensor in wanted.items() for pair in self._shards(name, tensor)])
+            wanted = {
+                name: tensor for name, tensor in loaded.items() if is_adapter(name) == of_adapters
+            }
+            _read(
+                folder,
+                [pair for name, tensor in wanted.items() for pair in self._shards(name, tensor)],
+            )
         return loaded
 
     def _shards(self, name: str, into: torch.Tensor) -> list[tuple[ShardedTensor, torch.Tensor]]:
@@ -69,7 +76,9 @@ class StreamedModel:
         with _loaded_on_demand(self):
             tokens_BT = tokens_BT.to(self.device)
             positions = torch.arange(tokens_BT.shape[1], device=self.device).expand_as(tokens_BT)
-            return self.model(tokens_BT, positions, attention_mask=None)[..., : self.setup.model.vocab_size].cpu()
+            return self.model(tokens_BT, positions, attention_mask=None)[
+                ..., : self.setup.model.vocab_size
+            ].cpu()
 
 
 def _read(folder: Path, shards: list[tuple[ShardedTensor, torch.Tensor]]) -> None:
@@ -77,10 +86,15 @@ def _read(folder: Path, shards: list[tuple[ShardedTensor, torch.Tensor]]) -> Non
     reader, tensors, items = FileSystemReader(folder), {}, []
     metadata = reader.read_metadata()
     for shard, into in shards:
-        offset, size = torch.Size(shard.global_offset), torch.Size([*(1,) * shard.prepend_axis_num, *shard.local_shape])
+        offset, size = (
+            torch.Size(shard.global_offset),
+            torch.Size([*(1,) * shard.prepend_axis_num, *shard.local_shape]),
+        )
         tensors[shard.key, offset] = into.view(size)
         stored = metadata.state_dict_metadata[shard.key]
-        items += create_read_items_for_chunk_list(shard.key, stored, [ChunkStorageMetadata(offset, size)])
+        items += create_read_items_for_chunk_list(
+            shard.key, stored, [ChunkStorageMetadata(offset, size)]
+        )
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     reader.read_data(LoadPlan(items), _Into(tensors)).wait()
 
@@ -114,7 +128,9 @@ def _loaded_on_demand(streamed: StreamedModel) -> Iterator[None]:
         part.to("meta")
 
     for name, part in model.named_modules():
-        if not re.fullmatch(r"embedding|decoder\.layers\.\d+|decoder\.final_layernorm|output_layer", name):
+        if not re.fullmatch(
+            r"embedding|decoder\.layers\.\d+|decoder\.final_layernorm|output_layer", name
+        ):
             continue
         names = {f"{name}.{inner}": inner for inner, _ in part.named_parameters()}
         if not names:

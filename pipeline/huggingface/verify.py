@@ -17,10 +17,14 @@ PROOF = "verified.json"
 _TEXT = Path(heapq.__file__)  # English and Python, there wherever Python is
 _POSITIONS = 512
 _TOLERANCE = 1e-4  # of the largest logit, fp32 on both sides
-_ROUNDED_TOLERANCE = 0.05  # RMS over RMS, where weights were rounded to fewer bits than the run computed with
+_ROUNDED_TOLERANCE = (
+    0.05  # RMS over RMS, where weights were rounded to fewer bits than the run computed with
+)
 
 
-def verify(streamed: StreamedModel, folder: Path, adapter: Path | None, proof: Path, *, rounded: bool) -> None:
+def verify(
+    streamed: StreamedModel, folder: Path, adapter: Path | None, proof: Path, *, rounded: bool
+) -> None:
     """Compare, and write the figures into `proof`. One rank calls it.
 
     rounded: the folder holds fewer bits of the weights than the checkpoint. Raises UserError where the logits differ.
@@ -52,7 +56,11 @@ def _compare(ours: torch.Tensor, theirs: torch.Tensor, rounded: bool) -> dict[st
 
     difference, largest = (ours - theirs).abs(), theirs.abs().max().item()
     relative_rms = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
-    equal = relative_rms <= _ROUNDED_TOLERANCE if rounded else difference.max().item() <= _TOLERANCE * max(1.0, largest)
+    equal = (
+        relative_rms <= _ROUNDED_TOLERANCE
+        if rounded
+        else difference.max().item() <= _TOLERANCE * max(1.0, largest)
+    )
     return {
         "equal": equal,
         "text": _TEXT.name,
@@ -70,7 +78,11 @@ def _compare(ours: torch.Tensor, theirs: torch.Tensor, rounded: bool) -> dict[st
 def _tokens(folder: Path, max_sequence_length: int) -> torch.Tensor:
     import tokenizers
 
-    ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(_TEXT.read_text(), add_special_tokens=False).ids
+    ids = (
+        tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        .encode(_TEXT.read_text(), add_special_tokens=False)
+        .ids
+    )
     return torch.tensor(ids[: min(_POSITIONS, max_sequence_length)])[None]
 
 
@@ -81,8 +93,15 @@ def _reference(folder: Path, adapter: Path | None):
 
     transformers.utils.logging.set_verbosity_error()
     room = {"cpu": psutil.virtual_memory().available // 2}
-    settings = {"dtype": torch.float32, "device_map": "auto", "max_memory": room, "offload_folder": tempfile.mkdtemp()}
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings).eval()
+    settings = {
+        "dtype": torch.float32,
+        "device_map": "auto",
+        "max_memory": room,
+        "offload_folder": tempfile.mkdtemp(),
+    }
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, **settings
+    ).eval()
     if not adapter:
         return model
     import peft
@@ -103,10 +122,14 @@ def _adapted_from_disk(folder: Path, adapter: Path):
 
     weights = Weights(folder, trusted=True)
     with accelerate.init_empty_weights():
-        base = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        base = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32
+        )
     for path, module in list(base.named_modules()):
         names = {
-            name: EMBEDDING if weights.model.tie_embeddings and path == "lm_head" else f"{path}.{name}"
+            name: EMBEDDING
+            if weights.model.tie_embeddings and path == "lm_head"
+            else f"{path}.{name}"
             for name, _ in module.named_parameters(recurse=False)
         }
         if names:
@@ -119,10 +142,18 @@ def _read_when_needed(module: torch.nn.Module, names: dict[str, str], weights: W
 
     names: parameter -> what the weights know it as.
     """
-    blank = {name: torch.zeros(()).expand(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
+    blank = {
+        name: torch.zeros(()).expand(parameter.shape)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
 
     def hold(tensors: dict[str, torch.Tensor]) -> None:
-        module._parameters.update({name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()})
+        module._parameters.update(
+            {
+                name: torch.nn.Parameter(tensor, requires_grad=False)
+                for name, tensor in tensors.items()
+            }
+        )
 
     def read(*_) -> None:
         hold({name: weights.read(stored, (slice(None),)).float() for name, stored in names.items()})

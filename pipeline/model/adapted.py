@@ -33,11 +33,15 @@ class TorchProducts:
         """Add the frozen weight's output for x. Returns what add_input_gradient is given as its context; None here."""
         output_TO.addmm_(x_TI, self.weight.t())
 
-    def add_input_gradient(self, gradient_TI: torch.Tensor, gradient_TO: torch.Tensor, _context) -> None:
+    def add_input_gradient(
+        self, gradient_TI: torch.Tensor, gradient_TO: torch.Tensor, _context
+    ) -> None:
         """Add the gradient that reaches the input through the frozen weight."""
         gradient_TI.addmm_(gradient_TO, self.weight)
 
-    def add_weight_gradient(self, main_grad: torch.Tensor, left_TX: torch.Tensor, right_TY: torch.Tensor) -> None:
+    def add_weight_gradient(
+        self, main_grad: torch.Tensor, left_TX: torch.Tensor, right_TY: torch.Tensor
+    ) -> None:
         """Add left^T right, a factor's gradient, to the float32 buffer (X, Y) where gradients are summed."""
         if main_grad.dtype == left_TX.dtype:
             main_grad.addmm_(left_TX.t(), right_TY)
@@ -232,7 +236,11 @@ class _AdaptedColumn(torch.autograd.Function):
         hidden_gradient_TR = factors.hidden_gradient(gradient_TO, layer.scale)
         factors.add_B_gradient(gradient_TO, hidden_TR)
         # Each rank's part of the output features gives a part of both sums.
-        reduce = reduce_scatter_to_sequence_parallel_region if ctx.split else reduce_from_tensor_model_parallel_region
+        reduce = (
+            reduce_scatter_to_sequence_parallel_region
+            if ctx.split
+            else reduce_from_tensor_model_parallel_region
+        )
         gradient_TI = _input_gradient(ctx, hidden_gradient_TR, gradient_TO)
         if gradient_TI is not None:
             gradient_TI = reduce(gradient_TI, group=group).unflatten(0, (-1, ctx.batch))
@@ -250,7 +258,11 @@ class _AdaptedRow(torch.autograd.Function):
         # B is the same on every rank: the sum over ranks of what it makes of parts is what it makes of their sum.
         output_TO = factors.output(hidden_TR)
         ctx.base = layer.add_output(output_TO, x_TI)
-        reduce = reduce_scatter_to_sequence_parallel_region if ctx.split else reduce_from_tensor_model_parallel_region
+        reduce = (
+            reduce_scatter_to_sequence_parallel_region
+            if ctx.split
+            else reduce_from_tensor_model_parallel_region
+        )
         output_TO = reduce(output_TO, group=group)
         ctx.save_for_backward(x_TI, reduce(hidden_TR, group=group))
         ctx.layer, ctx.batch = layer, x_SBI.shape[1]
@@ -263,14 +275,22 @@ class _AdaptedRow(torch.autograd.Function):
         gradient_TO = gradient_SBO.flatten(0, 1).contiguous()
         factors.add_B_gradient(gradient_TO, hidden_TR)
         if ctx.split:
-            gradient_TO = gather_from_sequence_parallel_region(gradient_TO, group=layer.adapter_group)
+            gradient_TO = gather_from_sequence_parallel_region(
+                gradient_TO, group=layer.adapter_group
+            )
         hidden_gradient_TR = factors.hidden_gradient(gradient_TO, layer.scale)
         factors.add_A_gradient(hidden_gradient_TR, x_TI)
         gradient_TI = _input_gradient(ctx, hidden_gradient_TR, gradient_TO)
-        return None if gradient_TI is None else gradient_TI.unflatten(0, (-1, ctx.batch)), None, None
+        return (
+            None if gradient_TI is None else gradient_TI.unflatten(0, (-1, ctx.batch)),
+            None,
+            None,
+        )
 
 
-def _input_gradient(ctx, hidden_gradient_TR: torch.Tensor, gradient_TO: torch.Tensor) -> torch.Tensor | None:
+def _input_gradient(
+    ctx, hidden_gradient_TR: torch.Tensor, gradient_TO: torch.Tensor
+) -> torch.Tensor | None:
     """The gradient of a layer's input, (T, I), through adapters and frozen weight; None where nothing before it trains."""
     if not ctx.needs_input_grad[0]:
         return None

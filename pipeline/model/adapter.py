@@ -36,16 +36,32 @@ class Adapter(torch.nn.Module):
         def parameter(*shape: int) -> torch.nn.Parameter:
             return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
 
-        self.lora_A, self.lora_B = parameter(lora.rank, in_features), parameter(out_features, lora.rank)
+        self.lora_A, self.lora_B = (
+            parameter(lora.rank, in_features),
+            parameter(out_features, lora.rank),
+        )
         if lora.pissa:
-            self.lora_A_initial, self.lora_B_initial = parameter(lora.rank, in_features), parameter(out_features, lora.rank)
+            self.lora_A_initial, self.lora_B_initial = (
+                parameter(lora.rank, in_features),
+                parameter(out_features, lora.rank),
+            )
         if lora.dora:
             self.lora_magnitude = parameter(out_features)
 
-    def sharded_axes(self, *, of_A: int | None = None, of_B: int | None = None, of_magnitude: int | None = None) -> dict[str, int]:
+    def sharded_axes(
+        self, *, of_A: int | None = None, of_B: int | None = None, of_magnitude: int | None = None
+    ) -> dict[str, int]:
         """parameter -> the axis that tensor parallelism cuts, of those that it cuts."""
-        axes = {"lora_A": of_A, "lora_A_initial": of_A, "lora_B": of_B, "lora_B_initial": of_B, "lora_magnitude": of_magnitude}
-        return {name: axis for name, axis in axes.items() if axis is not None and hasattr(self, name)}
+        axes = {
+            "lora_A": of_A,
+            "lora_A_initial": of_A,
+            "lora_B": of_B,
+            "lora_B_initial": of_B,
+            "lora_magnitude": of_magnitude,
+        }
+        return {
+            name: axis for name, axis in axes.items() if axis is not None and hasattr(self, name)
+        }
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of the whole update, in PiSSA's case of twice the rank. By a call, before which megatron-core waits for weights
@@ -54,7 +70,9 @@ class Adapter(torch.nn.Module):
 
     def begin(self, A_RI: torch.Tensor, B_OR: torch.Tensor) -> None:
         for parameter, value in zip(
-            (self.lora_A, self.lora_A_initial, self.lora_B, self.lora_B_initial), (A_RI, A_RI, B_OR, B_OR), strict=True
+            (self.lora_A, self.lora_A_initial, self.lora_B, self.lora_B_initial),
+            (A_RI, A_RI, B_OR, B_OR),
+            strict=True,
         ):
             parameter.copy_(value)
 
@@ -64,13 +82,19 @@ def joined_factors(parameters: dict[str, torch.Tensor]) -> tuple[torch.Tensor, t
     A_RI, B_OR = parameters["lora_A"], parameters["lora_B"]
     if "lora_A_initial" not in parameters:
         return A_RI, B_OR
-    return torch.cat([A_RI, parameters["lora_A_initial"]]), torch.cat([B_OR, -parameters["lora_B_initial"]], dim=1)
+    return torch.cat([A_RI, parameters["lora_A_initial"]]), torch.cat(
+        [B_OR, -parameters["lora_B_initial"]], dim=1
+    )
 
 
-def principal_factors(weight_OI: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def principal_factors(
+    weight_OI: torch.Tensor, rank: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """PiSSA (arXiv 2404.02948): A and B with scale · B·A the best approximation of the weight at that rank."""
     U, S, Vh = torch.linalg.svd(weight_OI.float(), full_matrices=False)
-    signs = torch.where(Vh[:rank].gather(1, Vh[:rank].abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)  # an SVD's signs are arbitrary
+    signs = torch.where(
+        Vh[:rank].gather(1, Vh[:rank].abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0
+    )  # an SVD's signs are arbitrary
     root = (S[:rank] / scale).sqrt()
     return root[:, None] * Vh[:rank] * signs, U[:, :rank] * root * signs.T
 
@@ -82,8 +106,16 @@ def row_norms(weight_OI, A_RI, B_OR, scale: float, total=lambda part: part) -> t
     total: sums over the ranks that hold parts of the input features.
     """
     weight_OI, A_RI, B_OR = weight_OI.float(), A_RI.float(), B_OR.float()
-    squares, crossed, gram = total(weight_OI.square().sum(1)), total(weight_OI @ A_RI.T), total(A_RI @ A_RI.T)
-    return (squares + 2 * scale * (crossed * B_OR).sum(1) + scale**2 * ((B_OR @ gram) * B_OR).sum(1)).clamp_min(0).sqrt()
+    squares, crossed, gram = (
+        total(weight_OI.square().sum(1)),
+        total(weight_OI @ A_RI.T),
+        total(A_RI @ A_RI.T),
+    )
+    return (
+        (squares + 2 * scale * (crossed * B_OR).sum(1) + scale**2 * ((B_OR @ gram) * B_OR).sum(1))
+        .clamp_min(0)
+        .sqrt()
+    )
 
 
 class Dropout(torch.nn.Module):

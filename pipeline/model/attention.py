@@ -17,17 +17,41 @@ class SdpaAttention(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, softmax_scale: float | None = None, **_placement
+        self,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        softmax_scale: float | None = None,
+        **_placement,
     ):
         super().__init__()
-        self.dropout, self.softmax_scale, self.context_group = config.attention_dropout, softmax_scale, pg_collection.cp
+        self.dropout, self.softmax_scale, self.context_group = (
+            config.attention_dropout,
+            softmax_scale,
+            pg_collection.cp,
+        )
 
-    def forward(self, query_SBHD, key_SBGD, value_SBGD, attention_mask=None, *, packed_seq_params=None, **_masks):
+    def forward(
+        self,
+        query_SBHD,
+        key_SBGD,
+        value_SBGD,
+        attention_mask=None,
+        *,
+        packed_seq_params=None,
+        **_masks,
+    ):
         """Returns (S, B, H·D); of packed documents, which come without B, (S, H·D)."""
         assert attention_mask is None
         if packed_seq_params is not None:
             lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-            documents = zip(*(tensor.unsqueeze(1).split(lengths) for tensor in (query_SBHD, key_SBGD, value_SBGD)), strict=True)
+            documents = zip(
+                *(
+                    tensor.unsqueeze(1).split(lengths)
+                    for tensor in (query_SBHD, key_SBGD, value_SBGD)
+                ),
+                strict=True,
+            )
             return torch.cat([self._attend(*document).squeeze(1) for document in documents])
         if self.context_group.size() > 1:
             return self._attend_in_context(query_SBHD, key_SBGD, value_SBGD)
@@ -37,9 +61,13 @@ class SdpaAttention(torch.nn.Module):
         """Keys and values of the whole sequence are gathered; this rank's two parts of the queries (Batch.of_context_rank) look back
         from where they stand."""
         rank, size = self.context_group.rank(), self.context_group.size()
-        in_order = [2 * part if part < size else 2 * (2 * size - 1 - part) + 1 for part in range(2 * size)]
+        in_order = [
+            2 * part if part < size else 2 * (2 * size - 1 - part) + 1 for part in range(2 * size)
+        ]
         keys, values = (
-            gather_from_sequence_parallel_region(tensor, group=self.context_group).unflatten(0, (2 * size, -1))[in_order].flatten(0, 1)
+            gather_from_sequence_parallel_region(tensor, group=self.context_group)
+            .unflatten(0, (2 * size, -1))[in_order]
+            .flatten(0, 1)
             for tensor in (key_SBGD, value_SBGD)
         )
         parts = zip((rank, 2 * size - 1 - rank), query_SBHD.chunk(2), strict=True)
@@ -52,7 +80,9 @@ class SdpaAttention(torch.nn.Module):
         square = queries == keys
         output_BHSD = torch.nn.functional.scaled_dot_product_attention(
             *(tensor.permute(1, 2, 0, 3) for tensor in (query_SBHD, key_SBGD, value_SBGD)),
-            attn_mask=None if square else query_SBHD.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries),
+            attn_mask=None
+            if square
+            else query_SBHD.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries),
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=square,
             scale=self.softmax_scale,

@@ -4,10 +4,17 @@ import math
 from functools import partial
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules, get_gpt_layer_with_transformer_engine_submodules
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_submodules,
+)
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -46,7 +53,12 @@ def build_model(config: ModelSetup, topology: Topology) -> torch.nn.ModuleList:
         start_tensor_parallel_overlap(config)
     if config.fp8_recipe == "delayed":
         forget_scales()
-    stages = torch.nn.ModuleList([_trainable(stage, config, topology) for stage in build_layers(config, topology, local=local)])
+    stages = torch.nn.ModuleList(
+        [
+            _trainable(stage, config, topology)
+            for stage in build_layers(config, topology, local=local)
+        ]
+    )
     if config.parallel.overlap:
         # Gradients are reduced once a step, during the last micro-batch's backward pass.
         without_reducing = [stage.no_sync for stage in stages]
@@ -63,7 +75,10 @@ def _trainable(model: GPTModel, config: ModelSetup, topology: Topology) -> Distr
             hold_in_fp8_alone(model, keep_transposed=config.fp8.keep_transposed)
         if model.pre_process and config.parallel.recompute != "none":
             lora.open_to_gradients(model.embedding)
-    lora.check_what_trains({name: parameter.requires_grad for name, parameter in model.named_parameters()}, config.method.lora)
+    lora.check_what_trains(
+        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        config.method.lora,
+    )
     model.to(topology.device)
     if model.config.bf16:
         model = Float16Module(model.config, model)
@@ -83,7 +98,9 @@ def build_layers(config: ModelSetup, topology: Topology, *, local: bool = True) 
     local: of megatron-core's own layers, else of Transformer Engine's. Checkpoints know no difference.
     """
     stages = config.parallel.virtual_pipeline_parallel_size
-    return [_stage(config, topology, number if stages > 1 else None, local) for number in range(stages)]
+    return [
+        _stage(config, topology, number if stages > 1 else None, local) for number in range(stages)
+    ]
 
 
 def _stage(config: ModelSetup, topology: Topology, number: int | None, local: bool) -> GPTModel:
@@ -102,17 +119,23 @@ def _stage(config: ModelSetup, topology: Topology, number: int | None, local: bo
         position_embedding_type="rope",
         rotary_base=config.model.rotary_base,
     )
-    model.rotary_pos_emb.inv_freq = _scaled(model.rotary_pos_emb.inv_freq, config.model.rope_scaling)
+    model.rotary_pos_emb.inv_freq = _scaled(
+        model.rotary_pos_emb.inv_freq, config.model.rope_scaling
+    )
     if not local:
         for layer in model.modules():
-            if hasattr(layer, "fuse_wgrad_accumulation"):  # Transformer Engine's own, whatever sums the output layer's
+            if hasattr(
+                layer, "fuse_wgrad_accumulation"
+            ):  # Transformer Engine's own, whatever sums the output layer's
                 layer.fuse_wgrad_accumulation = True
     if model.post_process:
         _silence_padding(model.output_layer, config.model.vocab_size, topology.tensor_parallel_rank)
     return model
 
 
-def _silence_padding(output_layer: torch.nn.Module, vocab_size: int, tensor_parallel_rank: int) -> None:
+def _silence_padding(
+    output_layer: torch.nn.Module, vocab_size: int, tensor_parallel_rank: int
+) -> None:
     """Take the vocabulary's padding out of the softmax: with megatron-core alone each row of it adds e^0 to every denominator."""
     rows = output_layer.output_size_per_partition
     held = min(rows, max(0, vocab_size - tensor_parallel_rank * rows))
@@ -134,8 +157,14 @@ def _scaled(inv_freq: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor
     if scaling.kind == "linear":
         return stretched
     wavelength = 2 * math.pi / inv_freq
-    context, low, high = scaling.original_max_sequence_length, scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((context / wavelength - low) / (high - low)).clamp(0, 1)  # 1 for the fast ones, 0 for the slow ones
+    context, low, high = (
+        scaling.original_max_sequence_length,
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+    )
+    kept = ((context / wavelength - low) / (high - low)).clamp(
+        0, 1
+    )  # 1 for the fast ones, 0 for the slow ones
     return (1 - kept) * stretched + kept * inv_freq
 
 
@@ -169,7 +198,8 @@ def transformer_config(config: ModelSetup, *, local: bool = True) -> Transformer
         attention_dropout=0.0,
         perform_initialization=False,  # init_weights does it, the same at every topology
         # Else megatron-core allocates on the GPU, whatever torch.device's context says.
-        use_cpu_initialization=not torch.cuda.is_available() or torch.get_default_device().type == "meta",
+        use_cpu_initialization=not torch.cuda.is_available()
+        or torch.get_default_device().type == "meta",
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
@@ -231,7 +261,9 @@ def _fp8(config: ModelSetup) -> dict[str, object]:
 def parameter_counts(model: torch.nn.ModuleList, tensor_parallel_size: int) -> tuple[int, int]:
     """(trainable, frozen) elements of the whole model, the vocabulary's padding among them. Every rank calls it."""
     counts = {True: 0, False: 0}
-    for name, parameter in (pair for stage in unwrap_model(list(model)) for pair in stage.named_parameters()):
+    for name, parameter in (
+        pair for stage in unwrap_model(list(model)) for pair in stage.named_parameters()
+    ):
         if name == "output_layer.weight" and getattr(parameter, "shared_embedding", False):
             continue  # the last stage's copy of the first's embedding
         parts = tensor_parallel_size if getattr(parameter, "tensor_model_parallel", False) else 1
@@ -244,13 +276,19 @@ def _block_spec(config: ModelSetup, local: bool) -> TransformerBlockSubmodules:
     if config.method.lora:
         _use_adapters(layer, config, local)
     parallel = config.parallel
-    layers = config.model.num_layers // (parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size)
+    layers = config.model.num_layers // (
+        parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size
+    )
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm if local else TENorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * layers, layer_norm=RMSNorm if local else TENorm
+    )
 
 
 def _te_layer(config: ModelSetup) -> TransformerLayerSubmodules:
-    return get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=config.model.qk_norm, use_te_activation_func=True)
+    return get_gpt_layer_with_transformer_engine_submodules(
+        qk_layernorm=config.model.qk_norm, use_te_activation_func=True
+    )
 
 
 def _local_layer(config: ModelSetup) -> TransformerLayerSubmodules:
@@ -258,7 +296,9 @@ def _local_layer(config: ModelSetup) -> TransformerLayerSubmodules:
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     layer.self_attention.submodules.core_attention = SdpaAttention
     if config.model.qk_norm:
-        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
+        layer.self_attention.submodules.q_layernorm = (
+            layer.self_attention.submodules.k_layernorm
+        ) = RMSNorm
     return layer
 
 
@@ -280,6 +320,8 @@ def _use_adapters(layer: TransformerLayerSubmodules, config: ModelSetup, local: 
         (mlp, "linear_fc2", row, ("down",)),
     ):
         if targeted := [target for target in targets if target in settings.targets]:
-            setattr(submodules, name, partial(adapted, lora=settings, targets=targeted, fused=fused))
+            setattr(
+                submodules, name, partial(adapted, lora=settings, targets=targeted, fused=fused)
+            )
             if fused and not local and name in lora_te.NORMS:
                 lora_te.set_norm_apart(layer, name)

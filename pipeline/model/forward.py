@@ -12,7 +12,9 @@ from retemper.pipeline.model import frozen_head
 from retemper.pipeline.model.adapted import join_factors
 
 
-def run_schedule(model: torch.nn.ModuleList, batches: list[Batch], *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
+def run_schedule(
+    model: torch.nn.ModuleList, batches: list[Batch], *, forward_only: bool
+) -> list[dict[str, torch.Tensor]]:
     """Forward, and unless forward_only backward, over micro-batches of one size.
 
     Returns for each micro-batch, on the last pipeline stage alone: loss (sum of nats), tokens (labels that count) and
@@ -23,7 +25,9 @@ def run_schedule(model: torch.nn.ModuleList, batches: list[Batch], *, forward_on
     return through_stages(model, batches, forward_step, forward_only=forward_only)
 
 
-def through_stages(model: torch.nn.ModuleList, batches: list[Batch], forward_step: Callable, *, forward_only: bool) -> list:
+def through_stages(
+    model: torch.nn.ModuleList, batches: list[Batch], forward_step: Callable, *, forward_only: bool
+) -> list:
     """megatron-core's schedule over micro-batches of one size; what the loss function of forward_step reports of each, on the last
     pipeline stage alone."""
     stages = list(model)
@@ -61,11 +65,21 @@ def _loss(losses_BT: torch.Tensor, batch: Batch):
     loss = (losses_BT.float() * batch.loss_mask_BT).sum()
     tokens = batch.loss_mask_BT.sum().int()
     # The schedule divides what it is given in place: what is reported is a copy.
-    return loss, tokens, {"loss": loss.detach().clone(), "tokens": tokens.clone(), "losses_BT": losses_BT.detach()}
+    return (
+        loss,
+        tokens,
+        {"loss": loss.detach().clone(), "tokens": tokens.clone(), "losses_BT": losses_BT.detach()},
+    )
 
 
 def _packed_seq_params(batch: Batch) -> PackedSeqParams | None:
     if batch.document_edges is None:
         return None
     edges, longest = batch.document_edges, batch.longest_document
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=longest, max_seqlen_kv=longest)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=edges,
+        cu_seqlens_kv=edges,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

@@ -13,9 +13,15 @@ def plain_weights(model: torch.nn.Module, *, trained: bool) -> Iterator[None]:
 
     trained: the optimizer, which is built next, is to begin at the values as they were set.
     """
-    quantised = [(layer, layer.weight) for layer in model.modules() if is_float8tensor(getattr(layer, "weight", None))]
+    quantised = [
+        (layer, layer.weight)
+        for layer in model.modules()
+        if is_float8tensor(getattr(layer, "weight", None))
+    ]
     for layer, weight in quantised:
-        layer._parameters["weight"] = torch.nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
+        layer._parameters["weight"] = torch.nn.Parameter(
+            torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        )
     yield
     for layer, weight in quantised:
         with torch.no_grad():
@@ -39,7 +45,9 @@ def hold_in_fp8_alone(model: torch.nn.Module, *, keep_transposed: bool) -> None:
     """
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
-        if is_float8tensor(weight) and hasattr(weight, "_transpose"):  # the kind of one scale a tensor
+        if is_float8tensor(weight) and hasattr(
+            weight, "_transpose"
+        ):  # the kind of one scale a tensor
             weight._quantizer.set_usage(columnwise=False)
             weight.update_usage(columnwise_usage=False)
             if not keep_transposed:
@@ -47,7 +55,11 @@ def hold_in_fp8_alone(model: torch.nn.Module, *, keep_transposed: bool) -> None:
 
 
 def _forget_origin(weight: torch.nn.Parameter) -> None:
-    for name in ("_high_precision_init_val", "get_high_precision_init_val", "clear_high_precision_init_val"):
+    for name in (
+        "_high_precision_init_val",
+        "get_high_precision_init_val",
+        "clear_high_precision_init_val",
+    ):
         weight.__dict__.pop(name, None)
 
 

@@ -60,7 +60,11 @@ class Passes:
 
     def _record(self, batch: Batch) -> None:
         """Record a pass over a micro-batch of this shape, and leave gradients and random states as they were at a step's start."""
-        tensors = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        tensors = {
+            name: value.clone()
+            for name, value in vars(batch).items()
+            if isinstance(value, torch.Tensor)
+        }
         self._batch = replace(batch, **tensors)
         self._loss = torch.zeros((), device=batch.tokens_BT.device)
         self._tokens = torch.zeros((), dtype=torch.int, device=batch.tokens_BT.device)
@@ -92,7 +96,9 @@ class Passes:
 def is_recorded(config: Config) -> bool:
     """Whether this run's passes are replayed from a graph."""
     if config.train.cuda_graph == "auto":
-        return torch.cuda.is_available() and not any(graph_conflicts(config)) and _was_compared(config)
+        return (
+            torch.cuda.is_available() and not any(graph_conflicts(config)) and _was_compared(config)
+        )
     return config.train.cuda_graph == "on"
 
 
@@ -102,15 +108,25 @@ def _was_compared(config: Config) -> bool:
     Full training waits little for the host, so that it wins nothing.
     """
     lora, parallel = config.method.lora, config.parallel
-    alone = parallel.tensor_parallel_size == parallel.context_parallel_size == 1 and parallel.recompute == "none"
-    return alone and lora is not None and not lora.dropout and config.precision in ("bf16", "fp8_tensorwise")
+    alone = (
+        parallel.tensor_parallel_size == parallel.context_parallel_size == 1
+        and parallel.recompute == "none"
+    )
+    return (
+        alone
+        and lora is not None
+        and not lora.dropout
+        and config.precision in ("bf16", "fp8_tensorwise")
+    )
 
 
 def record(function: Callable[[], None]) -> Callable[[], None]:
     """The kernels that a function launches on the current stream, to be launched again by a call."""
     graph = torch.cuda.CUDAGraph()
     # Other threads read data, and NCCL's watchdog asks for events: what they call is not recorded.
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+    with torch.cuda.graph(
+        graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+    ):
         function()
     return graph.replay
 

@@ -36,21 +36,29 @@ def log_likelihoods(model: torch.nn.ModuleList, batches: list[Batch]) -> list[to
 def _scoring_step(batches: Iterator[Batch], model):
     batch = next(batches)
     score = partial(_score, batch=batch, group=unwrap_model(model).pg_collection.tp)
-    output = model(batch.tokens_BT, batch.position_ids_BT, attention_mask=None, output_processor=score)
+    output = model(
+        batch.tokens_BT, batch.position_ids_BT, attention_mask=None, output_processor=score
+    )
     return output, lambda scores_B2: (scores_B2.sum(), torch.ones((), dtype=torch.int), scores_B2)
 
 
-def _score(*, hidden_states, output_layer, output_weight, batch: Batch, group, **_rest) -> torch.Tensor:
+def _score(
+    *, hidden_states, output_layer, output_weight, batch: Batch, group, **_rest
+) -> torch.Tensor:
     counts_BT = batch.loss_mask_BT > 0
     # Logits of what counts alone: of a question with its examples that is one token in a hundred.
-    logits_NV = output_layer(hidden_states.transpose(0, 1)[counts_BT].unsqueeze(0), weight=output_weight)[0][0].float()
+    logits_NV = output_layer(
+        hidden_states.transpose(0, 1)[counts_BT].unsqueeze(0), weight=output_weight
+    )[0][0].float()
     nats_N, missed_N = _of_labels(logits_NV, batch.labels_BT[counts_BT], group)
     rows_N = counts_BT.nonzero()[:, 0]
     scores_B2 = torch.zeros(len(counts_BT), 2, dtype=torch.float64, device=logits_NV.device)
     return scores_B2.index_add_(0, rows_N, torch.stack([nats_N.double(), missed_N.double()], dim=1))
 
 
-def _of_labels(logits_NV: torch.Tensor, labels_N: torch.Tensor, group) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_labels(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, group
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each label, and whether another token has a larger one; V is this rank's shard."""
     size = logits_NV.shape[1]
     local_N = labels_N - group.rank() * size
@@ -98,7 +106,9 @@ def generate(
     with _for_inference(model):
         while open_rows:
             places = [min(len(row), sampling.max_new_tokens - 1) for row in new]
-            chosen_B = _next_tokens(model, topology, fresh_BT, context, draws[np.arange(len(draws)), places], sampling)
+            chosen_B = _next_tokens(
+                model, topology, fresh_BT, context, draws[np.arange(len(draws)), places], sampling
+            )
             for row in [row for row in open_rows if lengths[row] <= read]:
                 tokens_BT[row, read] = chosen_B[row]
                 new[row].append(int(chosen_B[row]))
@@ -108,24 +118,39 @@ def generate(
     return new
 
 
-def _next_tokens(model, topology: Topology, tokens_BT: np.ndarray, context, draws_B: np.ndarray, sampling: Sampling) -> np.ndarray:
+def _next_tokens(
+    model,
+    topology: Topology,
+    tokens_BT: np.ndarray,
+    context,
+    draws_B: np.ndarray,
+    sampling: Sampling,
+) -> np.ndarray:
     """Read tokens behind those that the context holds; what comes next, (B,) on every rank."""
     group = unwrap_model(model[0]).pg_collection.pp
-    logits_BV = _through_ring(model, topology, torch.from_numpy(tokens_BT).to(topology.device), context, group)
+    logits_BV = _through_ring(
+        model, topology, torch.from_numpy(tokens_BT).to(topology.device), context, group
+    )
     context.sequence_len_offset += tokens_BT.shape[1]
     chosen_B = torch.empty(len(tokens_BT), dtype=torch.int64, device=topology.device)
     if logits_BV is not None:
         chosen_B = _choose(logits_BV, torch.from_numpy(draws_B).to(topology.device), sampling)
     if group.size() > 1:
-        torch.distributed.broadcast(chosen_B, torch.distributed.get_process_group_ranks(group)[-1], group=group)
+        torch.distributed.broadcast(
+            chosen_B, torch.distributed.get_process_group_ranks(group)[-1], group=group
+        )
     return chosen_B.cpu().numpy()
 
 
-def _through_ring(model, topology: Topology, tokens_BT: torch.Tensor, context, group) -> torch.Tensor | None:
+def _through_ring(
+    model, topology: Topology, tokens_BT: torch.Tensor, context, group
+) -> torch.Tensor | None:
     """One batch through the pipeline's stages, which virtual ones go round more than once. The next token's logits, on the last."""
     ranks = torch.distributed.get_process_group_ranks(group)
     before, after = (ranks[(group.rank() + step) % len(ranks)] for step in (-1, 1))
-    positions_BT = context.sequence_len_offset + torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    positions_BT = context.sequence_len_offset + torch.arange(
+        tokens_BT.shape[1], device=tokens_BT.device
+    ).expand_as(tokens_BT)
     for number, stage in enumerate(model):
         config = unwrap_model(stage).config
         if not unwrap_model(stage).pre_process:
@@ -133,7 +158,13 @@ def _through_ring(model, topology: Topology, tokens_BT: torch.Tensor, context, g
             hidden_SBH = torch.empty(size, dtype=config.pipeline_dtype, device=tokens_BT.device)
             torch.distributed.recv(hidden_SBH, before, group=group)
             unwrap_model(stage).set_input_tensor(hidden_SBH)
-        output = stage(tokens_BT, positions_BT, attention_mask=None, inference_context=context, output_processor=_last_logits)
+        output = stage(
+            tokens_BT,
+            positions_BT,
+            attention_mask=None,
+            inference_context=context,
+            output_processor=_last_logits,
+        )
         if topology.is_last_stage and number == len(model) - 1:
             return output
         torch.distributed.send(output, after, group=group)
@@ -160,8 +191,15 @@ def _choose(logits_BV: torch.Tensor, draws_B: torch.Tensor, sampling: Sampling) 
     return torch.searchsorted(reached_BV, draws_B[:, None] * reached_BV[:, -1:], right=True)[:, 0]
 
 
-_SHARED_SEQUENCE = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-_SHARED_SEQUENCE += ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop")  # Transformer Engine's, when it hides that behind multiplications
+_SHARED_SEQUENCE = (
+    "sequence_parallel",
+    "scatter_to_sequence_parallel",
+    "reduce_scatter_embeddings",
+)
+_SHARED_SEQUENCE += (
+    "ub_overlap_ag_fprop",
+    "ub_overlap_rs_fprop",
+)  # Transformer Engine's, when it hides that behind multiplications
 
 
 @contextlib.contextmanager
@@ -170,8 +208,15 @@ def _for_inference(model: torch.nn.ModuleList) -> Iterator[None]:
 
     megatron-core's own switch remembers models by their address, which the next model may have.
     """
-    parts = [part for stage in unwrap_model(list(model)) for part in (stage.config, *stage.modules())]
-    switched = [(part, name) for part in parts for name in _SHARED_SEQUENCE if getattr(part, name, False) is True]
+    parts = [
+        part for stage in unwrap_model(list(model)) for part in (stage.config, *stage.modules())
+    ]
+    switched = [
+        (part, name)
+        for part in parts
+        for name in _SHARED_SEQUENCE
+        if getattr(part, name, False) is True
+    ]
     training = model.training
     model.eval()
     for stage in model:

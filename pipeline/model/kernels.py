@@ -31,7 +31,9 @@ class Kernels:
             return "torch's on CPU"
         used, lacking = [], []
         if self.transformer_engine:
-            used.append(f"Transformer Engine {self.transformer_engine} (linear layers with their norms, attention, rotations, optimizer)")
+            used.append(
+                f"Transformer Engine {self.transformer_engine} (linear layers with their norms, attention, rotations, optimizer)"
+            )
         else:
             lacking.append(
                 "Transformer Engine: no FP8, and linear layers, norms, attention and optimizer are torch's (pip install 'retemper[gpu]')"
@@ -39,8 +41,15 @@ class Kernels:
         if self.apex:
             used.append("apex (sums of weight gradients)")
         else:
-            lacking.append("apex: sums of weight gradients are a kernel of their own (NVIDIA's image has it)")
-        return "; ".join([f"{', '.join(used) or 'torch alone'} on {self.gpu}", *(f"without {part}" for part in lacking)])
+            lacking.append(
+                "apex: sums of weight gradients are a kernel of their own (NVIDIA's image has it)"
+            )
+        return "; ".join(
+            [
+                f"{', '.join(used) or 'torch alone'} on {self.gpu}",
+                *(f"without {part}" for part in lacking),
+            ]
+        )
 
 
 def kernels_here() -> Kernels:
@@ -55,15 +64,23 @@ def check_precision(setup: ModelSetup) -> None:
     if setup.fp8_recipe is None and not setup.parallel.tensor_parallel_overlap:
         return
     kernels = kernels_here()
-    asked = f"precision={setup.precision}" if setup.fp8_recipe else "parallel.tensor_parallel_overlap=true"
+    asked = (
+        f"precision={setup.precision}"
+        if setup.fp8_recipe
+        else "parallel.tensor_parallel_overlap=true"
+    )
     instead = "precision=bf16 runs everywhere" if setup.fp8_recipe else "set it to false"
     if not kernels.gpu:
         raise UserError(f"{asked} needs an NVIDIA GPU, and torch finds none here; {instead}")
     if not kernels.transformer_engine:
-        raise UserError(f"{asked} needs Transformer Engine, which is not installed (pip install 'retemper[gpu]'); {instead}")
+        raise UserError(
+            f"{asked} needs Transformer Engine, which is not installed (pip install 'retemper[gpu]'); {instead}"
+        )
     if tuple(map(int, kernels.transformer_engine.split(".")[:2])) < _OLDEST_TRANSFORMER_ENGINE:
         oldest = ".".join(map(str, _OLDEST_TRANSFORMER_ENGINE))
-        raise UserError(f"{asked} needs Transformer Engine {oldest} or newer, here is {kernels.transformer_engine}; {instead}")
+        raise UserError(
+            f"{asked} needs Transformer Engine {oldest} or newer, here is {kernels.transformer_engine}; {instead}"
+        )
     if setup.fp8_recipe:
         can, why_not = _can(setup.fp8_recipe)
         if not can:
@@ -73,7 +90,9 @@ def check_precision(setup: ModelSetup) -> None:
 def check_graph(config: Config) -> None:
     """Refuse a CUDA graph where there is no GPU, before any process group starts. Raises UserError."""
     if config.train.cuda_graph == "on" and not kernels_here().gpu:
-        raise UserError("train.cuda_graph=on needs an NVIDIA GPU, and torch finds none here; auto runs everywhere")
+        raise UserError(
+            "train.cuda_graph=on needs an NVIDIA GPU, and torch finds none here; auto runs everywhere"
+        )
 
 
 def start_tensor_parallel_overlap(config: Config) -> None:
@@ -84,17 +103,26 @@ def start_tensor_parallel_overlap(config: Config) -> None:
     modes = [Mode.FP8] if config.fp8_recipe else []
     if not config.fp8_recipe or config.fp8.bf16_layers:
         modes.append(Mode.NONE)
-    tokens = config.train.micro_batch_size * config.data.seq_length // config.parallel.context_parallel_size
+    tokens = (
+        config.train.micro_batch_size
+        * config.data.seq_length
+        // config.parallel.context_parallel_size
+    )
     te.destroy_ub()  # those of a model before
     te.initialize_ub(
-        [tokens, config.model.hidden_size], config.parallel.tensor_parallel_size, quantization_modes=modes, bootstrap_backend="nccl"
+        [tokens, config.model.hidden_size],
+        config.parallel.tensor_parallel_size,
+        quantization_modes=modes,
+        bootstrap_backend="nccl",
     )
 
 
 def _can(recipe: str) -> tuple[bool, str]:
     from transformer_engine import pytorch as te
 
-    asks = {"mxfp8": te.is_mxfp8_available, "blockwise": te.is_fp8_block_scaling_available}.get(recipe, te.is_fp8_available)
+    asks = {"mxfp8": te.is_mxfp8_available, "blockwise": te.is_fp8_block_scaling_available}.get(
+        recipe, te.is_fp8_available
+    )
     return asks(return_reason=True)
 
 

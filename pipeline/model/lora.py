@@ -52,10 +52,14 @@ def check_what_trains(trainable: dict[str, bool], lora: LoraConfig | None) -> No
     trainable: parameter -> whether it trains, of layers that every target stands on.
     """
     if lora is None:
-        assert all(trainable.values()), f"full training, but frozen: {[name for name in trainable if not trainable[name]]}"
+        assert all(trainable.values()), (
+            f"full training, but frozen: {[name for name in trainable if not trainable[name]]}"
+        )
         return
     training = {name for name, trains in trainable.items() if trains}
-    assert all(map(is_adapter, training)), f"LoRA, but not of adapters alone: {sorted(name for name in training if not is_adapter(name))}"
+    assert all(map(is_adapter, training)), (
+        f"LoRA, but not of adapters alone: {sorted(name for name in training if not is_adapter(name))}"
+    )
     missing = set(lora.targets) - {name.split(".")[-2] for name in training}
     assert not missing, f"the targets {sorted(missing)} stand on no layer"
 
@@ -71,7 +75,9 @@ def begin_at_base(model: torch.nn.Module) -> None:
 class ColumnAdapters:
     """Adapters of a column-parallel layer: A on every rank, B sharded by output features as the base weight is."""
 
-    def add_adapters(self, lora: LoraConfig, targets: list[str], in_features: int, group, *, fused: bool) -> None:
+    def add_adapters(
+        self, lora: LoraConfig, targets: list[str], in_features: int, group, *, fused: bool
+    ) -> None:
         """Give the layer its adapters, once it is built.
 
         group: the tensor-parallel one. fused: layer and adapters are one function in training (adapted.py).
@@ -80,7 +86,9 @@ class ColumnAdapters:
         self.fused, self.factors = fused, None
         self.dropout = Dropout(lora.dropout, sharded_input=self.config.sequence_parallel)
         sizes = self.output_sizes()
-        self.adapters = torch.nn.ModuleDict({name: Adapter(in_features, sizes[name], lora, self.config) for name in targets})
+        self.adapters = torch.nn.ModuleDict(
+            {name: Adapter(in_features, sizes[name], lora, self.config) for name in targets}
+        )
         for adapter in self.adapters.values():
             # Each rank sees its part of the sequence: megatron sums these gradients over the tensor-parallel group.
             adapter.lora_A.sequence_parallel = self.config.sequence_parallel
@@ -104,7 +112,10 @@ class ColumnAdapters:
     def split(self, fused: torch.Tensor) -> dict[str, torch.Tensor]:
         """What fuse put together."""
         sizes = self.output_sizes()
-        return {name: part.reshape(sizes[name], *fused.shape[1:]) for name, part in self.views(fused, 0).items()}
+        return {
+            name: part.reshape(sizes[name], *fused.shape[1:])
+            for name, part in self.views(fused, 0).items()
+        }
 
     def with_adapters(self, output_SBO: torch.Tensor, x_SBI: torch.Tensor) -> torch.Tensor:
         """The base layer's output for x, and the adapters' on top: one A and one B of all of them, whose ranks do not touch, for a product
@@ -118,28 +129,47 @@ class ColumnAdapters:
             hidden_SBR = copy_to_tensor_model_parallel_region(hidden_SBR, group=self.adapter_group)
         delta_SBO = torch.nn.functional.linear(hidden_SBR * self.scale, B_OR)
         if self.lora.dora:
-            plain_SBO = output_SBO if self.bias is None or not self.bias.numel() else output_SBO - self.bias
+            plain_SBO = (
+                output_SBO if self.bias is None or not self.bias.numel() else output_SBO - self.bias
+            )
             delta_SBO = turned(self._gains(), plain_SBO, delta_SBO)
         return output_SBO + delta_SBO
 
-    def _joined(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _joined(
+        self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of all adapters, R their ranks' sum: B in blocks, of a part without an adapter zero."""
         A_RI = torch.cat([A_RI for A_RI, _B in factors.values()])
         sizes = self.output_sizes()
-        blocks = torch.block_diag(*(factors[name][1] if name in factors else A_RI.new_zeros(size, 0) for name, size in sizes.items()))
+        blocks = torch.block_diag(
+            *(
+                factors[name][1] if name in factors else A_RI.new_zeros(size, 0)
+                for name, size in sizes.items()
+            )
+        )
         return A_RI, self.fuse(dict(zip(sizes, blocks.split(list(sizes.values())), strict=True)))
 
     def _gains(self) -> torch.Tensor:
-        gains = {name: gains_of(adapter, self._row_norms(name)) for name, adapter in self.adapters.items()}
+        gains = {
+            name: gains_of(adapter, self._row_norms(name))
+            for name, adapter in self.adapters.items()
+        }
         like = next(iter(gains.values()))
-        return self.fuse({name: gains.get(name, like.new_ones(size)) for name, size in self.output_sizes().items()})
+        return self.fuse(
+            {
+                name: gains.get(name, like.new_ones(size))
+                for name, size in self.output_sizes().items()
+            }
+        )
 
     def begin_at_base(self) -> None:
         for name, adapter in self.adapters.items():
             if self.lora.pissa:
                 weight_OI = _gather(self.split(self.weight)[name], 0, self.adapter_group)
                 A_RI, B_OR = principal_factors(weight_OI, self.lora.rank, self.scale)
-                adapter.begin(A_RI, B_OR.chunk(self.adapter_group.size())[self.adapter_group.rank()])
+                adapter.begin(
+                    A_RI, B_OR.chunk(self.adapter_group.size())[self.adapter_group.rank()]
+                )
             if self.lora.dora:
                 adapter.lora_magnitude.copy_(self._row_norms(name))
 
@@ -148,7 +178,13 @@ class ColumnAdapters:
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         axes = {"of_B": 0, "of_magnitude": 0}
-        return _sharded(self, {"weight": 0, "bias": 0} | _named_axes(self.adapters, **axes), prefix, sharded_offsets, metadata)
+        return _sharded(
+            self,
+            {"weight": 0, "bias": 0} | _named_axes(self.adapters, **axes),
+            prefix,
+            sharded_offsets,
+            metadata,
+        )
 
 
 class QkvOutputs:
@@ -157,16 +193,24 @@ class QkvOutputs:
     def output_sizes(self) -> dict[str, int]:
         tensor_parallel_size = self.config.tensor_model_parallel_size
         kv_size = self.config.kv_channels * self.config.num_query_groups // tensor_parallel_size
-        return {"q": self.config.kv_channels * self.config.num_attention_heads // tensor_parallel_size, "k": kv_size, "v": kv_size}
+        return {
+            "q": self.config.kv_channels * self.config.num_attention_heads // tensor_parallel_size,
+            "k": kv_size,
+            "v": kv_size,
+        }
 
     def fuse(self, parts):
         groups = self.config.num_query_groups // self.config.tensor_model_parallel_size
-        return torch.cat([part.unflatten(0, (groups, -1)) for part in parts.values()], dim=1).flatten(0, 1)
+        return torch.cat(
+            [part.unflatten(0, (groups, -1)) for part in parts.values()], dim=1
+        ).flatten(0, 1)
 
     def views(self, fused, dim):
         sizes = self.output_sizes()
         groups = self.config.num_query_groups // self.config.tensor_model_parallel_size
-        parts = fused.unflatten(dim, (groups, -1)).split([size // groups for size in sizes.values()], dim=dim + 1)
+        parts = fused.unflatten(dim, (groups, -1)).split(
+            [size // groups for size in sizes.values()], dim=dim + 1
+        )
         return dict(zip(sizes, parts, strict=True))
 
 
@@ -174,7 +218,9 @@ class GateUpOutputs:
     """gate and up: each rank holds its part of gate, then its part of up."""
 
     def output_sizes(self) -> dict[str, int]:
-        return dict.fromkeys(("gate", "up"), self.config.ffn_hidden_size // self.config.tensor_model_parallel_size)
+        return dict.fromkeys(
+            ("gate", "up"), self.config.ffn_hidden_size // self.config.tensor_model_parallel_size
+        )
 
     def fuse(self, parts):
         return torch.cat(list(parts.values()))
@@ -187,7 +233,14 @@ class RowAdapter:
     """The adapter of a row-parallel layer: A sharded by input features as the base weight is, B on every rank."""
 
     def add_adapter(
-        self, lora: LoraConfig, target: str, in_features: int, out_features: int, group, *, fused: bool
+        self,
+        lora: LoraConfig,
+        target: str,
+        in_features: int,
+        out_features: int,
+        group,
+        *,
+        fused: bool,
     ) -> None:
         """Give the layer its adapter, once it is built.
 
@@ -213,8 +266,14 @@ class RowAdapter:
         A_RI, B_OR = adapter()
         hidden_SBR = torch.nn.functional.linear(self.dropout(x_SBI), A_RI)
         split = self.config.sequence_parallel
-        reduce = reduce_scatter_to_sequence_parallel_region if split else reduce_from_tensor_model_parallel_region
-        delta_SBO = torch.nn.functional.linear(reduce(hidden_SBR, group=self.adapter_group) * self.scale, B_OR)
+        reduce = (
+            reduce_scatter_to_sequence_parallel_region
+            if split
+            else reduce_from_tensor_model_parallel_region
+        )
+        delta_SBO = torch.nn.functional.linear(
+            reduce(hidden_SBR, group=self.adapter_group) * self.scale, B_OR
+        )
         if self.lora.dora:
             delta_SBO = turned(gains_of(adapter, self._row_norms(adapter)), output_SBO, delta_SBO)
         return output_SBO + delta_SBO
@@ -222,8 +281,12 @@ class RowAdapter:
     def begin_at_base(self) -> None:
         (adapter,) = self.adapters.values()
         if self.lora.pissa:
-            A_RI, B_OR = principal_factors(_gather(self.weight, 1, self.adapter_group), self.lora.rank, self.scale)
-            adapter.begin(A_RI.chunk(self.adapter_group.size(), dim=1)[self.adapter_group.rank()], B_OR)
+            A_RI, B_OR = principal_factors(
+                _gather(self.weight, 1, self.adapter_group), self.lora.rank, self.scale
+            )
+            adapter.begin(
+                A_RI.chunk(self.adapter_group.size(), dim=1)[self.adapter_group.rank()], B_OR
+            )
         if self.lora.dora:
             adapter.lora_magnitude.copy_(self._row_norms(adapter))
 
@@ -234,7 +297,13 @@ class RowAdapter:
         return row_norms(self.weight, *adapter(), self.scale, total)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        return _sharded(self, {"weight": 1} | _named_axes(self.adapters, of_A=1), prefix, sharded_offsets, metadata)
+        return _sharded(
+            self,
+            {"weight": 1} | _named_axes(self.adapters, of_A=1),
+            prefix,
+            sharded_offsets,
+            metadata,
+        )
 
 
 class _LocalColumn(ColumnAdapters, TorchProducts, ColumnParallelLinear):
@@ -274,13 +343,17 @@ class LoraRowLinear(RowAdapter, TorchProducts, RowParallelLinear):
 
 def _named_axes(adapters: torch.nn.ModuleDict, **axes: int) -> dict[str, int]:
     return {
-        f"adapters.{target}.{name}": axis for target, adapter in adapters.items() for name, axis in adapter.sharded_axes(**axes).items()
+        f"adapters.{target}.{name}": axis
+        for target, adapter in adapters.items()
+        for name, axis in adapter.sharded_axes(**axes).items()
     }
 
 
 def _gather(part: torch.Tensor, dim: int, group) -> torch.Tensor:
     """The whole of a tensor that the ranks of a group hold in parts along an axis."""
-    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    parts = [
+        torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())
+    ]
     torch.distributed.all_gather(parts, part.contiguous(), group=group)
     return torch.cat(parts, dim=dim)
 

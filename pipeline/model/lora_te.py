@@ -153,7 +153,9 @@ class TELoraRowLinear(RowAdapter, TEProducts, TERowParallelLinear):
 
     def __init__(self, *args, lora: LoraConfig, targets: list[str], fused: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.add_adapter(lora, *targets, self.in_features, self.out_features, self._tp_group, fused=fused)
+        self.add_adapter(
+            lora, *targets, self.in_features, self.out_features, self._tp_group, fused=fused
+        )
 
     def forward(self, x_SBI):
         if self.fused and self.training:

@@ -22,13 +22,18 @@ def init_weights(model: torch.nn.Module, config: ModelConfig, seed: int) -> None
 def _sharded_tensors(state: dict) -> list[ShardedTensor]:
     sharded, _ = extract_sharded_tensors(state)
     found = []
-    torch.utils._pytree.tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, ShardedTensor) else None, sharded)
+    torch.utils._pytree.tree_map(
+        lambda leaf: found.append(leaf) if isinstance(leaf, ShardedTensor) else None, sharded
+    )
     return found
 
 
 def _local_slice(tensor: ShardedTensor) -> tuple[slice, ...]:
     offsets = tensor.global_offset[tensor.prepend_axis_num :]
-    return tuple(slice(offset, offset + size) for offset, size in zip(offsets, tensor.data.shape, strict=True))
+    return tuple(
+        slice(offset, offset + size)
+        for offset, size in zip(offsets, tensor.data.shape, strict=True)
+    )
 
 
 def _whole_tensor(tensor: ShardedTensor, config: ModelConfig, seed: int) -> torch.Tensor:
@@ -39,7 +44,9 @@ def _whole_tensor(tensor: ShardedTensor, config: ModelConfig, seed: int) -> torc
     name = tensor.key
     if name.endswith("norm_weight") or name.endswith("norm.weight"):
         return torch.ones(shape)
-    if name.endswith((".lora_B", ".bias", "_initial", ".lora_magnitude")):  # the latter two follow from the base's weights
+    if name.endswith(
+        (".lora_B", ".bias", "_initial", ".lora_magnitude")
+    ):  # the latter two follow from the base's weights
         return torch.zeros(shape)
     if name.endswith("lora_A"):
         # Kaiming uniform with a = sqrt(5), as peft: the bound is 1 / sqrt(in_features).

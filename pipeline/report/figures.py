@@ -11,7 +11,11 @@ import matplotlib.pyplot as plt
 from retemper.pipeline.report.results import RunResult
 
 # Okabe and Ito's palette, distinguishable with any colour vision: full runs in warm colours, LoRA in cool ones.
-_COLOURS = {"base": ["#555555"], "full": ["#D55E00", "#E69F00", "#CC79A7"], "lora": ["#0072B2", "#56B4E9", "#009E73"]}
+_COLOURS = {
+    "base": ["#555555"],
+    "full": ["#D55E00", "#E69F00", "#CC79A7"],
+    "lora": ["#0072B2", "#56B4E9", "#009E73"],
+}
 
 
 def _styles(runs: list[RunResult]) -> dict[str, dict]:
@@ -19,7 +23,10 @@ def _styles(runs: list[RunResult]) -> dict[str, dict]:
     for run in runs:
         kind = run.config.method.name if run.is_continued else "base"
         colours = _COLOURS[kind]
-        styles[run.config.name] = {"color": colours[used[kind] % len(colours)], "label": run.config.name}
+        styles[run.config.name] = {
+            "color": colours[used[kind] % len(colours)],
+            "label": run.config.name,
+        }
         used[kind] += 1
     return styles
 
@@ -33,7 +40,12 @@ def learning_forgetting(runs: list[RunResult]):
         for axis, domains in ((axes[0], run.learned_domains), (axes[1], run.old_domains)):
             for domain in domains:
                 curve = run.curves[domain]
-                axis.plot([tokens / 1e3 for tokens in curve], list(curve.values()), marker="o", **style[run.config.name])
+                axis.plot(
+                    [tokens / 1e3 for tokens in curve],
+                    list(curve.values()),
+                    marker="o",
+                    **style[run.config.name],
+                )
         learned, forgotten = zip(*run.gains().values())
         axes[2].plot(forgotten, learned, marker="o", **style[run.config.name])
     if continued:
@@ -55,13 +67,22 @@ def training_loss(runs: list[RunResult]):
         # A step without a labelled token is a gap.
         losses = [record.get("loss", math.nan) for record in run.metrics]
         axes[0].plot(tokens, losses, **style[run.config.name])
-        axes[1].plot(tokens, [record["tokens_per_second"] for record in run.metrics], **style[run.config.name])
+        axes[1].plot(
+            tokens,
+            [record["tokens_per_second"] for record in run.metrics],
+            **style[run.config.name],
+        )
     axes[0].set(title="Training loss", xlabel="thousand tokens", ylabel="nats per token")
-    axes[1].set(title="Throughput", xlabel="thousand tokens", ylabel="tokens per second", ylim=(0, None))
+    axes[1].set(
+        title="Throughput", xlabel="thousand tokens", ylabel="tokens per second", ylim=(0, None)
+    )
     return _finish(figure, axes)
 
 
-FIGURES: dict[str, Callable] = {"learning_forgetting": learning_forgetting, "training_loss": training_loss}
+FIGURES: dict[str, Callable] = {
+    "learning_forgetting": learning_forgetting,
+    "training_loss": training_loss,
+}
 
 
 def _finish(figure, axes):

@@ -47,7 +47,10 @@ def write_report(study: Path) -> Path:
 
 
 def _page(title: str, runs: list[RunResult], drawings: dict[str, str]) -> str:
-    figures = "".join(f"<figure>{svg}<figcaption>{_CAPTIONS[name]}</figcaption></figure>" for name, svg in drawings.items())
+    figures = "".join(
+        f"<figure>{svg}<figcaption>{_CAPTIONS[name]}</figcaption></figure>"
+        for name, svg in drawings.items()
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)} – retemper</title><style>{_STYLE}</style></head><body>
@@ -88,7 +91,9 @@ def _near_duplicates(path: str) -> list[str]:
         return []
     found = manifest.get("near_duplicates", {"action": "keep"})
     if found["action"] == "keep":
-        return [f"{manifest['name']}: near-duplicates of its held-out documents were not looked for."]
+        return [
+            f"{manifest['name']}: near-duplicates of its held-out documents were not looked for."
+        ]
     trained_on = "left out of training" if found["action"] == "drop" else "are trained on"
     return [
         f"{manifest['name']}: {found['documents']:,} near-duplicates of its "
@@ -97,8 +102,12 @@ def _near_duplicates(path: str) -> list[str]:
 
 
 def _tasks(runs: list[RunResult]) -> str:
-    steps = [(run.config, step) for run in runs for step in eval_folder.scored_steps(run.config.run_dir)]
-    rows = [[config.name, *row] for config, step in steps for row in show_scores.task_rows(config, step)]
+    steps = [
+        (run.config, step) for run in runs for step in eval_folder.scored_steps(run.config.run_dir)
+    ]
+    rows = [
+        [config.name, *row] for config, step in steps for row in show_scores.task_rows(config, step)
+    ]
     if not rows:
         return ""
     said = "Scores of lm-eval's tasks, and their paired difference from the model that the run, or its trunk, began from, with its standard error and 95% interval."
@@ -117,5 +126,12 @@ def _config(run: RunResult) -> str:
 
 
 def _versions() -> str:
-    names = ("retemper", "torch", "megatron-core", "mosaicml-streaming", "datatrove", "transformers")
+    names = (
+        "retemper",
+        "torch",
+        "megatron-core",
+        "mosaicml-streaming",
+        "datatrove",
+        "transformers",
+    )
     return ", ".join(f"{name} {version(name)}" for name in names)

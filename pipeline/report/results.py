@@ -118,7 +118,9 @@ def read_study(folder: Path) -> list[RunResult]:
     """All runs below a study's folder, base runs first. Raises UserError where there is none."""
     runs = [_read_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
     if not runs:
-        raise UserError(f"{folder} holds no run (a folder with config.json): name the folder of a study, as runs/demo")
+        raise UserError(
+            f"{folder} holds no run (a folder with config.json): name the folder of a study, as runs/demo"
+        )
     return sorted(runs, key=lambda run: (run.is_continued, run.config.method.name, run.config.name))
 
 
@@ -218,7 +220,8 @@ def _verdict(lora: _Point, full: _Point) -> str:
     kind = "" if lora.kind == COOLED else f" ({lora.kind})"
     return (
         f"{_names(lora, full)}, after {lora.tokens:,} tokens{kind}: {'; '.join(clauses)}. "
-        "One seed; interval over held-out samples. " + verdicts.conclusion(learned_said, forgot_said, losses)
+        "One seed; interval over held-out samples. "
+        + verdicts.conclusion(learned_said, forgot_said, losses)
     )
 
 
@@ -242,17 +245,41 @@ def _blank(run: RunResult) -> list[str]:
 def table(runs: list[RunResult]) -> list[list[str]]:
     """Rows for the terminal and the page, the header first: every evaluated step of every run; what was not scored is blank."""
     domains = sorted({domain for run in runs for domain in run.curves})
-    rows = [["run", "method", "tokens", "point", *(f"{domain} bits/byte" for domain in domains), "learned", "forgotten", "tokens/s"]]
+    rows = [
+        [
+            "run",
+            "method",
+            "tokens",
+            "point",
+            *(f"{domain} bits/byte" for domain in domains),
+            "learned",
+            "forgotten",
+            "tokens/s",
+        ]
+    ]
     folders = {run.config.run_dir for run in runs}
     for run in runs:
         scored = sorted({tokens for curve in run.curves.values() for tokens in curve})
         if run.config.branch_of and run.family in folders:
             scored = [tokens for tokens in scored if tokens]  # its start is a row of its trunk
         for tokens in scored:
-            scores = [f"{curve[tokens]:.4f}" if tokens in (curve := run.curves.get(domain, {})) else "" for domain in domains]
+            scores = [
+                f"{curve[tokens]:.4f}" if tokens in (curve := run.curves.get(domain, {})) else ""
+                for domain in domains
+            ]
             gains = [f"{value:+.3f}" for value in run.gains().get(tokens, ())] or ["", ""]
             rate = f"{run.tokens_per_second():,.0f}" if tokens == scored[-1] else ""
-            rows.append([run.config.name, run.config.method.name, f"{tokens:,}", _kind_cell(run, tokens), *scores, *gains, rate])
+            rows.append(
+                [
+                    run.config.name,
+                    run.config.method.name,
+                    f"{tokens:,}",
+                    _kind_cell(run, tokens),
+                    *scores,
+                    *gains,
+                    rate,
+                ]
+            )
     return rows
 
 
@@ -267,5 +294,7 @@ def format_table(rows: list[list[str]]) -> str:
     """The rows as aligned text."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     align = [str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2)]
-    lines = ["  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths)) for row in rows]
+    lines = [
+        "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths)) for row in rows
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

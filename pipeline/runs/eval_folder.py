@@ -24,14 +24,22 @@ def scores_path(run_dir: Path, step: int) -> Path:
 
 def read_scores(run_dir: Path) -> dict[int, dict]:
     """step -> domain -> scores, ascending."""
-    return {int(path.parent.name): json.loads(path.read_text()) for path in sorted((run_dir / "evals").glob("*/heldout.json"))}
+    return {
+        int(path.parent.name): json.loads(path.read_text())
+        for path in sorted((run_dir / "evals").glob("*/heldout.json"))
+    }
 
 
-def write_heldout(run_dir: Path, step: int, scores: dict[str, dict], samples: dict[str, list[dict]]) -> None:
+def write_heldout(
+    run_dir: Path, step: int, scores: dict[str, dict], samples: dict[str, list[dict]]
+) -> None:
     """Add domains' scores to those of a step, and beside them a record for each sample."""
     for domain, records in samples.items():
         replace_bytes(samples_path(run_dir, step, heldout_name(domain)), compress_records(records))
-    replace_file(scores_path(run_dir, step), json.dumps(read_scores(run_dir).get(step, {}) | scores, indent=2))
+    replace_file(
+        scores_path(run_dir, step),
+        json.dumps(read_scores(run_dir).get(step, {}) | scores, indent=2),
+    )
 
 
 def heldout_name(domain: str) -> str:
@@ -88,7 +96,11 @@ def heldout_of(config: Config) -> dict[int, dict]:
     started = {}
     for home in reversed(homes(config, 0)):
         started |= read_scores(home).get(0, {})
-    return {0: started} | {step: found for step, found in scores.items() if step} if started else scores
+    return (
+        {0: started} | {step: found for step, found in scores.items() if step}
+        if started
+        else scores
+    )
 
 
 def tasks_of(config: Config, step: int) -> dict[str, dict]:
@@ -150,7 +162,11 @@ def _changes(was: dict, asked: TaskConfig) -> list[str]:
     settings = asked.settings
     if settings["shots"] is None:
         del settings["shots"]  # the task's own
-    return [f"{key} {was.get(key)}, now {value}" for key, value in settings.items() if was.get(key) != value]
+    return [
+        f"{key} {was.get(key)}, now {value}"
+        for key, value in settings.items()
+        if was.get(key) != value
+    ]
 
 
 def write_result(run_dir: Path, step: int, task: str, scores: dict, problems: list[dict]) -> bool:
@@ -179,7 +195,11 @@ def generations_path(run_dir: Path, step: int, task: str) -> Path:
 
 def forgetting(tasks: dict[str, dict]) -> float | None:
     """The mean of the scores of FORGOTTEN, where all of them are there."""
-    return sum(tasks[name]["score"] for name in FORGOTTEN) / len(FORGOTTEN) if tasks.keys() >= set(FORGOTTEN) else None
+    return (
+        sum(tasks[name]["score"] for name in FORGOTTEN) / len(FORGOTTEN)
+        if tasks.keys() >= set(FORGOTTEN)
+        else None
+    )
 
 
 def scored_steps(run_dir: Path) -> list[int]:
@@ -193,7 +213,9 @@ def unmirrored(run_dir: Path) -> dict[int, dict[str, float]]:
     for step in scored_steps(run_dir):
         path = _mirrored_path(run_dir, step)
         mirrored = path.read_text().splitlines() if path.is_file() else []
-        if figures := {name: value for name, value in _figures(run_dir, step).items() if name not in mirrored}:
+        if figures := {
+            name: value for name, value in _figures(run_dir, step).items() if name not in mirrored
+        }:
             found[step] = figures
     return found
 
@@ -211,8 +233,14 @@ def _mirrored_path(run_dir: Path, step: int) -> Path:
 def _figures(run_dir: Path, step: int) -> dict[str, float]:
     path, tasks = scores_path(run_dir, step), read_tasks(run_dir, step)
     heldout = json.loads(path.read_text()) if path.is_file() else {}
-    figures = {f"heldout/{domain}/bits_per_byte": values["bits_per_byte"] for domain, values in heldout.items()}
+    figures = {
+        f"heldout/{domain}/bits_per_byte": values["bits_per_byte"]
+        for domain, values in heldout.items()
+    }
     for name, scores in tasks.items():
-        figures |= {f"evals/{name}/{metric}": values["value"] for metric, values in scores["metrics"].items()}
+        figures |= {
+            f"evals/{name}/{metric}": values["value"]
+            for metric, values in scores["metrics"].items()
+        }
     mean = forgetting(tasks)
     return figures if mean is None else figures | {"evals/forgetting": mean}

@@ -78,6 +78,7 @@ def _expired(path: Path, seconds: float) -> bool:
 
 def _renew(path: Path, every: float, done: threading.Event) -> None:
     while not done.wait(every):
-        with contextlib.suppress(FileNotFoundError):  # a restart of the run took its later scores back
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # a restart of the run took its later scores back
             os.utime(path)
-

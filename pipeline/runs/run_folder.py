@@ -16,7 +16,11 @@ from retemper.pipeline.files.atomic import replace_file
 from retemper.pipeline.files.jsonl import read_lines
 from retemper.pipeline.schema.run import Config
 
-METRICS, LEDGER, SKIPPED = "metrics.jsonl", "ledger", "skipped"  # one line a step; the latter two are folders of a file a rank
+METRICS, LEDGER, SKIPPED = (
+    "metrics.jsonl",
+    "ledger",
+    "skipped",
+)  # one line a step; the latter two are folders of a file a rank
 LEFT_OUT = "left_out.jsonl"  # one line a batch that a rollback left out
 PROFILE = "profile"
 
@@ -69,9 +73,18 @@ def check(config: Config) -> None:
         changes = [change for change in changes if not is_of_data(change)]
     if changes:
         raise UserError(
-            "\n".join([f"{config.run_dir} belongs to a run with another config:", *(f"  - {change}" for change in changes)])
+            "\n".join(
+                [
+                    f"{config.run_dir} belongs to a run with another config:",
+                    *(f"  - {change}" for change in changes),
+                ]
+            )
             + "\nChange the keys back to continue it, or set another name"
-            + ("; data.allow_change=true continues it with the new data" if all(map(is_of_data, changes)) else "")
+            + (
+                "; data.allow_change=true continues it with the new data"
+                if all(map(is_of_data, changes))
+                else ""
+            )
         )
 
 
@@ -92,8 +105,17 @@ def claim(config: Config, step: int) -> None:
     """Write config.json, and drop what was noted after `step`, which the resumed run will note again. Rank 0 only."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(config.run_dir / "config.json", config.to_json())
-    for path in (config.run_dir / METRICS, *noted(config.run_dir, LEDGER), *noted(config.run_dir, SKIPPED)):
-        replace_file(path, "".join(json.dumps(record) + "\n" for record in read_lines(path) if record["step"] <= step))
+    for path in (
+        config.run_dir / METRICS,
+        *noted(config.run_dir, LEDGER),
+        *noted(config.run_dir, SKIPPED),
+    ):
+        replace_file(
+            path,
+            "".join(
+                json.dumps(record) + "\n" for record in read_lines(path) if record["step"] <= step
+            ),
+        )
     for scored in (config.run_dir / "evals").glob("[0-9]*"):
         if int(scored.name) > step:
             shutil.rmtree(scored)
@@ -107,4 +129,3 @@ def noted(run_dir: Path, name: str) -> list[Path]:
 def read_metrics(run_dir: Path) -> Iterator[dict]:
     """The records of metrics.jsonl."""
     return read_lines(run_dir / METRICS)
-

@@ -50,21 +50,28 @@ class Tracker:
         logging.getLogger("wandb").setLevel(logging.ERROR)
         mode = config.track.wandb
         if mode == "online" and not wandb.login(prompt=False):
-            print("W&B: nobody is logged in (`wandb login`); recording offline, `wandb sync` uploads it later", file=sys.stderr)
+            print(
+                "W&B: nobody is logged in (`wandb login`); recording offline, `wandb sync` uploads it later",
+                file=sys.stderr,
+            )
             mode = "offline"
         id_file = config.run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=config.track.project,
-            group=f"{config.study}/{Path(config.branch_of).name}" if config.branch_of else config.study,
+            group=f"{config.study}/{Path(config.branch_of).name}"
+            if config.branch_of
+            else config.study,
             name=config.name,
             id=id_file.read_text(),
             resume="allow",
             mode=mode,
             dir=str(config.run_dir),
             config=config.model_dump(),
-            settings=wandb.Settings(silent=True, console="off", init_timeout=20, disable_git=True, save_code=False),
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=20, disable_git=True, save_code=False
+            ),
         )
         self._run.define_metric("*", step_metric=_AXIS)
 
@@ -77,7 +84,10 @@ class Tracker:
         try:
             call()
         except Exception as error:  # whatever the network or the service does, training goes on
-            print(f"W&B is left out from here on ({error}); metrics.jsonl has every record", file=sys.stderr)
+            print(
+                f"W&B is left out from here on ({error}); metrics.jsonl has every record",
+                file=sys.stderr,
+            )
             self._run = None
 
 

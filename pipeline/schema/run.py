@@ -40,7 +40,8 @@ class Config(ModelSetup):
         "the time this run begins, RUN@STEP for an older one. base.json records which one it was",
     )
     branch_of: str | None = Field(
-        None, description="run folder that this run goes on from, weights, optimizer and data, where its own cooldown begins"
+        None,
+        description="run folder that this run goes on from, weights, optimizer and data, where its own cooldown begins",
     )
     data: DataConfig
     optimizer: OptimizerConfig
@@ -85,13 +86,23 @@ class Config(ModelSetup):
     @property
     def milestone_steps(self) -> list[int]:
         """Steps after which a milestone's checkpoint is saved and evaluated; the last step is always one."""
-        return sorted({min(max(1, tokens // self.tokens_per_step), self.steps) for tokens in self.checkpoint.milestones} | {self.steps})
+        return sorted(
+            {
+                min(max(1, tokens // self.tokens_per_step), self.steps)
+                for tokens in self.checkpoint.milestones
+            }
+            | {self.steps}
+        )
 
     @property
     def saved_steps(self) -> set[int]:
         """Steps after which a checkpoint is saved: milestones, beginnings of branches, and every few."""
         every = self.checkpoint.save_every_steps
-        return {*self.milestone_steps, *self.branch_steps, *(range(every, self.steps + 1, every) if every else ())}
+        return {
+            *self.milestone_steps,
+            *self.branch_steps,
+            *(range(every, self.steps + 1, every) if every else ()),
+        }
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(), indent=2)

@@ -14,7 +14,9 @@ def parse_tokens(value: Any) -> int:
         raise ValueError("a token count is an integer, or a number with K, M, B or T, as 0.25B")
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE]\+?[0-9]+)?)\s*([KMBT]?)\s*", str(value))
     if not match:
-        raise ValueError(f"{value!r} is no token count: write an integer, or a number with K, M, B or T, as 0.25B")
+        raise ValueError(
+            f"{value!r} is no token count: write an integer, or a number with K, M, B or T, as 0.25B"
+        )
     return round(float(match[1]) * _UNITS[match[2]])
 
 
@@ -31,4 +33,6 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
+    )

@@ -29,8 +29,12 @@ class ScheduleConfig(Section):
 
     name: Literal["trapezoid", "cosine", "inverse_sqrt"]
     warmup_tokens: Tokens
-    cooldown_fraction: Fraction = Field(0.2, description="of train.tokens; the last part of the trapezoid")
-    min_lr_ratio: Fraction = Field(0.0, description="final, for inverse_sqrt least, learning rate as a fraction of the peak")
+    cooldown_fraction: Fraction = Field(
+        0.2, description="of train.tokens; the last part of the trapezoid"
+    )
+    min_lr_ratio: Fraction = Field(
+        0.0, description="final, for inverse_sqrt least, learning rate as a fraction of the peak"
+    )
 
 
 class TrainConfig(Section):
@@ -60,20 +64,30 @@ class AnomalyConfig(Section):
         description="rollback: go on from the newest checkpoint and leave the batch out, which left_out.jsonl in the run's folder records",
     )
     spike_deviations: float | None = Field(
-        None, gt=0, description="standard deviations above the mean of the last 100 steps that loss or gradient norm may lie; null: any"
+        None,
+        gt=0,
+        description="standard deviations above the mean of the last 100 steps that loss or gradient norm may lie; null: any",
     )
-    left_out_steps: PositiveInt = Field(1, description="batches that a rollback leaves out, the last of them the one that leapt")
-    max_rollbacks: PositiveInt = Field(10, description="over all restarts of the run; one more ends it")
+    left_out_steps: PositiveInt = Field(
+        1, description="batches that a rollback leaves out, the last of them the one that leapt"
+    )
+    max_rollbacks: PositiveInt = Field(
+        10, description="over all restarts of the run; one more ends it"
+    )
 
 
 class ProfileConfig(Section):
     """A trace of some steps of rank 0, for chrome://tracing or Perfetto."""
 
-    steps: list[PositiveInt] | None = Field(None, min_length=2, max_length=2, description="the first and the last step, as [10,12]")
+    steps: list[PositiveInt] | None = Field(
+        None, min_length=2, max_length=2, description="the first and the last step, as [10,12]"
+    )
 
 
 class CheckpointConfig(Section):
     """When the run is saved, beside its end."""
 
-    save_every_steps: Annotated[int, Field(ge=0)] = Field(0, description="for restarts; 0 saves at milestones only")
+    save_every_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="for restarts; 0 saves at milestones only"
+    )
     milestones: list[Tokens] = Field(default=[], description="saved and evaluated")

@@ -28,7 +28,9 @@ def run_demo(overrides: list[str]) -> int:
         if _finished(config):
             print(f"{name}: finished before ({config.run_dir})")
             continue
-        _stage(f"{name}: {config.steps} steps on {config.data.name}, {config.parallel.world_size} ranks")
+        _stage(
+            f"{name}: {config.steps} steps on {config.data.name}, {config.parallel.world_size} ranks"
+        )
         preflight(config)
         if code := run_here("retemper.pipeline.train", commands[name], config.parallel.world_size):
             return code
@@ -70,7 +72,9 @@ def _train_tokenizer(runs: list[Config]) -> None:
 
 def _finished(config: Config) -> bool:
     """Whether the run's last checkpoint stands, is scored, and was made from the data and base that stand now."""
-    if config.steps not in committed_steps(config.run_dir) or config.steps not in eval_folder.read_scores(config.run_dir):
+    if config.steps not in committed_steps(
+        config.run_dir
+    ) or config.steps not in eval_folder.read_scores(config.run_dir):
         return False
     meta = sealed_meta(folder_of(config.run_dir, config.steps))
     return meta["fingerprints"] == preflight(config)

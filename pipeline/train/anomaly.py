@@ -83,7 +83,11 @@ def remember(state: TrainState, loss: float, grad_norm: float) -> None:
 
 def left_out(config: Config) -> set[int]:
     """The steps whose batches change no weight: those of rollbacks before. Every rank calls it."""
-    return set(from_rank_zero([record["step"] for record in read_lines(config.run_dir / run_folder.LEFT_OUT)]))
+    return set(
+        from_rank_zero(
+            [record["step"] for record in read_lines(config.run_dir / run_folder.LEFT_OUT)]
+        )
+    )
 
 
 def roll_back(config: Config, topology: Topology, anomaly: Anomaly) -> None:
@@ -103,7 +107,9 @@ def roll_back(config: Config, topology: Topology, anomaly: Anomaly) -> None:
         )
     barrier()  # every rank has read the file
     if topology.rank == 0:
-        for step in range(max(1, anomaly.step - config.anomaly.left_out_steps + 1), anomaly.step + 1):
+        for step in range(
+            max(1, anomaly.step - config.anomaly.left_out_steps + 1), anomaly.step + 1
+        ):
             append_line(path, {"step": step, "rollback": anomaly.step, "what": anomaly.what})
         print(
             f"{config.study}/{config.name}: {anomaly.what} at step {anomaly.step}; back to the newest checkpoint, without that batch",

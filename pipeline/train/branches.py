@@ -39,7 +39,11 @@ def train_with_branches(config: Config, topology: Topology, fingerprints: dict[s
 def is_complete(config: Config) -> bool:
     """Whether the last checkpoint of a run stands and is scored."""
     scored = not config.evals.heldout or config.steps in eval_folder.read_scores(config.run_dir)
-    return config.steps in committed_steps(config.run_dir) and scored and not unscored(config, config.steps)
+    return (
+        config.steps in committed_steps(config.run_dir)
+        and scored
+        and not unscored(config, config.steps)
+    )
 
 
 def introduction(config: Config) -> list[str]:

@@ -27,7 +27,15 @@ from retemper.pipeline.train.step import StepResult
 class Log:
     """Follows `state` and `batches`, which the loop moves on; does nothing unless enabled. A context manager."""
 
-    def __init__(self, config: Config, state: TrainState, batches: TrainingBatches, counts: tuple[int, int], *, enabled: bool):
+    def __init__(
+        self,
+        config: Config,
+        state: TrainState,
+        batches: TrainingBatches,
+        counts: tuple[int, int],
+        *,
+        enabled: bool,
+    ):
         self.config, self.state, self.batches, self.enabled = config, state, batches, enabled
         if not enabled:
             return
@@ -43,11 +51,26 @@ class Log:
         if variables := str(in_force()):
             print(f"{label}: environment: {variables}", flush=True)
         if state.data_changes and state.data_changes[-1]["step"] == state.step:
-            print("\n".join([f"{label}: other data from here on:", *state.data_changes[-1]["difference"]]), flush=True)
+            print(
+                "\n".join(
+                    [f"{label}: other data from here on:", *state.data_changes[-1]["difference"]]
+                ),
+                flush=True,
+            )
         if state.step >= config.steps:
-            print(f"{label}: complete, {config.steps} steps; `retemper eval {config.run_dir}` scores what has no scores yet", flush=True)
+            print(
+                f"{label}: complete, {config.steps} steps; `retemper eval {config.run_dir}` scores what has no scores yet",
+                flush=True,
+            )
         # disable=None: a bar on a terminal only.
-        self.bar = tqdm(total=config.steps, initial=state.step, desc=label, unit="step", dynamic_ncols=True, disable=None)
+        self.bar = tqdm(
+            total=config.steps,
+            initial=state.step,
+            desc=label,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,
+        )
         self.mark = state.step, state.seconds, batches.seconds_waited
         self.checkpoint_seconds = 0.0
         self.warned = False  # of steps without a loss
@@ -65,7 +88,9 @@ class Log:
         if not self.config.logs_after(self.state.step):
             return
         now = self.state.step, self.state.seconds, self.batches.seconds_waited
-        steps, seconds, waited = (after - before for after, before in zip(now, self.mark, strict=True))
+        steps, seconds, waited = (
+            after - before for after, before in zip(now, self.mark, strict=True)
+        )
         self.mark = now
         record = {
             "step": self.state.step,
@@ -80,7 +105,10 @@ class Log:
         }
         self.checkpoint_seconds = 0.0
         record |= _utilisation(self.config, record["tokens_per_second"]) | result.norms
-        record |= {f"epochs/{name}": epochs for name, epochs in self.batches.streams.epochs(self.state.samples_of_data).items()}
+        record |= {
+            f"epochs/{name}": epochs
+            for name, epochs in self.batches.streams.epochs(self.state.samples_of_data).items()
+        }
         append_line(self.config.run_dir / run_folder.METRICS, record)
         self.tracker.log(record)
         loss = "-" if result.loss is None else f"{result.loss:.4f}"
@@ -116,7 +144,9 @@ class Log:
     def stopped(self) -> None:
         """Say that a signal ended the run, and where it goes on."""
         if self.enabled:
-            self.bar.write(f"stopped by a signal; saved after step {self.state.step}, the same command goes on from there")
+            self.bar.write(
+                f"stopped by a signal; saved after step {self.state.step}, the same command goes on from there"
+            )
 
     def __enter__(self) -> "Log":
         return self
@@ -130,9 +160,16 @@ class Log:
 def _utilisation(config: Config, tokens_per_second: float) -> dict[str, float]:
     """What that rate is of the hardware; mfu where the peak of the GPU is known."""
     ranks = config.parallel.world_size
-    done = tokens_per_second * flops_per_token(config.model, config.method.lora, config.data.seq_length)
-    peak = peak_flops(torch.cuda.get_device_name() if torch.cuda.is_available() else None, config.precision)
-    figures = {"tokens_per_second_per_gpu": tokens_per_second / ranks, "model_flops_per_second": done}
+    done = tokens_per_second * flops_per_token(
+        config.model, config.method.lora, config.data.seq_length
+    )
+    peak = peak_flops(
+        torch.cuda.get_device_name() if torch.cuda.is_available() else None, config.precision
+    )
+    figures = {
+        "tokens_per_second_per_gpu": tokens_per_second / ranks,
+        "model_flops_per_second": done,
+    }
     return figures | ({"mfu": done / (ranks * peak)} if peak else {})
 
 
@@ -141,4 +178,8 @@ def _peak_memory() -> int | None:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) << 10 if status.is_file() else None
+    return (
+        int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) << 10
+        if status.is_file()
+        else None
+    )

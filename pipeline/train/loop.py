@@ -33,7 +33,9 @@ def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> N
         roll_back(config, topology, anomaly)
 
 
-def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> Anomaly | None:
+def train_until_anomaly(
+    config: Config, topology: Topology, fingerprints: dict[str, Any]
+) -> Anomaly | None:
     """Train on, until the end, a signal to stop or a step that must not count, which is returned."""
     model = build_model(config, topology)
     optimizer = build_optimizer(config, model)
@@ -44,7 +46,9 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
     ledger, without, saved_steps = Ledger(config, topology), left_out(config), config.saved_steps
     counts = parameter_counts(model, config.parallel.tensor_parallel_size)
     with (
-        TrainingBatches(config, topology, state.samples_of_data, config.steps - state.step) as batches,
+        TrainingBatches(
+            config, topology, state.samples_of_data, config.steps - state.step
+        ) as batches,
         profiler(config, topology, state.step) as profiled,
         Log(config, state, batches, counts, enabled=topology.rank == 0) as log,
         Passes(config, model) as passes,
@@ -53,7 +57,10 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
             base.record(config, fingerprints.get("base"))
         unlabelled = Unlabelled(config, batches.streams.epochs, state.samples_of_data)
         seed_step(config.seed, state.step, topology)
-        if state.step in (0, *config.milestone_steps):  # the start of the run, or a milestone whose evaluation was cut short
+        if state.step in (
+            0,
+            *config.milestone_steps,
+        ):  # the start of the run, or a milestone whose evaluation was cut short
             log.scores(evaluate(config, topology, model, state.step))
         while state.step < config.steps:
             started = time.perf_counter()
@@ -64,7 +71,9 @@ def train_until_anomaly(config: Config, topology: Topology, fingerprints: dict[s
                 schedule.step(config.tokens_per_step)
             else:
                 with garbage_kept():
-                    result = train_step(config, state, passes, optimizer, schedule, data.micro_batches)
+                    result = train_step(
+                        config, state, passes, optimizer, schedule, data.micro_batches
+                    )
             if isinstance(result, Anomaly):
                 return result
             state.step += 1

@@ -22,7 +22,12 @@ def kind_of(name: str) -> str:
     return next(kind for part, kind in _PARTS.items() if part in name)
 
 
-_PARTS = {"self_attention": "attention", "mlp": "mlp", "embedding": "embedding", "output_layer": "head"}
+_PARTS = {
+    "self_attention": "attention",
+    "mlp": "mlp",
+    "embedding": "embedding",
+    "output_layer": "head",
+}
 
 
 @torch.no_grad()
@@ -37,13 +42,25 @@ def norms_of_step(model, optimizer: MegatronOptimizer) -> dict[str, float]:
         for parameter, shard, group in _shards(part):
             if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
                 update = _update(part.optimizer.state[shard], shard, group)
-                lengths = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in (shard, update)]
-                squares[kind_of(names[parameter])].append(torch.stack([*lengths, lengths[0].new_ones(())]).square())
-    sums = torch.cat([torch.stack(of_kind).sum(0).cpu() if of_kind else torch.zeros(3) for of_kind in squares.values()])
+                lengths = [
+                    torch.linalg.vector_norm(tensor, dtype=torch.float64)
+                    for tensor in (shard, update)
+                ]
+                squares[kind_of(names[parameter])].append(
+                    torch.stack([*lengths, lengths[0].new_ones(())]).square()
+                )
+    sums = torch.cat(
+        [
+            torch.stack(of_kind).sum(0).cpu() if of_kind else torch.zeros(3)
+            for of_kind in squares.values()
+        ]
+    )
     summed = torch.tensor(sum_over_ranks(sums.tolist())).view(-1, 3)
     found = {kind: values for kind, values in zip(KINDS, summed.tolist(), strict=True) if values[2]}
     return {
-        f"{what}_norm/{kind}": values[place] ** 0.5 for place, what in enumerate(("parameter", "update")) for kind, values in found.items()
+        f"{what}_norm/{kind}": values[place] ** 0.5
+        for place, what in enumerate(("parameter", "update"))
+        for kind, values in found.items()
     }
 
 
@@ -62,8 +79,14 @@ def _update(state: dict[str, torch.Tensor], shard: torch.Tensor, group: dict) ->
     if "exp_avg_sq" in state:  # AdamW
         step = float(group.get("step", state.get("step")))
         root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        direction, decay = state["exp_avg"] / (1 - beta1**step) / root, group["lr"] * group["weight_decay"]
+        direction, decay = (
+            state["exp_avg"] / (1 - beta1**step) / root,
+            group["lr"] * group["weight_decay"],
+        )
     else:  # lion.py
         before = (state["exp_avg"] - (1 - beta2) * shard.grad) / beta2
-        direction, decay = before.lerp(shard.grad, 1 - beta1).sign_(), group["lr"] / group["max_lr"] * group["weight_decay"]
+        direction, decay = (
+            before.lerp(shard.grad, 1 - beta1).sign_(),
+            group["lr"] / group["max_lr"] * group["weight_decay"],
+        )
     return (group["lr"] * direction + decay * shard) / (1 - decay)

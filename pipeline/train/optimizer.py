@@ -1,6 +1,12 @@
 """megatron-core's distributed optimizer and learning-rate schedule, from the config. The schedule counts tokens."""
 
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from retemper.pipeline.schema.run import Config
@@ -27,7 +33,10 @@ def build_optimizer(config: Config, model) -> MegatronOptimizer:
     overrides = get_standard_config_overrides(megatron)
     if config.method.lora and config.method.lora.lr_ratio > 1:  # LoRA+ (arXiv 2402.12354)
         ratio = config.method.lora.lr_ratio
-        overrides[ParamKey(name="*.lora_B")] = {"max_lr": megatron.lr * ratio, "min_lr": megatron.min_lr * ratio}
+        overrides[ParamKey(name="*.lora_B")] = {
+            "max_lr": megatron.lr * ratio,
+            "min_lr": megatron.min_lr * ratio,
+        }
     optimizer = get_megatron_optimizer(megatron, list(model), overrides)
     if settings.name == "lion":
         _replace_adam_with_lion(optimizer)
@@ -66,7 +75,9 @@ def _replace_adam_with_lion(optimizer: MegatronOptimizer) -> None:
     """
     for part in optimizer.chained_optimizers:
         lion = Lion([{"params": []}], defaults={})
-        lion.param_groups = part.optimizer.param_groups  # as the distributed optimizer gives its shards to Adam: torch refuses views
+        lion.param_groups = (
+            part.optimizer.param_groups
+        )  # as the distributed optimizer gives its shards to Adam: torch refuses views
         part.optimizer, part.config.optimizer = lion, "lion"
 
 
@@ -82,7 +93,11 @@ def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerPar
         min_lr=peak * settings.min_lr_ratio,
         lr_warmup_steps=settings.warmup_tokens,
         lr_decay_steps=max(total_tokens, settings.warmup_tokens + 1),  # a branch may end within it
-        lr_decay_style={"trapezoid": trapezoid, "cosine": "cosine", "inverse_sqrt": "inverse-square-root"}[settings.name],
+        lr_decay_style={
+            "trapezoid": trapezoid,
+            "cosine": "cosine",
+            "inverse_sqrt": "inverse-square-root",
+        }[settings.name],
         wsd_decay_steps=config.cooldown_fraction * total_tokens,
         lr_wsd_decay_style="linear",
         start_wd=decay,

@@ -22,6 +22,10 @@ def profiler(config: Config, topology: Topology, steps_done: int):
         folder.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(folder / f"steps-{first}-{last}.json"))
 
-    schedule = torch.profiler.schedule(wait=first - steps_done - 1, warmup=0, active=last - first + 1, repeat=1)
-    with torch.profiler.profile(schedule=schedule, on_trace_ready=write, profile_memory=True) as profile:
+    schedule = torch.profiler.schedule(
+        wait=first - steps_done - 1, warmup=0, active=last - first + 1, repeat=1
+    )
+    with torch.profiler.profile(
+        schedule=schedule, on_trace_ready=write, profile_memory=True
+    ) as profile:
         yield profile.step

@@ -18,7 +18,9 @@ from retemper.pipeline.train.norms import norms_of_step
 class StepResult:
     """What one optimizer step measured, the same on every rank."""
 
-    loss: float | None  # nats per labelled token of the global batch; None where it has no such token
+    loss: (
+        float | None
+    )  # nats per labelled token of the global batch; None where it has no such token
     grad_norm: float  # before clipping
     lr: float
     norms: dict[str, float]  # of weights and of their update, by kind, where they are logged
@@ -36,7 +38,9 @@ def train_step(
         stage.zero_grad_buffer()
     optimizer.zero_grad()
     outputs = passes(batches)
-    sums = [sum(output[key] for output in outputs).double() for key in ("loss", "tokens") if outputs]
+    sums = [
+        sum(output[key] for output in outputs).double() for key in ("loss", "tokens") if outputs
+    ]
     # The host waits for the norm, and has the loss by then.
     grad_norm = norm_of_gradients(optimizer)
     nats, tokens = from_last_stage(torch.stack(sums) if sums else torch.zeros(2))
@@ -65,5 +69,7 @@ def norm_of_gradients(optimizer) -> float:
 def step_by_gradients(config: Config, optimizer, grad_norm: float) -> None:
     """Clip by a norm that was looked at, and step: the other half."""
     if config.optimizer.clip_grad:
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), config.optimizer.clip_grad, grad_norm)
+        clip_grad_by_total_norm_fp32(
+            optimizer.get_parameters(), config.optimizer.clip_grad, grad_norm
+        )
     optimizer.step_with_ready_grads()

@@ -35,16 +35,25 @@ def main(overrides: list[str]) -> None:
         build.SdpaAttention = attention
         model = build.build_model(config, place)
         optimizer = build_optimizer(config, model)
-        runs[name] = (TrainState(), Passes(config, model), optimizer, build_schedule(config, optimizer))
+        runs[name] = (
+            TrainState(),
+            Passes(config, model),
+            optimizer,
+            build_schedule(config, optimizer),
+        )
     samples = Samples(config.train.global_batch_size, config.data.seq_length)
-    samples.tokens[:-1] = np.random.default_rng(0).integers(0, config.model.vocab_size, len(samples.tokens) - 1)
+    samples.tokens[:-1] = np.random.default_rng(0).integers(
+        0, config.model.vocab_size, len(samples.tokens) - 1
+    )
     samples.pieces["lengths"] = [np.uint32(config.data.seq_length).tobytes()] * len(samples)
     samples.pieces["prompt_lengths"] = [np.uint32(0).tobytes()] * len(samples)
     batches = make_batches(samples, config.train.micro_batch_size, mask_documents=False)
 
     def seconds(name: str) -> float:
         started = time.process_time()
-        losses.setdefault(name, []).extend(train_step(config, *runs[name], batches).loss for _ in range(STEPS))
+        losses.setdefault(name, []).extend(
+            train_step(config, *runs[name], batches).loss for _ in range(STEPS)
+        )
         return time.process_time() - started
 
     losses: dict[str, list[float]] = {}

@@ -21,7 +21,12 @@ SEQ_LENGTH, SAMPLES_PER_SHARD, BATCH_SIZE = 4096, 8000, 512
 
 
 def main(parts: list[str]) -> None:
-    benches = {"reader": bench_reader, "resume": bench_resume, "peers": bench_peers, "waits": bench_waits}
+    benches = {
+        "reader": bench_reader,
+        "resume": bench_resume,
+        "peers": bench_peers,
+        "waits": bench_waits,
+    }
     with tempfile.TemporaryDirectory() as folder:
         for part in parts or benches:
             benches[part](Path(folder))
@@ -40,7 +45,9 @@ def synthetic_corpus(path: Path, shards: int) -> None:
     columns = {"tokens": f"ndarray:uint16:{SEQ_LENGTH}", "lengths": "bytes", "documents": "bytes"}
     lengths, documents = np.array([1024] * 4, "<u4").tobytes(), np.arange(4, dtype="<u8").tobytes()
     folder = path / "train" / "00000"
-    with MDSWriter(columns=columns, out=str(folder), hashes=["sha256"], size_limit=1 << 30) as writer:
+    with MDSWriter(
+        columns=columns, out=str(folder), hashes=["sha256"], size_limit=1 << 30
+    ) as writer:
         for _ in range(SAMPLES_PER_SHARD):
             tokens = rng.integers(0, 32000, SEQ_LENGTH, np.uint16)
             writer.write({"tokens": tokens, "lengths": lengths, "documents": documents})
@@ -63,14 +70,22 @@ def synthetic_corpus(path: Path, shards: int) -> None:
         "splits": {"train": {"samples": shards * SAMPLES_PER_SHARD}},
     }
     manifest |= {"vocab_size": 32000, "seq_length": SEQ_LENGTH, "tokenizer_sha256": ""}
-    manifest["files"] = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in READ_BY_TRAINING}
+    manifest["files"] = {
+        name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in READ_BY_TRAINING
+    }
     (path / "manifest.json").write_text(seal(manifest))
 
 
 def config_of(path: Path):
     from retemper.pipeline.config.compose import load_config
 
-    data = [f"data.path={path}", "data.name=synthetic", "data.tokenizer=none", "data.source.path=none", f"data.seq_length={SEQ_LENGTH}"]
+    data = [
+        f"data.path={path}",
+        "data.name=synthetic",
+        "data.tokenizer=none",
+        "data.source.path=none",
+        f"data.seq_length={SEQ_LENGTH}",
+    ]
     train = [
         f"train.global_batch_size={BATCH_SIZE}",
         "train.micro_batch_size=8",
@@ -78,7 +93,16 @@ def config_of(path: Path):
         "schedule.warmup_tokens=0",
         "optimizer.lr=1e-4",
     ]
-    return load_config(["study=bench", "name=bench", f"runs_dir={path.parent / 'runs'}", "model=llama2_7b", *data, *train])
+    return load_config(
+        [
+            "study=bench",
+            "name=bench",
+            f"runs_dir={path.parent / 'runs'}",
+            "model=llama2_7b",
+            *data,
+            *train,
+        ]
+    )
 
 
 def one_rank():
@@ -113,10 +137,14 @@ def bench_reader(folder: Path, rounds: int = 5, steps: int = 12) -> None:
 
     def memmap():
         for step in range(steps):
-            torch.from_numpy(raw[streams.order.batch(step * BATCH_SIZE, BATCH_SIZE)].astype(np.int64))
+            torch.from_numpy(
+                raw[streams.order.batch(step * BATCH_SIZE, BATCH_SIZE)].astype(np.int64)
+            )
 
     def streaming(workers):
-        dataset = StreamingDataset(local=str(path / "train"), shuffle=True, batch_size=8, allow_unsafe_types=False)
+        dataset = StreamingDataset(
+            local=str(path / "train"), shuffle=True, batch_size=8, allow_unsafe_types=False
+        )
         loader = iter(DataLoader(dataset, batch_size=8, num_workers=workers))
         for _ in range(BATCH_SIZE // 8):
             next(loader)
@@ -133,7 +161,12 @@ def bench_reader(folder: Path, rounds: int = 5, steps: int = 12) -> None:
         read()
         return steps * BATCH_SIZE / (time.perf_counter() - started)
 
-    rates: dict[str, list[float]] = {"retemper": [], "memmap": [], "streaming, 0 workers": [], "streaming, 2 workers": []}
+    rates: dict[str, list[float]] = {
+        "retemper": [],
+        "memmap": [],
+        "streaming, 0 workers": [],
+        "streaming, 2 workers": [],
+    }
     for _ in range(rounds):
         for name, read in (("retemper", ours), ("memmap", memmap)):
             rates[name].append(rate(read))
@@ -164,9 +197,21 @@ def bench_resume(folder: Path) -> None:
     path = folder / "resume"
     synthetic_corpus(path, shards=611)  # 20.02B tokens
     for consumed in (0, 10**7):
-        command = [sys.executable, "-c", FIRST_BATCH, str(Path(__file__).parent), str(path), str(consumed)]
-        seconds, peak = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-        print(f"resume  first batch of {BATCH_SIZE} at sample {consumed:>10,}: {seconds:.1f} s, {peak:,.0f} MiB at most")
+        command = [
+            sys.executable,
+            "-c",
+            FIRST_BATCH,
+            str(Path(__file__).parent),
+            str(path),
+            str(consumed),
+        ]
+        seconds, peak = map(
+            float,
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(),
+        )
+        print(
+            f"resume  first batch of {BATCH_SIZE} at sample {consumed:>10,}: {seconds:.1f} s, {peak:,.0f} MiB at most"
+        )
 
 
 PEERS = """
@@ -206,8 +251,20 @@ def bench_peers(folder: Path) -> None:
     path = folder / "peers"
     synthetic_corpus(path, shards=1)
     (folder / "peers.py").write_text(PEERS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(folder / "peers.py")]
-    result = subprocess.run([*command, str(Path(__file__).parent), str(path)], capture_output=True, text=True, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(folder / "peers.py"),
+    ]
+    result = subprocess.run(
+        [*command, str(Path(__file__).parent), str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     read, broadcast = map(float, result.stdout.split())
     print(
         f"peers   micro-batch of 8 on two ranks: read by both {read:.2f} ms, read by one and broadcast {broadcast:.2f} ms (with barriers)"
@@ -219,14 +276,28 @@ def bench_waits(folder: Path) -> None:
     from retemper.pipeline.runs import run_folder
     from retemper.pipeline.study.demo import _prepare_data
 
-    overrides = ["run=demo_base", f"runs_dir={folder / 'waits'}", "parallel=single", "track.wandb=off", "train.log_every_steps=1"]
+    overrides = [
+        "run=demo_base",
+        f"runs_dir={folder / 'waits'}",
+        "parallel=single",
+        "track.wandb=off",
+        "train.log_every_steps=1",
+    ]
     overrides += ["train.tokens=409600", "evals.heldout={}", "checkpoint.milestones=[]"]
     config = load_config(overrides)
     _prepare_data([config, load_config(["run=demo_full", f"runs_dir={folder / 'waits'}"])])
-    subprocess.run([sys.executable, "-m", "retemper.pipeline.cli", "train", *overrides], check=True, stdout=subprocess.DEVNULL)
-    waits = sorted(record["data_wait_fraction"] for record in run_folder.read_metrics(config.run_dir))
+    subprocess.run(
+        [sys.executable, "-m", "retemper.pipeline.cli", "train", *overrides],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    waits = sorted(
+        record["data_wait_fraction"] for record in run_folder.read_metrics(config.run_dir)
+    )
     late = waits[-max(1, len(waits) // 100)]
-    print(f"waits   {len(waits)} steps: mean {statistics.mean(waits):.3%} of a step, p99 {late:.3%}, worst {waits[-1]:.3%}")
+    print(
+        f"waits   {len(waits)} steps: mean {statistics.mean(waits):.3%} of a step, p99 {late:.3%}, worst {waits[-1]:.3%}"
+    )
 
 
 if __name__ == "__main__":

@@ -49,9 +49,20 @@ def main() -> None:
         size = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors")) >> 20
         print(f"model   {size} MiB in fp32")
         for ranks in (1, 2):
-            options = {"folder": str(folder / "model"), "run": str(folder / f"base{ranks}"), "trust": None}
-            peaks = run(folder, ranks, "import", options | {"overrides": [f"parallel.tensor_parallel_size={ranks}"]})
-            print(f"import  {ranks} rank(s): at most {peaks} MiB more than before, a shard is {size // ranks} MiB")
+            options = {
+                "folder": str(folder / "model"),
+                "run": str(folder / f"base{ranks}"),
+                "trust": None,
+            }
+            peaks = run(
+                folder,
+                ranks,
+                "import",
+                options | {"overrides": [f"parallel.tensor_parallel_size={ranks}"]},
+            )
+            print(
+                f"import  {ranks} rank(s): at most {peaks} MiB more than before, a shard is {size // ranks} MiB"
+            )
         options = {
             "run": str(folder / "base1"),
             "folder": str(folder / "out"),
@@ -60,7 +71,9 @@ def main() -> None:
             "base": None,
             "tokenizer": None,
         }
-        print(f"export  1 rank: at most {run(folder, 1, 'export', options)} MiB more than before (an output file holds up to 5 GB)")
+        print(
+            f"export  1 rank: at most {run(folder, 1, 'export', options)} MiB more than before (an output file holds up to 5 GB)"
+        )
 
 
 def make_model(folder: Path) -> None:
@@ -71,15 +84,28 @@ def make_model(folder: Path) -> None:
         hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=16, num_key_value_heads=16, vocab_size=4096
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(folder / "tokenizer.json"))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(
+        str(folder / "tokenizer.json")
+    )
 
 
 def run(folder: Path, ranks: int, verb: str, options: dict) -> list[int]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(folder / "rank.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        str(folder / "rank.py"),
+    ]
     command += [str(Path(__file__).parent), verb, json.dumps(options)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    return [int(line.split()[2]) for line in sorted(result.stdout.splitlines()) if line.startswith("PEAK")]
+    return [
+        int(line.split()[2])
+        for line in sorted(result.stdout.splitlines())
+        if line.startswith("PEAK")
+    ]
 
 
 if __name__ == "__main__":

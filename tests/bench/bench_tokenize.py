@@ -35,7 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokenizer", default=str(ROOT.parent / "shared" / "data" / "llama2-tokenizer"))
+    parser.add_argument(
+        "--tokenizer", default=str(ROOT.parent / "shared" / "data" / "llama2-tokenizer")
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder), arguments)
@@ -45,7 +47,12 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
     texts = collect(arguments.megabytes * 10**6)
     source = folder / "text" / "corpus.jsonl"
     source.parent.mkdir()
-    source.write_text("".join(json.dumps({"text": text, "id": str(number)}) + "\n" for number, text in enumerate(texts)))
+    source.write_text(
+        "".join(
+            json.dumps({"text": text, "id": str(number)}) + "\n"
+            for number, text in enumerate(texts)
+        )
+    )
     contenders = Contenders(folder, texts, arguments.tokenizer)
     expected = contenders.tokens()
     print(
@@ -69,7 +76,9 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
         ("jsonl to MDS", "jsonl to DocumentTokenizer", 2.5),
     ):
         ratios = [there / here for here, there in zip(seconds[name], seconds[other])]
-        print(f"{name} / {other}: {statistics.median(ratios):.2f} (wanted {wanted}; rounds {min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"{name} / {other}: {statistics.median(ratios):.2f} (wanted {wanted}; rounds {min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 def collect(size: int) -> list[str]:
@@ -87,8 +96,20 @@ def collect(size: int) -> list[str]:
 
 
 def config(folder: Path, path: str, **changes) -> DataConfig:
-    source = {"kind": "text", "path": path, "glob": "**/*.py", "exclude": ["site-packages", "__pycache__"] if path == "stdlib" else []}
-    values = {"name": "bench", "path": str(folder / "mds"), "tokenizer": "", "seq_length": 4096, "tasks": 1, "source": source}
+    source = {
+        "kind": "text",
+        "path": path,
+        "glob": "**/*.py",
+        "exclude": ["site-packages", "__pycache__"] if path == "stdlib" else [],
+    }
+    values = {
+        "name": "bench",
+        "path": str(folder / "mds"),
+        "tokenizer": "",
+        "seq_length": 4096,
+        "tasks": 1,
+        "source": source,
+    }
     return DataConfig.model_validate(values | changes)
 
 
@@ -101,7 +122,9 @@ class Contenders:
         self.backend.encode_special_tokens = True
         self.run_number = 0
         self.all = {
-            "tokenizers.encode_batch": lambda: lambda: self.backend.encode_batch(self.texts, add_special_tokens=False),
+            "tokenizers.encode_batch": lambda: (
+                lambda: self.backend.encode_batch(self.texts, add_special_tokens=False)
+            ),
             "datatrove DocumentTokenizer step": self._datatrove_step,
             "encode step": self._encode_step,
             "jsonl to DocumentTokenizer": self._datatrove_job,
@@ -119,7 +142,8 @@ class Contenders:
     def _encoded(self):
         step = Encode(Tokenizer(self.tokenizer), "gigatoken", bos=False, eos=True)
         documents = [
-            Document(text, str(number), metadata={"utf8": text.encode(), "prompt_chars": 0}) for number, text in enumerate(self.texts)
+            Document(text, str(number), metadata={"utf8": text.encode(), "prompt_chars": 0})
+            for number, text in enumerate(self.texts)
         ]
         return step.run(iter(documents))
 
@@ -137,7 +161,9 @@ class Contenders:
         return self.folder / f"run{self.run_number}"
 
     def _document_tokenizer(self, folder: Path) -> DocumentTokenizer:
-        return DocumentTokenizer(str(folder / "tokens"), f"{self.tokenizer}/tokenizer.json", eos_token="</s>")
+        return DocumentTokenizer(
+            str(folder / "tokens"), f"{self.tokenizer}/tokenizer.json", eos_token="</s>"
+        )
 
     def _datatrove_step(self):
         step = self._document_tokenizer(self._new_folder())
@@ -151,7 +177,9 @@ class Contenders:
 
     def _job(self):
         source = {"kind": "rows", "path": str(self.folder / "text")}
-        data = config(self._new_folder(), "", tokenizer=self.tokenizer, source=source, compression="zstd")
+        data = config(
+            self._new_folder(), "", tokenizer=self.tokenizer, source=source, compression="zstd"
+        )
         return lambda: tokenize(data, progress=False)
 
 

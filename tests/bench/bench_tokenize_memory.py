@@ -27,7 +27,9 @@ print(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 100, 200, 400])
-    parser.add_argument("--tokenizer", default=str(ROOT.parent / "shared" / "data" / "llama2-tokenizer"))
+    parser.add_argument(
+        "--tokenizer", default=str(ROOT.parent / "shared" / "data" / "llama2-tokenizer")
+    )
     arguments = parser.parse_args()
     texts = collect(30 * 10**6)
     for megabytes in arguments.megabytes:
@@ -43,13 +45,20 @@ def peak_of(folder: Path, texts: list[str], size: int, tokenizer: str) -> int:
     with open(folder / "text" / "corpus.jsonl", "w") as file:
         while written < size:
             for number, text in enumerate(texts):
-                written += file.write(json.dumps({"text": f"# copy {copy} of {number}\n{text}"}) + "\n")
+                written += file.write(
+                    json.dumps({"text": f"# copy {copy} of {number}\n{text}"}) + "\n"
+                )
                 if written >= size:
                     break
             copy += 1
     source = {"kind": "rows", "path": str(folder / "text")}
     data = config(folder, "", tokenizer=tokenizer, source=source, compression="zstd")
-    result = subprocess.run([sys.executable, "-c", WORKER, data.model_dump_json()], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", WORKER, data.model_dump_json()],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return int(result.stdout.splitlines()[-1])
 
 

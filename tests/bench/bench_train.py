@@ -18,7 +18,12 @@ from pathlib import Path
 from unittest import mock
 
 ROUNDS, STEPS_OF_ROUND = 12, 4
-LARGER = ["model.hidden_size=1536", "model.ffn_hidden_size=4096", "model.num_layers=4", "model.num_attention_heads=12"]
+LARGER = [
+    "model.hidden_size=1536",
+    "model.ffn_hidden_size=4096",
+    "model.num_layers=4",
+    "model.num_attention_heads=12",
+]
 LARGER += ["model.num_query_groups=12", "train.micro_batch_size=4", "train.global_batch_size=4"]
 
 
@@ -36,7 +41,13 @@ def make_corpus(folder: Path) -> list[str]:
     from retemper.pipeline.config.compose import load_config
     from retemper.pipeline.study.demo import _prepare_data
 
-    asked = ["run=demo_base", "parallel=single", f"runs_dir={folder / 'runs'}", "evals.heldout={}", "track.wandb=off"]
+    asked = [
+        "run=demo_base",
+        "parallel=single",
+        f"runs_dir={folder / 'runs'}",
+        "evals.heldout={}",
+        "track.wandb=off",
+    ]
     _prepare_data([load_config(asked), load_config(["run=demo_full", *asked[1:]])])
     return asked
 
@@ -49,7 +60,11 @@ class BareSteps:
 
     def watch(self, loop):
         """Patches of the loop: what it builds and trains on is noted; its own calls stay as they are."""
-        build_optimizer, train_step, asked_to_stop = loop.build_optimizer, loop.train_step, loop.asked_to_stop
+        build_optimizer, train_step, asked_to_stop = (
+            loop.build_optimizer,
+            loop.train_step,
+            loop.asked_to_stop,
+        )
 
         def noting_optimizer(config, model):
             self.model, self.optimizer = model, build_optimizer(config, model)
@@ -98,10 +113,18 @@ class BareSteps:
 def bench_step(folder: Path, asked: list[str]) -> None:
     bare = BareSteps()
     train(
-        [*asked, "name=step", f"train.tokens={(ROUNDS + 1) * STEPS_OF_ROUND * 16 * 256}", "train.log_every_steps=1", "data.ledger=true"],
+        [
+            *asked,
+            "name=step",
+            f"train.tokens={(ROUNDS + 1) * STEPS_OF_ROUND * 16 * 256}",
+            "train.log_every_steps=1",
+            "data.ledger=true",
+        ],
         lambda loop: bare.watch(loop),
     )
-    ratios = sorted(ours / other for ours, other in zip(bare.ours[1:], bare.bare[1:], strict=True))  # the first round warms up
+    ratios = sorted(
+        ours / other for ours, other in zip(bare.ours[1:], bare.bare[1:], strict=True)
+    )  # the first round warms up
     print(
         f"step    {statistics.median(bare.ours[1:]) / STEPS_OF_ROUND:.3f} CPU-seconds, bare megatron-core "
         f"{statistics.median(bare.bare[1:]) / STEPS_OF_ROUND:.3f}; ratio: median {statistics.median(ratios):.3f} "
@@ -122,16 +145,35 @@ def bench_memory(folder: Path, asked: list[str]) -> None:
 
         return (mock.patch.object(loop, "asked_to_stop", after_step),)
 
-    train([*asked, *small, "name=memory", f"train.tokens={725 * 4 * 256}", "train.log_every_steps=1", "schedule.warmup_tokens=0"], watch)
+    train(
+        [
+            *asked,
+            *small,
+            "name=memory",
+            f"train.tokens={725 * 4 * 256}",
+            "train.log_every_steps=1",
+            "schedule.warmup_tokens=0",
+        ],
+        watch,
+    )
     # The least of some steps: the reader's thread may be holding a batch that is read ahead.
     before, after = min(held[400:425]), min(held[700:725])
-    print(f"memory  {before / 1024:.1f} MiB are held after 400 steps, {after / 1024:.1f} after 700: {after - before:+d} KiB in 300 steps")
+    print(
+        f"memory  {before / 1024:.1f} MiB are held after 400 steps, {after / 1024:.1f} after 700: {after - before:+d} KiB in 300 steps"
+    )
 
 
 def bench_start(folder: Path, asked: list[str]) -> None:
     imports = "from retemper.pipeline.distributed import topology; topology.prepare_megatron(); import torch, megatron.core.models.gpt"
-    imports += ", megatron.core.dist_checkpointing, megatron.core.distributed, megatron.core.optimizer"
-    small = ["train.global_batch_size=1", "train.micro_batch_size=1", "train.tokens=256", "schedule.warmup_tokens=0"]
+    imports += (
+        ", megatron.core.dist_checkpointing, megatron.core.distributed, megatron.core.optimizer"
+    )
+    small = [
+        "train.global_batch_size=1",
+        "train.micro_batch_size=1",
+        "train.tokens=256",
+        "schedule.warmup_tokens=0",
+    ]
 
     def to_first_step(name: str) -> float:
         """Until its record is written, after 256 tokens."""
@@ -171,10 +213,16 @@ def bench_lora(folder: Path, asked: list[str]) -> None:
     base = f"init_from={folder / 'runs' / 'demo' / 'large-base'}"
     for number in range(3):
         for name, method in methods.items():
-            train([*larger, *method, f"name={name}-{number}", base, f"train.tokens={4 * 4 * 256}"], watch(name))
+            train(
+                [*larger, *method, f"name={name}-{number}", base, f"train.tokens={4 * 4 * 256}"],
+                watch(name),
+            )
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     sizes = {
-        name: sum(path.stat().st_size for path in (folder / "runs" / "demo" / f"{name}-0" / "checkpoints").glob("*/*.distcp"))
+        name: sum(
+            path.stat().st_size
+            for path in (folder / "runs" / "demo" / f"{name}-0" / "checkpoints").glob("*/*.distcp")
+        )
         for name in methods
     }
     print(
@@ -195,7 +243,11 @@ def train(asked: list[str], watch=lambda loop: ()) -> None:
     place = topology.start(config.parallel)
     from retemper.pipeline.train import loop
 
-    with contextlib.ExitStack() as patched, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with (
+        contextlib.ExitStack() as patched,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
         for patch in watch(loop):
             patched.enter_context(patch)
         loop.train(config, place, fingerprints)

@@ -13,7 +13,14 @@ def test_a_run_is_restarted_and_adapted_and_exported(workspace, wide, precision)
     runs = workspace / "runs" / "test"
 
     def asked(name: str, *changes: str) -> list[str]:
-        return overrides(workspace, f"{precision}-{name}", *wide, "checkpoint.save_every_steps=5", f"precision={precision}", *changes)
+        return overrides(
+            workspace,
+            f"{precision}-{name}",
+            *wide,
+            "checkpoint.save_every_steps=5",
+            f"precision={precision}",
+            *changes,
+        )
 
     def losses(name: str) -> list[float]:
         return [record["loss"] for record in read_metrics(runs / f"{precision}-{name}")]
@@ -25,11 +32,22 @@ def test_a_run_is_restarted_and_adapted_and_exported(workspace, wide, precision)
     assert losses("cut") == pytest.approx(losses("straight"), rel=1e-3)
 
     if precision != "fp8_delayed":  # refused: a frozen weight would have a scale of one
-        lora = ["method=lora", "method.lora.rank=4", f"init_from={runs / f'{precision}-straight'}", "optimizer.lr=1e-3"]
+        lora = [
+            "method=lora",
+            "method.lora.rank=4",
+            f"init_from={runs / f'{precision}-straight'}",
+            "optimizer.lr=1e-3",
+        ]
         launch(1, [{"overrides": asked("lora", *lora)}])
         assert losses("lora")[0] < losses("straight")[0] - 0.3, "it begins where the base ended"
     adapted = f"{precision}-straight" if precision == "fp8_delayed" else f"{precision}-lora"
-    exported = {"run": str(runs / adapted), "folder": str(workspace / precision), "step": None, "adapter": False, "base": None}
+    exported = {
+        "run": str(runs / adapted),
+        "folder": str(workspace / precision),
+        "step": None,
+        "adapter": False,
+        "base": None,
+    }
     launch(1, [{"export": exported | {"tokenizer": None}}], "exchange")
     assert (workspace / precision / "model.safetensors").exists()
 
@@ -38,22 +56,60 @@ def test_a_run_is_restarted_and_adapted_and_exported(workspace, wide, precision)
 @pytest.mark.parametrize("method", ["full", "lora", "dropout"])
 def test_recorded_passes_train_as_others_do(workspace, wide, precision, method):
     """With held-out text scored in between, and restarted: attention's backward pass sums in any order."""
-    changes = [] if method == "full" else ["method=lora", "init_from=unread", "method.lora.rank=4", "optimizer.lr=1e-3"]
+    changes = (
+        []
+        if method == "full"
+        else ["method=lora", "init_from=unread", "method.lora.rank=4", "optimizer.lr=1e-3"]
+    )
     if method == "dropout":
         changes.append("method.lora.dropout=0.1")
     if method != "full":
-        launch(1, [{"overrides": overrides(workspace, f"graph-{precision}-base", *wide, f"precision={precision}", "train.cuda_graph=on")}])
+        launch(
+            1,
+            [
+                {
+                    "overrides": overrides(
+                        workspace,
+                        f"graph-{precision}-base",
+                        *wide,
+                        f"precision={precision}",
+                        "train.cuda_graph=on",
+                    )
+                }
+            ],
+        )
         changes[1] = f"init_from={workspace / 'runs' / 'test' / f'graph-{precision}-base'}"
 
     def run(name: str, *more: str, **how) -> dict:
-        asked = ["train.micro_batch_size=2", "checkpoint.save_every_steps=5", f"precision={precision}", *changes, *more]
-        return {"overrides": overrides(workspace, f"graph-{precision}-{method}-{name}", *wide, *asked)} | how
+        asked = [
+            "train.micro_batch_size=2",
+            "checkpoint.save_every_steps=5",
+            f"precision={precision}",
+            *changes,
+            *more,
+        ]
+        return {
+            "overrides": overrides(workspace, f"graph-{precision}-{method}-{name}", *wide, *asked)
+        } | how
 
     on = "train.cuda_graph=on"
-    launch(1, [run("off", "train.cuda_graph=off"), run("on", on), run("cut", on, stop_after=7), run("cut", on)])
+    launch(
+        1,
+        [
+            run("off", "train.cuda_graph=off"),
+            run("on", on),
+            run("cut", on, stop_after=7),
+            run("cut", on),
+        ],
+    )
 
     def losses(name: str) -> list[float]:
-        return [record["loss"] for record in read_metrics(workspace / "runs" / "test" / f"graph-{precision}-{method}-{name}")]
+        return [
+            record["loss"]
+            for record in read_metrics(
+                workspace / "runs" / "test" / f"graph-{precision}-{method}-{name}"
+            )
+        ]
 
     assert losses("on") == pytest.approx(losses("off"), rel=1e-3)
     assert losses("cut") == pytest.approx(losses("off"), rel=1e-3)

@@ -35,7 +35,10 @@ def main(cases: list[dict]) -> None:
         if "copy_of" in case and place.rank == 0:
             shutil.copytree(case["copy_of"], config.run_dir)
         barrier()
-        with FAULTS[case.get("fault")](), stand_in_graph() if case.get("graph") else contextlib.nullcontext():
+        with (
+            FAULTS[case.get("fault")](),
+            stand_in_graph() if case.get("graph") else contextlib.nullcontext(),
+        ):
             try:
                 with interruption(loop, case.get("stop_after")):
                     train_with_branches(config, place, fingerprints)
@@ -114,7 +117,11 @@ def adapter_shards_lost_at_save():
     sharded = lora._sharded
 
     def as_if_replicated(layer, sharded_axis, *rest):
-        return sharded(layer, {name: axis for name, axis in sharded_axis.items() if "adapters" not in name}, *rest)
+        return sharded(
+            layer,
+            {name: axis for name, axis in sharded_axis.items() if "adapters" not in name},
+            *rest,
+        )
 
     return mock.patch.object(lora, "_sharded", as_if_replicated)
 
@@ -161,7 +168,9 @@ def lost_random_state():
     from retemper.pipeline.train import loop
 
     seed_step = loop.seed_step
-    return mock.patch.object(loop, "seed_step", lambda seed, step, place: seed_step(seed + 1, step, place))
+    return mock.patch.object(
+        loop, "seed_step", lambda seed, step, place: seed_step(seed + 1, step, place)
+    )
 
 
 def nan_gradient():
@@ -186,7 +195,9 @@ def garbage_batch():
 
     def train_step(config, state, passes, optimizer, schedule, batches, train_step=loop.train_step):
         if state.step + 1 == 21:
-            batches = [replace(batch, labels_BT=torch.full_like(batch.labels_BT, 299)) for batch in batches]
+            batches = [
+                replace(batch, labels_BT=torch.full_like(batch.labels_BT, 299)) for batch in batches
+            ]
         return train_step(config, state, passes, optimizer, schedule, batches)
 
     return mock.patch.object(loop, "train_step", train_step)
@@ -198,7 +209,10 @@ def no_labels():
 
     def train_step(config, state, passes, optimizer, schedule, batches, train_step=loop.train_step):
         if state.step + 1 in (7, 9):
-            batches = [replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT)) for batch in batches]
+            batches = [
+                replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT))
+                for batch in batches
+            ]
         return train_step(config, state, passes, optimizer, schedule, batches)
 
     return mock.patch.object(loop, "train_step", train_step)
@@ -207,7 +221,13 @@ def no_labels():
 @contextlib.contextmanager
 def no_harness():
     """Neither lm-eval nor what leads to it can be imported."""
-    barred = ("lm_eval", *(f"retemper.pipeline.evals.{name}" for name in ("team", "inline", "sharded_lm", "harness")))
+    barred = (
+        "lm_eval",
+        *(
+            f"retemper.pipeline.evals.{name}"
+            for name in ("team", "inline", "sharded_lm", "harness")
+        ),
+    )
     known = {name: sys.modules[name] for name in barred if name in sys.modules}
     sys.modules.update(dict.fromkeys(barred))
     try:

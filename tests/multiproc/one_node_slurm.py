@@ -14,7 +14,11 @@ NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "sinfo")
 
 def missing() -> str | None:
     """Why there can be no cluster here, or None."""
-    absent = [name for name in NEEDED if shutil.which(name) is None and not Path("/usr/sbin", name).exists()]
+    absent = [
+        name
+        for name in NEEDED
+        if shutil.which(name) is None and not Path("/usr/sbin", name).exists()
+    ]
     if absent:
         return f"Slurm is not installed: {', '.join(absent)}"
     return None if os.geteuid() == 0 else "starting Slurm's daemons takes root"
@@ -32,16 +36,37 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         for path in ("/run/munge", "/var/log/munge", "/var/lib/munge"):
             Path(path).mkdir(parents=True, exist_ok=True)
             shutil.chown(path, "munge", "munge")
-        stack.callback(_stop, _start(["runuser", "-u", "munge", "--", "/usr/sbin/munged", "-F", "--force"], folder / "munged.log"))
+        stack.callback(
+            _stop,
+            _start(
+                ["runuser", "-u", "munge", "--", "/usr/sbin/munged", "-F", "--force"],
+                folder / "munged.log",
+            ),
+        )
         configuration = folder / "slurm.conf"
         configuration.write_text(_configuration(folder))
         environment = os.environ | {"SLURM_CONF": str(configuration)}
         for name in ("slurmctld", "slurmd"):
-            stack.callback(_stop, _start([f"/usr/sbin/{name}", "-D", "-f", str(configuration)], folder / f"{name}.log", environment))
+            stack.callback(
+                _stop,
+                _start(
+                    [f"/usr/sbin/{name}", "-D", "-f", str(configuration)],
+                    folder / f"{name}.log",
+                    environment,
+                ),
+            )
         deadline = time.monotonic() + 60
-        while "idle" not in subprocess.run(["sinfo", "-h", "-o", "%t"], env=environment, capture_output=True, text=True).stdout:
+        while (
+            "idle"
+            not in subprocess.run(
+                ["sinfo", "-h", "-o", "%t"], env=environment, capture_output=True, text=True
+            ).stdout
+        ):
             if time.monotonic() > deadline:
-                raise TimeoutError((folder / "slurmctld.log").read_text()[-2000:] + (folder / "slurmd.log").read_text()[-2000:])
+                raise TimeoutError(
+                    (folder / "slurmctld.log").read_text()[-2000:]
+                    + (folder / "slurmd.log").read_text()[-2000:]
+                )
             time.sleep(0.5)
         yield environment
 
@@ -78,7 +103,9 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _start(command: list[str], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen:
+def _start(
+    command: list[str], log: Path, environment: dict[str, str] | None = None
+) -> subprocess.Popen:
     with open(log, "w") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 

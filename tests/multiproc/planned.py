@@ -40,7 +40,9 @@ def counts(config, place, model) -> None:
     from retemper.pipeline.estimate import memory
     from retemper.pipeline.model.build import parameter_counts
 
-    assert memory.parameter_counts(config) == parameter_counts(model, config.parallel.tensor_parallel_size)
+    assert memory.parameter_counts(config) == parameter_counts(
+        model, config.parallel.tensor_parallel_size
+    )
     held = sum(parameter.nbytes for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     planned = memory.rank_memory(config, place.pipeline_parallel_rank)
@@ -72,9 +74,14 @@ def memory(config, place, _model) -> None:
                 # As held-out samples are dealt out to data-parallel ranks.
                 mine = -(-config.evals.max_samples // config.parallel.data_parallel_size)
                 count = min(config.evals.micro_batch_size, mine)
-                run_schedule(model.eval(), drawn_batches(config, place, count, count), forward_only=True)
+                run_schedule(
+                    model.eval(), drawn_batches(config, place, count, count), forward_only=True
+                )
     off = planned.total / held.peak - 1
-    print(f"planned {planned.total:,} of {held.peak:,} measured bytes ({off:+.2%}): {planned}", flush=True)
+    print(
+        f"planned {planned.total:,} of {held.peak:,} measured bytes ({off:+.2%}): {planned}",
+        flush=True,
+    )
     assert abs(off) < 0.1, f"{planned} is {off:+.1%} of {held.peak:,}"
 
 
@@ -85,7 +92,15 @@ def drawn_batches(config, place, count, micro_batch_size):
 
     samples = Samples(count, config.data.seq_length)
     whole = np.array([config.data.seq_length], "<u4").tobytes()
-    samples.pieces |= {"lengths": [whole] * len(samples), "prompt_lengths": [bytes(4)] * len(samples)}
-    samples.tokens_NT[:] = np.random.default_rng(0).integers(config.model.vocab_size, size=samples.tokens_NT.shape)
+    samples.pieces |= {
+        "lengths": [whole] * len(samples),
+        "prompt_lengths": [bytes(4)] * len(samples),
+    }
+    samples.tokens_NT[:] = np.random.default_rng(0).integers(
+        config.model.vocab_size, size=samples.tokens_NT.shape
+    )
     batches = make_batches(samples, micro_batch_size, mask_documents=False)
-    return [batch.of_context_rank(place.context_parallel_rank, config.parallel.context_parallel_size) for batch in batches]
+    return [
+        batch.of_context_rank(place.context_parallel_rank, config.parallel.context_parallel_size)
+        for batch in batches
+    ]

@@ -63,7 +63,9 @@ def documents(config, place, model) -> None:
 
     @torch.no_grad()
     def losses(samples, *, mask_documents):
-        (output,) = run_schedule(model, [batch_of(config, samples, mask_documents=mask_documents)], forward_only=True)
+        (output,) = run_schedule(
+            model, [batch_of(config, samples, mask_documents=mask_documents)], forward_only=True
+        )
         return output["losses_BT"].flatten()
 
     def loss_of_one(tokens):
@@ -78,14 +80,18 @@ def documents(config, place, model) -> None:
         *pieces, padding = np.split(tokens_T, samples.values("lengths", row).cumsum())
         for tokens in pieces:
             alone.append(loss_of_one(tokens))
-            labelled += [True] * (len(tokens) - 1) + [False]  # the last has another document's token for its label
+            labelled += [True] * (len(tokens) - 1) + [
+                False
+            ]  # the last has another document's token for its label
         alone.append(torch.zeros(len(padding)))
         labelled += [False] * len(padding)
     labelled = torch.tensor(labelled)
     assert labelled.sum() > 100 and len(samples.values("lengths")) > len(samples)
     torch.testing.assert_close(together[labelled], torch.cat(alone)[labelled], rtol=1e-5, atol=1e-6)
     unmasked = losses(samples, mask_documents=False)
-    assert not torch.allclose(unmasked[labelled], together[labelled], rtol=1e-3), "without the mask documents see each other"
+    assert not torch.allclose(unmasked[labelled], together[labelled], rtol=1e-3), (
+        "without the mask documents see each other"
+    )
 
 
 def dropout(config, place, model) -> None:
@@ -97,8 +103,14 @@ def dropout(config, place, model) -> None:
     kept: dict[str, list[torch.Tensor]] = {}
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Dropout)}
     for name, layer in layers.items():
-        layer.register_forward_hook(lambda _layer, _inputs, output, name=name: kept.setdefault(name, []).append(output.detach() != 0))
-    batch = batch_of(config, samples_of(config)).of_context_rank(place.context_parallel_rank, config.parallel.context_parallel_size)
+        layer.register_forward_hook(
+            lambda _layer, _inputs, output, name=name: kept.setdefault(name, []).append(
+                output.detach() != 0
+            )
+        )
+    batch = batch_of(config, samples_of(config)).of_context_rank(
+        place.context_parallel_rank, config.parallel.context_parallel_size
+    )
     run_schedule(model, [batch], forward_only=False)
     times = 2 if config.parallel.recompute == "full" else 1
     assert len(kept) == len(layers) == 4 * config.model.num_layers
@@ -122,11 +134,15 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         first = output[0] if isinstance(output, tuple | list) and output else output
-        self.seen.append((func._schema.name, tuple(first.shape) if isinstance(first, torch.Tensor) else ()))
+        self.seen.append(
+            (func._schema.name, tuple(first.shape) if isinstance(first, torch.Tensor) else ())
+        )
         return output
 
     def count(self, name: str, shapes=None) -> int:
-        return sum(name in seen and (shapes is None or shape in shapes) for seen, shape in self.seen)
+        return sum(
+            name in seen and (shapes is None or shape in shapes) for seen, shape in self.seen
+        )
 
 
 def frozen(config, _place, model) -> None:
@@ -143,18 +159,35 @@ def frozen(config, _place, model) -> None:
         run_schedule(model, [batch_of(config, samples_of(config))], forward_only=False)
     optimizer.step()
 
-    base = {tuple(p.shape) for name, p in stage.named_parameters() if not is_adapter(name) and p.ndim == 2}
+    base = {
+        tuple(p.shape)
+        for name, p in stage.named_parameters()
+        if not is_adapter(name) and p.ndim == 2
+    }
     weight_gradients = operations.count("::mm", base | {shape[::-1] for shape in base})
     backward = operations.count("attention_for_cpu_backward")
     if config.method.name == "full":
-        assert weight_gradients == 4 * config.model.num_layers + 1 and backward == config.model.num_layers
+        assert (
+            weight_gradients == 4 * config.model.num_layers + 1
+            and backward == config.model.num_layers
+        )
         return
     assert weight_gradients == 0
-    assert all(p.grad is None and not hasattr(p, "main_grad") for p in stage.parameters() if not p.requires_grad)
+    assert all(
+        p.grad is None and not hasattr(p, "main_grad")
+        for p in stage.parameters()
+        if not p.requires_grad
+    )
     held = sum(buffer.grad_data.numel() for buffer in stage.buffers)
-    assert held < sum(p.numel() for p in trained) + 1024 * len(trained)  # a buffer's parameters are aligned
-    states = sum(value.numel() for state in optimizer.optimizer.state.values() for value in state.values())
-    assert states == {"adamw": 2, "lion": 1}[config.optimizer.name] * sum(p.numel() for p in trained)
+    assert held < sum(p.numel() for p in trained) + 1024 * len(
+        trained
+    )  # a buffer's parameters are aligned
+    states = sum(
+        value.numel() for state in optimizer.optimizer.state.values() for value in state.values()
+    )
+    assert states == {"adamw": 2, "lion": 1}[config.optimizer.name] * sum(
+        p.numel() for p in trained
+    )
     # Attention of the first layer is asked for nothing where only what follows it trains.
     assert backward == config.model.num_layers - ("q" not in config.method.lora.targets)
 
@@ -175,7 +208,9 @@ def fp8(config, place, model) -> None:
     assert not any(hasattr(p, "_high_precision_init_val") for p in held)
     if config.method.lora and config.fp8_recipe in ("tensorwise", "delayed"):
         assert all(p._data.dtype == torch.uint8 and p._transpose is None for p in held)
-    plain = build_model(config.model_copy(update={"precision": "bf16", "fp8": type(config.fp8)()}), place)
+    plain = build_model(
+        config.model_copy(update={"precision": "bf16", "fp8": type(config.fp8)()}), place
+    )
     (of_bf16,) = run_schedule(plain, [batch], forward_only=False)
     torch.testing.assert_close(of_fp8["loss"], of_bf16["loss"], rtol=0.03, atol=0)
 
@@ -189,8 +224,12 @@ def kernels(config, place, model) -> None:
         plain = build.build_model(plainly_adapted(config), place)
     batch = batch_of(config, samples_of(config)).to(place.device)
     expected, got = losses_and_gradients(plain, batch), losses_and_gradients(model, batch)
-    assert expected.keys() == got.keys() and type(model[0].module.decoder.layers[0]) is type(plain[0].module.decoder.layers[0])
-    assert type(model[0].module.decoder.layers[0].mlp.linear_fc1) is not type(plain[0].module.decoder.layers[0].mlp.linear_fc1)
+    assert expected.keys() == got.keys() and type(model[0].module.decoder.layers[0]) is type(
+        plain[0].module.decoder.layers[0]
+    )
+    assert type(model[0].module.decoder.layers[0].mlp.linear_fc1) is not type(
+        plain[0].module.decoder.layers[0].mlp.linear_fc1
+    )
     for name, value in expected.items():
         assert (got[name] - value).norm() <= 1e-4 * value.norm(), name
 
@@ -202,15 +241,40 @@ def adapted(config, place, model) -> None:
     plain = build.build_model(plainly_adapted(config), place)
     batch = batch_of(config, samples_of(config)).to(place.device)
     expected, got = losses_and_gradients(plain, batch), losses_and_gradients(model, batch)
-    assert expected.keys() == got.keys() and any(getattr(layer, "fused", False) for layer in model.modules())
-    furthest = max(((got[name] - value).norm() / value.norm()).item() for name, value in expected.items())
+    assert expected.keys() == got.keys() and any(
+        getattr(layer, "fused", False) for layer in model.modules()
+    )
+    furthest = max(
+        ((got[name] - value).norm() / value.norm()).item() for name, value in expected.items()
+    )
     print(f"adapted: {config.precision}: {furthest:.2e}", flush=True)
     assert furthest <= {"fp32": 1e-5, "bf16": 0.03}.get(config.precision, 0.1)
 
 
 # What gives another view of a tensor, or memory, and launches nothing.
-_NO_KERNELS = ("view", "::t", "transpose", "split", "slice", "select", "as_strided", "expand", "detach", "alias", "unflatten")
-_NO_KERNELS += ("unsqueeze", "permute", "empty", "empty_like", "new_empty", "chunk", "_unsafe_view", "_reshape_alias")
+_NO_KERNELS = (
+    "view",
+    "::t",
+    "transpose",
+    "split",
+    "slice",
+    "select",
+    "as_strided",
+    "expand",
+    "detach",
+    "alias",
+    "unflatten",
+)
+_NO_KERNELS += (
+    "unsqueeze",
+    "permute",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "chunk",
+    "_unsafe_view",
+    "_reshape_alias",
+)
 
 
 def base(config, place, model) -> None:
@@ -253,7 +317,9 @@ def launches(config, _place, model) -> None:
             output_SBO.backward(gradient_SBO)
     kernels = [name for name, _shape in operations.seen if not name.endswith(_NO_KERNELS)]
     of_adapters = len(kernels) - 2 * len(linears)
-    assert (of_adapters <= 28) == (config.method.lora.kernel == "fused"), f"{of_adapters}: {kernels}"
+    assert (of_adapters <= 28) == (config.method.lora.kernel == "fused"), (
+        f"{of_adapters}: {kernels}"
+    )
 
 
 def plainly_adapted(config):
@@ -272,10 +338,18 @@ def losses_and_gradients(model, batch) -> dict[str, torch.Tensor]:
     names = {_local_name(name): parameter for name, parameter in model.named_parameters()}
     for name in sorted(names):
         if names[name].requires_grad:  # B begins at zero, and A's gradient with it
-            names[name].data += 0.02 * torch.randn(names[name].shape, generator=generator).to(names[name])
+            names[name].data += 0.02 * torch.randn(names[name].shape, generator=generator).to(
+                names[name]
+            )
     outputs = run_schedule(model, [batch], forward_only=False)
-    gradients = {f"gradient of {name}": parameter.main_grad.clone() for name, parameter in names.items() if parameter.requires_grad}
-    losses = {"losses": outputs[0]["losses_BT"]} if outputs else {}  # of the last pipeline stage alone
+    gradients = {
+        f"gradient of {name}": parameter.main_grad.clone()
+        for name, parameter in names.items()
+        if parameter.requires_grad
+    }
+    losses = (
+        {"losses": outputs[0]["losses_BT"]} if outputs else {}
+    )  # of the last pipeline stage alone
     return gradients | losses
 
 

@@ -16,7 +16,11 @@ KINDS = {
     "biased": ["model.qkv_bias=true", "model.num_query_groups=4"],
     "bf16": ["precision=bf16"],
 }
-LAYOUTS = {"tp2": ["parallel=tp2"], "tp2sp": ["parallel=tp2", "parallel.sequence_parallel=true"], "pp2": ["parallel=pp2"]}
+LAYOUTS = {
+    "tp2": ["parallel=tp2"],
+    "tp2sp": ["parallel=tp2", "parallel.sequence_parallel=true"],
+    "pp2": ["parallel=pp2"],
+}
 
 
 def probe(workspace, world_size: int, name: str, *changes: list[str]) -> None:
@@ -30,7 +34,12 @@ def test_one_rank(workspace):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks(workspace, layout):
-    probe(workspace, 2, "adapted", *([*KINDS[kind], *LAYOUTS[layout]] for kind in ("all", "wide-parts", "biased")))
+    probe(
+        workspace,
+        2,
+        "adapted",
+        *([*KINDS[kind], *LAYOUTS[layout]] for kind in ("all", "wide-parts", "biased")),
+    )
 
 
 def test_few_kernels_are_launched(workspace):

@@ -30,12 +30,22 @@ def shards(workspace) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job_folder, "_BUCKET_BYTES", 25_000)
         source = {"kind": "text", "path": str(Path(email.__file__).parent), "glob": "**/*.py"}
-        tokenize(data_config(workspace, "shards", path=str(path), source=source, tasks=1), progress=False)
+        tokenize(
+            data_config(workspace, "shards", path=str(path), source=source, tasks=1), progress=False
+        )
     return path
 
 
 def command(workspace, name: str, path: Path, *changes: str) -> list[str]:
-    return overrides(workspace, name, f"data.path={path}", "data.name=shards", "parallel=tp2", "data.ledger=true", *changes)
+    return overrides(
+        workspace,
+        name,
+        f"data.path={path}",
+        "data.name=shards",
+        "parallel=tp2",
+        "data.ledger=true",
+        *changes,
+    )
 
 
 def damaged_copy(shards: Path, copy: Path, workspace) -> tuple[Path, list[int]]:
@@ -54,29 +64,49 @@ def damaged_copy(shards: Path, copy: Path, workspace) -> tuple[Path, list[int]]:
     return victim, np.flatnonzero(opened.shards_of(np.arange(len(opened))) == number).tolist()
 
 
-def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(workspace, shards, tmp_path, capsys):
+def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(
+    workspace, shards, tmp_path, capsys
+):
     victim, bad = damaged_copy(shards, tmp_path / "copy", workspace)
     before = set(os.listdir("/dev/shm"))
     started = time.monotonic()
     result = run_command(["train", *command(workspace, "bad", tmp_path / "copy")])
-    assert result.returncode != 0 and f"{victim} is missing or damaged" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode != 0
+        and f"{victim} is missing or damaged" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     print(f"\nended after {time.monotonic() - started:.0f} s, start included")
-    result = run_command(["train", *command(workspace, "skips", tmp_path / "copy", "data.bad_shards=skip")])
-    assert result.returncode == 0 and f"skips a shard: {victim}" in result.stderr, result.stderr[-3000:]
+    result = run_command(
+        ["train", *command(workspace, "skips", tmp_path / "copy", "data.bad_shards=skip")]
+    )
+    assert result.returncode == 0 and f"skips a shard: {victim}" in result.stderr, result.stderr[
+        -3000:
+    ]
     run = workspace / "runs" / "test" / "skips"
     (note,) = run_folder.noted(run, run_folder.SKIPPED)
     skipped = list(read_lines(note))
     order = Streams(load_config(command(workspace, "skips", tmp_path / "copy"))).order
-    expected = {step: sorted(set(order.batch((step - 1) * 8, 8).tolist()) & set(bad)) for step in range(1, 11)}
-    assert {line["step"]: sorted(line["ids"]) for line in skipped} == {step: ids for step, ids in expected.items() if ids}
+    expected = {
+        step: sorted(set(order.batch((step - 1) * 8, 8).tolist()) & set(bad))
+        for step in range(1, 11)
+    }
+    assert {line["step"]: sorted(line["ids"]) for line in skipped} == {
+        step: ids for step, ids in expected.items() if ids
+    }
     assert len(list(run_folder.read_metrics(run))) == 10
     assert main(["data", "verify", *command(workspace, "skips", tmp_path / "copy")]) == 0
-    assert f"{sum(len(line['ids']) for line in skipped)} of them had no loss" in capsys.readouterr().out
+    assert (
+        f"{sum(len(line['ids']) for line in skipped)} of them had no loss"
+        in capsys.readouterr().out
+    )
     assert set(os.listdir("/dev/shm")) <= before, "nothing is left in shared memory"
 
 
 @pytest.mark.slow
-def test_other_data_on_a_restart_is_refused_with_the_difference_or_recorded(workspace, shards, capsys):
+def test_other_data_on_a_restart_is_refused_with_the_difference_or_recorded(
+    workspace, shards, capsys
+):
     save = ["checkpoint.save_every_steps=5", "train.tokens=6K"]  # 11 steps
     assert run_command(["train", *command(workspace, "changes", shards, *save)]).returncode == 0
     run = workspace / "runs" / "test" / "changes"
@@ -87,12 +117,19 @@ def test_other_data_on_a_restart_is_refused_with_the_difference_or_recorded(work
     said = capsys.readouterr().err
     assert "data.replay: null -> " in said and "data.allow_change=true" in said
     result = run_command(["train", *other])
-    assert result.returncode == 1 and "data.streams.shards: " in result.stderr and "data.allow_change=true" in result.stderr, result.stderr
+    assert (
+        result.returncode == 1
+        and "data.streams.shards: " in result.stderr
+        and "data.allow_change=true" in result.stderr
+    ), result.stderr
     changed = command(workspace, "changes", shards, *save, *replay, "data.allow_change=true")
     result = run_command(["train", *changed])
     assert result.returncode == 0, result.stderr[-3000:]
     (change,) = json.loads((folder_of(run, 11) / META).read_text())["train_state"]["data_changes"]
-    assert (change["step"], change["consumed_samples"]) == (10, 80) and "data.streams.replay: null -> " in change["difference"][0]
+    assert (change["step"], change["consumed_samples"]) == (
+        10,
+        80,
+    ) and "data.streams.replay: null -> " in change["difference"][0]
     ledger = read_ledger(run)
     assert list(ledger) == list(range(1, 12))
     assert (ledger[11] == Streams(load_config(changed)).order.batch(0, 8)).all()

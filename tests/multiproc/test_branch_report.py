@@ -23,7 +23,9 @@ NAMES = {steps: f"{steps * STEP}" for steps in BRANCHES}
 def study(workspace):
     """Its folder, after what `retemper eval` does, with another domain, on the short branch of each trunk."""
     folder = workspace / "runs" / "study"
-    base = overrides(workspace, "base", "study=study", f"train.tokens={2 * STEP}", "schedule.warmup_tokens=0")
+    base = overrides(
+        workspace, "base", "study=study", f"train.tokens={2 * STEP}", "schedule.warmup_tokens=0"
+    )
     branches = f"train.branches=[{','.join(str(steps * STEP) for steps in BRANCHES)}]"
 
     def asked(name, method, *changes):
@@ -37,21 +39,29 @@ def study(workspace):
     for method in METHODS:
         extra = f"evals.heldout.again={workspace / 'data' / 'math'}"
         short = [f"train.tokens={3 * STEP}", f"branch_of={folder / method}"]
-        again.append({"overrides": asked(f"{method}-{NAMES[3]}", method, *short, extra), "all": True})
+        again.append(
+            {"overrides": asked(f"{method}-{NAMES[3]}", method, *short, extra), "all": True}
+        )
     launch(1, again, "scored")
     return folder
 
 
 def test_learned_and_forgotten_are_there_of_every_annealed_point(study):
     runs = {run.config.name: run for run in read_study(study)}
-    assert runs.keys() == {"base", *METHODS, *(f"{method}-{NAMES[n]}" for method in METHODS for n in BRANCHES)}
+    assert runs.keys() == {
+        "base",
+        *METHODS,
+        *(f"{method}-{NAMES[n]}" for method in METHODS for n in BRANCHES),
+    }
     rows = {(row[0], row[2]): row for row in table(list(runs.values()))[1:]}
     for method in METHODS:
         for steps, kind in BRANCHES.items():
             name = f"{method}-{NAMES[steps]}"
             start = {domain: curve[0] for domain, curve in runs[method].curves.items()}
             assert {domain: curve[0] for domain, curve in runs[name].curves.items()} == start
-            *_, point, again, _code, _math, learned, forgotten, _rate = rows[name, f"{steps * STEP:,}"]
+            *_, point, again, _code, _math, learned, forgotten, _rate = rows[
+                name, f"{steps * STEP:,}"
+            ]
             assert point.startswith(kind)
             assert learned and forgotten
             # The long branches were not scored on the domain that was given later: that blanks nothing.
@@ -67,7 +77,9 @@ def test_the_base_is_scored_once_for_a_trunk_and_its_branches(study):
         began = eval_folder.read_scores(study / method)[0]
         assert began.keys() == {"code", "math", "again"}  # scored by the command on the branch
         # `again` is math: the weights that a branch's command scored as step 0 are the trunk's first.
-        assert began["again"]["bits_per_byte"] == pytest.approx(began["math"]["bits_per_byte"], rel=1e-6)
+        assert began["again"]["bits_per_byte"] == pytest.approx(
+            began["math"]["bits_per_byte"], rel=1e-6
+        )
     short = study / f"full-{NAMES[3]}"
     assert eval_folder.read_scores(short)[3].keys() == {"code", "math", "again"}
 
@@ -87,9 +99,24 @@ def test_workers_score_the_base_once_whoever_comes_first(study, monkeypatch, cap
     def generate(self, step, tasks):
         for task in tasks:
             done.append((self.config.name, step, task))
-            scores = {"metric": "acc", "score": 0.5, "stderr": 0.1, "interval": [0.3, 0.7], "samples": 9}
-            scores |= {"settings": self.config.evals.tasks[task].settings, "metrics": {}, "decontaminated": {}}
-            self._commit(step, task, scores, [{"doc_id": n, "filter": "none", "acc": 0.5 + step / 100} for n in range(9)])
+            scores = {
+                "metric": "acc",
+                "score": 0.5,
+                "stderr": 0.1,
+                "interval": [0.3, 0.7],
+                "samples": 9,
+            }
+            scores |= {
+                "settings": self.config.evals.tasks[task].settings,
+                "metrics": {},
+                "decontaminated": {},
+            }
+            self._commit(
+                step,
+                task,
+                scores,
+                [{"doc_id": n, "filter": "none", "acc": 0.5 + step / 100} for n in range(9)],
+            )
 
     monkeypatch.setattr(worker.Worker, "_generate", generate)
     asked = "evals.tasks.hellaswag={where:worker,limit:9,shots:0}"
@@ -103,7 +130,9 @@ def test_workers_score_the_base_once_whoever_comes_first(study, monkeypatch, cap
     assert not any(eval_folder.read_tasks(study / name, 0) for name in (names[0], names[2]))
     capsys.readouterr()
     assert main(["evals", "show", str(study / names[0])]) == 0
-    assert re.search(r"^ +10  hellaswag .* \+0\.1000 on each of 9", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(
+        r"^ +10  hellaswag .* \+0\.1000 on each of 9", capsys.readouterr().out, re.MULTILINE
+    )
 
 
 def test_settings_other_than_those_of_the_trunks_start_are_refused(study):

@@ -14,16 +14,35 @@ STEP = 8 * 64
 # Steps of a branch -> its name.
 BRANCHES = {3: "trunk-1536", 10: "trunk-5120", 20: "trunk-10240"}
 WARMUP = f"schedule.warmup_tokens={4 * STEP}"
-TRUNK = [f"train.branches=[{','.join(str(steps * STEP) for steps in BRANCHES)}]", f"train.tokens={16 * STEP}", WARMUP]
+TRUNK = [
+    f"train.branches=[{','.join(str(steps * STEP) for steps in BRANCHES)}]",
+    f"train.tokens={16 * STEP}",
+    WARMUP,
+]
 # A branch by a command of its own, with another rate than its trunk's.
-OTHER = [f"train.tokens={10 * STEP}", WARMUP, "optimizer.lr=2e-3", "optimizer.weight_decay=0.1", "schedule.min_lr_ratio=0.25"]
+OTHER = [
+    f"train.tokens={10 * STEP}",
+    WARMUP,
+    "optimizer.lr=2e-3",
+    "optimizer.weight_decay=0.1",
+    "schedule.min_lr_ratio=0.25",
+]
 OTHER += ["checkpoint.save_every_steps=3"]
 METHODS = {"full": [], "lora": ["method=lora", "method.lora.rank=4", "optimizer.lr=1e-3"]}
 
 
 @pytest.fixture(scope="module")
 def base(workspace):
-    launch(2, [{"overrides": overrides(workspace, "base", "study=branching", f"train.tokens={4 * STEP}", "parallel=tp2")}])
+    launch(
+        2,
+        [
+            {
+                "overrides": overrides(
+                    workspace, "base", "study=branching", f"train.tokens={4 * STEP}", "parallel=tp2"
+                )
+            }
+        ],
+    )
     return workspace / "runs" / "branching" / "base"
 
 
@@ -36,17 +55,32 @@ def runs(workspace, base, request):
         where = [f"study={method}", f"init_from={base}", "parallel=tp2", *METHODS[method]]
         return {"overrides": overrides(workspace, name, *where, *changes)} | how
 
-    straight = [case(f"straight-{steps}", f"train.tokens={steps * STEP}", WARMUP) for steps in BRANCHES if steps > 4]
+    straight = [
+        case(f"straight-{steps}", f"train.tokens={steps * STEP}", WARMUP)
+        for steps in BRANCHES
+        if steps > 4
+    ]
     # The second branch is cut off in its cooldown, after the save of its step 9: sixteen steps of the trunk, one of the first
     # branch, one of the second.
     cut_off = case("trunk", *TRUNK, "checkpoint.save_every_steps=3", stop_after=18)
     whole = case("trunk", *TRUNK, "checkpoint.save_every_steps=3")
-    launch(2, [*straight, cut_off, whole, case("other", *OTHER, f"branch_of={workspace / 'runs' / method / 'trunk'}")])
+    launch(
+        2,
+        [
+            *straight,
+            cut_off,
+            whole,
+            case("other", *OTHER, f"branch_of={workspace / 'runs' / method / 'trunk'}"),
+        ],
+    )
     return workspace / "runs" / method
 
 
 def curve(run) -> dict[int, tuple[float, ...]]:
-    return {record["step"]: tuple(record[key] for key in ("loss", "grad_norm", "lr")) for record in run_folder.read_metrics(run)}
+    return {
+        record["step"]: tuple(record[key] for key in ("loss", "grad_norm", "lr"))
+        for record in run_folder.read_metrics(run)
+    }
 
 
 def test_a_branch_is_the_run_straight_to_its_milestone(runs):
@@ -64,14 +98,22 @@ def test_the_rates_are_the_closed_form_on_trunk_and_branches(runs):
 
     def rate(step: int, cools_down_at: int | None = None) -> float:
         done = step - 1
-        return peak * min(1.0, done / 4, *([] if cools_down_at is None else [(cools_down_at - done) / (0.2 * cools_down_at)]))
+        return peak * min(
+            1.0,
+            done / 4,
+            *([] if cools_down_at is None else [(cools_down_at - done) / (0.2 * cools_down_at)]),
+        )
 
-    assert [values[2] for values in curve(runs / "trunk").values()] == pytest.approx([rate(step) for step in range(1, 17)], rel=1e-9)
+    assert [values[2] for values in curve(runs / "trunk").values()] == pytest.approx(
+        [rate(step) for step in range(1, 17)], rel=1e-9
+    )
     for steps in (10, 20):
         cooled = {step: values[2] for step, values in curve(runs / BRANCHES[steps]).items()}
         assert cooled == pytest.approx({step: rate(step, steps) for step in cooled}, rel=1e-9)
     # Within the warm-up there is no cooldown.
-    assert {step: values[2] for step, values in curve(runs / BRANCHES[3]).items()} == pytest.approx({3: rate(3)}, rel=1e-9)
+    assert {step: values[2] for step, values in curve(runs / BRANCHES[3]).items()} == pytest.approx(
+        {3: rate(3)}, rel=1e-9
+    )
 
 
 def test_the_trunk_keeps_what_its_branches_need(runs, workspace):
@@ -84,7 +126,11 @@ def tensors(run, step: int) -> dict[str, torch.Tensor]:
     """Weights and optimizer states of a checkpoint, whole."""
     folder = folder_of(run, step)
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {key: torch.empty(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    state = {
+        key: torch.empty(entry.size)
+        for key, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
     load(state, checkpoint_id=folder, no_dist=True)
     return state
 
@@ -93,9 +139,13 @@ def test_a_branch_with_another_rate_has_that_rate_and_all_else_of_its_trunk(runs
     other, branch = curve(runs / "other"), curve(runs / BRANCHES[10])
     assert other[9][:2] == branch[9][:2]
     # The cooldown's first step is at the peak, its second halfway from there to a quarter of it.
-    assert [values[2] for values in other.values()] == pytest.approx([2e-3, 2e-3 * (1 + 0.25) / 2], rel=1e-9)
+    assert [values[2] for values in other.values()] == pytest.approx(
+        [2e-3, 2e-3 * (1 + 0.25) / 2], rel=1e-9
+    )
     # After one step of the same gradient Adam's moments are the same, but not the weights.
     found, expected = tensors(runs / "other", 9), tensors(runs / BRANCHES[10], 9)
     moments = [key for key in expected if "exp_avg" in key]
     assert moments and all(found[key].equal(expected[key]) for key in moments)
-    assert any(not found[key].equal(expected[key]) for key in expected if not key.startswith("optimizer."))
+    assert any(
+        not found[key].equal(expected[key]) for key in expected if not key.startswith("optimizer.")
+    )

@@ -30,9 +30,15 @@ def killed_and_continued(workspace):
     """One run straight through, and one whose torchrun agent is killed after the first checkpoint and that is started again."""
     straight = run_command(["train", *overrides(workspace, "straight", *SAVE)])
     assert straight.returncode == 0, straight.stderr[-3000:]
-    command = [str(Path(sys.executable).parent / "retemper"), "train", *overrides(workspace, "killed", *SAVE)]
+    command = [
+        str(Path(sys.executable).parent / "retemper"),
+        "train",
+        *overrides(workspace, "killed", *SAVE),
+    ]
     shared_memory = set(os.listdir("/dev/shm"))
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     folder = workspace / "runs" / "test" / "killed"
     deadline = time.monotonic() + 120
     while not committed_steps(folder) and time.monotonic() < deadline:
@@ -42,7 +48,9 @@ def killed_and_continued(workspace):
     process.wait()
     psutil.wait_procs(ranks, timeout=20)
     assert len(ranks) >= 2 and not any(rank.is_running() for rank in ranks)
-    assert set(os.listdir("/dev/shm")) <= shared_memory, "a killed run leaves nothing that its restart could meet"
+    assert set(os.listdir("/dev/shm")) <= shared_memory, (
+        "a killed run leaves nothing that its restart could meet"
+    )
     left = committed_steps(folder)
     continued = run_command(["train", *overrides(workspace, "killed", *SAVE)])
     assert continued.returncode == 0, continued.stderr[-3000:]
@@ -62,7 +70,9 @@ def test_records_say_what_the_hardware_did(killed_and_continued, workspace):
     config = load_config(overrides(workspace, "straight", *SAVE))
     for record in records(workspace, "straight"):
         assert record["tokens_per_second_per_gpu"] * 2 == pytest.approx(record["tokens_per_second"])
-        assert record["model_flops_per_second"] == pytest.approx(record["tokens_per_second"] * flops_per_token(config.model, None, 64))
+        assert record["model_flops_per_second"] == pytest.approx(
+            record["tokens_per_second"] * flops_per_token(config.model, None, 64)
+        )
         assert "mfu" not in record and 100 << 20 < record["peak_memory_bytes"] < 10 << 30
         # The save after step 5 kept step 6 waiting; of the last one no record follows.
         assert (record["checkpoint_seconds"] > 0) == (record["step"] == 6)
@@ -70,14 +80,21 @@ def test_records_say_what_the_hardware_did(killed_and_continued, workspace):
 
 def test_a_checkpoint_has_the_size_that_is_planned(killed_and_continued, workspace):
     config = load_config(overrides(workspace, "straight", *SAVE))
-    written = sum(path.stat().st_size for path in (config.run_dir / "checkpoints" / "step-00000010").glob("*.distcp"))
+    written = sum(
+        path.stat().st_size
+        for path in (config.run_dir / "checkpoints" / "step-00000010").glob("*.distcp")
+    )
     assert checkpoint_bytes(config) == pytest.approx(written, rel=0.1)
 
 
-def test_the_ledger_proves_what_was_read_and_shows_what_was_not(killed_and_continued, workspace, capsys):
+def test_the_ledger_proves_what_was_read_and_shows_what_was_not(
+    killed_and_continued, workspace, capsys
+):
     folder = workspace / "runs" / "test" / "killed"
     straight, killed = read_ledger(workspace / "runs" / "test" / "straight"), read_ledger(folder)
-    assert list(killed) == list(range(1, 11)) and all((killed[step] == straight[step]).all() for step in straight)
+    assert list(killed) == list(range(1, 11)) and all(
+        (killed[step] == straight[step]).all() for step in straight
+    )
     verify = ["data", "verify", *overrides(workspace, "killed", *SAVE)]
     assert main(verify) == 0
     assert "10 steps of 8 samples: nothing skipped, nothing repeated" in capsys.readouterr().out
@@ -86,7 +103,10 @@ def test_the_ledger_proves_what_was_read_and_shows_what_was_not(killed_and_conti
     whole = {note: note.read_text().splitlines(keepends=True) for note in notes}
     for change, said in (
         (lambda lines: lines[:3] + lines[4:], "step 4: data-parallel ranks [] noted it"),
-        (lambda lines: [*lines[:3], lines[2].replace('"step": 3', '"step": 4'), *lines[4:]], "step 4: 8 samples are missing"),
+        (
+            lambda lines: [*lines[:3], lines[2].replace('"step": 3', '"step": 4'), *lines[4:]],
+            "step 4: 8 samples are missing",
+        ),
     ):
         for note in notes:
             note.write_text("".join(change(whole[note])))
@@ -98,9 +118,17 @@ def test_the_ledger_proves_what_was_read_and_shows_what_was_not(killed_and_conti
 
 def test_a_run_folder_of_another_config_is_refused_with_the_keys(killed_and_continued, workspace):
     before = records(workspace, "straight")
-    result = run_command(["train", *overrides(workspace, "straight", *SAVE, "optimizer.lr=1e-4", "model.num_layers=4")])
+    result = run_command(
+        [
+            "train",
+            *overrides(workspace, "straight", *SAVE, "optimizer.lr=1e-4", "model.num_layers=4"),
+        ]
+    )
     assert result.returncode == 1
-    assert "optimizer.lr: 0.005 -> 0.0001" in result.stderr and "model.num_layers: 2 -> 4" in result.stderr
+    assert (
+        "optimizer.lr: 0.005 -> 0.0001" in result.stderr
+        and "model.num_layers: 2 -> 4" in result.stderr
+    )
     assert "Traceback" not in result.stderr
     assert records(workspace, "straight") == before
 
@@ -130,11 +158,20 @@ def test_eval_scores_the_checkpoints_that_have_none(killed_and_continued, worksp
     assert set(after) == {0, 5, 10} and after[10] == before[10]
     for domain, scores in before[0].items():  # of another layout
         assert after[0][domain]["bits_per_byte"] == pytest.approx(scores["bits_per_byte"], rel=1e-5)
-    assert after[10]["math"]["bits_per_byte"] < after[5]["math"]["bits_per_byte"] < after[0]["math"]["bits_per_byte"]
+    assert (
+        after[10]["math"]["bits_per_byte"]
+        < after[5]["math"]["bits_per_byte"]
+        < after[0]["math"]["bits_per_byte"]
+    )
 
 
 def test_torchrun_with_the_wrong_number_of_ranks_is_refused(workspace):
-    command = [sys.executable, "-m", "retemper.pipeline.train", *overrides(workspace, "alone", "parallel=tp2")]
+    command = [
+        sys.executable,
+        "-m",
+        "retemper.pipeline.train",
+        *overrides(workspace, "alone", "parallel=tp2"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert "The launch has 1 rank, but the config needs 2" in result.stderr
@@ -146,7 +183,16 @@ def test_a_full_disk_is_one_error_and_keeps_the_checkpoints_before(workspace, tm
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path], check=True)
     try:
         result = run_command(
-            ["train", *overrides(workspace, "full-disk", "parallel=tp2", "checkpoint.save_every_steps=1", f"runs_dir={tmp_path}")]
+            [
+                "train",
+                *overrides(
+                    workspace,
+                    "full-disk",
+                    "parallel=tp2",
+                    "checkpoint.save_every_steps=1",
+                    f"runs_dir={tmp_path}",
+                ),
+            ]
         )
         steps = committed_steps(tmp_path / "test" / "full-disk")
     finally:

@@ -53,10 +53,18 @@ def command(workspace):
 def start(command: list[str], log: Path) -> subprocess.Popen:
     program = str(Path(sys.executable).parent / "retemper")
     with open(log, "w") as output:
-        return subprocess.Popen([program, "train", *command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            [program, "train", *command],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
-def killed_run(command, folder: Path, name: str, layouts: list[str], rng: random.Random, log: Path) -> None:
+def killed_run(
+    command, folder: Path, name: str, layouts: list[str], rng: random.Random, log: Path
+) -> None:
     """Train `name`: killed once under each layout but the last, under which it ends."""
     for layout in layouts[:-1]:
         process, before = start(command(name, layout), log), last_step(folder)
@@ -83,19 +91,34 @@ def test_five_kills_and_five_topologies(command, workspace, tmp_path):
     runs = workspace / "runs" / "test"
     assert start(command("straight", "single"), tmp_path / "log").wait(timeout=300) == 0
     killed_run(
-        command, runs / "killed-all", "killed-all", ["single", "dp4", "tp2", "dp2", "pp2", "dp4"], random.Random(3), tmp_path / "log"
+        command,
+        runs / "killed-all",
+        "killed-all",
+        ["single", "dp4", "tp2", "dp2", "pp2", "dp4"],
+        random.Random(3),
+        tmp_path / "log",
     )
     expected, got = read_ledger(runs / "straight"), read_ledger(runs / "killed-all")
     assert list(expected) == list(got) == list(range(1, STEPS + 1))
     assert all((expected[step] == got[step]).all() for step in expected)
-    assert losses(runs / "killed-all") == pytest.approx(losses(runs / "straight"), rel=0.02)  # dropout differs between topologies
+    assert losses(runs / "killed-all") == pytest.approx(
+        losses(runs / "straight"), rel=0.02
+    )  # dropout differs between topologies
     result = run_command(["data", "verify", *command("killed-all", "dp4")])
-    assert result.returncode == 0 and "60 steps of 8 samples: nothing skipped, nothing repeated" in result.stdout, result.stderr
+    assert (
+        result.returncode == 0
+        and "60 steps of 8 samples: nothing skipped, nothing repeated" in result.stdout
+    ), result.stderr
 
 
 @pytest.mark.slow
 def test_five_kills_at_one_topology_change_no_bit(command, workspace, tmp_path):
     runs = workspace / "runs" / "test"
     assert start(command("straight-dp2", "dp2"), tmp_path / "log").wait(timeout=300) == 0
-    killed_run(command, runs / "killed-dp2", "killed-dp2", ["dp2"] * 6, random.Random(4), tmp_path / "log")
-    assert losses(runs / "killed-dp2") == losses(runs / "straight-dp2") and len(losses(runs / "killed-dp2")) == STEPS
+    killed_run(
+        command, runs / "killed-dp2", "killed-dp2", ["dp2"] * 6, random.Random(4), tmp_path / "log"
+    )
+    assert (
+        losses(runs / "killed-dp2") == losses(runs / "straight-dp2")
+        and len(losses(runs / "killed-dp2")) == STEPS
+    )

@@ -46,7 +46,9 @@ def proportional_memory(process: psutil.Process) -> int:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    text, seconds, gib = run_watched([str(Path(sys.executable).parent / "retemper"), "demo"], folder)
+    text, seconds, gib = run_watched(
+        [str(Path(sys.executable).parent / "retemper"), "demo"], folder
+    )
     print(f"\ndemo: {seconds:.0f} s, {gib:.2f} GiB")
     return folder, text, seconds, gib
 
@@ -61,14 +63,25 @@ def test_it_leaves_the_results_of_every_stage(demo):
     study = demo[0] / "runs" / "demo"
     for corpus in ("code", "math"):
         manifest = json.loads((study / "data" / corpus / "manifest.json").read_text())
-        assert manifest["splits"]["train"]["samples"] > 1000 and manifest["splits"]["heldout"]["samples"] > 64
-        assert json.loads((study / "data" / corpus / "train" / "index.json").read_text())["shards"][0]["format"] == "mds"
+        assert (
+            manifest["splits"]["train"]["samples"] > 1000
+            and manifest["splits"]["heldout"]["samples"] > 64
+        )
+        assert (
+            json.loads((study / "data" / corpus / "train" / "index.json").read_text())["shards"][0][
+                "format"
+            ]
+            == "mds"
+        )
     for run in ("base", "full", "lora"):
         assert list((study / run / "wandb").glob("offline-run-*/run-*.wandb"))
         assert list((study / run / "checkpoints").glob("step-*/meta.json"))
     page = (study / "report.html").read_text()
     assert page.count("<svg") == 2 and "src=" not in page and "Resolved configs" in page
-    assert {path.name for path in (study / "figures").iterdir()} == {"learning_forgetting.png", "training_loss.png"}
+    assert {path.name for path in (study / "figures").iterdir()} == {
+        "learning_forgetting.png",
+        "training_loss.png",
+    }
 
 
 def test_scoring_costs_a_tenth_of_training_at_most(demo):
@@ -88,8 +101,13 @@ def test_it_says_what_it_measured(demo):
     runs = {run.config.name: run for run in read_study(folder / "runs" / "demo")}
     full, lora = runs["full"], runs["lora"]
     assert len(full.curves["code"]) == len(lora.curves["math"]) == 4
-    (learned, forgotten), (full_learned, full_forgotten) = (list(run.gains().values())[-1] for run in (lora, full))
-    for what, value, of_full in (("learned", learned, full_learned), ("forgot", forgotten, full_forgotten)):
+    (learned, forgotten), (full_learned, full_forgotten) = (
+        list(run.gains().values())[-1] for run in (lora, full)
+    )
+    for what, value, of_full in (
+        ("learned", learned, full_learned),
+        ("forgot", forgotten, full_forgotten),
+    ):
         said = re.search(rf"{what}(: no difference measured| less| more)", text)
         assert said[1] in (": no difference measured", " less" if value < of_full else " more")
 

@@ -8,7 +8,11 @@ from retemper.pipeline.runs import eval_folder, run_folder
 LORA = ["method=lora", "method.lora.rank=4", "optimizer.lr=1e-3"]
 METHODS = {"full": [], "lora": LORA, "dropout": [*LORA, "method.lora.dropout=0.1"]}
 # Micro-batches: four a step on one rank.
-SMALL = ["train.micro_batch_size=2", "checkpoint.save_every_steps=5", "checkpoint.milestones=[2048]"]
+SMALL = [
+    "train.micro_batch_size=2",
+    "checkpoint.save_every_steps=5",
+    "checkpoint.milestones=[2048]",
+]
 
 
 @pytest.fixture(scope="module")

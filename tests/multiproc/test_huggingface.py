@@ -20,20 +20,40 @@ from retemper.pipeline.schema.run import Config
 from retemper.tokenize.job import tokenize
 
 # What every random model has, and what tells the families apart. 300 tokens: no multiple of 128.
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 SHAPE |= {"vocab_size": 300, "max_position_embeddings": 256}
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 FAMILIES = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
-    "llama3": ("Llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "tie_word_embeddings": True}),
-    "linear_rope": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "head_dim": 8}),
+    "llama3": (
+        "Llama",
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "tie_word_embeddings": True},
+    ),
+    "linear_rope": (
+        "Llama",
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "head_dim": 8},
+    ),
     "mistral": ("Mistral", {"sliding_window": 128, "head_dim": 32}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 24}),
 }
 
 
-def save_random(folder: Path, family: str, changes: dict, tokenizer: Path, dtype=torch.float32, seed: int = 1) -> Path:
+def save_random(
+    folder: Path, family: str, changes: dict, tokenizer: Path, dtype=torch.float32, seed: int = 1
+) -> Path:
     """A folder as transformers writes it, with weights, biases and norms that all differ from their initial values."""
     import transformers
 
@@ -49,28 +69,46 @@ def save_random(folder: Path, family: str, changes: dict, tokenizer: Path, dtype
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.fixture(scope="module")
 def folders(workspace) -> dict[str, Path]:
     """Of every family, in half precision, of random shapes, and really pretrained."""
     tokenizer, root = workspace / "data" / "tokenizer", workspace / "transformers"
-    made = {name: save_random(root / name, family, changes, tokenizer) for name, (family, changes) in FAMILIES.items()}
+    made = {
+        name: save_random(root / name, family, changes, tokenizer)
+        for name, (family, changes) in FAMILIES.items()
+    }
     made["bf16"] = save_random(root / "bf16", "Qwen2", {}, tokenizer, torch.bfloat16)
     made["fp16"] = save_random(root / "fp16", "Llama", {}, tokenizer, torch.float16)
     draw = random.Random(7)
     for number in range(2):
         groups, per_group = draw.choice([2, 4]), draw.choice([1, 2, 3])
-        changes = {"num_key_value_heads": groups, "num_attention_heads": groups * per_group, "head_dim": 2 * draw.randint(2, 12)}
-        changes |= {"hidden_size": 8 * draw.randint(3, 12), "intermediate_size": 2 * draw.randint(5, 90)}
+        changes = {
+            "num_key_value_heads": groups,
+            "num_attention_heads": groups * per_group,
+            "head_dim": 2 * draw.randint(2, 12),
+        }
+        changes |= {
+            "hidden_size": 8 * draw.randint(3, 12),
+            "intermediate_size": 2 * draw.randint(5, 90),
+        }
         changes |= {
             "vocab_size": draw.randint(300, 700),
             "num_hidden_layers": 2 * draw.randint(1, 2),
             "tie_word_embeddings": draw.random() < 0.5,
         }
         made[f"random-{number}"] = save_random(
-            root / f"random-{number}", draw.choice(["Llama", "Qwen2", "Qwen3"]), changes, tokenizer, seed=number
+            root / f"random-{number}",
+            draw.choice(["Llama", "Qwen2", "Qwen3"]),
+            changes,
+            tokenizer,
+            seed=number,
         )
     if (SHARED_DATA / "stories260K").is_dir():
         made["stories260K"] = SHARED_DATA / "stories260K"
@@ -88,8 +126,16 @@ VARIANTS = {
     "pissa": ["method.lora.pissa=true"],
     "rslora": ["method.lora.rslora=true", "method.lora.lr_ratio=4"],
 }
-METHODS = {"full": [], "lora": LORA} | {name: [*LORA, *changes] for name, changes in VARIANTS.items()}
-TRAINED = [("stories260K", "full"), ("stories260K", "lora"), ("qwen2", "full"), ("qwen2", "dora"), ("qwen3", "full")]
+METHODS = {"full": [], "lora": LORA} | {
+    name: [*LORA, *changes] for name, changes in VARIANTS.items()
+}
+TRAINED = [
+    ("stories260K", "full"),
+    ("stories260K", "lora"),
+    ("qwen2", "full"),
+    ("qwen2", "dora"),
+    ("qwen3", "full"),
+]
 SLOW_TRAINED = [("qwen2", "lora"), ("qwen2", "pissa"), ("qwen2", "rslora"), ("qwen3", "lora")]
 # One step that moves nothing: the checkpoint after it holds the adapters as they began.
 STILL = ["optimizer.lr=1e-30", f"train.tokens={8 * 64}", "schedule.warmup_tokens=0"]
@@ -98,18 +144,38 @@ STILL = ["optimizer.lr=1e-30", f"train.tokens={8 * 64}", "schedule.warmup_tokens
 class Exchange:
     """All that two ranks import and train, and one rank exports, gathered so that each starts once."""
 
-    def __init__(self, workspace: Path, folders: dict[str, Path], corpora: dict[str, list[str]], where: str, round_trips, trained):
-        self.workspace, self.root, self.folders, self.corpora = workspace, workspace / where, folders, corpora
+    def __init__(
+        self,
+        workspace: Path,
+        folders: dict[str, Path],
+        corpora: dict[str, list[str]],
+        where: str,
+        round_trips,
+        trained,
+    ):
+        self.workspace, self.root, self.folders, self.corpora = (
+            workspace,
+            workspace / where,
+            folders,
+            corpora,
+        )
         self.on_two, self.on_one = [], []
         self.round_trips = {pair: self._round_trip(*pair) for pair in round_trips}
-        self.trained = {(name, method): self._train(name, method) for name, method in trained if name in folders}
+        self.trained = {
+            (name, method): self._train(name, method) for name, method in trained if name in folders
+        }
         launch(2, self.on_two, "exchange")
         launch(1, self.on_one, "exchange")
 
     def _round_trip(self, name: str, layout: str) -> tuple[Path, Path]:
         """The base that a folder is imported as, and what is exported from that."""
         base, out = (self.root / where / f"{name}-{layout}" for where in ("bases", "exported"))
-        options = {"folder": str(self.folders[name]), "run": str(base), "trust": None, "overrides": LAYOUTS[layout]}
+        options = {
+            "folder": str(self.folders[name]),
+            "run": str(base),
+            "trust": None,
+            "overrides": LAYOUTS[layout],
+        }
         self.on_two.append({"import": options | {"name": HUB_NAMES.get(name)}})
         self._export(base, out)
         return base, out
@@ -124,7 +190,13 @@ class Exchange:
 
     def _run(self, name: str, method: str, run: str, *changes: str) -> tuple[Config, Path]:
         base = self.round_trips[name, "tp2"][0]
-        where = ["parallel=tp2", f"init_from={base}", "optimizer.weight_decay=0.1", "optimizer.lr=1e-3", *self.corpora.get(name, [])]
+        where = [
+            "parallel=tp2",
+            f"init_from={base}",
+            "optimizer.weight_decay=0.1",
+            "optimizer.lr=1e-3",
+            *self.corpora.get(name, []),
+        ]
         asked = overrides(self.workspace, run, *where, *METHODS[method], *changes)
         command = [text for text in asked if not text.startswith("model.")]  # the base's model
         self.on_two.append({"train": {"overrides": command}})
@@ -133,7 +205,14 @@ class Exchange:
         return load_config(asked), out
 
     def _export(self, run: Path, folder: Path, *, adapter: bool = False) -> None:
-        options = {"run": str(run), "folder": str(folder), "step": None, "adapter": adapter, "base": None, "tokenizer": None}
+        options = {
+            "run": str(run),
+            "folder": str(folder),
+            "step": None,
+            "adapter": adapter,
+            "base": None,
+            "tokenizer": None,
+        }
         self.on_one.append({"export": options})
 
 
@@ -142,24 +221,45 @@ def exchange(workspace, folders) -> Exchange:
     corpora = {}
     if "stories260K" in folders:
         tokenizer = str(folders["stories260K"])
-        corpus = data_config(workspace, "stories", documents=Path(email.__file__).parent, tokenizer=tokenizer, bos=True)
+        corpus = data_config(
+            workspace,
+            "stories",
+            documents=Path(email.__file__).parent,
+            tokenizer=tokenizer,
+            bos=True,
+        )
         tokenize(corpus, progress=False)
         heldout = [f"evals.heldout.{name}={corpus.path}" for name in ("code", "math")]
-        corpora["stories260K"] = [f"data.path={corpus.path}", "data.name=stories", f"data.tokenizer={tokenizer}", "data.bos=true", *heldout]
+        corpora["stories260K"] = [
+            f"data.path={corpus.path}",
+            "data.name=stories",
+            f"data.tokenizer={tokenizer}",
+            "data.bos=true",
+            *heldout,
+        ]
     round_trips = [(name, "tp2") for name in folders] + [(name, "pp2") for name in STAGED]
     return Exchange(workspace, folders, corpora, "exchange", round_trips, TRAINED)
 
 
 @pytest.fixture(scope="module")
 def slow_exchange(workspace, folders) -> Exchange:
-    return Exchange(workspace, folders, {}, "slow-exchange", {(name, "tp2") for name, _ in SLOW_TRAINED}, SLOW_TRAINED)
+    return Exchange(
+        workspace,
+        folders,
+        {},
+        "slow-exchange",
+        {(name, "tp2") for name, _ in SLOW_TRAINED},
+        SLOW_TRAINED,
+    )
 
 
 def test_every_import_and_export_is_proved_by_stock_transformers(exchange):
     for run, out in exchange.round_trips.values():
         for proof in (run / "huggingface", out):
             figures = json.loads((proof / "verified.json").read_text())
-            assert figures["positions"] >= 128 and figures["max_abs_difference"] < 1e-4 * max(1, figures["largest_logit"])
+            assert figures["positions"] >= 128 and figures["max_abs_difference"] < 1e-4 * max(
+                1, figures["largest_logit"]
+            )
             assert figures["equal"] and not figures["weights_rounded"]
         assert "no weight was rounded" in (out / "README.md").read_text()
 
@@ -169,15 +269,27 @@ def test_a_round_trip_changes_no_byte(exchange):
         before, after = tensors_of(exchange.folders[name]), tensors_of(out)
         assert before.keys() == after.keys()
         for tensor in before:
-            assert before[tensor].dtype == after[tensor].dtype and before[tensor].equal(after[tensor]), (out, tensor)
+            assert before[tensor].dtype == after[tensor].dtype and before[tensor].equal(
+                after[tensor]
+            ), (out, tensor)
         for file in ("config.json", "generation_config.json", "tokenizer.json"):
             assert (exchange.folders[name] / file).read_bytes() == (out / file).read_bytes()
 
 
 def test_a_base_is_the_same_at_every_layout(exchange):
     for name in STAGED:
-        assert len({commit.fingerprint(commit.newest(exchange.round_trips[name, layout][0])) for layout in LAYOUTS}) == 1
-    assert len({commit.fingerprint(commit.newest(base)) for base, _ in exchange.round_trips.values()}) == len(exchange.folders)
+        assert (
+            len(
+                {
+                    commit.fingerprint(commit.newest(exchange.round_trips[name, layout][0]))
+                    for layout in LAYOUTS
+                }
+            )
+            == 1
+        )
+    assert len(
+        {commit.fingerprint(commit.newest(base)) for base, _ in exchange.round_trips.values()}
+    ) == len(exchange.folders)
 
 
 def beside(out: Path, what: str) -> Path:
@@ -188,16 +300,24 @@ def train_with_transformers(config, model: torch.nn.Module, lrs: list[float]) ->
     """The losses of plain torch on the run's samples: AdamW, gradients clipped, nothing of ours but the order of the data."""
     streams = Streams(config)
     (shards,) = streams.shards.values()
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     ratio = config.method.lora.lr_ratio if config.method.lora else 1.0
     groups = [
-        {"params": [parameter], "weight_decay": 0.1 if parameter.ndim > 1 else 0, "ratio": ratio if "lora_B" in name else 1.0}
+        {
+            "params": [parameter],
+            "weight_decay": 0.1 if parameter.ndim > 1 else 0,
+            "ratio": ratio if "lora_B" in name else 1.0,
+        }
         for name, parameter in trained.items()
     ]
     settings, losses = config.optimizer, []
     optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps)
     for step, lr in enumerate(lrs):
-        ids = streams.order.batch(step * config.train.global_batch_size, config.train.global_batch_size)
+        ids = streams.order.batch(
+            step * config.train.global_batch_size, config.train.global_batch_size
+        )
         tokens_BT = torch.from_numpy(shards.samples(ids).tokens_NT)
         loss = model(input_ids=tokens_BT, labels=tokens_BT).loss
         optimizer.zero_grad()
@@ -228,24 +348,35 @@ def compare_ten_steps(exchange: Exchange, name: str, method: str) -> None:
     import transformers
 
     config, out = exchange.trained[name, method]
-    model = transformers.AutoModelForCausalLM.from_pretrained(exchange.folders[name], dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        exchange.folders[name], dtype=torch.float32
+    )
     if method == "pissa":  # peft's own, for ours is exported beside the base's weights as they were
         modules = [module.rpartition(".")[2] for module in LINEAR.values()]
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=16, target_modules=modules, init_lora_weights="pissa"))
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(r=4, lora_alpha=16, target_modules=modules, init_lora_weights="pissa"),
+        )
     elif method != "full":
         model = peft.PeftModel.from_pretrained(model, beside(out, "still"), is_trainable=True)
     records = list(run_folder.read_metrics(config.run_dir))
     losses = train_with_transformers(config, model, [record["lr"] for record in records])
-    assert len(losses) == 10 and [record["loss"] for record in records] == pytest.approx(losses, rel=1e-4)
+    assert len(losses) == 10 and [record["loss"] for record in records] == pytest.approx(
+        losses, rel=1e-4
+    )
     if method == "pissa":
         return
     theirs = peft.get_peft_model_state_dict(model) if method != "full" else model.state_dict()
     ours = tensors_of(out)
-    assert ours.keys() == theirs.keys() - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+    assert ours.keys() == theirs.keys() - (
+        {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    )
     moved = 0.0
     for tensor in ours:
         assert (ours[tensor] - theirs[tensor]).norm() <= 1e-4 * theirs[tensor].norm(), tensor
-        before = tensors_of(beside(out, "still") if method != "full" else exchange.folders[name])[tensor]
+        before = tensors_of(beside(out, "still") if method != "full" else exchange.folders[name])[
+            tensor
+        ]
         moved = max(moved, ((ours[tensor] - before).norm() / ours[tensor].norm()).item())
     assert moved > 1e-3
 
@@ -264,7 +395,9 @@ def test_adapters_name_the_model_as_it_was_imported(exchange):
         if method != "full":
             config = json.loads((out / "adapter_config.json").read_text())
             hub_name, _, revision = HUB_NAMES.get(name, "").partition("@")
-            assert config["base_model_name_or_path"] == (hub_name or str(exchange.folders[name].resolve()))
+            assert config["base_model_name_or_path"] == (
+                hub_name or str(exchange.folders[name].resolve())
+            )
             assert config["revision"] == (revision or None)
 
 
@@ -275,11 +408,18 @@ def compare_merged(exchange: Exchange) -> None:
     for (name, method), (_, out) in exchange.trained.items():
         if method == "full":
             continue
-        merged = transformers.AutoModelForCausalLM.from_pretrained(beside(out, "merged"), dtype=torch.float32)
-        base = transformers.AutoModelForCausalLM.from_pretrained(exchange.folders[name], dtype=torch.float32)
+        merged = transformers.AutoModelForCausalLM.from_pretrained(
+            beside(out, "merged"), dtype=torch.float32
+        )
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            exchange.folders[name], dtype=torch.float32
+        )
         tokens = torch.arange(100)[None]
         with torch.no_grad():
-            plain, expected = base(tokens).logits, peft.PeftModel.from_pretrained(base, out)(tokens).logits
+            plain, expected = (
+                base(tokens).logits,
+                peft.PeftModel.from_pretrained(base, out)(tokens).logits,
+            )
             got = merged(tokens).logits
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
         assert (plain - expected).abs().max() > 1e-2, "the adapters change nothing"
@@ -298,8 +438,12 @@ def test_a_model_larger_than_the_memory_is_compared_layer_by_layer(folders, monk
     for name in ("llama2", "llama3"):  # of their own, and a tied head
         model = verify._reference(folders[name], None)
         assert set(model.hf_device_map.values()) == {"cpu", "disk"}
-        whole = transformers.AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
-        adapted = peft.get_peft_model(whole, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+        whole = transformers.AutoModelForCausalLM.from_pretrained(
+            folders[name], dtype=torch.float32
+        )
+        adapted = peft.get_peft_model(
+            whole, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        ).eval()
         adapted.save_pretrained(tmp_path / name)
         with torch.no_grad():
             got = verify._reference(folders[name], tmp_path / name)(tokens).logits
@@ -307,4 +451,6 @@ def test_a_model_larger_than_the_memory_is_compared_layer_by_layer(folders, monk
             with adapted.disable_adapter():
                 plain = adapted(tokens).logits
                 assert model(tokens).logits.equal(plain) and not got.equal(plain)
-    assert not any(path.is_dir() and path.name not in ("llama2", "llama3") for path in tmp_path.iterdir())
+    assert not any(
+        path.is_dir() and path.name not in ("llama2", "llama3") for path in tmp_path.iterdir()
+    )

@@ -5,7 +5,13 @@ from conftest import launch, overrides
 
 OPTIMIZERS = {"adamw": ["optimizer=adamw"], "lion": ["optimizer=lion", "optimizer.lr=1e-3"]}
 LAYOUTS = {name: [f"parallel={name}"] for name in ("dp2", "tp2", "pp2")}
-PLUS = ["method=lora", "method.lora.rank=4", "method.lora.alpha=32", "method.lora.lr_ratio=4", "init_from=unread"]
+PLUS = [
+    "method=lora",
+    "method.lora.rank=4",
+    "method.lora.alpha=32",
+    "method.lora.lr_ratio=4",
+    "init_from=unread",
+]
 SLOW = {
     "tp2sp": (2, [*LAYOUTS["tp2"], "parallel.sequence_parallel=true"]),
     "pp2vpp2": (2, [*LAYOUTS["pp2"], "parallel.virtual_pipeline_parallel_size=2"]),
@@ -16,8 +22,24 @@ SLOW = {
 
 
 def probe(workspace, world_size: int, name: str, optimizer: str, *changes: str) -> None:
-    asked = ["optimizer.weight_decay=0.1", "optimizer.clip_grad=0.01", "schedule.cooldown_fraction=0", "model.num_layers=4"]
-    launch(world_size, [{"probe": name, "overrides": overrides(workspace, "probe", *OPTIMIZERS[optimizer], *asked, *changes)}], "probes")
+    asked = [
+        "optimizer.weight_decay=0.1",
+        "optimizer.clip_grad=0.01",
+        "schedule.cooldown_fraction=0",
+        "model.num_layers=4",
+    ]
+    launch(
+        world_size,
+        [
+            {
+                "probe": name,
+                "overrides": overrides(
+                    workspace, "probe", *OPTIMIZERS[optimizer], *asked, *changes
+                ),
+            }
+        ],
+        "probes",
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -22,32 +22,67 @@ TWO_RANKS = {
 }
 FOUR_RANKS = {
     "tp2pp2": ["parallel=tp2", "parallel.pipeline_parallel_size=2"],
-    "tp2spcp2": ["parallel=tp2", "parallel.sequence_parallel=true", "parallel.context_parallel_size=2"],
+    "tp2spcp2": [
+        "parallel=tp2",
+        "parallel.sequence_parallel=true",
+        "parallel.context_parallel_size=2",
+    ],
 }
 # Layouts under which activations are computed again in the backward pass.
 RECOMPUTED = {"full": "tp2sp", "selective": "pp2vpp2"}
-TWO_RANKS |= {f"{layout}-{recompute}": [*TWO_RANKS[layout], f"parallel.recompute={recompute}"] for recompute, layout in RECOMPUTED.items()}
-TWO_RANKS |= {f"{layout}-overlap": [*TWO_RANKS[layout], "parallel.overlap=true"] for layout in ("dp2", "pp2vpp2")}
+TWO_RANKS |= {
+    f"{layout}-{recompute}": [*TWO_RANKS[layout], f"parallel.recompute={recompute}"]
+    for recompute, layout in RECOMPUTED.items()
+}
+TWO_RANKS |= {
+    f"{layout}-overlap": [*TWO_RANKS[layout], "parallel.overlap=true"]
+    for layout in ("dp2", "pp2vpp2")
+}
 LAYOUTS = TWO_RANKS | FOUR_RANKS
 METHODS = {"full": []} | {
-    f"r{rank}-{targets}": ["method=lora", f"method.lora.rank={rank}", "method.lora.alpha=32", f"method.lora.targets={targets}"]
+    f"r{rank}-{targets}": [
+        "method=lora",
+        f"method.lora.rank={rank}",
+        "method.lora.alpha=32",
+        f"method.lora.targets={targets}",
+    ]
     for rank in (4, 16)
     for targets in ("all", "attention", "mlp")
 }
 VARIANTS = {name: [*METHODS["r4-all"], f"method.lora.{name}=true"] for name in ("dora", "pissa")}
 # Of a fused layer's parts some have no adapter.
-PARTS = ["method=lora", "method.lora.rank=4", "method.lora.alpha=32", "method.lora.targets=[q,v,up]"]
+PARTS = [
+    "method=lora",
+    "method.lora.rank=4",
+    "method.lora.alpha=32",
+    "method.lora.targets=[q,v,up]",
+]
 VARIANTS |= {"parts": PARTS, "parts-dora": [*PARTS, "method.lora.dora=true"]}
 # A scale of 2: at 16 the gradient norm leaps from 0.9 to 24 in one step, and float32's rounding with it (NOTES.md).
-VARIANTS["rslora-plus"] = ["method=lora", "method.lora.rank=4", "method.lora.alpha=4", "method.lora.rslora=true", "method.lora.lr_ratio=4"]
+VARIANTS["rslora-plus"] = [
+    "method=lora",
+    "method.lora.rank=4",
+    "method.lora.alpha=4",
+    "method.lora.rslora=true",
+    "method.lora.lr_ratio=4",
+]
 PAIRS = [(method, layout) for method in ("full", "r4-all") for layout in TWO_RANKS]
 PAIRS += [(method, "tp2sp") for method in ("r4-attention", "r16-mlp")]
 # Selective recomputation breaks where only feed-forward layers are adapted, full where the embeddings ask for no gradient.
 PAIRS += [("r16-mlp", f"{layout}-{recompute}") for recompute, layout in RECOMPUTED.items()]
 PAIRS += [(method, "tp2sp") for method in VARIANTS]
-SLOW_PAIRS = [(method, layout) for method in METHODS | VARIANTS for layout in LAYOUTS if (method, layout) not in PAIRS]
+SLOW_PAIRS = [
+    (method, layout)
+    for method in METHODS | VARIANTS
+    for layout in LAYOUTS
+    if (method, layout) not in PAIRS
+]
 # Fault -> the layout that shows it.
-FAULTS = {"unmarked_adapter_factor": "tp2sp", "adapters_initialised_by_layout": "tp2", "adapter_shards_lost_at_save": "tp2"}
+FAULTS = {
+    "unmarked_adapter_factor": "tp2sp",
+    "adapters_initialised_by_layout": "tp2",
+    "adapter_shards_lost_at_save": "tp2",
+}
 FAULTS |= {"recompute_closed_to_gradients": "tp2sp-full"}
 STEPS = 5
 
@@ -59,10 +94,19 @@ def case(workspace):
     def make(method, name, *changes, **how):
         # The first step's rate is zero: the checkpoint after it has initial weights beside the first gradient. With eps as large
         # as a gradient Adam does not make the sign of a rounding error into a step.
-        asked = [f"train.tokens={STEPS * 8 * 64}", f"checkpoint.milestones=[{8 * 64}]", "optimizer.eps=1e-3"]
+        asked = [
+            f"train.tokens={STEPS * 8 * 64}",
+            f"checkpoint.milestones=[{8 * 64}]",
+            "optimizer.eps=1e-3",
+        ]
         if "overlap" not in name:  # there scoring meets weights that are still being gathered
             asked.append("evals.heldout={}")
-        asked += ["study=oracle", "model.num_layers=4", "train.micro_batch_size=4", *(METHODS | VARIANTS)[method]]
+        asked += [
+            "study=oracle",
+            "model.num_layers=4",
+            "train.micro_batch_size=4",
+            *(METHODS | VARIANTS)[method],
+        ]
         if name != "full-base":
             asked.append(f"init_from={workspace / 'runs' / 'oracle' / 'full-base'}")
         return {"overrides": overrides(workspace, name, *asked, *changes)} | how
@@ -72,7 +116,11 @@ def case(workspace):
 
 def launch_pairs(case, pairs, *more) -> None:
     for world_size, layouts in ((2, TWO_RANKS), (4, FOUR_RANKS)):
-        cases = [case(method, f"{method}-{layout}", *layouts[layout]) for method, layout in pairs if layout in layouts]
+        cases = [
+            case(method, f"{method}-{layout}", *layouts[layout])
+            for method, layout in pairs
+            if layout in layouts
+        ]
         if cases := cases + [make for make, size in more if size == world_size]:
             launch(world_size, cases, timeout=1800)
 
@@ -80,14 +128,30 @@ def launch_pairs(case, pairs, *more) -> None:
 @pytest.fixture(scope="module")
 def runs(workspace, case):
     """PAIRS, their methods on one rank, and FAULTS."""
-    launch(1, [case("full", "full-base"), *(case(method, f"{method}-single") for method in dict(PAIRS))])
-    launch_pairs(case, PAIRS, *((case("r4-all", fault, *LAYOUTS[layout], fault=fault), 2) for fault, layout in FAULTS.items()))
+    launch(
+        1,
+        [case("full", "full-base"), *(case(method, f"{method}-single") for method in dict(PAIRS))],
+    )
+    launch_pairs(
+        case,
+        PAIRS,
+        *(
+            (case("r4-all", fault, *LAYOUTS[layout], fault=fault), 2)
+            for fault, layout in FAULTS.items()
+        ),
+    )
     return workspace / "runs" / "oracle"
 
 
 @pytest.fixture(scope="module")
 def slow_runs(case, runs):
-    launch(1, [case(method, f"{method}-single") for method in (METHODS | VARIANTS).keys() - dict(PAIRS).keys()])
+    launch(
+        1,
+        [
+            case(method, f"{method}-single")
+            for method in (METHODS | VARIANTS).keys() - dict(PAIRS).keys()
+        ],
+    )
     launch_pairs(case, SLOW_PAIRS)
     return runs
 
@@ -96,7 +160,11 @@ def tensors(run, step: int) -> dict[str, torch.Tensor]:
     """Weights and optimizer states of a checkpoint, whole."""
     folder = folder_of(run, step)
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {key: torch.empty(entry.size) for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    state = {
+        key: torch.empty(entry.size)
+        for key, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
     load(state, checkpoint_id=folder, no_dist=True)
     return state
 
@@ -106,25 +174,48 @@ def differences(run, reference) -> list[str]:
 
     Initial weights that are drawn differ by no bit; those that DoRA and PiSSA compute from the base may round differently.
     """
-    first, last, first_expected, last_expected = tensors(run, 1), tensors(run, STEPS), tensors(reference, 1), tensors(reference, STEPS)
-    if first.keys() != first_expected.keys() or any(first[key].shape != first_expected[key].shape for key in first):
+    first, last, first_expected, last_expected = (
+        tensors(run, 1),
+        tensors(run, STEPS),
+        tensors(reference, 1),
+        tensors(reference, STEPS),
+    )
+    if first.keys() != first_expected.keys() or any(
+        first[key].shape != first_expected[key].shape for key in first
+    ):
         return ["names or shapes"]
-    losses, expected = ([record["loss"] for record in run_folder.read_metrics(where)] for where in (run, reference))
+    losses, expected = (
+        [record["loss"] for record in run_folder.read_metrics(where)] for where in (run, reference)
+    )
     found = [] if losses == pytest.approx(expected, rel=1e-5) else ["losses"]
     for key in first:
         if "exp_avg_sq" in key:
             continue
         held = 0.0
         if "exp_avg" in key:
-            compared = {f"first gradient, {key}": (first[key], first_expected[key]), f"gradients, {key}": (last[key], last_expected[key])}
+            compared = {
+                f"first gradient, {key}": (first[key], first_expected[key]),
+                f"gradients, {key}": (last[key], last_expected[key]),
+            }
         else:
-            held = 2**-24 * first[key].norm()  # what float32 can say of a weight: half a unit in the last place
-            compared = {f"change of {key}": (last[key] - first[key], last_expected[key] - first_expected[key])}
+            held = (
+                2**-24 * first[key].norm()
+            )  # what float32 can say of a weight: half a unit in the last place
+            compared = {
+                f"change of {key}": (
+                    last[key] - first[key],
+                    last_expected[key] - first_expected[key],
+                )
+            }
             if "dora" in run.name or "pissa" in run.name:
                 compared[f"initial {key}"] = first[key], first_expected[key]
             elif not first[key].equal(first_expected[key]):
                 found.append(f"initial {key}")
-        found += [name for name, (got, wanted) in compared.items() if (got - wanted).norm() > 1e-5 * wanted.norm() + held]
+        found += [
+            name
+            for name, (got, wanted) in compared.items()
+            if (got - wanted).norm() > 1e-5 * wanted.norm() + held
+        ]
     return found
 
 
@@ -143,13 +234,17 @@ def test_every_other_pair_does_too(slow_runs, method, layout):
 def test_everything_that_trains_moves(runs, method):
     first, last = tensors(runs / f"{method}-single", 1), tensors(runs / f"{method}-single", STEPS)
     weights = [key for key in first if not key.startswith("optimizer.")]
-    assert weights and all(((last[key] - first[key]).norm() > 0) != key.endswith("_initial") for key in weights)
+    assert weights and all(
+        ((last[key] - first[key]).norm() > 0) != key.endswith("_initial") for key in weights
+    )
     assert all((".lora_" in key) == (method != "full") for key in weights)
 
 
 @pytest.mark.parametrize("method", dict(PAIRS))
 def test_every_method_begins_at_the_base(runs, method):
-    first, base = (next(run_folder.read_metrics(runs / f"{name}-single"))["loss"] for name in (method, "full"))
+    first, base = (
+        next(run_folder.read_metrics(runs / f"{name}-single"))["loss"] for name in (method, "full")
+    )
     assert first == pytest.approx(base, rel=1e-6)
 
 
@@ -160,7 +255,10 @@ def test_the_oracle_sees_the_bugs_of_others(runs, fault):
 
 def probe(workspace, world_size: int, name: str, *changes: list[str]) -> None:
     """Look at a model with each of the changes."""
-    cases = [{"probe": name, "overrides": overrides(workspace, "probe", "model.num_layers=4", *changed)} for changed in changes]
+    cases = [
+        {"probe": name, "overrides": overrides(workspace, "probe", "model.num_layers=4", *changed)}
+        for changed in changes
+    ]
     launch(world_size, cases, "probes")
 
 
@@ -168,8 +266,15 @@ LORA = [*METHODS["r4-all"], "init_from=unread"]
 
 
 def test_dropout_masks_agree_where_activations_do(workspace):
-    layouts = [TWO_RANKS[name] for name in ("tp2", "tp2sp", "dp2", "cp2", "tp2sp-full")] + [[*TWO_RANKS["tp2"], "parallel.recompute=full"]]
-    probe(workspace, 2, "dropout", *([*LORA, "method.lora.dropout=0.5", *layout] for layout in layouts))
+    layouts = [TWO_RANKS[name] for name in ("tp2", "tp2sp", "dp2", "cp2", "tp2sp-full")] + [
+        [*TWO_RANKS["tp2"], "parallel.recompute=full"]
+    ]
+    probe(
+        workspace,
+        2,
+        "dropout",
+        *([*LORA, "method.lora.dropout=0.5", *layout] for layout in layouts),
+    )
 
 
 def test_nothing_is_computed_or_kept_of_a_frozen_base(workspace):

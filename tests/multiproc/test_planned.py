@@ -18,7 +18,12 @@ MODELS = {
     "tied": ["model.tie_embeddings=true"],
     "biased": ["model.qkv_bias=true", "model.qk_norm=true", "model.head_size=24"],
     "lora": LORA,
-    "lora-tied-biased": [*LORA, "model.tie_embeddings=true", "model.qkv_bias=true", "method.lora.targets=[q,down]"],
+    "lora-tied-biased": [
+        *LORA,
+        "model.tie_embeddings=true",
+        "model.qkv_bias=true",
+        "method.lora.targets=[q,down]",
+    ],
     "dora": [*LORA, "method.lora.dora=true"],
     "pissa": [*LORA, "method.lora.pissa=true", "method.lora.targets=attention"],
 }
@@ -26,20 +31,31 @@ MODELS = {
 
 def probe(world_size: int, name: str, *changes: list[str]) -> None:
     unread = ["name=plan", "data=demo_math", "data.path=unread", "data.tokenizer=unread"]
-    cases = [{"probe": name, "overrides": [*TINY, *unread, "model.num_layers=4", *changed]} for changed in changes]
+    cases = [
+        {"probe": name, "overrides": [*TINY, *unread, "model.num_layers=4", *changed]}
+        for changed in changes
+    ]
     launch(world_size, cases, "probes")
 
 
 def test_counts_are_those_of_built_models():
     probe(1, "counts", *MODELS.values())
-    probe(2, "counts", *([*model, *layout] for model in MODELS.values() for layout in TWO_RANKS.values()))
+    probe(
+        2,
+        "counts",
+        *([*model, *layout] for model in MODELS.values() for layout in TWO_RANKS.values()),
+    )
 
 
 DEMO = [["run=demo_full", "init_from=null"], ["run=demo_lora", "init_from=unread"]]
 
 
 def demo(world_size: int, *layouts: list[str]) -> None:
-    launch(world_size, [{"probe": "memory", "overrides": [*run, *layout]} for layout in layouts for run in DEMO], "probes")
+    launch(
+        world_size,
+        [{"probe": "memory", "overrides": [*run, *layout]} for layout in layouts for run in DEMO],
+        "probes",
+    )
 
 
 def test_the_demos_memory_is_what_its_steps_take():
@@ -59,11 +75,18 @@ RECOMPUTED = [f"parallel.recompute={how}" for how in ("selective", "full")]
 
 # Small micro-batches of scoring, so that training holds the most.
 OTHERS_OF_ONE = [
-    ["parallel=single", *changed, "evals.micro_batch_size=1"] for changed in ([RECOMPUTED[0]], [RECOMPUTED[1]], ["precision=bf16"])
+    ["parallel=single", *changed, "evals.micro_batch_size=1"]
+    for changed in ([RECOMPUTED[0]], [RECOMPUTED[1]], ["precision=bf16"])
 ]
-OTHERS_OF_TWO = [[*layout, "train.micro_batch_size=2", "evals.micro_batch_size=1"] for layout in MORE_OF_TWO.values()]
+OTHERS_OF_TWO = [
+    [*layout, "train.micro_batch_size=2", "evals.micro_batch_size=1"]
+    for layout in MORE_OF_TWO.values()
+]
 OTHERS_OF_TWO += [[*MORE_OF_TWO["tp2sp"], how, "evals.micro_batch_size=1"] for how in RECOMPUTED]
-OTHERS_OF_TWO += [["parallel=tp2", "precision=bf16", "evals.micro_batch_size=1"], ["parallel=dp2", *SCORED]]
+OTHERS_OF_TWO += [
+    ["parallel=tp2", "precision=bf16", "evals.micro_batch_size=1"],
+    ["parallel=dp2", *SCORED],
+]
 
 
 @pytest.mark.slow
@@ -99,11 +122,23 @@ def drawn_shape(draw: random.Random) -> list[str]:
 def test_the_memory_of_drawn_shapes():
     draw = random.Random(1)
     probe(1, "memory", *(drawn_shape(draw) for _ in range(3)))
-    probe(2, "memory", *([*drawn_shape(draw), *layout] for layout in TWO_RANKS.values() for _ in range(2)))
+    probe(
+        2,
+        "memory",
+        *([*drawn_shape(draw), *layout] for layout in TWO_RANKS.values() for _ in range(2)),
+    )
 
 
 @pytest.mark.slow
 def test_the_memory_of_many_drawn_shapes():
     draw = random.Random(2)
     probe(1, "memory", *(drawn_shape(draw) for _ in range(20)))
-    probe(2, "memory", *([*drawn_shape(draw), *layout] for layout in (TWO_RANKS | MORE_OF_TWO).values() for _ in range(6)))
+    probe(
+        2,
+        "memory",
+        *(
+            [*drawn_shape(draw), *layout]
+            for layout in (TWO_RANKS | MORE_OF_TWO).values()
+            for _ in range(6)
+        ),
+    )

@@ -12,9 +12,22 @@ from retemper.pipeline.cli import main
 from retemper.pipeline.runs import eval_folder, run_folder
 from retemper.pipeline.runs.eval_folder import FORGOTTEN, forgetting
 
-QUESTION = {"question": "Which is cold?", "choices": {"text": ["ice", "fire", "steam"], "label": ["A", "B", "C"]}, "answerKey": "A"}
-SENTENCE = {"sentence": "The cup did not fit the box, for the _ was small.", "option1": "cup", "option2": "box", "answer": "2"}
-ENDING = {"query": "He opened the door", "choices": ["and went in.", "and flew.", "and rang.", "and sang."], "gold": 0}
+QUESTION = {
+    "question": "Which is cold?",
+    "choices": {"text": ["ice", "fire", "steam"], "label": ["A", "B", "C"]},
+    "answerKey": "A",
+}
+SENTENCE = {
+    "sentence": "The cup did not fit the box, for the _ was small.",
+    "option1": "cup",
+    "option2": "box",
+    "answer": "2",
+}
+ENDING = {
+    "query": "He opened the door",
+    "choices": ["and went in.", "and flew.", "and rang.", "and sang."],
+    "gold": 0,
+}
 TASKS = [f"evals.tasks.{name}.shots=0" for name in FORGOTTEN]
 RUN = ["parallel=dp2", "train.tokens=2048"]
 
@@ -38,9 +51,20 @@ def files(workspace) -> Path:
 def runs(workspace, files) -> Path:
     bad = [*TASKS, f"evals.tasks_dir={files}"]
     missing = workspace / "missing-tokenizer"
-    cases = {"untasked": [], "tasked": [*bad, "track.wandb=offline"], "untokenized": [*bad, f"data.tokenizer={missing}"]}
+    cases = {
+        "untasked": [],
+        "tasked": [*bad, "track.wandb=offline"],
+        "untokenized": [*bad, f"data.tokenizer={missing}"],
+    }
     launch(
-        2, [{"overrides": overrides(workspace, name, *RUN, *more), "fault": None if more else "no_harness"} for name, more in cases.items()]
+        2,
+        [
+            {
+                "overrides": overrides(workspace, name, *RUN, *more),
+                "fault": None if more else "no_harness",
+            }
+            for name, more in cases.items()
+        ],
     )
     return workspace / "runs" / "test"
 
@@ -48,7 +72,11 @@ def runs(workspace, files) -> Path:
 def errors(run: Path) -> dict[str, str]:
     """task -> what is recorded of it at the end."""
     (folder,) = [path for path in (run / "evals").iterdir() if int(path.name) > 0]
-    return {path.stem: json.loads(path.read_text()).get("error") for path in folder.glob("*.json") if path.stem != "heldout"}
+    return {
+        path.stem: json.loads(path.read_text()).get("error")
+        for path in folder.glob("*.json")
+        if path.stem != "heldout"
+    }
 
 
 def test_a_run_without_tasks_needs_no_lm_eval(runs):
@@ -67,7 +95,9 @@ def test_heldout_scores_are_shown_with_their_difference_from_the_start(runs, cap
         now, low, high, difference, error = map(
             float,
             re.search(
-                rf"^ +4  {domain} +bits_per_byte +\d+ +([\d.]+)  ([\d.]+) to ([\d.]+) +([-+][\d.]+) ± ([\d.]+) \(", shown, re.MULTILINE
+                rf"^ +4  {domain} +bits_per_byte +\d+ +([\d.]+)  ([\d.]+) to ([\d.]+) +([-+][\d.]+) ± ([\d.]+) \(",
+                shown,
+                re.MULTILINE,
             ).groups(),
         )
         start, end = (scores[step][domain] for step in (0, 4))
@@ -78,7 +108,16 @@ def test_heldout_scores_are_shown_with_their_difference_from_the_start(runs, cap
 
 def test_tasks_that_failed_are_shown(runs, capsys):
     assert main(["evals", "show", str(runs / "untokenized")]) == 0
-    assert len(re.findall(r"^ +[04]  \w+ +was not scored: .* there is no \S+tokenizer.json", capsys.readouterr().out, re.MULTILINE)) == 6
+    assert (
+        len(
+            re.findall(
+                r"^ +[04]  \w+ +was not scored: .* there is no \S+tokenizer.json",
+                capsys.readouterr().out,
+                re.MULTILINE,
+            )
+        )
+        == 6
+    )
 
 
 def test_the_report_has_the_scores_of_tasks(runs, tmp_path):
@@ -87,27 +126,41 @@ def test_the_report_has_the_scores_of_tasks(runs, tmp_path):
     assert main(["report", str(study)]) == 0
     page = (study / "report.html").read_text()
     score = eval_folder.read_tasks(study / "tasked", 4)["arc_challenge"]["score"]
-    assert re.search(rf"<td>tasked</td><td>4</td><td>arc_challenge</td><td>acc_token_loss</td><td>2</td><td>{score:.4f}</td>", page)
-    assert re.search(r"<td>tasked</td><td>4</td><td>hellaswag</td><td>was not scored: [^<]+ has no file hellaswag_validation", page)
+    assert re.search(
+        rf"<td>tasked</td><td>4</td><td>arc_challenge</td><td>acc_token_loss</td><td>2</td><td>{score:.4f}</td>",
+        page,
+    )
+    assert re.search(
+        r"<td>tasked</td><td>4</td><td>hellaswag</td><td>was not scored: [^<]+ has no file hellaswag_validation",
+        page,
+    )
 
 
 def test_each_task_says_what_is_wrong_with_it_and_the_others_are_scored(runs, files):
     found = errors(runs / "tasked")
     assert found.keys() == set(FORGOTTEN) and found["arc_challenge"] is None
     assert f"{files} has no file hellaswag_validation*.jsonl" in found["hellaswag"]
-    assert f"{files / 'winogrande_validation.jsonl'}, line 2: no record of the form" in found["winogrande"]
+    assert (
+        f"{files / 'winogrande_validation.jsonl'}, line 2: no record of the form"
+        in found["winogrande"]
+    )
 
 
 def test_training_is_what_it_is_without_tasks(runs):
     def losses(run):
-        return [(record["step"], record["loss"], record["grad_norm"]) for record in run_folder.read_metrics(runs / run)]
+        return [
+            (record["step"], record["loss"], record["grad_norm"])
+            for record in run_folder.read_metrics(runs / run)
+        ]
 
     assert losses("untasked") == losses("tasked") == losses("untokenized")
 
 
 def test_without_a_tokenizer_nothing_is_scored(runs):
     found = errors(runs / "untokenized")
-    assert found.keys() == set(FORGOTTEN) and all("there is no" in error for error in found.values())
+    assert found.keys() == set(FORGOTTEN) and all(
+        "there is no" in error for error in found.values()
+    )
 
 
 def test_checkpoints_are_scored_afterwards_on_what_failed_alone(workspace, runs, files):
@@ -124,7 +177,12 @@ def test_checkpoints_are_scored_afterwards_on_what_failed_alone(workspace, runs,
     assert (runs / "tasked" / "evals" / "00000004" / "arc_challenge.json").read_text() == before
     # And of the model that it began with.
     at_begin = eval_folder.read_tasks(runs / "tasked", 0)
-    assert at_begin.keys() == set(FORGOTTEN) and at_begin["arc_challenge"] | {"seconds": 0} == begun | {"seconds": 0}
+    assert at_begin.keys() == set(FORGOTTEN) and at_begin["arc_challenge"] | {
+        "seconds": 0
+    } == begun | {"seconds": 0}
     scores = eval_folder.read_tasks(runs / "tasked", 4)
-    assert f"forgetting score {forgetting(scores):.4f} ± 0." in done.stdout and "arc_challenge" not in done.stdout.splitlines()[0]
+    assert (
+        f"forgetting score {forgetting(scores):.4f} ± 0." in done.stdout
+        and "arc_challenge" not in done.stdout.splitlines()[0]
+    )
     assert set((runs / "tasked" / "wandb").glob("offline-run-*/run-*.wandb")) > tracked

@@ -16,7 +16,10 @@ from retemper.pipeline.runs import eval_folder
 
 CHOICES = ("hellaswag", "arc_challenge", "winogrande")
 PLAIN = [f"evals.tasks.{name}={{shots:0,limit:200}}" for name in CHOICES]
-SHOTS = ["evals.tasks.hellaswag={shots:10,limit:40}", "evals.tasks.arc_challenge={shots:10,limit:40}"]  # longer than the model takes: cut
+SHOTS = [
+    "evals.tasks.hellaswag={shots:10,limit:40}",
+    "evals.tasks.arc_challenge={shots:10,limit:40}",
+]  # longer than the model takes: cut
 WRITTEN = ["evals.tasks.gsm8k={limit:20,max_new_tokens:48}"]
 DRAWN = ["evals.tasks.gsm8k={limit:10,shots:0,temperature:1.0,top_p:0.95,max_new_tokens:32}"]
 
@@ -27,7 +30,9 @@ def with_an_idle_layer(source: Path, target: Path) -> Path:
     tensors = load_file(source / "model.safetensors")
     for name in [name for name in tensors if name.startswith("model.layers.0.")]:
         adds = "o_proj" in name or "down_proj" in name
-        tensors[name.replace(".0.", ".5.", 1)] = torch.zeros_like(tensors[name]) if adds else tensors[name].clone()
+        tensors[name.replace(".0.", ".5.", 1)] = (
+            torch.zeros_like(tensors[name]) if adds else tensors[name].clone()
+        )
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6}))
@@ -43,25 +48,58 @@ class Scored:
         self.workspace, self.files = workspace, shared / "evals"
         folder = with_an_idle_layer(shared / "stories260K", workspace / "scored" / "stories")
         self.base, self.exported = workspace / "scored" / "base", workspace / "scored" / "exported"
-        self.corpus = data_config(workspace, "scored", documents=Path(json.__file__).parent, tokenizer=str(folder), bos=True, heldout_fraction=0.0)
+        self.corpus = data_config(
+            workspace,
+            "scored",
+            documents=Path(json.__file__).parent,
+            tokenizer=str(folder),
+            bos=True,
+            heldout_fraction=0.0,
+        )
         tokenize(self.corpus, progress=False)
         world_size = 1 if torch.cuda.device_count() == 1 else 2
         layout = ["parallel=tp2"] if world_size == 2 else []
-        imported = {"folder": str(folder), "run": str(self.base), "trust": None, "overrides": layout}
+        imported = {
+            "folder": str(folder),
+            "run": str(self.base),
+            "trust": None,
+            "overrides": layout,
+        }
         launch(world_size, [{"import": imported}], "exchange")
-        exported = {"run": str(self.base), "folder": str(self.exported), "step": None, "adapter": False, "base": None, "tokenizer": None}
+        exported = {
+            "run": str(self.base),
+            "folder": str(self.exported),
+            "step": None,
+            "adapter": False,
+            "base": None,
+            "tokenizer": None,
+        }
         launch(1, [{"export": exported}], "exchange")
 
     def overrides(self, run: str, *changes: str) -> list[str]:
-        own = [f"init_from={self.base}", f"data.path={self.corpus.path}", "data.name=scored", f"data.tokenizer={self.corpus.tokenizer}"]
-        own += ["data.bos=true", "evals.heldout={}", "evals.micro_batch_size=16", f"evals.tasks_dir={self.files}"]
+        own = [
+            f"init_from={self.base}",
+            f"data.path={self.corpus.path}",
+            "data.name=scored",
+            f"data.tokenizer={self.corpus.tokenizer}",
+        ]
+        own += [
+            "data.bos=true",
+            "evals.heldout={}",
+            "evals.micro_batch_size=16",
+            f"evals.tasks_dir={self.files}",
+        ]
         asked = overrides(self.workspace, run, *own, *changes)
         return [text for text in asked if not text.startswith(("model.", "evals.heldout."))]
 
     def score(self, world_size: int, runs: dict[str, list[str]]) -> None:
         """Unless they are scored already."""
         new = {run: changes for run, changes in runs.items() if not self.folder(run).exists()}
-        launch(world_size, [{"overrides": self.overrides(run, *changes)} for run, changes in new.items()], "scored")
+        launch(
+            world_size,
+            [{"overrides": self.overrides(run, *changes)} for run, changes in new.items()],
+            "scored",
+        )
 
     def folder(self, run: str) -> Path:
         return eval_folder.task_path(self.workspace / "runs" / "test" / run, 0, "any").parent
@@ -70,7 +108,9 @@ class Scored:
         return json.loads((self.folder(run) / f"{task}.json").read_text())
 
     def problems(self, run: str, task: str) -> list[dict]:
-        text = zstandard.decompress((self.folder(run) / f"{task}.samples.jsonl.zst").read_bytes()).decode()
+        text = zstandard.decompress(
+            (self.folder(run) / f"{task}.samples.jsonl.zst").read_bytes()
+        ).decode()
         return [json.loads(line) for line in text.splitlines()]
 
 
@@ -87,7 +127,10 @@ def theirs(scored):
 
     from retemper.pipeline.evals.tasks import chosen_problems, load_task
 
-    lm, known = HFLM(pretrained=str(scored.exported), device="cpu", dtype="float32", batch_size=16), {}
+    lm, known = (
+        HFLM(pretrained=str(scored.exported), device="cpu", dtype="float32", batch_size=16),
+        {},
+    )
 
     def say(changes: list[str]) -> dict[str, tuple[dict, list[dict]]]:
         evals = load_config(scored.overrides("theirs", *changes)).evals
@@ -95,7 +138,12 @@ def theirs(scored):
             if (key := (name, asked.model_dump_json())) not in known:
                 task = load_task(name, evals)
                 chosen = chosen_problems(len(task.eval_docs), asked.limit)
-                results = evaluate(lm, {"tasks": {name: task}}, samples={name: chosen} if chosen else None, bootstrap_iters=100)
+                results = evaluate(
+                    lm,
+                    {"tasks": {name: task}},
+                    samples={name: chosen} if chosen else None,
+                    bootstrap_iters=100,
+                )
                 known[key] = results["results"][name], results["samples"][name]
         return {name: known[name, asked.model_dump_json()] for name, asked in evals.tasks.items()}
 
@@ -108,15 +156,31 @@ def compare_choices(scored: Scored, theirs, run: str, changes: list[str]) -> Non
         assert len(ours) == len(problems) == scores["samples"] == scores["settings"]["limit"]
         for mine, other in zip(ours, problems, strict=True):
             assert mine["doc_hash"] == other["doc_hash"]
-            nats, expected = (np.array([nats for [(nats, _greedy)] in problem["resps"]]) for problem in (mine, other))
+            nats, expected = (
+                np.array([nats for [(nats, _greedy)] in problem["resps"]])
+                for problem in (mine, other)
+            )
             np.testing.assert_allclose(nats, expected, rtol=0, atol=1e-3)
             assert nats.argmax() == expected.argmax()
-            assert [greedy for [(_nats, greedy)] in mine["resps"]] == [greedy for [(_nats, greedy)] in other["resps"]]
+            assert [greedy for [(_nats, greedy)] in mine["resps"]] == [
+                greedy for [(_nats, greedy)] in other["resps"]
+            ]
         for metric in scores["metrics"].keys() - {"acc_token_loss"}:
-            assert scores["metrics"][metric] == {"value": metrics[f"{metric},none"], "stderr": metrics[f"{metric}_stderr,none"]}
-        assert scores["metric"] == "acc_token_loss" and 0 < scores["score"] < 1 and 0 < scores["stderr"] < 0.2
+            assert scores["metrics"][metric] == {
+                "value": metrics[f"{metric},none"],
+                "stderr": metrics[f"{metric}_stderr,none"],
+            }
+        assert (
+            scores["metric"] == "acc_token_loss"
+            and 0 < scores["score"] < 1
+            and 0 < scores["stderr"] < 0.2
+        )
         assert bool(scores["cut_prompts"]) == (changes == SHOTS)
-        assert scores["version"] == 1.0 and scores["step"] == 0 and scores["settings"]["lm_eval"] == "0.4.13"
+        assert (
+            scores["version"] == 1.0
+            and scores["step"] == 0
+            and scores["settings"]["lm_eval"] == "0.4.13"
+        )
 
 
 TWO = {"tp2": ["parallel=tp2"], "pp2": ["parallel=pp2"]}
@@ -145,7 +209,11 @@ def test_log_likelihoods_of_cut_contexts_are_too_at_the_other_layouts(scored, th
 
 def answers(scored: Scored, run: str) -> list[str]:
     """To each problem once, whatever the filters."""
-    return [problem["resps"][0][0] for problem in scored.problems(run, "gsm8k") if problem["filter"] == "strict-match"]
+    return [
+        problem["resps"][0][0]
+        for problem in scored.problems(run, "gsm8k")
+        if problem["filter"] == "strict-match"
+    ]
 
 
 GENERATED = TWO | {"dp2": ["parallel=dp2"]}
@@ -153,7 +221,9 @@ GENERATED = TWO | {"dp2": ["parallel=dp2"]}
 
 def compare_greedy_text(scored: Scored, theirs, runs: list[str]) -> None:
     _metrics, problems = theirs(WRITTEN)["gsm8k"]
-    expected = [problem["resps"][0][0] for problem in problems if problem["filter"] == "strict-match"]
+    expected = [
+        problem["resps"][0][0] for problem in problems if problem["filter"] == "strict-match"
+    ]
     assert len(expected) == 20 and len(set(expected)) > 10
     for run in runs:
         assert answers(scored, run) == expected, run
@@ -164,7 +234,9 @@ def test_greedy_text_is_that_of_lm_evals_own_class_at_every_layout(scored, their
     scored.score(2, {f"written-{name}": [*WRITTEN, *where] for name, where in GENERATED.items()})
     compare_greedy_text(scored, theirs, ["written-one", *(f"written-{name}" for name in GENERATED)])
     assert scored.scores("written-tp2", "gsm8k")["metric"] == "exact_match/strict-match"
-    assert scored.scores("written-tp2", "gsm8k")["cut_prompts"] == 20, "five examples are more than 512 tokens of stories"
+    assert scored.scores("written-tp2", "gsm8k")["cut_prompts"] == 20, (
+        "five examples are more than 512 tokens of stories"
+    )
 
 
 @pytest.mark.gpu
@@ -190,7 +262,10 @@ def test_drawn_text_is_the_same_at_the_other_layouts_and_with_adapters(scored):
     scored.score(2, runs | {"refused-cp": [*DRAWN, "parallel=cp2"]})
     for run in runs:
         assert answers(scored, run) == answers(scored, "drawn-one"), run
-    assert "do not go with parallel.context_parallel_size > 1" in scored.scores("refused-cp", "gsm8k")["error"]
+    assert (
+        "do not go with parallel.context_parallel_size > 1"
+        in scored.scores("refused-cp", "gsm8k")["error"]
+    )
 
 
 @pytest.mark.slow
@@ -204,8 +279,23 @@ def test_text_is_the_same_from_virtual_stages_and_from_a_grid_of_ranks(workspace
     task = "evals.tasks.gsm8k={limit:10,shots:0,temperature:1.0,max_new_tokens:24}"
     said = {}
     for world_size, (name, where) in zip((1, 2, 4), layouts.items(), strict=True):
-        asked = overrides(workspace, f"random-{name}", "model.num_layers=4", task, f"evals.tasks_dir={shared_data / 'evals'}", *where)
+        asked = overrides(
+            workspace,
+            f"random-{name}",
+            "model.num_layers=4",
+            task,
+            f"evals.tasks_dir={shared_data / 'evals'}",
+            *where,
+        )
         launch(world_size, [{"overrides": asked}], "scored")
-        path = eval_folder.task_path(workspace / "runs" / "test" / f"random-{name}", 0, "gsm8k").with_suffix(".samples.jsonl.zst")
-        said[name] = [json.loads(line)["resps"] for line in zstandard.decompress(path.read_bytes()).decode().splitlines()]
-    assert said["one"] == said["vpp2"] == said["grid"] and len({str(each) for each in said["one"]}) == 10
+        path = eval_folder.task_path(
+            workspace / "runs" / "test" / f"random-{name}", 0, "gsm8k"
+        ).with_suffix(".samples.jsonl.zst")
+        said[name] = [
+            json.loads(line)["resps"]
+            for line in zstandard.decompress(path.read_bytes()).decode().splitlines()
+        ]
+    assert (
+        said["one"] == said["vpp2"] == said["grid"]
+        and len({str(each) for each in said["one"]}) == 10
+    )

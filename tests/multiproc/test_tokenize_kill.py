@@ -23,10 +23,20 @@ def job(workspace, tmp_path_factory):
     source = {"kind": "text", "path": "stdlib", "glob": "[a-m]*.py"}
 
     def start(path: Path, log: Path) -> subprocess.Popen:
-        corpus = data_config(workspace, "kill", path=str(path), source=source, compression="zstd", tasks=2, packing="best_fit")
+        corpus = data_config(
+            workspace,
+            "kill",
+            path=str(path),
+            source=source,
+            compression="zstd",
+            tasks=2,
+            packing="best_fit",
+        )
         command = [sys.executable, str(JOB), corpus.model_dump_json(), "150000", "750000"]
         with open(log, "w") as output:
-            return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            return subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     started = time.monotonic()
     process = start(folder / "whole", folder / "log")
@@ -36,7 +46,11 @@ def job(workspace, tmp_path_factory):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def kill_until_done(job, tmp_path: Path, kills: int, rng: random.Random) -> int:
@@ -69,7 +83,9 @@ def test_a_kill(job, tmp_path):
 @pytest.mark.slow
 def test_fifty_kills(job, tmp_path):
     finished = kill_until_done(job, tmp_path, 50, random.Random(50))
-    print(f"\n50 kills over {job.seconds:.0f} s jobs, {finished} jobs reached their end, each equal to the uninterrupted one")
+    print(
+        f"\n50 kills over {job.seconds:.0f} s jobs, {finished} jobs reached their end, each equal to the uninterrupted one"
+    )
 
 
 def test_a_killed_worker_is_noticed_and_the_job_goes_on_when_asked_again(job, tmp_path):
@@ -81,7 +97,9 @@ def test_a_killed_worker_is_noticed_and_the_job_goes_on_when_asked_again(job, tm
     assert "a worker process was killed" in (tmp_path / "log").read_text()
     assert not (tmp_path / "out").exists()
     print(f"\nnoticed after {time.monotonic() - killed:.1f} s")
-    assert job(tmp_path / "out", tmp_path / "log").wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert job(tmp_path / "out", tmp_path / "log").wait(timeout=300) == 0, (
+        tmp_path / "log"
+    ).read_text()
     assert contents(tmp_path / "out") == contents(job.whole)
 
 
@@ -91,7 +109,10 @@ def test_workers_end_with_a_killed_parent(job, tmp_path):
     process.kill()  # the parent alone, as the kernel would for want of memory
     process.wait()
     deadline = time.monotonic() + 30
-    while Path(f"/proc/{worker}").exists() and "State:\tZ" not in Path(f"/proc/{worker}/status").read_text():
+    while (
+        Path(f"/proc/{worker}").exists()
+        and "State:\tZ" not in Path(f"/proc/{worker}/status").read_text()
+    ):
         assert time.monotonic() < deadline, "the worker outlived its parent"
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
@@ -104,7 +125,11 @@ def _worker_at_work(process: subprocess.Popen, work: Path) -> int:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     children = [(int(child), parent) for child, parent in _processes()]
-    server = [pid for pid, parent in children if parent == process.pid and any(other == pid for _, other in children)]
+    server = [
+        pid
+        for pid, parent in children
+        if parent == process.pid and any(other == pid for _, other in children)
+    ]
     return next(pid for pid, parent in children if parent in server)
 
 
@@ -112,7 +137,9 @@ def _processes() -> list[tuple[str, int]]:
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            found.append((status.parent.name, int(status.read_text().rpartition(")")[2].split()[1])))
+            found.append(
+                (status.parent.name, int(status.read_text().rpartition(")")[2].split()[1]))
+            )
         except OSError:
             continue
     return found

@@ -28,7 +28,10 @@ TASKS = {
 
 
 def asked_tasks(shared_data) -> list[str]:
-    return [f"evals.tasks_dir={shared_data / 'evals'}", *(f"evals.tasks.{task}={how}" for task, how in TASKS.items())]
+    return [
+        f"evals.tasks_dir={shared_data / 'evals'}",
+        *(f"evals.tasks.{task}={how}" for task, how in TASKS.items()),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +56,21 @@ class Process:
 
     def __init__(self, asked: list[str], log: Path, *options: str):
         self.log = log
-        command = [str(Path(sys.executable).parent / "retemper"), "evals", "worker", *asked, "--lease", "4", "--poll", "1", *options]
+        command = [
+            str(Path(sys.executable).parent / "retemper"),
+            "evals",
+            "worker",
+            *asked,
+            "--lease",
+            "4",
+            "--poll",
+            "1",
+            *options,
+        ]
         with open(log, "a") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True
+            )
 
     def wait_for(self, words: str) -> None:
         deadline = time.monotonic() + 300
@@ -81,9 +96,13 @@ def check_scores(asked: list[str], steps: int) -> None:
         scored = eval_folder.read_tasks(run, step)
         assert scored.keys() == TASKS.keys()
         assert [scored[task]["samples"] for task in ("humaneval", "gsm8k")] == [3, 3]
-        assert scored["humaneval"]["interval"][0] == scored["humaneval"]["score"] == 0  # of a model that has seen ten batches
+        assert (
+            scored["humaneval"]["interval"][0] == scored["humaneval"]["score"] == 0
+        )  # of a model that has seen ten batches
         folder = eval_folder.task_path(run, step, "x").parent
-        generated = list(read_records(folder / "humaneval.generations.jsonl.zst", {"completion": str}))
+        generated = list(
+            read_records(folder / "humaneval.generations.jsonl.zst", {"completion": str})
+        )
         assert len(generated) == 6 and len({record["completion"] for record in generated}) > 3
         assert all(scores["decontaminated"] == {"math": False} for scores in scored.values())
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
@@ -103,12 +122,20 @@ def test_what_a_killed_worker_left_others_finish_once(trained, tmp_path, capsys)
     check_scores(asked, steps)
     assert main(["evals", "show", asked[0]]) == 0
     shown = capsys.readouterr().out
-    assert len(re.findall(r"^ +[01]  (?:humaneval +pass@1|gsm8k +exact_match)", shown, re.MULTILINE)) == 4
+    assert (
+        len(re.findall(r"^ +[01]  (?:humaneval +pass@1|gsm8k +exact_match)", shown, re.MULTILINE))
+        == 4
+    )
     assert re.search(r"^ +1  humaneval .* \+0\.0000 on each of 3 ", shown, re.MULTILINE)
 
-    assert main(["evals", "worker", *asked, "--once"]) == 0 and "step" not in capsys.readouterr().out
+    assert (
+        main(["evals", "worker", *asked, "--once"]) == 0 and "step" not in capsys.readouterr().out
+    )
     assert main(["evals", "worker", *asked, "evals.tasks.humaneval.limit=4", "--once"]) == 1
-    assert f"{eval_folder.task_path(Path(asked[0]), 0, 'humaneval')}: limit 3, now 4" in capsys.readouterr().err
+    assert (
+        f"{eval_folder.task_path(Path(asked[0]), 0, 'humaneval')}: limit 3, now 4"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -122,7 +149,9 @@ def test_twenty_kills_lose_and_double_nothing(trained, tmp_path):
         if workers[victim].process.poll() is None:
             workers[victim].kill()
             kills += 1
-        assert any(worker.process.poll() is None for worker in workers) or kills == 20, "the run was scored before twenty kills"
+        assert any(worker.process.poll() is None for worker in workers) or kills == 20, (
+            "the run was scored before twenty kills"
+        )
         workers[victim] = Process(asked, logs[victim])
     for worker in workers:
         assert worker.process.wait(900) == 0, worker.log.read_text()
@@ -138,7 +167,10 @@ def test_a_worker_refuses_what_it_cannot_do(workspace, capsys):
     assert main(["evals", "worker", str(config.run_dir)]) == 1
     assert "names no task for workers" in capsys.readouterr().err
     assert main(["evals", "worker", str(config.run_dir), "seed=3"]) == 1
-    assert "seed=3: the run's own config holds; what can be given anew is evals" in capsys.readouterr().err
+    assert (
+        "seed=3: the run's own config holds; what can be given anew is evals"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_worker_refuses_bad_files_before_any_work(workspace, shared_data, tmp_path, capsys):
@@ -155,29 +187,60 @@ def test_a_worker_refuses_bad_files_before_any_work(workspace, shared_data, tmp_
     for name, content, said in (
         ("humaneval.jsonl", "{}\n", f"{tmp_path / 'humaneval.jsonl'}, line 1: task_id must be str"),
         ("gsm8k_test.jsonl", "{}\n", f"evals.tasks_dir={tmp_path} has no file gsm8k_train.jsonl"),
-        ("gsm8k_train.jsonl", "{}\n", f"{tmp_path / 'gsm8k_train.jsonl'}, line 1: no record of the form"),
+        (
+            "gsm8k_train.jsonl",
+            "{}\n",
+            f"{tmp_path / 'gsm8k_train.jsonl'}, line 1: no record of the form",
+        ),
     ):
-        asked = [f"evals.tasks_dir={tmp_path}", f"evals.tasks.{name.split('.')[0].split('_')[0]}={{where:worker}}"]
-        assert main(["evals", "worker", str(config.run_dir), *asked]) == 1 and "has no file" in capsys.readouterr().err
+        asked = [
+            f"evals.tasks_dir={tmp_path}",
+            f"evals.tasks.{name.split('.')[0].split('_')[0]}={{where:worker}}",
+        ]
+        assert (
+            main(["evals", "worker", str(config.run_dir), *asked]) == 1
+            and "has no file" in capsys.readouterr().err
+        )
         (tmp_path / name).write_text(content)
-        assert main(["evals", "worker", str(config.run_dir), *asked]) == 1 and said in capsys.readouterr().err
+        assert (
+            main(["evals", "worker", str(config.run_dir), *asked]) == 1
+            and said in capsys.readouterr().err
+        )
 
 
-def test_checkpoints_that_vanish_are_named_and_what_is_left_of_them_evaluated(workspace, shared_data, capsys):
+def test_checkpoints_that_vanish_are_named_and_what_is_left_of_them_evaluated(
+    workspace, shared_data, capsys
+):
     two = [8 * SEQ_LENGTH, 16 * SEQ_LENGTH]
     config = load_config(
-        overrides(workspace, "vanished", f"train.tokens={two[1]}", f"checkpoint.milestones={two}", "schedule.warmup_tokens=0")
+        overrides(
+            workspace,
+            "vanished",
+            f"train.tokens={two[1]}",
+            f"checkpoint.milestones={two}",
+            "schedule.warmup_tokens=0",
+        )
     )
     run_folder.claim(config, 0)
     vanished, emptied = (config.run_dir / "checkpoints" / f"step-{step:08d}" for step in (1, 2))
     emptied.mkdir(parents=True)
     problem = json.loads((shared_data / "evals" / "humaneval.jsonl").read_text().splitlines()[0])
-    programs = [{"task_id": problem["task_id"], "sample": n, "completion": ("\n" + problem["canonical_solution"]) * n} for n in range(2)]
+    programs = [
+        {
+            "task_id": problem["task_id"],
+            "sample": n,
+            "completion": ("\n" + problem["canonical_solution"]) * n,
+        }
+        for n in range(2)
+    ]
     replace_bytes(generations_path(config, 1, "humaneval"), compress_records(programs))
     assert main(["evals", "worker", str(config.run_dir), *asked_tasks(shared_data)]) == 1
     said = capsys.readouterr().err
     assert f"step 1, gsm8k: {vanished} was removed before it was evaluated" in said
     for task in TASKS:
         assert f"step 2, {task}: {emptied} is no checkpoint" in said
-    assert "step 1, humaneval" not in said and eval_folder.read_tasks(config.run_dir, 1)["humaneval"]["score"] == 0.5
+    assert (
+        "step 1, humaneval" not in said
+        and eval_folder.read_tasks(config.run_dir, 1)["humaneval"]["score"] == 0.5
+    )
     assert not eval_folder.read_tasks(config.run_dir, 2)

@@ -12,7 +12,10 @@ class Plain:
     """The optimizer of a run in one process, over copies of whole weights. Biases and norms are not decayed."""
 
     def __init__(self, config, weights: dict[tuple, torch.Tensor]):
-        self.settings, ratio = config.optimizer, config.method.lora.lr_ratio if config.method.lora else 1.0
+        self.settings, ratio = (
+            config.optimizer,
+            config.method.lora.lr_ratio if config.method.lora else 1.0,
+        )
         self.weights = {key: weight.float().clone() for key, weight in weights.items()}
         self.groups = [
             {
@@ -23,7 +26,9 @@ class Plain:
             }
             for key, weight in self.weights.items()
         ]
-        self.adamw = torch.optim.AdamW(self.groups, betas=(self.settings.beta1, self.settings.beta2), eps=self.settings.eps)
+        self.adamw = torch.optim.AdamW(
+            self.groups, betas=(self.settings.beta1, self.settings.beta2), eps=self.settings.eps
+        )
 
     def step(self, gradients: dict[tuple, torch.Tensor], lr: float) -> None:
         for group, gradient in zip(self.adamw.param_groups, gradients.values(), strict=True):
@@ -38,8 +43,14 @@ class Plain:
         norms = {}
         for kind in {kind_of(key[-1]) for key in before}:
             of_kind = [key for key in before if kind_of(key[-1]) == kind]
-            norms[f"parameter_norm/{kind}"] = torch.cat([self.weights[key].flatten() for key in of_kind]).norm().item()
-            norms[f"update_norm/{kind}"] = torch.cat([(self.weights[key] - before[key]).flatten() for key in of_kind]).norm().item()
+            norms[f"parameter_norm/{kind}"] = (
+                torch.cat([self.weights[key].flatten() for key in of_kind]).norm().item()
+            )
+            norms[f"update_norm/{kind}"] = (
+                torch.cat([(self.weights[key] - before[key]).flatten() for key in of_kind])
+                .norm()
+                .item()
+            )
         return norms
 
     def lion(self, part_of_peak: float) -> None:
@@ -54,7 +65,12 @@ class Plain:
 def trained_parameters(place, model) -> dict[tuple, torch.nn.Parameter]:
     """Pipeline rank, stage, tensor-parallel rank where each has a part of its own, and name -> parameter."""
     return {
-        (place.pipeline_parallel_rank, number, place.tensor_parallel_rank if getattr(p, "tensor_model_parallel", False) else 0, name): p
+        (
+            place.pipeline_parallel_rank,
+            number,
+            place.tensor_parallel_rank if getattr(p, "tensor_model_parallel", False) else 0,
+            name,
+        ): p
         for number, stage in enumerate(model)
         for name, p in stage.named_parameters()
         if p.requires_grad
@@ -73,8 +89,13 @@ def reduced_gradients(model) -> dict[torch.nn.Parameter, torch.Tensor]:
     for buffer in (buffer for stage in model for buffer in stage.buffers):
         [bucket], group = buffer.buckets, buffer.data_parallel_group
         whole = torch.empty_like(bucket.grad_data)
-        torch.distributed.all_gather_into_tensor(whole, bucket.grad_data.chunk(group.size())[group.rank()], group=group)
-        gradients |= {p: whole[start:end].view(p.shape) for p, (start, end, _bucket) in buffer.param_index_map.items()}
+        torch.distributed.all_gather_into_tensor(
+            whole, bucket.grad_data.chunk(group.size())[group.rank()], group=group
+        )
+        gradients |= {
+            p: whole[start:end].view(p.shape)
+            for p, (start, end, _bucket) in buffer.param_index_map.items()
+        }
     return gradients
 
 
@@ -98,7 +119,11 @@ def trajectory(config, place, model) -> None:
             run_schedule(model, data.micro_batches, forward_only=False)
             reduced = reduced_gradients(model)
             gradients = of_all_ranks(place, {key: reduced[p] for key, p in trained.items()})
-            norm = torch.cat([gradient.flatten().double() for gradient in gradients.values()]).norm().item()
+            norm = (
+                torch.cat([gradient.flatten().double() for gradient in gradients.values()])
+                .norm()
+                .item()
+            )
             grad_norm = norm_of_gradients(optimizer)
             step_by_gradients(config, optimizer, grad_norm)
             found = norms_of_step(model, optimizer)
@@ -107,21 +132,30 @@ def trajectory(config, place, model) -> None:
             assert norm > settings.clip_grad
             # By the norm in megatron-core's rounding: the sign of what is next to zero is that of a rounding error.
             clip = settings.clip_grad / (grad_norm + 1e-6)
-            lr = settings.lr * min(1.0, step * config.tokens_per_step / config.schedule.warmup_tokens)
+            lr = settings.lr * min(
+                1.0, step * config.tokens_per_step / config.schedule.warmup_tokens
+            )
             before = {key: weight.clone() for key, weight in plain.weights.items()}
             plain.step({key: clip * gradients[key] for key in initial}, lr)
             assert found == pytest.approx(plain.norms_since(before), rel=1e-4), step
             for key, p in trained.items():
                 way = (plain.weights[key] - initial[key]).norm()
                 assert (way > 0) == (step > 0), (step, key)  # the first step's rate is zero
-                held = torch.finfo(p.dtype).eps / 2 * plain.weights[key].norm()  # what the weight's type can say
-                assert (p.detach().float() - plain.weights[key]).norm() <= 1e-6 * way + held, (step, key)
+                held = (
+                    torch.finfo(p.dtype).eps / 2 * plain.weights[key].norm()
+                )  # what the weight's type can say
+                assert (p.detach().float() - plain.weights[key]).norm() <= 1e-6 * way + held, (
+                    step,
+                    key,
+                )
 
 
 def norms_of_each_rank(config, place, model) -> None:
     """The trajectory sees the trap of megatron-core's own Lion: gradient norms that are not summed over data-parallel ranks."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    alone = mock.patch.object(DistributedOptimizer, "get_grad_stats_parallel_group", lambda self: self.tp_group)
+    alone = mock.patch.object(
+        DistributedOptimizer, "get_grad_stats_parallel_group", lambda self: self.tp_group
+    )
     with alone, pytest.raises(AssertionError, match="gradient norm"):
         trajectory(config, place, model)

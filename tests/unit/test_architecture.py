@@ -24,7 +24,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 def test_tokenize_stays_the_standard_librarys():
     assert not (ROOT / "tokenize" / "__init__.py").exists()
     code = "import tokenize, inspect; print(tokenize.__file__)"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert Path(found).resolve() == Path(sysconfig.get_path("stdlib"), "tokenize.py").resolve()
 
 
@@ -32,12 +34,16 @@ def test_a_module_has_one_path_from_wherever_it_is_imported(tmp_path):
     code = "import retemper.pipeline.config.compose as one, retemper.tokenize.job as other; print(one.__file__, other.__file__)"
     expected = f"{ROOT / 'pipeline' / 'config' / 'compose.py'} {ROOT / 'tokenize' / 'job.py'}\n"
     for folder in (ROOT, ROOT / "retemper", tmp_path):
-        found = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+        found = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
+        )
         assert found.stdout == expected, folder
 
 
 def test_the_import_root_holds_relative_links_and_nothing_else():
-    links = {path.name: path.readlink() for path in (ROOT / "retemper").iterdir() if path.is_symlink()}
+    links = {
+        path.name: path.readlink() for path in (ROOT / "retemper").iterdir() if path.is_symlink()
+    }
     assert links == {name: Path("..", name) for name in CODE}
     others = {path.name for path in (ROOT / "retemper").iterdir()} - links.keys() - {"__pycache__"}
     assert others == {"__init__.py"}
@@ -51,7 +57,9 @@ def test_a_wheel_holds_every_file_once_and_no_link(tmp_path):
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy / name)
     build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, check=True)
+    subprocess.run(
+        [sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, check=True
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         entries = [entry for entry in archive.infolist() if ".dist-info/" not in entry.filename]
@@ -65,27 +73,48 @@ def test_a_wheel_holds_every_file_once_and_no_link(tmp_path):
 def test_every_folder_of_code_is_a_declared_package():
     declared = set(PROJECT["tool"]["setuptools"]["packages"])
     folders = {path.parent for room in CODE for path in (ROOT / room).rglob("*.py")}
-    assert declared == {"retemper", *("retemper." + ".".join(folder.relative_to(ROOT).parts) for folder in folders)}
+    assert declared == {
+        "retemper",
+        *("retemper." + ".".join(folder.relative_to(ROOT).parts) for folder in folders),
+    }
 
 
 def test_conf_is_a_package():
     assert importlib.import_module("retemper.conf").__file__
 
 
-@pytest.mark.parametrize("room", [*ROOMS, *sorted(f"pipeline/{path.parent.name}" for path in ROOT.glob("pipeline/*/__init__.py"))])
+@pytest.mark.parametrize(
+    "room",
+    [
+        *ROOMS,
+        *sorted(f"pipeline/{path.parent.name}" for path in ROOT.glob("pipeline/*/__init__.py")),
+    ],
+)
 def test_every_room_says_what_it_owns(room):
     assert len((ROOT / room / "README.md").read_text().split()) > 20
 
 
 def test_only_their_rooms_import_wandb_and_parallel_state():
     distributed = {f"pipeline/distributed/{name}.py" for name in ("topology", "collectives")}
-    for word, allowed in (("import wandb", {"pipeline/runs/track.py"}), ("import parallel_state", distributed)):
-        users = {str(path.relative_to(ROOT)) for room in CODE for path in (ROOT / room).rglob("*.py") if word in path.read_text()}
+    for word, allowed in (
+        ("import wandb", {"pipeline/runs/track.py"}),
+        ("import parallel_state", distributed),
+    ):
+        users = {
+            str(path.relative_to(ROOT))
+            for room in CODE
+            for path in (ROOT / room).rglob("*.py")
+            if word in path.read_text()
+        }
         assert users == allowed
 
 
 def test_the_pinned_set_names_no_index_and_pins_everything():
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     assert len(lines) > 100
     assert all("==" in line and "://" not in line and not line.startswith("-") for line in lines)
 
@@ -108,7 +137,9 @@ FLOORS = [
     {"evals.__main__", "huggingface.__main__", "train.__main__"},
 ]
 MODULES = {
-    ".".join(("retemper", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    ".".join(("retemper", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
     for name in CODE
     for path in (ROOT / name).rglob("*.py")
 }
@@ -144,7 +175,9 @@ def test_imports_lead_down():
     for module, path in MODULES.items():
         package = package_of(module)
         for target in map(package_of, imported_by(path)):
-            assert target == package or floor_of[target] < floor_of[package], f"{module} imports {target}"
+            assert target == package or floor_of[target] < floor_of[package], (
+                f"{module} imports {target}"
+            )
 
 
 def test_no_files_import_each_other_in_a_circle():

@@ -36,7 +36,9 @@ def test_masks_positions_and_edges_are_what_the_pieces_say(drawn, micro_batch_si
     samples = Samples(len(drawn), total)
     samples.tokens[:-1] = np.arange(len(drawn) * total)
     for row, found in enumerate(drawn):
-        for column, values in zip(("lengths", "prompt_lengths"), zip(*found, strict=True), strict=True):
+        for column, values in zip(
+            ("lengths", "prompt_lengths"), zip(*found, strict=True), strict=True
+        ):
             samples.pieces[column][row] = np.array(values, np.uint32).tobytes()
     batches = make_batches(samples, micro_batch_size, mask_documents=mask_documents)
     parts = [drawn[row : row + micro_batch_size] for row in range(0, len(drawn), micro_batch_size)]
@@ -49,7 +51,9 @@ def check_batch(batch, drawn, first_token, total, mask_documents):
     for found in drawn:
         counts, positions = [], []
         for length, prompt in found:
-            counts += [index >= prompt and not (mask_documents and index == 0) for index in range(length)]
+            counts += [
+                index >= prompt and not (mask_documents and index == 0) for index in range(length)
+            ]
             positions += range(length)
             edges.append(edges[-1] + length)
         padding = total - len(counts)
@@ -60,7 +64,9 @@ def check_batch(batch, drawn, first_token, total, mask_documents):
         expected_positions += positions if mask_documents else range(total)
     assert batch.loss_mask_BT.flatten().tolist() == expected_mask
     assert batch.position_ids_BT.flatten().tolist() == expected_positions
-    assert batch.tokens_BT.flatten().tolist() == list(range(first_token, first_token + len(drawn) * total))
+    assert batch.tokens_BT.flatten().tolist() == list(
+        range(first_token, first_token + len(drawn) * total)
+    )
     counted = batch.loss_mask_BT.bool()
     assert (batch.labels_BT[counted] == batch.tokens_BT[counted] + 1).all()
     if mask_documents:
@@ -79,34 +85,57 @@ def test_attention_over_documents_is_that_of_a_block_diagonal_mask():
     torch.manual_seed(1)
     edges = torch.tensor([0, 5, 6, 19, 32], dtype=torch.int32)
     query, key, value = (torch.randn(32, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    alone = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))  # a context-parallel group of one rank
+    alone = SimpleNamespace(
+        cp=SimpleNamespace(size=lambda: 1)
+    )  # a context-parallel group of one rank
     attention = SdpaAttention(SimpleNamespace(attention_dropout=0.0), pg_collection=alone)
-    got = attention(query, key, value, packed_seq_params=PackedSeqParams(qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges))
+    got = attention(
+        query,
+        key,
+        value,
+        packed_seq_params=PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges
+        ),
+    )
     document = torch.bucketize(torch.arange(32), edges[1:].long(), right=True)
     mask = (document[:, None] == document) & torch.ones(32, 32).tril().bool()
     expected = torch.nn.functional.scaled_dot_product_attention(
-        query.transpose(0, 1), key.repeat_interleave(2, 1).transpose(0, 1), value.repeat_interleave(2, 1).transpose(0, 1), attn_mask=mask
+        query.transpose(0, 1),
+        key.repeat_interleave(2, 1).transpose(0, 1),
+        value.repeat_interleave(2, 1).transpose(0, 1),
+        attn_mask=mask,
     )
     torch.testing.assert_close(got, expected.transpose(0, 1).flatten(1))
 
 
 def test_instruction_pairs_carry_loss_on_the_response_alone(workspace, pairs):
     tokenizer, shards = Tokenizer(workspace / "data" / "tokenizer"), TokenShards(pairs, "train")
-    answers = {json.loads(line)["answer"] for line in (workspace / "pairs" / "pairs.jsonl").read_text().splitlines()}
+    answers = {
+        json.loads(line)["answer"]
+        for line in (workspace / "pairs" / "pairs.jsonl").read_text().splitlines()
+    }
     for mask_documents in (False, True):
         [batch] = make_batches(shards.samples(np.arange(8)), 8, mask_documents=mask_documents)
-        text = tokenizer.backend.decode(batch.labels_BT[batch.loss_mask_BT.bool()].tolist(), skip_special_tokens=False)
+        text = tokenizer.backend.decode(
+            batch.labels_BT[batch.loss_mask_BT.bool()].tolist(), skip_special_tokens=False
+        )
         *found, rest = text.split("<|endoftext|>")
         assert len(found) > 8 and rest == "" and set(found) <= answers
 
 
 def test_data_show_prints_the_step_with_its_sources(workspace, pairs, capsys):
     changes = [f"data.path={pairs}", "data.name=pairs", "data.mask_documents=true"]
-    assert main(["data", "show", *overrides(workspace, "shown", *changes), "step=3", "samples=2"]) == 0
+    assert (
+        main(["data", "show", *overrides(workspace, "shown", *changes), "step=3", "samples=2"]) == 0
+    )
     shown = capsys.readouterr().out
     assert shown.count("── step 3 · sample ") == 2 and "pairs.jsonl:" in shown
     assert "⟦Write " in shown and "return" in shown
-    for arguments, said in ((["step=0"], "read from step 1 on"), ([], "step=12"), (["step=x"], "whole number")):
+    for arguments, said in (
+        (["step=0"], "read from step 1 on"),
+        ([], "step=12"),
+        (["step=x"], "whole number"),
+    ):
         assert main(["data", "show", *overrides(workspace, "shown", *changes), *arguments]) == 1
         assert said in capsys.readouterr().err
 
@@ -114,8 +143,19 @@ def test_data_show_prints_the_step_with_its_sources(workspace, pairs, capsys):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (["data.replay.path=x", "data.replay.fraction=0.005"], "no whole number of samples of data.mixture_window=100"),
-        (["data.replay.path=x", "data.replay.fraction=0.5", "data.mixture.m.path=y", "data.mixture.m.fraction=0.5"], "leave nothing"),
+        (
+            ["data.replay.path=x", "data.replay.fraction=0.005"],
+            "no whole number of samples of data.mixture_window=100",
+        ),
+        (
+            [
+                "data.replay.path=x",
+                "data.replay.fraction=0.5",
+                "data.mixture.m.path=y",
+                "data.mixture.m.fraction=0.5",
+            ],
+            "leave nothing",
+        ),
         (["data.mixture.replay.path=y", "data.mixture.replay.fraction=0.5"], "that name is taken"),
         (["data.replay.path=x", "data.replay.fraction=0.05"], "x holds no token corpus"),
     ],

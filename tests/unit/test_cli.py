@@ -15,10 +15,24 @@ from conftest import ROOT, run_command
 from retemper.pipeline.cli import _parse
 from retemper.pipeline.config.compose import load_data_config
 
-VERBS = ["tokenize", "import", "train", "eval", "export", "data", "report", "demo", "config", "plan", "launch"]
+VERBS = [
+    "tokenize",
+    "import",
+    "train",
+    "eval",
+    "export",
+    "data",
+    "report",
+    "demo",
+    "config",
+    "plan",
+    "launch",
+]
 
 
-@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)], ids=lambda verb: "".join(verb) or "retemper")
+@pytest.mark.parametrize(
+    "verb", [[], *([verb] for verb in VERBS)], ids=lambda verb: "".join(verb) or "retemper"
+)
 def test_help_has_examples_and_answers_in_under_a_second(verb):
     seconds = []
     for _ in range(3):
@@ -27,7 +41,11 @@ def test_help_has_examples_and_answers_in_under_a_second(verb):
         seconds.append(time.perf_counter() - started)
     assert result.returncode == 0
     assert min(seconds) < 1
-    assert all(name in result.stdout for name in VERBS) if not verb else f"\n  retemper {verb[0]}" in result.stdout
+    assert (
+        all(name in result.stdout for name in VERBS)
+        if not verb
+        else f"\n  retemper {verb[0]}" in result.stdout
+    )
 
 
 def test_config_prints_what_a_run_resolves_to():
@@ -46,17 +64,40 @@ def test_bad_input_is_one_error_and_exit_code_1():
 
 
 def test_launch_prints_a_command_per_node():
-    result = run_command(["launch", "run=demo_full", "target=torchrun", "--gpus-per-node", "1", "--host", "n0", "optimizer.lr=1e-4"])
+    result = run_command(
+        [
+            "launch",
+            "run=demo_full",
+            "target=torchrun",
+            "--gpus-per-node",
+            "1",
+            "--host",
+            "n0",
+            "optimizer.lr=1e-4",
+        ]
+    )
     nodes = re.findall(r"^torchrun .*$", result.stdout, re.MULTILINE)
     assert len(nodes) == 2
     for index, node in enumerate(nodes):
-        assert "--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d" in node and "--rdzv-endpoint=n0:29500" in node
+        assert (
+            "--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d" in node
+            and "--rdzv-endpoint=n0:29500" in node
+        )
         assert f"is_host={int(index == 0)}" in node
         assert node.endswith("-m retemper.pipeline.train run=demo_full optimizer.lr=1e-4")
 
 
 def test_launch_prints_an_sbatch_script_that_bash_accepts(tmp_path):
-    result = run_command(["launch", "run=demo_full", "target=slurm", "--gpus-per-node", "1", "checkpoint.milestones=[32768, 65536]"])
+    result = run_command(
+        [
+            "launch",
+            "run=demo_full",
+            "target=slurm",
+            "--gpus-per-node",
+            "1",
+            "checkpoint.milestones=[32768, 65536]",
+        ]
+    )
     script = tmp_path / "run.sbatch"
     script.write_text(result.stdout)
     assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
@@ -70,9 +111,21 @@ def test_launch_prints_an_sbatch_script_that_bash_accepts(tmp_path):
         tool = tmp_path / name
         tool.write_text(f"#!/bin/bash\n{body}\n")
         tool.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_ID": "7"}
-    started = subprocess.run(["bash", script], capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
-    assert {"--nnodes=2", "--nproc-per-node=1", "--rdzv-id=7-0", "--rdzv-endpoint=n0:29500", "--rdzv-conf=is_host=0"} <= set(started)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "n[0-1]",
+        "SLURM_JOB_ID": "7",
+    }
+    started = subprocess.run(
+        ["bash", script], capture_output=True, text=True, env=environment, check=True
+    ).stdout.splitlines()
+    assert {
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-id=7-0",
+        "--rdzv-endpoint=n0:29500",
+        "--rdzv-conf=is_host=0",
+    } <= set(started)
     assert started[-2:] == ["run=demo_full", "checkpoint.milestones=[32768, 65536]"]
 
 
@@ -100,7 +153,12 @@ def test_launch_refuses_what_it_cannot_lay_out(arguments, said):
 
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+    return [
+        line
+        for block in blocks
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
 
 
 def test_the_readmes_commands_run(workspace, tmp_path):
@@ -120,10 +178,19 @@ def test_the_readmes_commands_run(workspace, tmp_path):
         elif command.startswith(". "):
             continue  # the activation; this test runs in the environment already
         elif command.startswith(("retemper train ", "retemper data ", "torchrun ")):
-            keys = [word for word in command.split() if "=" in word and not word.startswith(("--", "step=", "samples="))]
+            keys = [
+                word
+                for word in command.split()
+                if "=" in word and not word.startswith(("--", "step=", "samples="))
+            ]
             check = ["retemper", "config", *keys]
         elif command.startswith("retemper tokenize "):
-            words = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True).stdout
+            words = subprocess.run(
+                ["bash", "-c", f"printf '%s\\0' {command}"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
             data = load_data_config(words.split("\0")[2:-1])
             assert data.source.prompt is None or "\n" in data.source.prompt
             continue
@@ -139,5 +206,7 @@ def test_the_readmes_commands_run(workspace, tmp_path):
             check = ["retemper", "report", "--help"]
         else:
             check = ["bash", "-c", command]
-        result = subprocess.run(check, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(
+            check, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
         assert result.returncode == 0, (command, result.stderr)

@@ -22,7 +22,10 @@ CUT_OFF = {"humaneval": [], "mbpp": [342]}
 
 @pytest.fixture(scope="module")
 def problems(shared_data) -> dict[str, list[dict]]:
-    return {task: [json.loads(line) for line in (shared_data / "evals" / file).read_text().splitlines()] for task, file in FILES.items()}
+    return {
+        task: [json.loads(line) for line in (shared_data / "evals" / file).read_text().splitlines()]
+        for task, file in FILES.items()
+    }
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,9 +54,16 @@ def gold(task: str, problem: dict) -> str:
 def judge_gold(task: str, problems: list[dict], layers: Layers) -> dict:
     """Problem -> reason, of those whose own answer fails."""
     code_task = CODE_TASKS[task]
-    programs = [Program(code_task.prompt(problem) + gold(task, problem), code_task.tests(problem)) for problem in problems]
+    programs = [
+        Program(code_task.prompt(problem) + gold(task, problem), code_task.tests(problem))
+        for problem in problems
+    ]
     verdicts = run_programs(programs, code_task.limits, layers)
-    return {problem["task_id"]: verdict.reason for problem, verdict in zip(problems, verdicts) if not verdict.passed}
+    return {
+        problem["task_id"]: verdict.reason
+        for problem, verdict in zip(problems, verdicts)
+        if not verdict.passed
+    }
 
 
 def test_humanevals_own_answers_pass_within_20_seconds_of_two_cores(problems, bare_layers):
@@ -79,26 +89,47 @@ def test_own_answers_pass_behind_everything_there_is(problems, task):
 @pytest.mark.parametrize("task", FILES)
 def test_stop_words_leave_the_benchmarks_own_answers_alone(problems, task):
     code_task = CODE_TASKS[task]
-    cut = [problem["task_id"] for problem in problems[task] if code_task.truncate(gold(task, problem)) != gold(task, problem)]
+    cut = [
+        problem["task_id"]
+        for problem in problems[task]
+        if code_task.truncate(gold(task, problem)) != gold(task, problem)
+    ]
     assert cut == CUT_OFF[task]
 
 
 def test_empty_bodies_pass_nothing(problems):
     code_task = CODE_TASKS["humaneval"]
-    verdicts = run_programs([code_task.program(problem, "") for problem in problems["humaneval"]], code_task.limits, find_layers())
+    verdicts = run_programs(
+        [code_task.program(problem, "") for problem in problems["humaneval"]],
+        code_task.limits,
+        find_layers(),
+    )
     assert sum(verdict.passed for verdict in verdicts) == 0 and len(verdicts) == 164
 
 
 def test_a_completion_ends_at_its_first_stop_word():
     task = CODE_TASKS["humaneval"]
     assert task.truncate("\n    return 1\n\nprint(f())\ndef g(): pass") == "\n    return 1\n"
-    assert task.truncate("\n    # a comment\n    return 1\n\n@wraps") == "\n    # a comment\n    return 1\n"
+    assert (
+        task.truncate("\n    # a comment\n    return 1\n\n@wraps")
+        == "\n    # a comment\n    return 1\n"
+    )
     assert task.truncate("    return 1<file_sep>more") == "    return 1"
     assert task.truncate("    return 1") == "    return 1"
-    problem = {"prompt": '\n\ndef f(x):\n    """Two."""\n', "test": "def check(f):\n    assert f(1) == 2\n", "entry_point": "f"}
+    problem = {
+        "prompt": '\n\ndef f(x):\n    """Two."""\n',
+        "test": "def check(f):\n    assert f(1) == 2\n",
+        "entry_point": "f",
+    }
     program = task.program(problem, "\n    return 2\nf = None\nif x:")
-    assert program.source == 'def f(x):\n    """Two."""\n    return 2\nf = None\n\ndef check(f):\n    assert f(1) == 2\n\ncheck(f)'
-    assert CODE_TASKS["mbpp"].prompt({"text": "Add.", "test_list": ["assert a(1) == 2", "x"]}) == '"""\nAdd.\nassert a(1) == 2\n"""\n'
+    assert (
+        program.source
+        == 'def f(x):\n    """Two."""\n    return 2\nf = None\n\ndef check(f):\n    assert f(1) == 2\n\ncheck(f)'
+    )
+    assert (
+        CODE_TASKS["mbpp"].prompt({"text": "Add.", "test_list": ["assert a(1) == 2", "x"]})
+        == '"""\nAdd.\nassert a(1) == 2\n"""\n'
+    )
 
 
 @pytest.fixture
@@ -108,10 +139,18 @@ def small(tmp_path):
     test = "def check(f):\n    assert f(3) == 9\n"
     names = ["HumanEval/0", "HumanEval/1", "HumanEval/2"]
     problems.write_text(
-        "".join(json.dumps({"task_id": n, "prompt": "def f(x):\n", "entry_point": "f", "test": test}) + "\n" for n in names)
+        "".join(
+            json.dumps({"task_id": n, "prompt": "def f(x):\n", "entry_point": "f", "test": test})
+            + "\n"
+            for n in names
+        )
     )
     records = [
-        {"task_id": name, "sample": sample, "completion": "\n    return x * x\n" if sample < right else "\n    return x"}
+        {
+            "task_id": name,
+            "sample": sample,
+            "completion": "\n    return x * x\n" if sample < right else "\n    return x",
+        }
         for sample in range(3)
         for right, name in enumerate(names)
     ]
@@ -127,25 +166,41 @@ def test_generations_are_scored_where_they_lie(small):
     assert scores["pass@2"]["value"] == pytest.approx((0 + 2 / 3 + 1) / 3)
     assert scores["pass@3"]["value"] == pytest.approx(2 / 3)
     assert scores["pass@1"]["stderr"] == pytest.approx(math.sqrt(2 / 9 / 2 / 3))
-    assert (scores["problems"], scores["samples"], scores["failures"]) == (3, 3, {"AssertionError": 6})
+    assert (scores["problems"], scores["samples"], scores["failures"]) == (
+        3,
+        3,
+        {"AssertionError": 6},
+    )
     assert scores["sandbox"] == str(find_layers())
     assert json.loads(json.dumps(scores)) == scores
     written = [json.loads(line) for line in verdicts_path(generations).read_text().splitlines()]
-    assert [(w["task_id"], w["sample"]) for w in written] == [(r["task_id"], r["sample"]) for r in records]
+    assert [(w["task_id"], w["sample"]) for w in written] == [
+        (r["task_id"], r["sample"]) for r in records
+    ]
     assert [w["passed"] for w in written] == ["x * x" in r["completion"] for r in records]
-    assert problem_scores(verdicts_path(generations)) == pytest.approx({"HumanEval/0": 0, "HumanEval/1": 1 / 3, "HumanEval/2": 2 / 3})
+    assert problem_scores(verdicts_path(generations)) == pytest.approx(
+        {"HumanEval/0": 0, "HumanEval/1": 1 / 3, "HumanEval/2": 2 / 3}
+    )
 
 
 @pytest.mark.slow
-def test_fifty_samples_of_every_problem_are_scored_at_the_papers_size(problems, shared_data, tmp_path):
+def test_fifty_samples_of_every_problem_are_scored_at_the_papers_size(
+    problems, shared_data, tmp_path
+):
     """8,200 programs: of the n-th problem n modulo 51 samples are its own answer, the others have no body."""
     records = [
-        {"task_id": problem["task_id"], "sample": sample, "completion": gold("humaneval", problem) if sample < number % 51 else ""}
+        {
+            "task_id": problem["task_id"],
+            "sample": sample,
+            "completion": gold("humaneval", problem) if sample < number % 51 else "",
+        }
         for number, problem in enumerate(problems["humaneval"])
         for sample in range(50)
     ]
     (generations := tmp_path / "humaneval.jsonl.zst").write_bytes(compress_records(records))
-    scores = score_generations("humaneval", shared_data / "evals" / "humaneval.jsonl", generations, ks=[1, 10])
+    scores = score_generations(
+        "humaneval", shared_data / "evals" / "humaneval.jsonl", generations, ks=[1, 10]
+    )
     right = [number % 51 for number in range(164)]
     assert scores["pass@1"]["value"] == pytest.approx(sum(right) / 50 / 164)
     exact = sum(1 - math.comb(50 - passed, 10) / math.comb(50, 10) for passed in right) / 164
@@ -164,13 +219,31 @@ RECORD = '{"task_id": "HumanEval/0", "sample": 0, "completion": "x"}\n'
     [
         (zst(RECORD + "{broken\n"), "line 2 is not JSON"),
         (zst(RECORD + "[1]\n"), "line 2: one JSON object"),
-        (zst(RECORD + '{"task_id": "HumanEval/1", "completion": "x"}\n'), "line 2: sample must be int, found null"),
-        (zst(RECORD + '{"task_id": "HumanEval/1", "sample": true, "completion": "x"}\n'), "line 2: sample must be int, found true"),
-        (zst(RECORD + '{"task_id": "HumanEval/1", "sample": 0, "completion": 7}\n'), "line 2: completion must be str, found 7"),
-        (zst(RECORD + '{"task_id": null, "sample": 0, "completion": ""}\n'), "line 2: task_id must be str or int"),
+        (
+            zst(RECORD + '{"task_id": "HumanEval/1", "completion": "x"}\n'),
+            "line 2: sample must be int, found null",
+        ),
+        (
+            zst(RECORD + '{"task_id": "HumanEval/1", "sample": true, "completion": "x"}\n'),
+            "line 2: sample must be int, found true",
+        ),
+        (
+            zst(RECORD + '{"task_id": "HumanEval/1", "sample": 0, "completion": 7}\n'),
+            "line 2: completion must be str, found 7",
+        ),
+        (
+            zst(RECORD + '{"task_id": null, "sample": 0, "completion": ""}\n'),
+            "line 2: task_id must be str or int",
+        ),
         (zst(RECORD + RECORD), "sample 0 of problem HumanEval/0 twice"),
-        (zst(RECORD + RECORD.replace("/0", "/9")), "problem HumanEval/9 is not in .*problems.jsonl"),
-        (zst(RECORD + RECORD.replace("/0", "/1") + RECORD.replace('": 0', '": 1')), "1 samples of problem HumanEval/1 and 2 of others"),
+        (
+            zst(RECORD + RECORD.replace("/0", "/9")),
+            "problem HumanEval/9 is not in .*problems.jsonl",
+        ),
+        (
+            zst(RECORD + RECORD.replace("/0", "/1") + RECORD.replace('": 0', '": 1')),
+            "1 samples of problem HumanEval/1 and 2 of others",
+        ),
         (zst(""), "holds no record"),
         (zst(RECORD)[:-5], "damaged .*cut off"),
         (zst(RECORD) + b"more", "damaged"),
@@ -181,7 +254,9 @@ RECORD = '{"task_id": "HumanEval/0", "sample": 0, "completion": "x"}\n'
 )
 def test_malformed_generations_are_named_before_anything_runs(small, content, said, monkeypatch):
     problems, generations, _ = small
-    monkeypatch.setattr("retemper.pipeline.evals.score_code.run_programs", lambda *_: pytest.fail("a program ran"))
+    monkeypatch.setattr(
+        "retemper.pipeline.evals.score_code.run_programs", lambda *_: pytest.fail("a program ran")
+    )
     generations.unlink() if content is None else generations.write_bytes(content)
     with pytest.raises(UserError, match=said) as error:
         score_generations("humaneval", problems, generations)
@@ -198,9 +273,15 @@ def test_generations_in_several_frames_are_read_whole(small):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda text: text.replace('"entry_point"', '"entry"', 1), "problems.jsonl, line 1: entry_point must be str, found null"),
+        (
+            lambda text: text.replace('"entry_point"', '"entry"', 1),
+            "problems.jsonl, line 1: entry_point must be str, found null",
+        ),
         (lambda text: text.replace("HumanEval/1", "HumanEval/0"), "problem HumanEval/0 twice"),
-        (lambda text: text.replace("assert f(3)", "assert f(3", 1), "tests of problem HumanEval/0 cannot be run"),
+        (
+            lambda text: text.replace("assert f(3)", "assert f(3", 1),
+            "tests of problem HumanEval/0 cannot be run",
+        ),
     ],
 )
 def test_malformed_problems_are_named(small, change, said):

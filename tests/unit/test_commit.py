@@ -37,7 +37,11 @@ def test_damage_is_named(tmp_path, damage):
     commit.commit(tmp_path, 5, {})
     shard = commit.folder_of(tmp_path, 5) / "shard"
     assert commit.read_meta(shard.parent)
-    {"flip": lambda: shard.write_bytes(b"weighty"), "truncate": lambda: shard.write_bytes(b"wei"), "remove": shard.unlink}[damage]()
+    {
+        "flip": lambda: shard.write_bytes(b"weighty"),
+        "truncate": lambda: shard.write_bytes(b"wei"),
+        "remove": shard.unlink,
+    }[damage]()
     with pytest.raises(UserError, match=str(shard)):
         commit.read_meta(shard.parent)
 

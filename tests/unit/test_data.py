@@ -23,14 +23,19 @@ from retemper.tokenize.split import split_of
 def decoded(workspace, corpus: str, split: str) -> str:
     shards = TokenShards(workspace / "data" / corpus, split)
     tokenizer = Tokenizer(workspace / "data" / "tokenizer")
-    return tokenizer.backend.decode(shards.samples(np.arange(len(shards))).tokens_NT.flatten().tolist(), skip_special_tokens=False)
+    return tokenizer.backend.decode(
+        shards.samples(np.arange(len(shards))).tokens_NT.flatten().tolist(),
+        skip_special_tokens=False,
+    )
 
 
 def test_shards_decode_to_the_documents(workspace):
     import email
 
     corpus = data_config(workspace, "code", "text", Path(email.__file__).parent)
-    documents = [document.text for document in read_documents(corpus.source) if document.text.strip()]
+    documents = [
+        document.text for document in read_documents(corpus.source) if document.text.strip()
+    ]
     for split in ("train", "heldout"):
         expected = {text for text in documents if split_of(text, 0.2) == split}
         *whole, last = decoded(workspace, "code", split).split("<|endoftext|>")
@@ -40,30 +45,50 @@ def test_shards_decode_to_the_documents(workspace):
 
 def test_held_out_documents_are_not_in_the_training_shards(workspace):
     train = decoded(workspace, "math", "train")
-    heldout = [text for text in decoded(workspace, "math", "heldout").split("<|endoftext|>") if len(text) > 200]
+    heldout = [
+        text
+        for text in decoded(workspace, "math", "heldout").split("<|endoftext|>")
+        if len(text) > 200
+    ]
     assert heldout and not any(text in train for text in heldout)
 
 
 def test_difficult_text_comes_back_exactly(workspace, tmp_path):
-    hard = ["def f():\n\treturn 'tab'\r\n", "# 🎉 naïve ﷽\n" * 9, r"\frac{\partial^2 u}{\partial x^2} = \int_0^\infty e^{-x}\,dx" * 9]
+    hard = [
+        "def f():\n\treturn 'tab'\r\n",
+        "# 🎉 naïve ﷽\n" * 9,
+        r"\frac{\partial^2 u}{\partial x^2} = \int_0^\infty e^{-x}\,dx" * 9,
+    ]
     (tmp_path / "docs").mkdir()
     for index, text in enumerate(hard):
         (tmp_path / "docs" / f"{index}.py").write_bytes(text.encode())
     corpus = data_config(
-        workspace, "hard", "text", tmp_path / "docs", heldout_fraction=0.0, path=str(tmp_path / "hard"), packing="best_fit", seq_length=2048
+        workspace,
+        "hard",
+        "text",
+        tmp_path / "docs",
+        heldout_fraction=0.0,
+        path=str(tmp_path / "hard"),
+        packing="best_fit",
+        seq_length=2048,
     )
     manifest = tokenize(corpus, progress=False)
     tokenizer = Tokenizer(corpus.tokenizer)
     shards = TokenShards(corpus.path, "train")
     ids = shards.samples(np.arange(len(shards))).tokens_NT.flatten().tolist()
-    assert set(tokenizer.backend.decode(ids, skip_special_tokens=False).split("<|endoftext|>")) == {*hard, ""}
+    assert set(tokenizer.backend.decode(ids, skip_special_tokens=False).split("<|endoftext|>")) == {
+        *hard,
+        "",
+    }
     assert manifest["splits"]["train"]["bytes"] == sum(len(text.encode()) for text in hard)
 
 
 @pytest.mark.parametrize("which", ["trained", "llama"])
 def test_token_bytes_add_up_to_the_text(workspace, request, which):
     tokenizer = Tokenizer(
-        workspace / "data" / "tokenizer" if which == "trained" else request.getfixturevalue("shared_data") / "llama2-tokenizer"
+        workspace / "data" / "tokenizer"
+        if which == "trained"
+        else request.getfixturevalue("shared_data") / "llama2-tokenizer"
     )
     text = "def f(x):\n\treturn x ** 2  # naïve 🎉\n" + r"\int_0^1 x\,dx" * 3
     (ids,) = tokenizer.encode([text])
@@ -75,7 +100,12 @@ def test_the_manifest_counts_what_the_shards_hold(workspace):
     manifest = json.loads((workspace / "data" / "math" / "manifest.json").read_text())
     assert manifest["vocab_size"] == VOCAB_SIZE and manifest["seq_length"] == SEQ_LENGTH
     for split, counts in manifest["splits"].items():
-        assert len(TokenShards(workspace / "data" / "math", split)) == counts["samples"] == counts["tokens"] // SEQ_LENGTH > 0
+        assert (
+            len(TokenShards(workspace / "data" / "math", split))
+            == counts["samples"]
+            == counts["tokens"] // SEQ_LENGTH
+            > 0
+        )
 
 
 def test_a_finished_corpus_is_kept_and_another_configuration_refused(workspace):
@@ -85,7 +115,9 @@ def test_a_finished_corpus_is_kept_and_another_configuration_refused(workspace):
     before = (workspace / "data" / "math" / "manifest.json").stat().st_mtime_ns
     tokenize(data_config(workspace, "math", "docstrings", math), progress=False)
     with pytest.raises(UserError, match="data.heldout_fraction: 0.2 -> 0.5"):
-        tokenize(data_config(workspace, "math", "docstrings", math, heldout_fraction=0.5), progress=False)
+        tokenize(
+            data_config(workspace, "math", "docstrings", math, heldout_fraction=0.5), progress=False
+        )
     assert (workspace / "data" / "math" / "manifest.json").stat().st_mtime_ns == before
 
 
@@ -94,14 +126,23 @@ def test_bad_sources_get_one_error_and_leave_nothing(workspace, tmp_path):
     empty.mkdir()
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "a.py").write_text("x = 1\n")
-    for source, said in ((tmp_path / "none", "does not exist"), (empty, "no file in"), (tmp_path / "short", "fill no sample")):
-        corpus = data_config(workspace, "bad", "text", source, heldout_fraction=0.0, path=str(tmp_path / "out"))
+    for source, said in (
+        (tmp_path / "none", "does not exist"),
+        (empty, "no file in"),
+        (tmp_path / "short", "fill no sample"),
+    ):
+        corpus = data_config(
+            workspace, "bad", "text", source, heldout_fraction=0.0, path=str(tmp_path / "out")
+        )
         with pytest.raises(UserError, match=said):
             tokenize(corpus, progress=False)
         assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becoming an ordinary user takes root; as one, this is the ordinary case")
+@pytest.mark.skipif(
+    os.geteuid() != 0,
+    reason="becoming an ordinary user takes root; as one, this is the ordinary case",
+)
 def test_an_unreadable_folder_is_named(workspace, tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir()
@@ -133,10 +174,22 @@ def test_evaluations_are_flagged_by_what_the_corpora_left_out(workspace, tmp_pat
     clean = tmp_path / "clean"
     clean.mkdir()
     manifest = read_manifest(str(workspace / "data" / "math"))
-    (clean / "manifest.json").write_text(seal(manifest | {"decontamination": {"tasks": {"humaneval": {"problems": 164}}}}))
-    asked = [f"data.path={clean}", f"data.mixture.other.path={tmp_path / 'unread'}", "data.mixture.other.fraction=0.5"]
+    (clean / "manifest.json").write_text(
+        seal(manifest | {"decontamination": {"tasks": {"humaneval": {"problems": 164}}}})
+    )
+    asked = [
+        f"data.path={clean}",
+        f"data.mixture.other.path={tmp_path / 'unread'}",
+        "data.mixture.other.fraction=0.5",
+    ]
     config = load_config(
-        overrides(workspace, "flagged", *asked, "data.replay.fraction=0.1", f"data.replay.path={workspace / 'data' / 'code'}")
+        overrides(
+            workspace,
+            "flagged",
+            *asked,
+            "data.replay.fraction=0.1",
+            f"data.replay.path={workspace / 'data' / 'code'}",
+        )
     )
     assert decontaminated(config, "humaneval") == {"math": True, "other": None, "replay": False}
     assert decontaminated(config, "mbpp") == {"math": False, "other": None, "replay": False}

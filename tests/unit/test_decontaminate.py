@@ -13,18 +13,33 @@ from retemper.tokenize.decontaminate import Problems
 
 @pytest.fixture(scope="module")
 def problems(shared_data) -> Problems:
-    files = {"humaneval": "humaneval.jsonl", "gsm8k": "gsm8k_test.jsonl", "winogrande": "winogrande_validation.jsonl"}
-    return Problems.read(DecontaminateConfig(tasks={task: str(shared_data / "evals" / file) for task, file in files.items()}))
+    files = {
+        "humaneval": "humaneval.jsonl",
+        "gsm8k": "gsm8k_test.jsonl",
+        "winogrande": "winogrande_validation.jsonl",
+    }
+    return Problems.read(
+        DecontaminateConfig(
+            tasks={task: str(shared_data / "evals" / file) for task, file in files.items()}
+        )
+    )
 
 
 @pytest.fixture(scope="module")
 def humaneval(shared_data) -> list[dict]:
-    return [json.loads(line) for line in (shared_data / "evals" / "humaneval.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (shared_data / "evals" / "humaneval.jsonl").read_text().splitlines()
+    ]
 
 
 def test_every_problem_is_found_whatever_its_case_and_spacing(problems, humaneval):
     for problem in humaneval:
-        text = "x = 1\n" + (problem["prompt"] + problem["canonical_solution"]).upper().replace(" ", "\n\t ") + "\nend"
+        text = (
+            "x = 1\n"
+            + (problem["prompt"] + problem["canonical_solution"]).upper().replace(" ", "\n\t ")
+            + "\nend"
+        )
         assert problems.match(text.encode()), problem["task_id"]
 
 
@@ -34,7 +49,10 @@ def test_a_problem_is_found_across_every_cut_of_a_long_document(problems, humane
     for before in range(3500, 4500, 37):
         for filler in (b"honest words, ", b"x " * 9, b" \n" * 20):
             haystack = (filler * (before // len(filler) + 1))[:before]
-            assert problems.match(haystack + b" " + needle + b" and more words" * 900)[0] == "humaneval: HumanEval/5"
+            assert (
+                problems.match(haystack + b" " + needle + b" and more words" * 900)[0]
+                == "humaneval: HumanEval/5"
+            )
     assert problems.match(b"a" * 20_000 + b" " + needle)
     longer_in_lower_case = "Ⱥ".encode()  # three bytes where it had two
     assert problems.match(longer_in_lower_case * 20_000 + b" " + needle)
@@ -71,12 +89,21 @@ def test_words_are_those_of_a_regular_expression(text):
 
 
 def test_winogrande_blanks_are_filled(problems):
-    assert problems.match(b"Sarah was a much better surgeon than Maria so Maria always got the easier cases.")[0] == "winogrande: 0"
+    assert (
+        problems.match(
+            b"Sarah was a much better surgeon than Maria so Maria always got the easier cases."
+        )[0]
+        == "winogrande: 0"
+    )
     assert problems.match(b"Sarah was a much better surgeon than Maria, they say.") is None
 
 
 def test_counting_is_no_contamination(problems):
-    for text in ("0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16", "a b c d e f g h i j k l m n o p q r s t u v", "0, " * 500):
+    for text in (
+        "0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16",
+        "a b c d e f g h i j k l m n o p q r s t u v",
+        "0, " * 500,
+    ):
         assert problems.match(text.encode()) is None
 
 
@@ -84,7 +111,9 @@ def test_a_saved_index_is_the_same(problems, humaneval, tmp_path):
     problems.save(tmp_path / "problems.npz")
     loaded = Problems.load(tmp_path / "problems.npz")
     for problem in humaneval[:20]:
-        assert loaded.match(problem["prompt"].encode()) == problems.match(problem["prompt"].encode())
+        assert loaded.match(problem["prompt"].encode()) == problems.match(
+            problem["prompt"].encode()
+        )
 
 
 def test_missing_problems_are_named(tmp_path):

@@ -26,7 +26,10 @@ def config_of(tmp_path, *changes):
     [
         ([], Domains(["code"], ["math"], [])),
         # A stream of the mixture is learned: by its name, here beside another folder of its text.
-        ([*WIKI, "evals.heldout.wiki={data}/wiki-heldout"], Domains(["code", "wiki"], ["math"], [])),
+        (
+            [*WIKI, "evals.heldout.wiki={data}/wiki-heldout"],
+            Domains(["code", "wiki"], ["math"], []),
+        ),
         # By its folder, whatever the domain is called and however the folder is written.
         (
             [*WIKI, "evals.heldout.encyclopedia={data}/../data/wiki/"],
@@ -80,7 +83,9 @@ def test_a_domain_scored_later_is_known_by_its_name(tmp_path):
 
 
 def test_an_unknown_learned_domain_is_refused_with_the_nearest(tmp_path):
-    with pytest.raises(UserError, match=r"evals.learned: coed is no domain of evals.heldout \(code, math\).*code"):
+    with pytest.raises(
+        UserError, match=r"evals.learned: coed is no domain of evals.heldout \(code, math\).*code"
+    ):
         config_of(tmp_path, "evals.learned=[coed]")
 
 

@@ -44,7 +44,12 @@ def test_gigatoken_is_chosen_and_gives_the_ids_of_tokenizers(tokenizer, texts):
 
 @pytest.mark.parametrize("name", ["gigatoken", "tokenizers"])
 def test_a_long_document_has_the_ids_of_the_whole(tokenizer, texts, name, monkeypatch):
-    long = ("".join(texts) + os.urandom(40_000).hex() + "x=1\n" * 9000 + "".join(f"{text[:99]}🎉{' ' * 200}" for text in texts)).encode()
+    long = (
+        "".join(texts)
+        + os.urandom(40_000).hex()
+        + "x=1\n" * 9000
+        + "".join(f"{text[:99]}🎉{' ' * 200}" for text in texts)
+    ).encode()
     (whole,) = Encoder(tokenizer, name).encode([long])
     monkeypatch.setattr(encoders, "_WINDOW_BYTES", 1 << 15)
     monkeypatch.setattr(encoders, "_OVERLAP_BYTES", 1 << 11)
@@ -73,18 +78,33 @@ def test_time_grows_with_length_only(shared_data):
     assert seconds[1] < 4 * seconds[0] * 2
 
 
-def test_a_tokenizer_that_gigatoken_does_differently_falls_back_and_says_why(shared_data, tmp_path, texts):
+def test_a_tokenizer_that_gigatoken_does_differently_falls_back_and_says_why(
+    shared_data, tmp_path, texts
+):
     shutil.copytree(shared_data / "llama2-tokenizer", tmp_path / "changed")
     path = tmp_path / "changed" / "tokenizer.json"
     config = json.loads(path.read_text())
-    config["normalizer"] = {"type": "Replace", "pattern": {"Regex": "import +"}, "content": "export "}
+    config["normalizer"] = {
+        "type": "Replace",
+        "pattern": {"Regex": "import +"},
+        "content": "export ",
+    }
     path.write_text(json.dumps(config))
     (tmp_path / "docs").mkdir()
     for number, text in enumerate(texts):
         (tmp_path / "docs" / f"{number}.py").write_text(text)
-    corpus = data_config(tmp_path, "fallback", "text", tmp_path / "docs", tokenizer=str(tmp_path / "changed"), tasks=1)
+    corpus = data_config(
+        tmp_path,
+        "fallback",
+        "text",
+        tmp_path / "docs",
+        tokenizer=str(tmp_path / "changed"),
+        tasks=1,
+    )
     manifest = tokenize(corpus, progress=False)
-    assert manifest["encoder"]["name"] == "tokenizers" and "gigatoken" in manifest["encoder"]["reason"]
+    assert (
+        manifest["encoder"]["name"] == "tokenizers" and "gigatoken" in manifest["encoder"]["reason"]
+    )
 
 
 def test_a_tokenizer_that_changes_under_a_job_is_refused(workspace, tmp_path):

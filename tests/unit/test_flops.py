@@ -15,7 +15,9 @@ RANK_16 = LoraConfig(rank=16, alpha=32.0, targets="all")
 def test_llama2_7b_in_full_is_the_count_by_hand():
     attention_matrices = 4 * 4096 * 4096  # q, k, v, o
     ffn_matrices = 3 * 4096 * 11008  # gate, up, down
-    causal_attention = 4096 * 4096  # half of 4096 keys on average, for scores and for values: 2 × 1/2 × 4096 keys × 4096 features
+    causal_attention = (
+        4096 * 4096
+    )  # half of 4096 keys on average, for scores and for values: 2 × 1/2 × 4096 keys × 4096 features
     head = 4096 * 32000
     forward = 2 * (32 * (attention_matrices + ffn_matrices + causal_attention) + head)
     assert flops_per_token(LLAMA2_7B, None, 4096) == 3 * forward == 42_863_689_728
@@ -26,24 +28,40 @@ def test_llama2_7b_in_full_is_the_count_by_hand():
 def test_llama2_7b_by_lora_is_the_count_by_hand():
     q_k_v, o, ffn = 3 * 4096 * 4096, 4096 * 4096, 3 * 4096 * 11008
     attention, head = 4096 * 4096, 4096 * 32000
-    into_hidden, out_of_hidden = 16 * (3 * 4096 + 4096 + 2 * 4096 + 11008), 16 * (3 * 4096 + 4096 + 2 * 11008 + 4096)
-    frozen = 32 * (q_k_v + o + ffn) * 2 + head * 2 - q_k_v  # of the first layer's input nothing trains: no gradient of it
+    into_hidden, out_of_hidden = (
+        16 * (3 * 4096 + 4096 + 2 * 4096 + 11008),
+        16 * (3 * 4096 + 4096 + 2 * 11008 + 4096),
+    )
+    frozen = (
+        32 * (q_k_v + o + ffn) * 2 + head * 2 - q_k_v
+    )  # of the first layer's input nothing trains: no gradient of it
     adapters = 32 * 3 * (into_hidden + out_of_hidden) - 16 * 3 * 4096
-    assert flops_per_token(LLAMA2_7B, RANK_16, 4096) == 2 * (frozen + adapters + 32 * 3 * attention) == 29_788_340_224
+    assert (
+        flops_per_token(LLAMA2_7B, RANK_16, 4096)
+        == 2 * (frozen + adapters + 32 * 3 * attention)
+        == 29_788_340_224
+    )
 
 
 def test_nothing_is_counted_back_beyond_the_first_layer_that_trains():
     model = LLAMA2_7B.model_copy(update={"num_layers": 1})
     only_down = RANK_16.model_copy(update={"targets": ["down"]})
     forward = 4 * 4096 * 4096 + 4096 * 4096 + 3 * 4096 * 11008
-    adapter = 16 * (2 * 11008 + 3 * 4096)  # the gradient of what goes into it is asked for by nothing
+    adapter = 16 * (
+        2 * 11008 + 3 * 4096
+    )  # the gradient of what goes into it is asked for by nothing
     assert flops_per_token(model, only_down, 4096) == 2 * (forward + adapter + 2 * 4096 * 32000)
 
 
 def test_grouped_queries_and_the_size_of_heads_count():
     model = LLAMA2_7B.model_copy(update={"num_query_groups": 8, "head_size": 64})
-    saved = 2 * 4096 * 2048 + 2 * (4096 * 4096 - 4096 * 512) + 4096 * 2048  # q and o, k and v, attention
-    assert flops_per_token(LLAMA2_7B, None, 4096) - flops_per_token(model, None, 4096) == 6 * 32 * saved
+    saved = (
+        2 * 4096 * 2048 + 2 * (4096 * 4096 - 4096 * 512) + 4096 * 2048
+    )  # q and o, k and v, attention
+    assert (
+        flops_per_token(LLAMA2_7B, None, 4096) - flops_per_token(model, None, 4096)
+        == 6 * 32 * saved
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,21 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.estimate.memory import rank_memory
 from retemper.pipeline.schema.model import ModelSetup
 
-RECIPES = {"fp8_delayed": "delayed", "fp8_tensorwise": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
+RECIPES = {
+    "fp8_delayed": "delayed",
+    "fp8_tensorwise": "tensorwise",
+    "fp8_blockwise": "blockwise",
+    "mxfp8": "mxfp8",
+}
 LORA = ["method=lora", "init_from=unread"]
-SEVEN_B = ["study=s", "name=n", "model=llama2_7b", "data=starcoder_python", "data.path=shards/unmade", "train.tokens=1B"]
+SEVEN_B = [
+    "study=s",
+    "name=n",
+    "model=llama2_7b",
+    "data=starcoder_python",
+    "data.path=shards/unmade",
+    "train.tokens=1B",
+]
 SEVEN_B += ["train.global_batch_size=8", "train.micro_batch_size=1", "optimizer.lr=1e-5"]
 LINEAR = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # weights of the linear layers
 
@@ -28,18 +40,50 @@ def problems_of(*changes: str) -> str:
     ("changes", "said"),
     [
         (["fp8.bf16_layers=1"], "fp8.* is set, but precision=bf16"),
-        (["precision=fp8_delayed", "fp8.bf16_layers=1"], "fp8.bf16_layers does not go with precision=fp8_delayed"),
+        (
+            ["precision=fp8_delayed", "fp8.bf16_layers=1"],
+            "fp8.bf16_layers does not go with precision=fp8_delayed",
+        ),
         (["precision=mxfp8", "fp8.param_gather=true"], "leave it out"),
-        (["precision=fp8_tensorwise", "fp8.param_gather=true", *LORA], "the base is held in FP8 anyway"),
+        (
+            ["precision=fp8_tensorwise", "fp8.param_gather=true", *LORA],
+            "the base is held in FP8 anyway",
+        ),
         (["precision=fp8_delayed", *LORA], "take fp8_tensorwise with method=lora"),
-        (["precision=fp8_tensorwise", "data.seq_length=100", "train.micro_batch_size=2", "evals.heldout.code=c"], "come in any number"),
-        (["parallel.tensor_parallel_overlap=true", "precision=fp8_blockwise"], "does not go with precision=fp8_blockwise"),
-        (["precision=fp8_tensorwise", *LORA, "method.lora.dora=true"], "takes no method.lora.dora or pissa"),
-        (["precision=fp8_tensorwise", "fp8.bf16_layers=17", "parallel.pipeline_parallel_size=2"], "more than the 16 layers of a pipeline"),
-        (["precision=fp8_tensorwise", "model.ffn_hidden_size=11000"], "asks for features that 16 divides, but gate has 11000 on a rank"),
-        (["precision=mxfp8", "data.seq_length=24"], "asks for micro-batches whose tokens 32 divides"),
+        (
+            [
+                "precision=fp8_tensorwise",
+                "data.seq_length=100",
+                "train.micro_batch_size=2",
+                "evals.heldout.code=c",
+            ],
+            "come in any number",
+        ),
+        (
+            ["parallel.tensor_parallel_overlap=true", "precision=fp8_blockwise"],
+            "does not go with precision=fp8_blockwise",
+        ),
+        (
+            ["precision=fp8_tensorwise", *LORA, "method.lora.dora=true"],
+            "takes no method.lora.dora or pissa",
+        ),
+        (
+            ["precision=fp8_tensorwise", "fp8.bf16_layers=17", "parallel.pipeline_parallel_size=2"],
+            "more than the 16 layers of a pipeline",
+        ),
+        (
+            ["precision=fp8_tensorwise", "model.ffn_hidden_size=11000"],
+            "asks for features that 16 divides, but gate has 11000 on a rank",
+        ),
+        (
+            ["precision=mxfp8", "data.seq_length=24"],
+            "asks for micro-batches whose tokens 32 divides",
+        ),
         (["parallel.tensor_parallel_overlap=true"], "needs parallel.sequence_parallel=true"),
-        (["parallel.tensor_parallel_overlap=true", "evals.heldout.code=c"], "set evals.micro_batch_size=1 and evals.max_samples to"),
+        (
+            ["parallel.tensor_parallel_overlap=true", "evals.heldout.code=c"],
+            "set evals.micro_batch_size=1 and evals.max_samples to",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_named(changes, said):
@@ -47,10 +91,18 @@ def test_what_does_not_go_together_is_named(changes, said):
 
 
 def test_a_rank_without_a_gpu_refuses_before_it_joins(workspace):
-    command = [sys.executable, "-m", "retemper.pipeline.train", *overrides(workspace, "fp8", "precision=fp8_delayed")]
+    command = [
+        sys.executable,
+        "-m",
+        "retemper.pipeline.train",
+        *overrides(workspace, "fp8", "precision=fp8_delayed"),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and not (workspace / "runs" / "test" / "fp8").exists()
-    assert result.stderr == "error: precision=fp8_delayed needs an NVIDIA GPU, and torch finds none here; precision=bf16 runs everywhere\n"
+    assert (
+        result.stderr
+        == "error: precision=fp8_delayed needs an NVIDIA GPU, and torch finds none here; precision=bf16 runs everywhere\n"
+    )
 
 
 @pytest.mark.parametrize(("precision", "recipe"), RECIPES.items())
@@ -63,11 +115,22 @@ def test_megatron_is_told(precision, recipe):
     for asked, in_fp8 in (([], False), (LORA, True))[: 1 if recipe == "delayed" else 2]:
         setup = load_config([*SEVEN_B, f"precision={precision}", *asked])
         told = transformer_config(setup)
-        assert told.bf16 and told.fp8 == ("hybrid" if recipe in ("delayed", "tensorwise") else "e4m3")
-        assert told.fp8_recipe == recipe and told.fp8_param == in_fp8 and not told.first_last_layers_bf16
+        assert told.bf16 and told.fp8 == (
+            "hybrid" if recipe in ("delayed", "tensorwise") else "e4m3"
+        )
+        assert (
+            told.fp8_recipe == recipe
+            and told.fp8_param == in_fp8
+            and not told.first_last_layers_bf16
+        )
     if recipe != "delayed":
-        told = transformer_config(load_config([*SEVEN_B, f"precision={precision}", "fp8.bf16_layers=2"]))
-        assert told.first_last_layers_bf16 and told.num_layers_at_start_in_bf16 == told.num_layers_at_end_in_bf16 == 2
+        told = transformer_config(
+            load_config([*SEVEN_B, f"precision={precision}", "fp8.bf16_layers=2"])
+        )
+        assert (
+            told.first_last_layers_bf16
+            and told.num_layers_at_start_in_bf16 == told.num_layers_at_end_in_bf16 == 2
+        )
 
 
 @pytest.mark.parametrize(
@@ -84,13 +147,22 @@ def test_weights_are_counted_as_they_are_held(changes, bytes_a_weight):
     plain = rank_memory(load_config([*SEVEN_B, *(LORA if "method=lora" in changes else [])]), 0)
     held = rank_memory(load_config([*SEVEN_B, *changes]), 0)
     assert plain.weights - held.weights == round(LINEAR * (2 - bytes_a_weight))
-    assert (plain.adapters, plain.gradients, plain.optimizer) == (held.adapters, held.gradients, held.optimizer)
+    assert (plain.adapters, plain.gradients, plain.optimizer) == (
+        held.adapters,
+        held.gradients,
+        held.optimizer,
+    )
 
 
 def test_a_run_of_before_eight_bits_is_read():
     config = load_config(SEVEN_B).model_dump()
     del config["fp8"]
     assert (
-        ModelSetup.of(config, ModelSetup.model_validate({k: config[k] for k in ("model", "method", "parallel")}).parallel).fp8_recipe
+        ModelSetup.of(
+            config,
+            ModelSetup.model_validate(
+                {k: config[k] for k in ("model", "method", "parallel")}
+            ).parallel,
+        ).fp8_recipe
         is None
     )

@@ -25,22 +25,38 @@ SAMPLES = 11  # evals.max_samples of a tiny run: no multiple of most micro-batch
 
 def scored(config, domain: str = "code", model=None):
     """The scores of a domain by one rank."""
-    place = SimpleNamespace(data_parallel_size=1, data_parallel_rank=0, context_parallel_rank=0, device=torch.device("cpu"))
-    with mock.patch.object(heldout, "run_schedule", model or losses), mock.patch.object(heldout, "from_last_stage", torch.Tensor.tolist):
+    place = SimpleNamespace(
+        data_parallel_size=1,
+        data_parallel_rank=0,
+        context_parallel_rank=0,
+        device=torch.device("cpu"),
+    )
+    with (
+        mock.patch.object(heldout, "run_schedule", model or losses),
+        mock.patch.object(heldout, "from_last_stage", torch.Tensor.tolist),
+    ):
         return heldout.heldout_scores(config, place, torch.nn.Identity(), [domain])[domain]
 
 
 def losses(_model, batches, *, forward_only):
     """What a model that sees nothing but the token before has; position enters for samples that are one document each."""
-    return [{"losses_BT": (1 + batch.labels_BT * 0.01 + batch.tokens_BT * 0.003).float()} for batch in batches]
+    return [
+        {"losses_BT": (1 + batch.labels_BT * 0.01 + batch.tokens_BT * 0.003).float()}
+        for batch in batches
+    ]
 
 
 def by_position(_model, batches, *, forward_only):
-    return [{"losses_BT": (1 + batch.labels_BT * 0.01 + batch.position_ids_BT * 0.1).float()} for batch in batches]
+    return [
+        {"losses_BT": (1 + batch.labels_BT * 0.01 + batch.position_ids_BT * 0.1).float()}
+        for batch in batches
+    ]
 
 
 def run(workspace, *changes: str, micro_batch_size: int = 4):
-    return load_config(overrides(workspace, "heldout", f"evals.micro_batch_size={micro_batch_size}", *changes))
+    return load_config(
+        overrides(workspace, "heldout", f"evals.micro_batch_size={micro_batch_size}", *changes)
+    )
 
 
 def assert_same(found, expected):
@@ -72,13 +88,21 @@ def long_documents(workspace, tmp_path_factory) -> str:
     from retemper.tokenize.job import tokenize
 
     folder = tmp_path_factory.mktemp("long")
-    corpus = data_config(workspace, "long", documents=Path(email.__file__).parent, path=str(folder / "long"), packing="best_fit")
+    corpus = data_config(
+        workspace,
+        "long",
+        documents=Path(email.__file__).parent,
+        path=str(folder / "long"),
+        packing="best_fit",
+    )
     tokenize(corpus, progress=False)
     return corpus.path
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
-def test_masks_change_nothing_where_a_sample_is_one_document(workspace, long_documents, micro_batch_size, monkeypatch):
+def test_masks_change_nothing_where_a_sample_is_one_document(
+    workspace, long_documents, micro_batch_size, monkeypatch
+):
     class OneDocument(TokenShards):
         """Of the corpus, the samples that are one piece of a document."""
 
@@ -92,7 +116,10 @@ def test_masks_change_nothing_where_a_sample_is_one_document(workspace, long_doc
     monkeypatch.setattr(heldout, "TokenShards", OneDocument)
     of = [f"evals.heldout.code={long_documents}", "evals.max_samples=40"]
     unmasked, masked = (
-        scored(run(workspace, *of, f"data.mask_documents={on}", micro_batch_size=micro_batch_size), model=by_position)
+        scored(
+            run(workspace, *of, f"data.mask_documents={on}", micro_batch_size=micro_batch_size),
+            model=by_position,
+        )
         for on in ("false", "true")
     )
     assert_same(masked, unmasked)
@@ -111,6 +138,8 @@ def test_no_score_over_no_tokens(workspace, monkeypatch, mask_documents):
             return found
 
     monkeypatch.setattr(heldout, "TokenShards", Prompts)
-    said = r"evals\.heldout\.code=.*/code: none of the 11 held-out samples .* has a token to predict"
+    said = (
+        r"evals\.heldout\.code=.*/code: none of the 11 held-out samples .* has a token to predict"
+    )
     with pytest.raises(UserError, match=said):
         scored(run(workspace, f"data.mask_documents={mask_documents}"))

@@ -54,10 +54,22 @@ def run_job(workspace, tmp_path, records: int, giant_bytes: int, **changes) -> d
     dropped, good, damaged = write_hostile_corpus(tmp_path / "docs", records, giant_bytes)
     source = {"kind": "rows", "path": str(tmp_path / "docs")}
     corpus = data_config(
-        workspace, "hostile", path=str(tmp_path / "out"), heldout_fraction=0.0, allow_broken_files=True, tasks=2, source=source, **changes
+        workspace,
+        "hostile",
+        path=str(tmp_path / "out"),
+        heldout_fraction=0.0,
+        allow_broken_files=True,
+        tasks=2,
+        source=source,
+        **changes,
     )
     (tmp_path / "job.py").write_text(JOB)
-    run = subprocess.run([sys.executable, str(tmp_path / "job.py"), corpus.model_dump_json()], capture_output=True, text=True, timeout=1200)
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "job.py"), corpus.model_dump_json()],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     result = json.loads(run.stdout.splitlines()[-1])
     manifest = result["manifest"]
@@ -81,7 +93,9 @@ def decoded(corpus) -> list[str]:
     for parts in pieces.values():
         # Cut in order, but samples are shuffled: only the last piece ends in end-of-text, and full ones are all of one document.
         parts.sort(key=lambda ids: ids[-1] == tokenizer.eos_id)
-        texts.append(tokenizer.backend.decode(np.concatenate(parts)[:-1].tolist(), skip_special_tokens=False))
+        texts.append(
+            tokenizer.backend.decode(np.concatenate(parts)[:-1].tolist(), skip_special_tokens=False)
+        )
     return sorted(texts)
 
 
@@ -94,12 +108,19 @@ def test_every_record_is_a_document_or_counted(workspace, tmp_path):
 def test_ten_thousand_hostile_records_in_two_gigabytes(workspace, tmp_path):
     result = run_job(workspace, tmp_path, 10_000, 200_000_000, seq_length=4096)
     assert result["peak_bytes"] <= 2 << 30, f"{result['peak_bytes'] / 2**30:.2f} GiB"
-    print(f"\n{result['manifest']['documents_read']:,} records, peak of a process: {result['peak_bytes'] / 2**30:.2f} GiB")
+    print(
+        f"\n{result['manifest']['documents_read']:,} records, peak of a process: {result['peak_bytes'] / 2**30:.2f} GiB"
+    )
 
 
 def test_damaged_files_are_all_named_before_anything_is_built(workspace, tmp_path):
     _, _, damaged = write_hostile_corpus(tmp_path / "docs", 60, 300)
-    corpus = data_config(workspace, "hostile", path=str(tmp_path / "out"), source={"kind": "rows", "path": str(tmp_path / "docs")})
+    corpus = data_config(
+        workspace,
+        "hostile",
+        path=str(tmp_path / "out"),
+        source={"kind": "rows", "path": str(tmp_path / "docs")},
+    )
     with pytest.raises(UserError) as refusal:
         tokenize(corpus, progress=False)
     assert all(str(tmp_path / "docs" / name) in str(refusal.value) for name in damaged)
@@ -111,14 +132,28 @@ def test_damaged_files_are_all_named_before_anything_is_built(workspace, tmp_pat
 
 @pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "xz"])
 def test_what_a_file_that_breaks_off_holds_before_is_kept(workspace, tmp_path, suffix):
-    lines = [json.dumps({"text": f"{number} {random.Random(number).randbytes(20_000).hex()}"}) + "\n" for number in range(40)]
-    compress = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}[suffix]
+    lines = [
+        json.dumps({"text": f"{number} {random.Random(number).randbytes(20_000).hex()}"}) + "\n"
+        for number in range(40)
+    ]
+    compress = {
+        "gz": gzip.compress,
+        "zst": zstandard.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+    }[suffix]
     whole = compress("".join(lines).encode())
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / f"cut.jsonl.{suffix}").write_bytes(whole[: len(whole) * 7 // 10])
     source = {"kind": "rows", "path": str(tmp_path / "docs")}
-    corpus = data_config(workspace, "cut", path=str(tmp_path / "out"), source=source, heldout_fraction=0.0, tasks=1)
+    corpus = data_config(
+        workspace, "cut", path=str(tmp_path / "out"), source=source, heldout_fraction=0.0, tasks=1
+    )
     with pytest.raises(UserError, match="data.allow_broken_files=true"):
         tokenize(corpus, progress=False)
     manifest = tokenize(corpus.model_copy(update={"allow_broken_files": True}), progress=False)
-    assert manifest["broken_files"][0]["records_read"] == manifest["documents_read"] > (0 if suffix == "bz2" else 20)
+    assert (
+        manifest["broken_files"][0]["records_read"]
+        == manifest["documents_read"]
+        > (0 if suffix == "bz2" else 20)
+    )

@@ -13,23 +13,43 @@ FIRST, SECOND = "1" * 40, "2" * 40
 
 
 def files(word: str) -> dict[str, bytes]:
-    rows = [json.dumps({"text": f"{word} document {number} of the dataset\n" * 20}).encode() for number in range(30)]
-    return {"data/a.jsonl": b"\n".join(rows[:15]), "data/b.jsonl": b"\n".join(rows[15:]), "README.md": b"# Not rows"}
+    rows = [
+        json.dumps({"text": f"{word} document {number} of the dataset\n" * 20}).encode()
+        for number in range(30)
+    ]
+    return {
+        "data/a.jsonl": b"\n".join(rows[:15]),
+        "data/b.jsonl": b"\n".join(rows[15:]),
+        "README.md": b"# Not rows",
+    }
 
 
 def run(corpus, endpoint: str, tmp_path):
-    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    environment = os.environ | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     command = [sys.executable, str(JOB), corpus.model_dump_json(), str(64 << 20), str(256 << 20)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
 
 
 def test_a_hub_source_is_pinned_to_a_commit(workspace, tmp_path):
     branches = {"main": FIRST}
-    server, asked = hub.serve("someone/docs", {FIRST: files("first"), SECOND: files("second")}, branches)
+    server, asked = hub.serve(
+        "someone/docs", {FIRST: files("first"), SECOND: files("second")}, branches
+    )
     try:
         endpoint = f"http://127.0.0.1:{server.server_port}"
         source = {"kind": "rows", "path": "hf://datasets/someone/docs/data"}
-        corpus = data_config(workspace, "hub", path=str(tmp_path / "out"), source=source, tasks=1, heldout_fraction=0.0)
+        corpus = data_config(
+            workspace,
+            "hub",
+            path=str(tmp_path / "out"),
+            source=source,
+            tasks=1,
+            heldout_fraction=0.0,
+        )
         result = run(corpus, endpoint, tmp_path)
         assert result.returncode == 0, result.stderr[-3000:]
         manifest = json.loads(result.stdout.splitlines()[-1])
@@ -47,9 +67,15 @@ def test_a_hub_source_is_pinned_to_a_commit(workspace, tmp_path):
         assert not any(SECOND in path for path in asked)
 
         missing = corpus.model_copy(
-            update={"path": str(tmp_path / "x"), "source": corpus.source.model_copy(update={"revision": "nowhere"})}
+            update={
+                "path": str(tmp_path / "x"),
+                "source": corpus.source.model_copy(update={"revision": "nowhere"}),
+            }
         )
         result = run(missing, endpoint, tmp_path)
-        assert result.returncode == 1 and "revision nowhere cannot be had from the hub" in result.stderr
+        assert (
+            result.returncode == 1
+            and "revision nowhere cannot be had from the hub" in result.stderr
+        )
     finally:
         server.shutdown()

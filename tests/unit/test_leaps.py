@@ -14,7 +14,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of megatron-core's imports
 def seen(workspace, recent: list[float], value: float, *changes: str):
     from retemper.pipeline.train.anomaly import anomaly_in
 
-    return anomaly_in(load_config(overrides(workspace, "x", *changes)), TrainState(step=len(recent), recent_losses=recent), "losses", value)
+    return anomaly_in(
+        load_config(overrides(workspace, "x", *changes)),
+        TrainState(step=len(recent), recent_losses=recent),
+        "losses",
+        value,
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -25,7 +30,10 @@ def test_what_is_not_finite_is_seen_from_the_first_step_on(workspace, value):
 def test_a_leap_is_measured_in_deviations_of_recent_steps(workspace):
     recent, six = [2.0, 2.2] * 20, "anomaly.spike_deviations=6"  # mean 2.1, deviation 0.1
     assert seen(workspace, recent, 2.69, six) is None and seen(workspace, recent, 0.0, six) is None
-    assert "2.71, 6.1 deviations above the mean 2.1 of the last 40 steps" in seen(workspace, recent, 2.71, six).what
+    assert (
+        "2.71, 6.1 deviations above the mean 2.1 of the last 40 steps"
+        in seen(workspace, recent, 2.71, six).what
+    )
     assert seen(workspace, recent, 100.0) is None  # switched off
     assert seen(workspace, recent[:10], 100.0, six) is None  # too few to tell
 
@@ -36,5 +44,8 @@ def test_the_window_forgets(workspace):
     state = TrainState()
     for step in range(250):
         remember(state, float(step), 1.0)
-    assert state.recent_losses == [float(step) for step in range(150, 250)] and len(state.recent_grad_norms) == 100
+    assert (
+        state.recent_losses == [float(step) for step in range(150, 250)]
+        and len(state.recent_grad_norms) == 100
+    )
     assert TrainState.from_dict(state.to_dict()) == state

@@ -137,5 +137,7 @@ def test_workers_killed_at_random_leave_every_job_done_once(tmp_path):
     assert kills == 20
     done = log.read_text().split() if log.exists() else []
     # A worker killed between its result and its line in the log has done the job all the same.
-    assert {path.name for path in folder.glob("job*") if "lease" not in path.name} == {f"job{number}" for number in range(jobs)}
+    assert {path.name for path in folder.glob("job*") if "lease" not in path.name} == {
+        f"job{number}" for number in range(jobs)
+    }
     assert len(done) == len(set(done)) and len(done) >= jobs - kills

@@ -23,9 +23,21 @@ LORA = LoraConfig(rank=2, alpha=4.0, targets=["q"])
 @pytest.mark.parametrize(
     ("trainable", "lora", "said"),
     [
-        ({A: True, "decoder.layers.0.mlp.linear_fc1.weight": True}, LORA, "not of adapters alone.*linear_fc1.weight"),
-        ({A: False, "decoder.layers.0.mlp.linear_fc1.weight": False}, LORA, r"the targets \['q'\] stand on no layer"),
-        ({A: True}, LORA.model_copy(update={"targets": ["q", "down"]}), r"the targets \['down'\] stand on no layer"),
+        (
+            {A: True, "decoder.layers.0.mlp.linear_fc1.weight": True},
+            LORA,
+            "not of adapters alone.*linear_fc1.weight",
+        ),
+        (
+            {A: False, "decoder.layers.0.mlp.linear_fc1.weight": False},
+            LORA,
+            r"the targets \['q'\] stand on no layer",
+        ),
+        (
+            {A: True},
+            LORA.model_copy(update={"targets": ["q", "down"]}),
+            r"the targets \['down'\] stand on no layer",
+        ),
         ({"decoder.layers.0.mlp.linear_fc1.weight": False}, None, "full training, but frozen"),
     ],
 )
@@ -43,7 +55,9 @@ def test_row_norms_are_those_of_the_updated_weight():
 
     torch.manual_seed(0)
     weight, A_RI, B_OR = torch.randn(12, 20), torch.randn(3, 20), torch.randn(12, 3)
-    torch.testing.assert_close(row_norms(weight, A_RI, B_OR, 0.7), (weight + 0.7 * B_OR @ A_RI).norm(dim=1))
+    torch.testing.assert_close(
+        row_norms(weight, A_RI, B_OR, 0.7), (weight + 0.7 * B_OR @ A_RI).norm(dim=1)
+    )
     halves = weight.split(10, dim=1), A_RI.split(10, dim=1)
     parts = iter([(w.square().sum(1), w @ a.T, a @ a.T) for w, a in zip(*halves, strict=True)])
     others = iter(next(parts))
@@ -59,7 +73,9 @@ def test_the_principal_factors_are_the_best_of_their_rank():
     A_RI, B_OR = principal_factors(weight, 4, 2.0)
     rest = weight - 2.0 * B_OR @ A_RI
     torch.testing.assert_close(torch.linalg.svdvals(rest)[:8], torch.linalg.svdvals(weight)[4:])
-    assert (A_RI.gather(1, A_RI.abs().argmax(1, keepdim=True)) > 0).all()  # one choice among the signs, at every layout
+    assert (
+        A_RI.gather(1, A_RI.abs().argmax(1, keepdim=True)) > 0
+    ).all()  # one choice among the signs, at every layout
 
 
 def lora_config(folder: Path, *changes: str):
@@ -80,7 +96,9 @@ def lora_config(folder: Path, *changes: str):
         (["method.lora.rank=16", "method.lora.rslora=true", "method.lora.alpha=32"], 32.0, 8.0),
     ],
 )
-def test_without_an_alpha_it_is_twice_the_rank_and_stored_as_a_number(tmp_path, changes, alpha, scale):
+def test_without_an_alpha_it_is_twice_the_rank_and_stored_as_a_number(
+    tmp_path, changes, alpha, scale
+):
     from retemper.pipeline.model.adapter import scale_of
 
     config = lora_config(tmp_path, *changes)
@@ -96,11 +114,22 @@ def test_with_rslora_an_alpha_is_asked_for_and_the_one_named_gives_a_scale_of_tw
     asked = [f"method.lora.rank={rank}", "method.lora.rslora=true"]
     with pytest.raises(UserError) as refusal:
         lora_config(tmp_path, *asked)
-    (alpha,) = re.findall(rf"with method.lora.rank={rank} (method.lora.alpha=\S+) gives a scale of 2", str(refusal.value))
+    (alpha,) = re.findall(
+        rf"with method.lora.rank={rank} (method.lora.alpha=\S+) gives a scale of 2",
+        str(refusal.value),
+    )
     assert scale_of(lora_config(tmp_path, *asked, alpha).method.lora) == pytest.approx(2, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [["method.lora.rank=0"], ["method.lora.rank=four"], ["method.lora.alpha=0"], ["method.lora.rslora=7"]])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["method.lora.rank=0"],
+        ["method.lora.rank=four"],
+        ["method.lora.alpha=0"],
+        ["method.lora.rslora=7"],
+    ],
+)
 def test_a_wrong_value_is_named_and_no_alpha_is_made_of_it(tmp_path, changes):
     with pytest.raises(UserError, match=changes[0].partition("=")[0]):
         lora_config(tmp_path, *changes)

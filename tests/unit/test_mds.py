@@ -14,13 +14,23 @@ from retemper.pipeline.data.mds import Samples, Shard, ShardFile
 def corpora(draw):
     """(dtype, samples as dictionaries) with pieces of documents, with or without prompts."""
     dtype, seq_length = draw(st.sampled_from(["uint16", "uint32"])), draw(st.integers(1, 9))
-    columns = {"lengths": "<u4", "documents": "<u8"} | ({"prompt_lengths": "<u4"} if draw(st.booleans()) else {})
+    columns = {"lengths": "<u4", "documents": "<u8"} | (
+        {"prompt_lengths": "<u4"} if draw(st.booleans()) else {}
+    )
     rows = []
     for _ in range(draw(st.integers(1, 6))):
         count = draw(st.integers(1, 4))
-        values = {name: draw(st.lists(st.integers(0, 2**32 - 1), min_size=count, max_size=count)) for name in columns}
-        tokens = draw(st.lists(st.integers(0, np.iinfo(dtype).max), min_size=seq_length, max_size=seq_length))
-        rows.append({"tokens": np.array(tokens, dtype)} | {name: np.array(found, columns[name]) for name, found in values.items()})
+        values = {
+            name: draw(st.lists(st.integers(0, 2**32 - 1), min_size=count, max_size=count))
+            for name in columns
+        }
+        tokens = draw(
+            st.lists(st.integers(0, np.iinfo(dtype).max), min_size=seq_length, max_size=seq_length)
+        )
+        rows.append(
+            {"tokens": np.array(tokens, dtype)}
+            | {name: np.array(found, columns[name]) for name, found in values.items()}
+        )
     return dtype, rows
 
 
@@ -32,10 +42,17 @@ def test_samples_are_those_that_streaming_reads(tmp_path_factory, corpus, random
 
     (dtype, rows), folder = corpus, tmp_path_factory.mktemp("mds")
     seq_length = len(rows[0]["tokens"])
-    columns = {name: f"ndarray:{dtype}:{seq_length}" if name == "tokens" else "bytes" for name in rows[0]}
+    columns = {
+        name: f"ndarray:{dtype}:{seq_length}" if name == "tokens" else "bytes" for name in rows[0]
+    }
     with MDSWriter(columns=columns, out=str(folder / "00000"), hashes=["sha256"]) as writer:
         for row in rows:
-            writer.write({name: value if name == "tokens" else value.tobytes() for name, value in row.items()})
+            writer.write(
+                {
+                    name: value if name == "tokens" else value.tobytes()
+                    for name, value in row.items()
+                }
+            )
     [entry] = json.loads((folder / "00000" / "index.json").read_text())["shards"]
     entry["raw_data"]["basename"] = "00000/" + entry["raw_data"]["basename"]
     theirs, ours = reader_from_json(str(folder), "", entry), Shard.from_index(entry)
@@ -46,7 +63,9 @@ def test_samples_are_those_that_streaming_reads(tmp_path_factory, corpus, random
     for row, number in enumerate(numbers):
         expected = theirs[number]
         assert read.tokens_NT[row].tolist() == expected.pop("tokens").tolist()
-        assert read.pieces["prompt_lengths"][row] == expected.pop("prompt_lengths", bytes(len(expected["lengths"])))
+        assert read.pieces["prompt_lengths"][row] == expected.pop(
+            "prompt_lengths", bytes(len(expected["lengths"]))
+        )
         assert {name: read.pieces[name][row] for name in expected} == expected
     assert read.tokens[-1] == 0
 
@@ -55,18 +74,33 @@ def test_samples_are_those_that_streaming_reads(tmp_path_factory, corpus, random
     ("change", "said"),
     [
         ({"version": 1}, "format mds, version 1"),
-        ({"compression": "gz", "zip_data": {"basename": "00000/shard.00000.mds.zstd"}}, "compressed by gz"),
-        ({"raw_data": {"basename": "../../shard.00000.mds", "hashes": {}}}, "names the shard '../../shard.00000.mds'"),
+        (
+            {"compression": "gz", "zip_data": {"basename": "00000/shard.00000.mds.zstd"}},
+            "compressed by gz",
+        ),
+        (
+            {"raw_data": {"basename": "../../shard.00000.mds", "hashes": {}}},
+            "names the shard '../../shard.00000.mds'",
+        ),
         ({"zip_data": {"basename": "/etc/passwd"}}, "stored as '/etc/passwd'"),
         ({"column_encodings": ["pkl"]}, "column tokens of type pkl"),
         ({"samples": 0}, "a shard of 0 samples"),
-        ({"raw_data": {"basename": "00000/shard.00000.mds", "bytes": 1, "hashes": {"sha1": ""}}}, "no sha256"),
+        (
+            {"raw_data": {"basename": "00000/shard.00000.mds", "bytes": 1, "hashes": {"sha1": ""}}},
+            "no sha256",
+        ),
     ],
 )
 def test_what_tokenize_does_not_write_is_refused(change, said):
     entry = {"version": 2, "format": "mds", "compression": None, "zip_data": None, "samples": 3}
-    entry |= {"raw_data": {"basename": "00000/shard.00000.mds", "bytes": 1, "hashes": {"sha256": ""}}}
-    entry |= {"column_names": ["tokens"], "column_encodings": ["ndarray:uint16:8"], "column_sizes": [16]}
+    entry |= {
+        "raw_data": {"basename": "00000/shard.00000.mds", "bytes": 1, "hashes": {"sha256": ""}}
+    }
+    entry |= {
+        "column_names": ["tokens"],
+        "column_encodings": ["ndarray:uint16:8"],
+        "column_sizes": [16],
+    }
     assert Shard.from_index(entry).samples == 3
     with pytest.raises(ValueError, match=said):
         Shard.from_index(entry | change)

@@ -20,7 +20,12 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(tuple)
 
 def ids_of_an_epoch(stream: Stream, epoch: int, batch_size: int = 7) -> np.ndarray:
     order, first, total = Order((stream,)), epoch * stream.samples, stream.samples
-    return np.concatenate([order.batch(first + done, min(batch_size, total - done)) for done in range(0, total, batch_size)])
+    return np.concatenate(
+        [
+            order.batch(first + done, min(batch_size, total - done))
+            for done in range(0, total, batch_size)
+        ]
+    )
 
 
 @settings(deadline=None)
@@ -31,13 +36,21 @@ def test_every_epoch_holds_every_sample_once(sizes, seed, epoch, batch_size):
 
 
 def test_epochs_and_seeds_differ():
-    orders = [ids_of_an_epoch(Stream(seed, (20, 20, 20), 1), epoch).tolist() for seed in (1, 2) for epoch in (0, 1)]
+    orders = [
+        ids_of_an_epoch(Stream(seed, (20, 20, 20), 1), epoch).tolist()
+        for seed in (1, 2)
+        for epoch in (0, 1)
+    ]
     assert len({tuple(order) for order in orders}) == 4 and list(range(60)) not in orders
 
 
 @settings(deadline=None)
-@given(SIZES, SIZES, st.integers(1, 30), st.integers(0, 300), st.integers(1, 40), st.integers(1, 40))
-def test_what_a_batch_holds_does_not_depend_on_how_the_steps_before_were_cut(first, second, share, start, one, other):
+@given(
+    SIZES, SIZES, st.integers(1, 30), st.integers(0, 300), st.integers(1, 40), st.integers(1, 40)
+)
+def test_what_a_batch_holds_does_not_depend_on_how_the_steps_before_were_cut(
+    first, second, share, start, one, other
+):
     order = Order((Stream(1, first, 31 - share), Stream(2, second, share)))
     total = one * other
     for size in (one, other):
@@ -76,7 +89,10 @@ def test_the_order_is_the_one_that_runs_began_with():
     order = Order((Stream(17, (8192,) * 20 + (77,), 95), Stream(18, (500, 20), 5)))
     ids = np.concatenate([order.batch(start, 512) for start in (0, 512, 10**6, 10**9)])
     assert ORDER_VERSION == 1
-    assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest() == "4580128d7f1856b7e723ff4f59d73e2813618c5c179e48855f5ca5216a22e2bf"
+    assert (
+        hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+        == "4580128d7f1856b7e723ff4f59d73e2813618c5c179e48855f5ca5216a22e2bf"
+    )
 
 
 def place(rank: int, sizes: tuple[int, int, int, int]) -> Topology:
@@ -100,15 +116,33 @@ def place(rank: int, sizes: tuple[int, int, int, int]) -> Topology:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3])),
+    st.tuples(
+        st.sampled_from([1, 2]),
+        st.sampled_from([1, 2]),
+        st.sampled_from([1, 2, 4]),
+        st.sampled_from([1, 2, 3]),
+    ),
     st.sampled_from([1, 2, 4]),
     st.integers(0, 2000),
     st.booleans(),
 )
-def test_ranks_of_one_model_read_the_same_and_all_together_the_batch(workspace, sizes, micro_batch_size, consumed, replay):
-    mixed = [f"data.replay.path={workspace / 'data' / 'math'}", "data.replay.fraction=0.25"] if replay else []
+def test_ranks_of_one_model_read_the_same_and_all_together_the_batch(
+    workspace, sizes, micro_batch_size, consumed, replay
+):
+    mixed = (
+        [f"data.replay.path={workspace / 'data' / 'math'}", "data.replay.fraction=0.25"]
+        if replay
+        else []
+    )
     config = load_config(
-        overrides(workspace, "order", "train.global_batch_size=16", f"train.micro_batch_size={micro_batch_size}", *mixed, corpus="code")
+        overrides(
+            workspace,
+            "order",
+            "train.global_batch_size=16",
+            f"train.micro_batch_size={micro_batch_size}",
+            *mixed,
+            corpus="code",
+        )
     )
     order = Streams(config).order
     read: dict[int, list[np.ndarray]] = {}
@@ -116,11 +150,15 @@ def test_ranks_of_one_model_read_the_same_and_all_together_the_batch(workspace, 
         topology = place(rank, sizes)
         with TrainingBatches(config, topology, consumed, 2) as batches:
             steps = [data for data, _ in zip(batches, range(2), strict=False)]
-        read.setdefault(topology.data_parallel_rank, []).append(np.stack([data.ids for data in steps]))
+        read.setdefault(topology.data_parallel_rank, []).append(
+            np.stack([data.ids for data in steps])
+        )
         for data in steps:
             assert len(data.micro_batches) * micro_batch_size == len(data.ids)
             needs_tokens = topology.is_first_stage or topology.is_last_stage
-            assert all((batch.tokens_BT is not None) == needs_tokens for batch in data.micro_batches)
+            assert all(
+                (batch.tokens_BT is not None) == needs_tokens for batch in data.micro_batches
+            )
     assert all((ids == peers[0]).all() for peers in read.values() for ids in peers)
     for step in range(2):
         together = np.concatenate([peers[0][step] for _, peers in sorted(read.items())])

@@ -24,8 +24,17 @@ def covered(samples) -> dict[int, list[tuple[int, int]]]:
 def test_concat_is_the_stream_of_all_documents(lengths, seq_length):
     samples = concat(lengths, seq_length)
     assert len(samples) == lengths.sum() // seq_length
-    stream = [(document, position) for document, length in enumerate(lengths) for position in range(length)]
-    placed = [(document, start + offset) for sample in samples for document, start, count in sample for offset in range(count)]
+    stream = [
+        (document, position)
+        for document, length in enumerate(lengths)
+        for position in range(length)
+    ]
+    placed = [
+        (document, start + offset)
+        for sample in samples
+        for document, start, count in sample
+        for offset in range(count)
+    ]
     assert placed == stream[: len(samples) * seq_length]
     assert all(count > 0 for sample in samples for _, _, count in sample)
 
@@ -38,14 +47,20 @@ def test_best_fit_places_every_token_once_and_cuts_only_what_is_too_long(lengths
     pieces = covered(samples)
     for document, length in enumerate(lengths):
         edges = [0, *(end for _, end in pieces.get(document, []))]
-        assert edges[-1] == length and all(start == edge for (start, _), edge in zip(pieces.get(document, []), edges))
+        assert edges[-1] == length and all(
+            start == edge for (start, _), edge in zip(pieces.get(document, []), edges)
+        )
         assert len(pieces.get(document, [])) == -(-length // seq_length)
     assert len(samples) <= 2 * (lengths.sum() // seq_length) + 1  # no two samples are half empty
 
 
 def test_best_fit_fills_what_fits_exactly():
     samples = best_fit(np.array([7, 5, 3, 6, 4, 5]), 10, 0)
-    assert sorted(sorted(count for _, _, count in sample) for sample in samples) == [[3, 7], [4, 6], [5, 5]]
+    assert sorted(sorted(count for _, _, count in sample) for sample in samples) == [
+        [3, 7],
+        [4, 6],
+        [5, 5],
+    ]
 
 
 def test_samples_are_shuffled_by_the_seed():
@@ -75,7 +90,9 @@ def test_a_budget_of_whole_documents_ends_before_the_first_that_does_not_fit(wor
     lengths = [10, 20, 12, 150, 9, 8, 7]
     data = data_config(workspace, "budget", seq_length=64, packing="best_fit")
     assert _within(bucket_of(lengths), data, 0, 2) == (3, 1, False)
-    assert {document for pieces in pack(bucket_of(lengths), data, 0, 3)[1] for document, _, _ in pieces} == {0, 1, 2}
+    assert {
+        document for pieces in pack(bucket_of(lengths), data, 0, 3)[1] for document, _, _ in pieces
+    } == {0, 1, 2}
     assert _within(bucket_of(lengths), data, 0, 4) == (7, 4, True)
     assert _within(bucket_of([150, 10]), data, 0, 2) == (0, 0, False)
 

@@ -14,8 +14,20 @@ from retemper.pipeline.config.compose import preset_names
 from retemper.pipeline.estimate.rates import MEASURED
 
 SEVEN_B = [
-    *["study=paper", "name=full", "model=llama2_7b", "data=starcoder_python", "data.path=shards/unmade", "train.tokens=20B"],
-    *["train.global_batch_size=192", "train.micro_batch_size=1", "optimizer.lr=1e-5", "parallel.data_parallel_size=8"],
+    *[
+        "study=paper",
+        "name=full",
+        "model=llama2_7b",
+        "data=starcoder_python",
+        "data.path=shards/unmade",
+        "train.tokens=20B",
+    ],
+    *[
+        "train.global_batch_size=192",
+        "train.micro_batch_size=1",
+        "optimizer.lr=1e-5",
+        "parallel.data_parallel_size=8",
+    ],
 ]
 
 
@@ -52,15 +64,24 @@ def test_llama2_7b_in_full_on_one_node_is_the_count_by_hand(plan):
     parameters = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
     said = plan(*SEVEN_B, "--price", "2.50")
     assert f"{parameters:,} trainable and 0 frozen parameters" in said
-    assert bytes_of(said, "weights") == 2 * parameters and bytes_of(said, "gradients") == 4 * parameters
+    assert (
+        bytes_of(said, "weights") == 2 * parameters
+        and bytes_of(said, "gradients") == 4 * parameters
+    )
     assert bytes_of(said, "optimizer") == 12 * parameters // 8
     tokens, steps = 192 * 4096, 20_000_000_000 // (192 * 4096)
     rate = 8 * 13_012.9  # of one H200, whose peak is an H100's, with this model and micro-batch
     hours = steps * tokens / rate / 3600
     assert f"{steps:,} steps of {tokens:,} tokens" in said and f"{rate:,.0f} tokens/s" in said
-    assert f"{hours / 24:.1f} days, {8 * hours:,.1f} GPU-hours, {8 * hours * 2.5:,.0f} at 2.5 each" in said
+    assert (
+        f"{hours / 24:.1f} days, {8 * hours:,.1f} GPU-hours, {8 * hours * 2.5:,.0f} at 2.5 each"
+        in said
+    )
     assert f"1 of {14 * parameters / 2**30:.2f} GiB" in said
-    assert f"starcoder_python: {steps * 192:,} samples needed; shards/unmade holds no token corpus yet" in said
+    assert (
+        f"starcoder_python: {steps * 192:,} samples needed; shards/unmade holds no token corpus yet"
+        in said
+    )
 
 
 @pytest.mark.parametrize("measured", MEASURED, ids=lambda measured: measured.part)
@@ -98,12 +119,18 @@ def test_time_is_by_the_nearest_measurement(plan, asked, tokens_per_second, comm
 @pytest.mark.parametrize(
     ("asked", "mfu", "said"),
     [
-        (["--gpu", "A100"], 0.4, "this MFU is assumed: nothing was measured with method=full precision=bf16 on a card like A100"),
+        (
+            ["--gpu", "A100"],
+            0.4,
+            "this MFU is assumed: nothing was measured with method=full precision=bf16 on a card like A100",
+        ),
         (["--mfu", "0.4"], 0.4, "this MFU was asked for"),
         (["--mfu", "0.3"], 0.3, "this MFU was asked for"),
     ],
 )
-def test_a_share_of_the_peak_is_asked_for_or_assumed_where_nothing_was_measured(plan, asked, mfu, said):
+def test_a_share_of_the_peak_is_asked_for_or_assumed_where_nothing_was_measured(
+    plan, asked, mfu, said
+):
     lines = plan(*SEVEN_B, *asked).splitlines()
     (at,) = (number for number, line in enumerate(lines) if line.startswith("time: "))
     assert f" at MFU {mfu} of " in lines[at] and lines[at + 1] == f"  {said}"
@@ -114,14 +141,19 @@ def test_of_a_frozen_base_there_are_weights_alone(plan):
     base = 6_738_415_616
     adapters = 32 * 16 * ((4096 + 4096) * 4 + (4096 + 11008) * 3)
     assert bytes_of(said, "weights") == 2 * base and bytes_of(said, "adapters") == 2 * adapters
-    assert bytes_of(said, "gradients") == 4 * adapters and bytes_of(said, "optimizer") == 12 * adapters // 8
+    assert (
+        bytes_of(said, "gradients") == 4 * adapters
+        and bytes_of(said, "optimizer") == 12 * adapters // 8
+    )
     assert f"26 of {14 * adapters / 2**20:.2f} MiB, adapters alone" in said
 
 
 def test_what_does_not_fit_is_refused_and_what_is_proposed_does(plan, refused):
     tight = [*SEVEN_B, "train.micro_batch_size=8", "--gpu-memory", "40"]
     said = refused(*tight)
-    assert said.startswith("error: the run needs ") and "of whose 40 GiB 36.00 GiB can be used" in said
+    assert (
+        said.startswith("error: the run needs ") and "of whose 40 GiB 36.00 GiB can be used" in said
+    )
     proposed = said.split(" do with ")[1].split()
     assert all(key.startswith(("parallel.", "train.micro_batch_size=")) for key in proposed)
     assert "8 ranks" in plan(*tight, *proposed)
@@ -136,16 +168,33 @@ def test_what_no_layout_helps_is_said(refused):
 
 
 def test_stages_lie_on_nodes_and_tensor_parallelism_across_them_is_warned_of(plan):
-    layout = ["parallel.tensor_parallel_size=4", "parallel.pipeline_parallel_size=2", "parallel.data_parallel_size=2"]
+    layout = [
+        "parallel.tensor_parallel_size=4",
+        "parallel.pipeline_parallel_size=2",
+        "parallel.data_parallel_size=2",
+    ]
     said = plan(*SEVEN_B, *layout)
     assert "16 ranks on 2 × 8 GPUs" in said and "warning" not in said
     assert "  stage 0: ranks 0-7, node 0\n  stage 1: ranks 8-15, node 1\n" in said
-    assert "warning: tensor parallelism crosses nodes" in plan(*SEVEN_B, *layout, "--gpus-per-node", "2")
+    assert "warning: tensor parallelism crosses nodes" in plan(
+        *SEVEN_B, *layout, "--gpus-per-node", "2"
+    )
 
 
 def test_the_data_is_compared_with_the_manifest(plan, workspace):
-    said = plan(*overrides(workspace, "planned", f"data.replay.path={workspace / 'data' / 'code'}", "data.replay.fraction=0.1"))
-    assert "data: math: 72 samples needed, " in said and "data: replay: 8 samples needed, " in said and " epochs" in said
+    said = plan(
+        *overrides(
+            workspace,
+            "planned",
+            f"data.replay.path={workspace / 'data' / 'code'}",
+            "data.replay.fraction=0.1",
+        )
+    )
+    assert (
+        "data: math: 72 samples needed, " in said
+        and "data: replay: 8 samples needed, " in said
+        and " epochs" in said
+    )
 
 
 # Those of which full training does not fit, with AdamW's float32 states.
@@ -159,7 +208,11 @@ def of_preset(preset: str, *more: str) -> list[str]:
 
 
 def test_there_are_layouts_for_every_model_and_number_of_gpus():
-    sizes = {(size, gpus) for size in ("7b", "13b", "70b") for gpus in ("1gpu", "8gpus", "32gpus", "128gpus")}
+    sizes = {
+        (size, gpus)
+        for size in ("7b", "13b", "70b")
+        for gpus in ("1gpu", "8gpus", "32gpus", "128gpus")
+    }
     assert set(LAYOUTS) == {f"llama2_{size}_{gpus}" for size, gpus in sizes - {("70b", "1gpu")}}
 
 
@@ -176,7 +229,13 @@ def test_every_layout_fits_what_it_is_for(plan, refused, preset):
 
 def test_70b_does_not_fit_one_gpu(refused):
     """Not even its frozen weights in FP8: so there is no layout for it."""
-    asked = ["model=llama2_70b", "parallel=single", "method=lora", "init_from=unread", "precision=fp8_tensorwise"]
+    asked = [
+        "model=llama2_70b",
+        "parallel=single",
+        "method=lora",
+        "init_from=unread",
+        "precision=fp8_tensorwise",
+    ]
     assert "makes it fit on 1 GPUs" in refused(*SEVEN_B[:-1], *asked)
 
 
@@ -191,7 +250,9 @@ def test_a_plan_is_light():
 
     def measured(*command: str) -> tuple[float, subprocess.CompletedProcess]:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = subprocess.run([sys.executable, "-c", *command], cwd=ROOT, capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-c", *command], cwd=ROOT, capture_output=True, text=True
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result
 

@@ -33,11 +33,20 @@ def said(capsys):
     return run
 
 
-SEVEN_B = ["study=s", "name=n", "data=starcoder_python", "data.path=unmade", "train.tokens=1B", "optimizer.lr=1e-5"]
+SEVEN_B = [
+    "study=s",
+    "name=n",
+    "data=starcoder_python",
+    "data.path=unmade",
+    "train.tokens=1B",
+    "optimizer.lr=1e-5",
+]
 SEVEN_B += ["train.global_batch_size=8", "train.micro_batch_size=1", "method=lora"]
 
 
-@pytest.mark.parametrize("verb", [["plan"], ["launch", "target=slurm"], ["launch", "target=torchrun"], ["train"]])
+@pytest.mark.parametrize(
+    "verb", [["plan"], ["launch", "target=slurm"], ["launch", "target=torchrun"], ["train"]]
+)
 def test_without_its_base_a_run_is_planned_only_with_a_shape_of_its_own(said, verb, tmp_path):
     asked = [*SEVEN_B, f"init_from={tmp_path / 'typo'}"]
     code, out, error = said(*verb, *asked)
@@ -76,7 +85,13 @@ def write(config: Config, *steps: int) -> Config:
 
 @pytest.fixture
 def trunk(tmp_path) -> Config:
-    return write(load_config(overrides(tmp_path, "trunk", "train.branches=[5120]", "optimizer.weight_decay=0.1")), 8, 10)
+    return write(
+        load_config(
+            overrides(tmp_path, "trunk", "train.branches=[5120]", "optimizer.weight_decay=0.1")
+        ),
+        8,
+        10,
+    )
 
 
 def branch(trunk: Config, *changes: str) -> Config:
@@ -84,9 +99,25 @@ def branch(trunk: Config, *changes: str) -> Config:
     return load_config([*overrides(trunk.run_dir.parent.parent.parent, "branch"), *asked, *changes])
 
 
-MAY_DIFFER = ["optimizer.lr=1e-4", "optimizer.weight_decay=0", "schedule.warmup_tokens=2048", "schedule.min_lr_ratio=0.1"]
-MAY_DIFFER += ["train.micro_batch_size=4", "parallel=tp2", "evals.max_samples=3", "evals.heldout={}", "train.log_every_steps=2"]
-MAY_DIFFER += ["checkpoint.save_every_steps=2", "anomaly.policy=rollback", "train.cuda_graph=off", "study=elsewhere"]
+MAY_DIFFER = [
+    "optimizer.lr=1e-4",
+    "optimizer.weight_decay=0",
+    "schedule.warmup_tokens=2048",
+    "schedule.min_lr_ratio=0.1",
+]
+MAY_DIFFER += [
+    "train.micro_batch_size=4",
+    "parallel=tp2",
+    "evals.max_samples=3",
+    "evals.heldout={}",
+    "train.log_every_steps=2",
+]
+MAY_DIFFER += [
+    "checkpoint.save_every_steps=2",
+    "anomaly.policy=rollback",
+    "train.cuda_graph=off",
+    "study=elsewhere",
+]
 
 
 @pytest.mark.parametrize("change", [*MAY_DIFFER, None])
@@ -98,9 +129,13 @@ def test_a_branch_of_another_length(trunk):
     check_trunk(branch(trunk, f"train.tokens={10 * STEP + 7}"))  # of as many steps
     with pytest.raises(UserError) as refusal:
         check_trunk(branch(trunk, f"train.tokens={20 * STEP}"))
-    assert "begins after step 16, of which the trunk has no checkpoint (it has: 8, 10)" in str(refusal.value)
+    assert "begins after step 16, of which the trunk has no checkpoint (it has: 8, 10)" in str(
+        refusal.value
+    )
     assert f"train.branches=[{20 * STEP}]" in str(refusal.value)
-    check_trunk(branch(trunk, f"train.tokens={20 * STEP}", "schedule.cooldown_fraction=0.5"))  # begins after step 10
+    check_trunk(
+        branch(trunk, f"train.tokens={20 * STEP}", "schedule.cooldown_fraction=0.5")
+    )  # begins after step 10
 
 
 @pytest.mark.parametrize(
@@ -118,7 +153,10 @@ def test_a_branch_of_another_length(trunk):
         (["data.seq_length=32"], "data.seq_length: 64 -> 32"),
         (["data.mask_documents=true"], "data.mask_documents: false -> true"),
         (["data.replay.path=x", "data.replay.fraction=0.1"], "data.replay: null -> "),
-        (["method=lora", "method.lora.rank=4", "init_from=unread"], 'method.name: "full" -> "lora"'),
+        (
+            ["method=lora", "method.lora.rank=4", "init_from=unread"],
+            'method.name: "full" -> "lora"',
+        ),
     ],
 )
 def test_what_a_branch_must_have_as_its_trunk_is_refused_by_name(trunk, changes, key):
@@ -126,12 +164,19 @@ def test_what_a_branch_must_have_as_its_trunk_is_refused_by_name(trunk, changes,
     for check in (check_trunk, check_against_trunk, planned):
         with pytest.raises(UserError) as refusal:
             check(asked)
-        assert f"\n  - {key}" in str(refusal.value) and str(refusal.value).startswith(f"branch_of={trunk.run_dir}: ")
+        assert f"\n  - {key}" in str(refusal.value) and str(refusal.value).startswith(
+            f"branch_of={trunk.run_dir}: "
+        )
 
 
 def test_another_shape_or_adapter_is_refused_by_name(tmp_path):
     lora = ["method=lora", "init_from=unread", "optimizer.weight_decay=0.1"]
-    trunk = write(load_config(overrides(tmp_path, "trunk", "train.branches=[5120]", *lora, "method.lora.rank=4")), 8)
+    trunk = write(
+        load_config(
+            overrides(tmp_path, "trunk", "train.branches=[5120]", *lora, "method.lora.rank=4")
+        ),
+        8,
+    )
     with pytest.raises(UserError, match="model.num_layers: 2 -> 4"):
         branch(trunk, *lora, "model.num_layers=4")
     for change, key in (
@@ -148,7 +193,9 @@ def test_another_shape_or_adapter_is_refused_by_name(tmp_path):
 def test_a_trunk_that_is_not_here_is_refused_by_training_alone(trunk, tmp_path):
     away = trunk.model_copy(update={"name": "away"})
     asked = branch(away)
-    assert f"trunk not here: shape from model=; `train` needs branch_of={away.run_dir}" in planned(asked)
+    assert f"trunk not here: shape from model=; `train` needs branch_of={away.run_dir}" in planned(
+        asked
+    )
     with pytest.raises(UserError, match=f"branch_of={away.run_dir}: there is no run"):
         check_trunk(asked)
     # One that goes on from a checkpoint of its own needs no trunk.
@@ -178,7 +225,11 @@ def test_the_branches_of_a_trunk_are_as_it_is(trunk):
 
 def test_a_plan_says_how_each_branch_ends(tmp_path):
     tokens = [5 * STEP, 10 * STEP, 20 * STEP]
-    asked = [f"train.branches={tokens}", f"train.tokens={16 * STEP}", f"schedule.warmup_tokens={8 * STEP}"]
+    asked = [
+        f"train.branches={tokens}",
+        f"train.tokens={16 * STEP}",
+        f"schedule.warmup_tokens={8 * STEP}",
+    ]
     config = load_config(overrides(tmp_path, "trunk", *asked))
     assert [line for line in planned(config) if line.startswith("branch")] == [
         "branch trunk-2560: 5 steps; ends within its warm-up at 50% of the peak rate",
@@ -190,7 +241,9 @@ def test_a_plan_says_how_each_branch_ends(tmp_path):
 def test_a_run_says_how_its_branch_ends_and_what_differs(trunk):
     from retemper.pipeline.train.branches import introduction
 
-    lines = introduction(branch(trunk, "optimizer.lr=1e-4", "schedule.warmup_tokens=9216", "evals.max_samples=3"))
+    lines = introduction(
+        branch(trunk, "optimizer.lr=1e-4", "schedule.warmup_tokens=9216", "evals.max_samples=3")
+    )
     assert lines == [
         f"branch of {trunk.run_dir}: ends within its warm-up at 50% of the peak rate",
         "other than its trunk's: optimizer.lr: 0.005 -> 0.0001",

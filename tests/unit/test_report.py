@@ -38,7 +38,9 @@ def score(run, step, sign=1.0, sizes=SIZES, **domains):
         scores[domain] = {"bits_per_byte": found.value, "stderr": found.stderr}
         scores[domain] |= {"interval": [found.low, found.high], "samples": len(sizes)}
         numbered = enumerate(zip(bits, sizes))
-        samples[domain] = [{"sample": n, "bits": part, "bytes": size} for n, (part, size) in numbered]
+        samples[domain] = [
+            {"sample": n, "bits": part, "bytes": size} for n, (part, size) in numbered
+        ]
     eval_folder.write_heldout(run, step, scores, samples)
 
 
@@ -46,7 +48,9 @@ def started(workspace, runs_dir, name, *changes):
     """The config of a run, written into its folder with one logged step."""
     asked = [*changes] if name == "base" else ["init_from=base", *changes]
     corpus = "math" if name == "base" else "code"
-    config = load_config([*overrides(workspace, name, *asked, corpus=corpus), f"runs_dir={runs_dir}"])
+    config = load_config(
+        [*overrides(workspace, name, *asked, corpus=corpus), f"runs_dir={runs_dir}"]
+    )
     run_folder.claim(config, 0)
     line = {"step": 10, "tokens": 5120, "loss": 2.5, "grad_norm": 1.0, "lr": 0.0}
     append_line(config.run_dir / run_folder.METRICS, line | {"tokens_per_second": 1234.0})
@@ -106,7 +110,9 @@ PAPER = '"LoRA Learns Less and Forgets Less" found.'
         ),
     ],
 )  # fmt: skip
-def test_the_finding_follows_the_numbers(workspace, tmp_path, lora_end, full_end, clauses, conclusion):
+def test_the_finding_follows_the_numbers(
+    workspace, tmp_path, lora_end, full_end, clauses, conclusion
+):
     record(workspace, tmp_path, "base", [], (3.0, 2.0))
     record(workspace, tmp_path, "full", [], full_end)
     config = record(workspace, tmp_path, "lora", LORA, lora_end, sign=1.0)
@@ -115,7 +121,9 @@ def test_the_finding_follows_the_numbers(workspace, tmp_path, lora_end, full_end
     (said,) = comparison(runs)
     assert said.startswith(BEGINS) and said.endswith(ONE_SEED + conclusion), said
     assert all(clause in said for clause in clauses), said
-    for difference, low, high in re.findall(r"difference (\S+), 95% interval (\S+) to (\S+)\)", said):
+    for difference, low, high in re.findall(
+        r"difference (\S+), 95% interval (\S+) to (\S+)\)", said
+    ):
         assert float(low) < float(difference) < float(high)
 
 
@@ -130,13 +138,21 @@ def test_the_page_has_the_finding_and_the_table(workspace, tmp_path):
     page = (config.run_dir.parent / "report.html").read_text()
     for said in comparison(runs):
         assert html.escape(said) in page
-    counts = [read_manifest(str(workspace / "data" / name))["near_duplicates"] for name in ("code", "math")]
+    counts = [
+        read_manifest(str(workspace / "data" / name))["near_duplicates"]
+        for name in ("code", "math")
+    ]
     for name, found in zip(("code", "math"), counts):
         of = f"{found['documents']:,} near-duplicates of its {found['compared_with']:,} held-out documents"
         assert f"<li>{name}: {of} are trained on.</li>" in page
     assert counts[0]["compared_with"] > 0
     assert page.count("<svg") == 2 and "<td>cooled down</td>" in page
-    for known in ("http://www.w3.org", "http://purl.org", "https://matplotlib.org", "http://creativecommons.org"):
+    for known in (
+        "http://www.w3.org",
+        "http://purl.org",
+        "https://matplotlib.org",
+        "http://creativecommons.org",
+    ):
         page = page.replace(known, "")
     assert "http" not in page
 
@@ -168,12 +184,17 @@ def test_runs_are_compared_at_equal_tokens_and_gaps_stay_gaps(workspace, tmp_pat
     shutil.rmtree(eval_folder.scores_path(lora.run_dir, 10).parent)
     (sentence,) = comparison(read_study(full.run_dir.parent))
     assert sentence == "lora (LoRA) beside full (full): no milestone that both have reached yet."
-    replace_file(eval_folder.scores_path(full.run_dir, 0), json.dumps({"code": {"bits_per_byte": 3.0}}))
+    replace_file(
+        eval_folder.scores_path(full.run_dir, 0), json.dumps({"code": {"bits_per_byte": 3.0}})
+    )
     runs = read_study(full.run_dir.parent)
     assert runs[1].gains() == {}
     row = next(row for row in table(runs) if row[0] == "full" and row[2] == "0")
     assert row[3:8] == ["start", "3.0000", "", "", ""]
-    assert f"full: nothing to compare with, for its start was not scored on math: `retemper eval {full.run_dir}`" in comparison(runs)[-1]
+    assert (
+        f"full: nothing to compare with, for its start was not scored on math: `retemper eval {full.run_dir}`"
+        in comparison(runs)[-1]
+    )
 
 
 @pytest.mark.parametrize("broken", ["missing", "other samples", "one sample"])
@@ -230,13 +251,19 @@ def test_what_a_mixture_trains_on_is_learned_and_what_it_replays_is_old(workspac
         raw["evals"]["learned"] = ["math"]
         raw["evals"]["heldout"]["wiki"] = str(workspace / "wiki")
         (config.run_dir / "config.json").write_text(json.dumps(raw))
-    learned = {run.config.name: run.gains()[10 * STEP][0] for run in read_study(full.run_dir.parent)}
+    learned = {
+        run.config.name: run.gains()[10 * STEP][0] for run in read_study(full.run_dir.parent)
+    }
     assert learned == {"lora": pytest.approx(-0.1), "full": pytest.approx(-0.5)}
 
 
 def write_task(config, step, task, scores):
     """A task's scores: each problem's 0 or 1."""
-    found = estimate(scores).headline("acc") | {"decontaminated": {}, "settings": {"shots": 0}, "metrics": {}}
+    found = estimate(scores).headline("acc") | {
+        "decontaminated": {},
+        "settings": {"shots": 0},
+        "metrics": {},
+    }
     problems = [{"doc_id": n, "filter": "none", "acc": value} for n, value in enumerate(scores)]
     eval_folder.write_result(config.run_dir, step, task, found, problems)
 
@@ -258,7 +285,9 @@ def test_the_forgetting_score_has_an_interval_and_a_paired_difference(workspace,
     assert row[3:5] == ("600", f"{fmean(scores['lora', 10]):.4f}")
     low, high = map(float, row[5].split(" to "))
     half = 1.96 * sum(error**2 for error in stderrs["lora", 10]) ** 0.5 / 3
-    assert low < fmean(scores["lora", 10]) < high and high - low == pytest.approx(2 * half, rel=0.03)
+    assert low < fmean(scores["lora", 10]) < high and high - low == pytest.approx(
+        2 * half, rel=0.03
+    )
     change = fmean(scores["lora", 10]) - fmean(scores["lora", 0])
     assert re.match(rf"{change:+.4f} ± 0\.0\d+ \(-0\.\d+ to [+-]0\.\d+\)", row[6])
     (said,) = comparison(read_study(full.run_dir.parent))
@@ -283,9 +312,16 @@ def test_runs_without_a_difference_are_seldom_said_to_differ(workspace, tmp_path
     claims = {"learned": 0, "forgot": 0, "kept": 0}
 
     def draw(run, step, domain):
-        spread = [0.05 * chance.gauss(0, 1) / max(0.3, abs(chance.gauss(0, 1))) for _ in sizes] if step else [0.0] * count
+        spread = (
+            [0.05 * chance.gauss(0, 1) / max(0.3, abs(chance.gauss(0, 1))) for _ in sizes]
+            if step
+            else [0.0] * count
+        )
         bits = [size * (each + more) for size, each, more in zip(sizes, hard, spread)]
-        samples = [{"sample": n, "bits": part, "bytes": size} for n, (part, size) in enumerate(zip(bits, sizes))]
+        samples = [
+            {"sample": n, "bits": part, "bytes": size}
+            for n, (part, size) in enumerate(zip(bits, sizes))
+        ]
         path = eval_folder.samples_path(run.config.run_dir, step, f"heldout-{domain}")
         replace_bytes(path, eval_folder.compress_records(samples))
         return sum(bits) / sum(sizes)
@@ -293,23 +329,32 @@ def test_runs_without_a_difference_are_seldom_said_to_differ(workspace, tmp_path
     for _ in range(pairs):
         drawn = []
         for run in runs:
-            curves = {domain: {0: draw(run, 0, domain), 5120: draw(run, 10, domain)} for domain in ("code", "math")}
+            curves = {
+                domain: {0: draw(run, 0, domain), 5120: draw(run, 10, domain)}
+                for domain in ("code", "math")
+            }
             drawn.append(replace(run, curves=curves))
             for task in eval_folder.FORGOTTEN:
                 eval_folder.task_path(run.config.run_dir, 10, task).unlink(missing_ok=True)
                 write_task(run.config, 10, task, [float(chance.random() < 0.4) for _ in range(60)])
         (said,) = comparison(drawn)
-        learned, forgot, *_, kept = said.partition(". One seed")[0].partition("tokens: ")[2].split("; ")
+        learned, forgot, *_, kept = (
+            said.partition(". One seed")[0].partition("tokens: ")[2].split("; ")
+        )
         claims["learned"] += "no difference measured" not in learned
         claims["forgot"] += "no difference measured" not in forgot
         claims["kept"] += "no difference measured" not in kept
     print(claims)
     assert all(claimed <= 0.08 * pairs for claimed in claims.values()), claims
-    assert all(claimed >= 0.01 * pairs for claimed in claims.values()), claims  # nor is nothing ever said
+    assert all(claimed >= 0.01 * pairs for claimed in claims.values()), (
+        claims
+    )  # nor is nothing ever said
 
 
 def test_a_difference_of_thrice_its_interval_is_said(workspace, tmp_path):
-    found = ratio([size * wave for size, wave in zip(SIZES, [0.3, 0.28, 0.31, 0.29, 0.3, 0.31])], SIZES)
+    found = ratio(
+        [size * wave for size, wave in zip(SIZES, [0.3, 0.28, 0.31, 0.29, 0.3, 0.31])], SIZES
+    )
     assert verdicts.verdict(found) == verdicts.MORE
 
 

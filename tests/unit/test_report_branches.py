@@ -19,13 +19,20 @@ def branched(workspace, runs_dir, method, ends):
     """A trunk with scores at its start and after 10 steps, and branches of 3, 10 and 20 steps that have no start of their own."""
     name = "lora" if method else "full"
     changes = [*method, f"schedule.warmup_tokens={4 * STEP}"]
-    milestones = [f"train.branches=[{','.join(str(steps * STEP) for steps in BRANCHES)}]", f"train.tokens={16 * STEP}"]
-    trunk = started(workspace, runs_dir, name, *changes, *milestones, f"checkpoint.milestones=[{10 * STEP}]")
+    milestones = [
+        f"train.branches=[{','.join(str(steps * STEP) for steps in BRANCHES)}]",
+        f"train.tokens={16 * STEP}",
+    ]
+    trunk = started(
+        workspace, runs_dir, name, *changes, *milestones, f"checkpoint.milestones=[{10 * STEP}]"
+    )
     score(trunk.run_dir, 0, code=3.0, math=2.0)
     score(trunk.run_dir, 10, sign=-1.0, code=ends[10][0] + 0.3, math=ends[10][1] + 0.3)
     for steps, (code, math) in ends.items():
         tokens = f"train.tokens={steps * STEP}"
-        branch = started(workspace, runs_dir, f"{name}-{steps}", *changes, tokens, f"branch_of={trunk.run_dir}")
+        branch = started(
+            workspace, runs_dir, f"{name}-{steps}", *changes, tokens, f"branch_of={trunk.run_dir}"
+        )
         score(branch.run_dir, steps, sign=-1.0 if method else 0.5, code=code, math=math)
     return trunk
 
@@ -77,10 +84,22 @@ def test_points_have_a_kind_and_a_row(study):
 @pytest.mark.parametrize(
     ("schedule", "steps", "expected"),
     [
-        (["schedule.warmup_tokens=0"], (2, 8, 9, 10), ["trunk", "trunk", "cooling down", "cooled down"]),
+        (
+            ["schedule.warmup_tokens=0"],
+            (2, 8, 9, 10),
+            ["trunk", "trunk", "cooling down", "cooled down"],
+        ),
         (["schedule.cooldown_fraction=0"], (2, 10), ["trunk", "trunk"]),
-        (["schedule=cosine", f"schedule.warmup_tokens={2 * STEP}"], (2, 5, 10), ["trunk", "cooling down", "cooled down"]),
-        (["schedule=inverse_sqrt", f"schedule.warmup_tokens={2 * STEP}"], (2, 10), ["trunk", "trunk"]),
+        (
+            ["schedule=cosine", f"schedule.warmup_tokens={2 * STEP}"],
+            (2, 5, 10),
+            ["trunk", "cooling down", "cooled down"],
+        ),
+        (
+            ["schedule=inverse_sqrt", f"schedule.warmup_tokens={2 * STEP}"],
+            (2, 10),
+            ["trunk", "trunk"],
+        ),
     ],
 )
 def test_the_kind_follows_the_schedule(workspace, tmp_path, schedule, steps, expected):
@@ -120,7 +139,9 @@ def test_a_trunk_that_is_gone_is_named(study):
     runs = read_study(study)
     assert [run.gains() for run in runs if run.config.method.name == "lora"] == [{}] * 3
     blank = [sentence for sentence in comparison(runs) if "nothing to compare with" in sentence]
-    assert len(blank) == 3 and all(f"its trunk {study / 'lora'} is gone" in sentence for sentence in blank)
+    assert len(blank) == 3 and all(
+        f"its trunk {study / 'lora'} is gone" in sentence for sentence in blank
+    )
     assert format_table(table(runs))
 
 
@@ -128,7 +149,9 @@ def test_the_starts_of_a_branch_are_shown_with_its_scores(study):
     config = next(run.config for run in read_study(study) if run.config.name == "lora-10")
     lines = list(show_scores.table(config))
     assert re.search(r"^ +0  code ", "\n".join(lines), re.MULTILINE)
-    assert re.search(r"^ +10  code .* -0\.4000 ± 0\.\d+ \(-0\.\d+ to -0\.\d+\)", "\n".join(lines), re.MULTILINE)
+    assert re.search(
+        r"^ +10  code .* -0\.4000 ± 0\.\d+ \(-0\.\d+ to -0\.\d+\)", "\n".join(lines), re.MULTILINE
+    )
 
 
 def test_a_start_scored_in_a_branchs_own_folder_is_still_read(study):
@@ -157,14 +180,18 @@ def test_a_start_is_found_however_its_trunk_is_named(study, tmp_path, named):
         config["branch_of"] = str(study / "lora-20")
     else:
         other = study / "lora-10" / "config.json"
-        other.write_text(json.dumps(json.loads(other.read_text()) | {"branch_of": str(study / "lora-20")}))
+        other.write_text(
+            json.dumps(json.loads(other.read_text()) | {"branch_of": str(study / "lora-20")})
+        )
         config["branch_of"] = str(study / "lora-10")
     path.write_text(json.dumps(config))
     runs = {run.config.name: run for run in read_study(study)}
     said = comparison(list(runs.values()))
     if named in ("by a link", "branch of a branch"):
         assert runs["lora-20"].family == study / "lora" and runs["lora-20"].gains()
-        assert said[0].startswith("lora-20 (LoRA) beside full-20 (full), after 10,240 tokens: learned less")
+        assert said[0].startswith(
+            "lora-20 (LoRA) beside full-20 (full), after 10,240 tokens: learned less"
+        )
     else:
         assert not runs["lora-20"].gains()
         assert any("lora-20: nothing to compare with" in sentence for sentence in said)

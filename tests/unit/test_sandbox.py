@@ -45,7 +45,9 @@ class World:
         self.abstract.bind(f"\0retemper-{folder}")
         self.abstract.listen()
         self.abstract.setblocking(False)
-        self.victim = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(1000)"])
+        self.victim = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", "import time; time.sleep(1000)"]
+        )
         self.untouched = self.state()
 
     def prelude(self) -> str:
@@ -60,12 +62,18 @@ class World:
         stat = self.outside.stat() if self.outside.exists() else None
         victim = Path(f"/proc/{self.victim.pid}")
         return {
-            "outside": stat and (self.outside.read_text(), stat.st_mode, stat.st_mtime, stat.st_nlink),
+            "outside": stat
+            and (self.outside.read_text(), stat.st_mode, stat.st_mtime, stat.st_nlink),
             "files": sorted(str(path) for path in self.folder.rglob("*")),
             "callers": [self._called(self.server), self._called(self.abstract)],
             "victim": self.victim.poll(),
             "limits": (victim / "limits").read_text() if victim.exists() else "",
-            "place": (os.getpriority(os.PRIO_PROCESS, self.victim.pid), os.sched_getaffinity(self.victim.pid)) if victim.exists() else None,
+            "place": (
+                os.getpriority(os.PRIO_PROCESS, self.victim.pid),
+                os.sched_getaffinity(self.victim.pid),
+            )
+            if victim.exists()
+            else None,
             "left over": self.left_over(),
         }
 
@@ -137,10 +145,16 @@ def programs(world: World, sources: dict[str, str]) -> list[Program]:
     return [Program(world.prelude() + source, "assert PORT == PORT") for source in sources.values()]
 
 
-def judge(world: World, sources: dict[str, str], layers: Layers, limits: Limits = LIMITS) -> dict[str, str]:
+def judge(
+    world: World, sources: dict[str, str], layers: Layers, limits: Limits = LIMITS
+) -> dict[str, str]:
     """Name -> reason, of hostile programs of which none may pass, say the secret or leave a trace."""
     verdicts = dict(zip(sources, run_programs(programs(world, sources), limits, layers)))
-    assert not [name for name, verdict in verdicts.items() if verdict.passed or not verdict.reason or SECRET in verdict.reason]
+    assert not [
+        name
+        for name, verdict in verdicts.items()
+        if verdict.passed or not verdict.reason or SECRET in verdict.reason
+    ]
     assert world.state() == world.untouched
     return {name: verdict.reason for name, verdict in verdicts.items()}
 
@@ -149,17 +163,30 @@ def test_no_hostile_program_gets_through(world, layers):
     hostile = UNLEASHED | attacks.HARMFUL | attacks.ENDINGS
     reasons = judge(world, hostile, layers)
     assert len(reasons) > 70
-    expected = {"leave with 0": "no verdict", "sys.exit": "SystemExit", "segmentation fault": "signal: SIGSEGV"}
+    expected = {
+        "leave with 0": "no verdict",
+        "sys.exit": "SystemExit",
+        "segmentation fault": "signal: SIGSEGV",
+    }
     assert {name: reasons[name][: len(expected[name])] for name in expected} == expected
     # The worker goes on, and is right.
-    right, wrong = Program("def f(x): return x + 1", "assert f(1) == 2"), Program("def f(x): return x", "assert f(1) == 2")
-    assert [verdict.passed for verdict in run_programs([right, wrong, right], LIMITS, layers)] == [True, False, True]
+    right, wrong = (
+        Program("def f(x): return x + 1", "assert f(1) == 2"),
+        Program("def f(x): return x", "assert f(1) == 2"),
+    )
+    assert [verdict.passed for verdict in run_programs([right, wrong, right], LIMITS, layers)] == [
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("bubblewrap", [False, True])
 def test_no_program_takes_more_than_its_share(world, bubblewrap):
     layers = with_or_without(bubblewrap)
-    reasons = judge(world, attacks.EXHAUSTING, layers) | judge(world, attacks.IDLE, layers, replace(LIMITS, wall_seconds=1))
+    reasons = judge(world, attacks.EXHAUSTING, layers) | judge(
+        world, attacks.IDLE, layers, replace(LIMITS, wall_seconds=1)
+    )
     expected = {
         "fork bomb": "OSError",
         "memory bomb": "MemoryError",
@@ -196,7 +223,10 @@ def test_a_forger_passes_its_tests_and_is_found_by_the_control(name, monkeypatch
 
 
 def test_replaced_builtins_are_found():
-    program = Program("import builtins\nbuiltins.abs = lambda x: 0\ndef f(x): return 7", "assert abs(f(1) - 2) < 1e-6")
+    program = Program(
+        "import builtins\nbuiltins.abs = lambda x: 0\ndef f(x): return 7",
+        "assert abs(f(1) - 2) < 1e-6",
+    )
     assert run_programs([program], LIMITS, all_layers())[0].reason.startswith("forged")
 
 
@@ -246,12 +276,17 @@ import signal; signal.signal(signal.SIGALRM, lambda *_: results.append('rang'));
 
 
 def test_programs_run_on_all_cores_and_verdicts_keep_their_order():
-    naps = [Program(f"import time; time.sleep({(7 - place) / 10})", f"assert {place} % 2 == 0") for place in range(8)]
+    naps = [
+        Program(f"import time; time.sleep({(7 - place) / 10})", f"assert {place} % 2 == 0")
+        for place in range(8)
+    ]
     started = time.monotonic()
     verdicts = run_programs(naps, LIMITS, all_layers())
     assert [verdict.passed for verdict in verdicts] == [True, False] * 4
     if len(os.sched_getaffinity(0)) > 1:
-        assert time.monotonic() - started < 2.8 + 1.6 + 2  # all naps, those of the controls, and their starts, one after another
+        assert (
+            time.monotonic() - started < 2.8 + 1.6 + 2
+        )  # all naps, those of the controls, and their starts, one after another
 
 
 @pytest.mark.parametrize("bubblewrap", [False, True])
@@ -261,7 +296,9 @@ def test_a_program_dies_with_the_worker(tmp_path, bubblewrap):
         "from retemper.pipeline.evals.sandbox.run import *\nfrom retemper.pipeline.evals.sandbox.layers import Layers\n"
         f"run_programs([Program('import time; open(\"here\", \"w\"); time.sleep(1000)', '')], Limits(wall_seconds=1000), {used!r})"
     )
-    worker = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)})
+    worker = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}
+    )
     try:
         _wait(lambda: list(tmp_path.glob("*/here")))
         [folder] = tmp_path.iterdir()
@@ -321,7 +358,9 @@ def test_without_walls_nothing_runs_unless_it_is_asked_for(monkeypatch):
     find_layers.cache_clear()
     monkeypatch.setattr(layers_module.landlock, "abi", lambda: 0)
     monkeypatch.setattr(layers_module.shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match="no Landlock.*bubblewrap is not installed.*evals.unsafe_code=true"):
+    with pytest.raises(
+        UserError, match="no Landlock.*bubblewrap is not installed.*evals.unsafe_code=true"
+    ):
         find_layers()
     assert not find_layers(unsafe_code=True).landlock
     monkeypatch.undo()
@@ -333,7 +372,9 @@ def test_without_walls_nothing_runs_unless_it_is_asked_for(monkeypatch):
 
 
 def test_a_bubblewrap_that_is_refused_its_namespaces_is_not_used(tmp_path, monkeypatch):
-    (tmp_path / "bwrap").write_text("#!/bin/sh\necho bwrap: No permissions to create new namespace >&2\nexit 1\n")
+    (tmp_path / "bwrap").write_text(
+        "#!/bin/sh\necho bwrap: No permissions to create new namespace >&2\nexit 1\n"
+    )
     (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     find_layers.cache_clear()
@@ -347,17 +388,30 @@ def test_a_bubblewrap_that_is_refused_its_namespaces_is_not_used(tmp_path, monke
 
 def test_a_wall_that_cannot_be_put_up_is_an_error_and_no_verdict():
     with pytest.raises(UserError, match="could not be set up"):
-        run_programs([Program("", "")], replace(LIMITS, open_files=1), replace(all_layers(), bubblewrap=None))
+        run_programs(
+            [Program("", "")], replace(LIMITS, open_files=1), replace(all_layers(), bubblewrap=None)
+        )
 
 
 def test_the_numbers_of_system_calls_are_the_kernels():
     calls = seccomp.CALLS | seccomp.CHECKED_CALLS
-    for column, header in enumerate(["/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h"]):
+    for column, header in enumerate(
+        ["/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h"]
+    ):
         if not Path(header).exists():
             pytest.skip(f"{header} is not here: apt-get install linux-libc-dev")
-        text = Path(header).read_text().replace("__NR3264_", "__NR_").replace("__NR_fstatat", "__NR_newfstatat")
-        known = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+)\s+(\d+)", text)}
-        assert {name: numbers[column] for name, numbers in calls.items()} == {name: known.get(name) for name in calls}
+        text = (
+            Path(header)
+            .read_text()
+            .replace("__NR3264_", "__NR_")
+            .replace("__NR_fstatat", "__NR_newfstatat")
+        )
+        known = {
+            name: int(number) for name, number in re.findall(r"#define __NR_(\w+)\s+(\d+)", text)
+        }
+        assert {name: numbers[column] for name, numbers in calls.items()} == {
+            name: known.get(name) for name in calls
+        }
 
 
 @pytest.mark.parametrize("machine, architecture", [("x86_64", 0xC000003E), ("aarch64", 0xC00000B7)])
@@ -370,7 +424,9 @@ def test_the_filter_lets_through_what_it_names(machine, architecture):
     for number in set(range(600)) - set(checked.values()):
         assert _filtered(program, architecture, number) == (number in allowed)
     assert not _filtered(program, architecture ^ 1, min(allowed))
-    assert not _filtered(program, architecture, min(allowed) | 0x40000000)  # x86_64's other names for its calls
+    assert not _filtered(
+        program, architecture, min(allowed) | 0x40000000
+    )  # x86_64's other names for its calls
     for name, arguments, expected in (
         ("kill", [77, 9], True), ("kill", [78, 9], False), ("kill", [2**32 - 1, 9], False), ("tgkill", [77, 77, 6], True),
         ("tgkill", [1, 1, 9], False), ("clone", [0x3D0F00], True), ("clone", [17], False), ("clone", [0x3D0F00 | 0x10000000], False),
@@ -378,7 +434,10 @@ def test_the_filter_lets_through_what_it_names(machine, architecture):
         ("openat", [3, 0, os.O_RDONLY | os.O_CLOEXEC], True), ("openat", [3, 0, os.O_RDONLY | os.O_TRUNC], False),
         ("openat", [3, 0, os.O_WRONLY | os.O_CREAT | os.O_TRUNC], True), ("fcntl", [3, 1], True), ("fcntl", [3, 8], False), ("fcntl", [3, 10], False),
     ):  # fmt: skip
-        assert _filtered(program, architecture, checked[name], arguments) == expected, (name, arguments)
+        assert _filtered(program, architecture, checked[name], arguments) == expected, (
+            name,
+            arguments,
+        )
 
 
 def _filtered(program: bytes, architecture: int, number: int, arguments: list[int] = ()) -> bool:

@@ -22,10 +22,16 @@ def set_up(folder: Path, *, python: bool, **environment: str) -> subprocess.Comp
     for name in TOOLS:
         (tools / name).symlink_to(shutil.which(name))
     if python:
-        (tools / "python3.12").write_text(f'#!/bin/sh\nexec "{Path(sys.base_prefix, "bin", "python3.12")}" "$@"\n')
+        (tools / "python3.12").write_text(
+            f'#!/bin/sh\nexec "{Path(sys.base_prefix, "bin", "python3.12")}" "$@"\n'
+        )
         (tools / "python3.12").chmod(0o755)
     return subprocess.run(
-        [str(folder / ".ci" / "setup")], capture_output=True, text=True, timeout=120, env={"PATH": str(tools), **environment}
+        [str(folder / ".ci" / "setup")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PATH": str(tools), **environment},
     )
 
 
@@ -42,7 +48,11 @@ def test_without_python_312(tmp_path):
 
 
 def test_without_a_network(tmp_path):
-    nowhere = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0"}
+    nowhere = {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "http://127.0.0.1:9/",
+        "PIP_RETRIES": "0",
+    }
     assert "could not be fetched" in one_error(set_up(tmp_path, python=True, **nowhere))
     assert not (tmp_path / ".venv" / ".installed").exists()
 

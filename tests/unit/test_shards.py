@@ -43,14 +43,23 @@ def corpus(workspace, tmp_path_factory, client) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job_folder, "_BUCKET_BYTES", 25_000)
         source = {"kind": "text", "path": str(Path(email.__file__).parent), "glob": "**/*.py"}
-        tokenize(data_config(workspace, "faults", path=str(folder), source=source, compression="zstd", tasks=1), progress=False)
+        tokenize(
+            data_config(
+                workspace, "faults", path=str(folder), source=source, compression="zstd", tasks=1
+            ),
+            progress=False,
+        )
     for name, content in files(folder).items():
         client.put_object(Bucket="corpora", Key=f"faults/{name}", Body=content)
     return folder
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def content(path: str | Path, cache: Path | None = None) -> str:
@@ -64,7 +73,11 @@ def damage(content: bytes, kind: str, rng: random.Random) -> bytes | None:
         return None
     place = rng.randrange(len(content))
     return (
-        content[:place] if kind == "cut off" else content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
+        content[:place]
+        if kind == "cut off"
+        else content[:place]
+        + bytes([content[place] ^ 1 << rng.randrange(8)])
+        + content[place + 1 :]
     )
 
 
@@ -110,7 +123,13 @@ def test_damages_none_of_them_silent(corpus, tmp_path, client, count):
         assert time.monotonic() - started < 60
         client.put_object(Bucket="corpora", Key=f"faults/{name}", Body=whole[name])
         outcomes.setdefault(place, []).append(outcome)
-    print("\n", {place: {outcome: found.count(outcome) for outcome in set(found)} for place, found in outcomes.items()})
+    print(
+        "\n",
+        {
+            place: {outcome: found.count(outcome) for outcome in set(found)}
+            for place, found in outcomes.items()
+        },
+    )
     assert set(outcomes["cached"]) == {"right"}
     assert set(outcomes["store"]) == set(outcomes["index"]) == {"refused"}
 
@@ -142,7 +161,10 @@ def test_a_store_that_recovers_is_waited_for(corpus, tmp_path, store):
 def test_a_store_that_does_not_recover_ends_the_run(corpus, tmp_path, store, monkeypatch, fault):
     monkeypatch.setattr(stores, "_PATIENCE_SECONDS", 2)
     store.set(fault, of="shard.")
-    with pytest.raises(UserError, match=r"shard\.00000\.mds\.zstd could not be read for \d s .*goes on from the last checkpoint"):
+    with pytest.raises(
+        UserError,
+        match=r"shard\.00000\.mds\.zstd could not be read for \d s .*goes on from the last checkpoint",
+    ):
         content(REMOTE, tmp_path)
     store.set(None)
 
@@ -171,22 +193,40 @@ def copy_of(corpus: Path, folder: Path) -> Path:
     ("change", "said"),
     [
         *(
-            ({"raw_data": {"basename": name, "bytes": 1, "hashes": {"sha256": ""}}}, "it names the shard")
-            for name in ("../../escape.mds", "/etc/passwd", "00000/../../x.mds", "a\\b.mds", "00000/shard.00000.mds/../x")
+            (
+                {"raw_data": {"basename": name, "bytes": 1, "hashes": {"sha256": ""}}},
+                "it names the shard",
+            )
+            for name in (
+                "../../escape.mds",
+                "/etc/passwd",
+                "00000/../../x.mds",
+                "a\\b.mds",
+                "00000/shard.00000.mds/../x",
+            )
         ),
         ({"column_encodings": ["bytes", "pkl", "bytes"]}, "a column .* of type pkl"),
         ({"samples": None}, "do not trust it"),
     ],
 )
-def test_an_index_that_would_do_harm_is_refused_though_its_hash_is_right(corpus, tmp_path, change, said):
+def test_an_index_that_would_do_harm_is_refused_though_its_hash_is_right(
+    corpus, tmp_path, change, said
+):
     forged = copy_of(corpus, tmp_path / "forged")
     index = json.loads((forged / "train" / "index.json").read_text())
     index["shards"][0] |= change
     (forged / "train" / "index.json").write_text(json.dumps(index))
     manifest = find_manifest(str(forged))
-    manifest["files"]["train/index.json"] = hashlib.sha256((forged / "train" / "index.json").read_bytes()).hexdigest()
+    manifest["files"]["train/index.json"] = hashlib.sha256(
+        (forged / "train" / "index.json").read_bytes()
+    ).hexdigest()
     (forged / "manifest.json").write_text(seal(manifest))
-    with pytest.raises(UserError, match=f"not written by `retemper tokenize`, do not trust it: .*{said}" if "trust" not in said else said):
+    with pytest.raises(
+        UserError,
+        match=f"not written by `retemper tokenize`, do not trust it: .*{said}"
+        if "trust" not in said
+        else said,
+    ):
         TokenShards(forged, "train")
 
 
@@ -208,8 +248,18 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_disk_too_small_for_the_cache_is_refused_before_anything_is_fetched(workspace, corpus, small_disk):
-    config = load_config(overrides(workspace, "small", f"data.path={corpus}", "data.name=faults", f"data.cache_dir={small_disk}"))
+def test_a_disk_too_small_for_the_cache_is_refused_before_anything_is_fetched(
+    workspace, corpus, small_disk
+):
+    config = load_config(
+        overrides(
+            workspace,
+            "small",
+            f"data.path={corpus}",
+            "data.name=faults",
+            f"data.cache_dir={small_disk}",
+        )
+    )
     rank = Topology(0, 1, 1, 0, 0, 0, 0, 1, True, True, torch.device("cpu"))
     with pytest.raises(UserError, match=r"set data\.cache_dir to a larger disk"):
         TrainingBatches(config, rank, 0, 1)
@@ -218,5 +268,7 @@ def test_a_disk_too_small_for_the_cache_is_refused_before_anything_is_fetched(wo
 
 def test_too_little_shared_memory_is_refused_where_ranks_share_a_node(small_disk):
     _check_shared_memory(1, small_disk)
-    with pytest.raises(UserError, match="8 ranks on one node need 512: start the container with --ipc=host"):
+    with pytest.raises(
+        UserError, match="8 ranks on one node need 512: start the container with --ipc=host"
+    ):
         _check_shared_memory(8, small_disk)

@@ -33,13 +33,22 @@ def test_every_task_reads_its_real_files(shared_data):
     task = load("gsm8k", shared_data / "evals", temperature=0.5, top_p=0.9, max_new_tokens=7)
     assert task.config.num_fewshot == 5
     asked = {"temperature": 0.5, "top_p": 0.9, "max_gen_toks": 7, "do_sample": True}
-    assert asked.items() <= task.config.generation_kwargs.items() and "Question:" in task.config.generation_kwargs["until"]
+    assert (
+        asked.items() <= task.config.generation_kwargs.items()
+        and "Question:" in task.config.generation_kwargs["until"]
+    )
 
 
 BROKEN = {
     "hellaswag": ("hellaswag_validation.jsonl", {"query": "a", "choices": ["b"], "gold": 1}),
-    "winogrande": ("winogrande_validation.jsonl", {"sentence": "a _", "option1": "b", "option2": "c", "answer": "3"}),
-    "arc_challenge": ("arc_challenge_validation.jsonl", {"question": "a", "choices": {"text": ["b"], "label": ["A"]}, "answerKey": "B"}),
+    "winogrande": (
+        "winogrande_validation.jsonl",
+        {"sentence": "a _", "option1": "b", "option2": "c", "answer": "3"},
+    ),
+    "arc_challenge": (
+        "arc_challenge_validation.jsonl",
+        {"question": "a", "choices": {"text": ["b"], "label": ["A"]}, "answerKey": "B"},
+    ),
     "gsm8k": ("gsm8k_train.jsonl", {"question": "a", "answer": "7"}),
 }
 
@@ -64,8 +73,13 @@ def test_every_task_that_may_be_asked_of_files_can_be_read():
 def test_a_tokenizer_larger_than_its_model_is_refused(workspace):
     from retemper.pipeline.evals.run_tokenizer import load_tokenizer
 
-    data = SimpleNamespace(tokenizer=str(workspace / "data" / "tokenizer"), path=str(workspace / "data" / "code"))
-    assert len(load_tokenizer(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=300)))) == 300
+    data = SimpleNamespace(
+        tokenizer=str(workspace / "data" / "tokenizer"), path=str(workspace / "data" / "code")
+    )
+    assert (
+        len(load_tokenizer(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=300))))
+        == 300
+    )
     with pytest.raises(UserError, match="has 300 tokens, model.vocab_size is only 299"):
         load_tokenizer(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=299)))
 
@@ -76,18 +90,29 @@ def test_text_ends_with_the_token_that_completes_a_stop_string(workspace, monkey
     from retemper.pipeline.evals.run_tokenizer import load_tokenizer
     from retemper.pipeline.model.inference import Sampling
 
-    data = SimpleNamespace(tokenizer=str(workspace / "data" / "tokenizer"), path=str(workspace / "data" / "code"))
+    data = SimpleNamespace(
+        tokenizer=str(workspace / "data" / "tokenizer"), path=str(workspace / "data" / "code")
+    )
     tokenizer = load_tokenizer(SimpleNamespace(data=data, model=SimpleNamespace(vocab_size=300)))
-    words = tokenizer.encode("Questions: cafés and more\n\nQuestion: why?", add_special_tokens=False)
+    words = tokenizer.encode(
+        "Questions: cafés and more\n\nQuestion: why?", add_special_tokens=False
+    )
 
     def recite(_model, _topology, prompts, _draws, _sampling, ended):
-        return [words[: next(count for count in range(1, len(words) + 1) if ended(words[:count]))] for _ in prompts]
+        return [
+            words[: next(count for count in range(1, len(words) + 1) if ended(words[:count]))]
+            for _ in prompts
+        ]
 
     monkeypatch.setattr(team, "generate", recite)
     monkeypatch.setattr(team, "from_each_replica", lambda mine: [mine])
     config = SimpleNamespace(evals=SimpleNamespace(micro_batch_size=2), fp8_recipe=None)
-    alone = team.Team(config, SimpleNamespace(rank=0, data_parallel_rank=0, data_parallel_size=1), None)
-    [new] = alone.generate([np.array([1])], Sampling(99), [stop], tokenizer, tokenizer.eos_token_id, 1, "")
+    alone = team.Team(
+        config, SimpleNamespace(rank=0, data_parallel_rank=0, data_parallel_size=1), None
+    )
+    [new] = alone.generate(
+        [np.array([1])], Sampling(99), [stop], tokenizer, tokenizer.eos_token_id, 1, ""
+    )
     assert stop in tokenizer.decode(new) and stop not in tokenizer.decode(new[:-1])
 
 
@@ -108,7 +133,10 @@ def knowing(right: bool):
 
         def loglikelihood(self, requests, **_options):
             # So far apart that the length of an answer does not count.
-            return [(-1e-6 if (request.idx == right_place(request.doc)) == right else -1e6, False) for request in requests]
+            return [
+                (-1e-6 if (request.idx == right_place(request.doc)) == right else -1e6, False)
+                for request in requests
+            ]
 
         def generate_until(self, requests, **_options):
             return [request.doc["answer"] + "1" * (not right) for request in requests]
@@ -119,16 +147,34 @@ def knowing(right: bool):
 def right_place(doc: dict) -> int:
     if "gold" in doc:
         return doc["gold"]
-    return int(doc["answer"]) - 1 if "sentence" in doc else doc["choices"]["label"].index(doc["answerKey"])
+    return (
+        int(doc["answer"]) - 1
+        if "sentence" in doc
+        else doc["choices"]["label"].index(doc["answerKey"])
+    )
 
 
-@pytest.mark.parametrize(("name", "count"), {"hellaswag": 1000, "arc_challenge": 1172, "winogrande": 1267, "gsm8k": 1319}.items())
+@pytest.mark.parametrize(
+    ("name", "count"),
+    {"hellaswag": 1000, "arc_challenge": 1172, "winogrande": 1267, "gsm8k": 1319}.items(),
+)
 def test_right_answers_score_one_and_wrong_ones_nothing(name, count, workspace, shared_data):
     from retemper.pipeline.evals.harness import score_task
 
-    config = load_config(overrides(workspace, "gold", f"evals.tasks_dir={shared_data / 'evals'}", f"evals.tasks.{name}={{}}"))
+    config = load_config(
+        overrides(
+            workspace,
+            "gold",
+            f"evals.tasks_dir={shared_data / 'evals'}",
+            f"evals.tasks.{name}={{}}",
+        )
+    )
     for right in (True, False):
         scores, problems = score_task(name, config, knowing(right))
         assert scores["samples"] == count == len({problem["doc_id"] for problem in problems})
-        assert scores["cut_prompts"] == {"gsm8k": count, "winogrande": 0}.get(name, scores["cut_prompts"])
-        assert scores["score"] == right and {value["value"] for value in scores["metrics"].values()} == {right}
+        assert scores["cut_prompts"] == {"gsm8k": count, "winogrande": 0}.get(
+            name, scores["cut_prompts"]
+        )
+        assert scores["score"] == right and {
+            value["value"] for value in scores["metrics"].values()
+        } == {right}

@@ -30,13 +30,17 @@ def documents(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("documents")
     files = sorted(Path(email.__file__).parent.rglob("*.py"))
-    rows = [{"text": file.read_text(), "id": file.name} for file in files if file.read_text().strip()]
+    rows = [
+        {"text": file.read_text(), "id": file.name} for file in files if file.read_text().strip()
+    ]
     rows += rows[:3]
     lines = [json.dumps(row) + "\n" for row in rows]
     third = len(rows) // 3
     (folder / "a.jsonl").write_text("".join(lines[:third]))
     (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[third : third + 5]).encode()))
-    (folder / "c.jsonl.zst").write_bytes(zstandard.compress("".join(lines[third + 5 : 2 * third]).encode()))
+    (folder / "c.jsonl.zst").write_bytes(
+        zstandard.compress("".join(lines[third + 5 : 2 * third]).encode())
+    )
     pq.write_table(pa.Table.from_pylist(rows[2 * third :]), folder / "d.parquet", row_group_size=2)
     return folder
 
@@ -49,7 +53,12 @@ def small_parts(monkeypatch):
 
 def rows_config(workspace, documents: Path, path: Path, **changes):
     source = {"kind": "rows", "path": str(documents)}
-    return data_config(workspace, "rows", path=str(path), **{"source": source, "compression": "zstd", "tasks": 1} | changes)
+    return data_config(
+        workspace,
+        "rows",
+        path=str(path),
+        **{"source": source, "compression": "zstd", "tasks": 1} | changes,
+    )
 
 
 def folder_hash(folder: Path) -> str:
@@ -57,7 +66,10 @@ def folder_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            digest.update(f"{path.relative_to(folder)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+            digest.update(
+                f"{path.relative_to(folder)}\n".encode()
+                + hashlib.sha256(path.read_bytes()).digest()
+            )
     return digest.hexdigest()
 
 
@@ -70,13 +82,26 @@ def test_the_same_bytes_for_one_two_and_five_tasks(workspace, documents, tmp_pat
     for packing in ("concat", "best_fit"):
         hashes = {}
         for tasks in (1, 2, 5) if packing == "concat" else (1, 2):
-            corpus = rows_config(workspace, documents, tmp_path / f"{packing}{tasks}", tasks=tasks, packing=packing)
+            corpus = rows_config(
+                workspace, documents, tmp_path / f"{packing}{tasks}", tasks=tasks, packing=packing
+            )
             manifest = tokenize(corpus, progress=False)
             hashes[tasks] = folder_hash(Path(corpus.path))
         assert len(set(hashes.values())) == 1, hashes
-        assert len({line["path"] for line in map(json.loads, (Path(corpus.path) / "sources.jsonl").open())}) == 4
+        assert (
+            len(
+                {
+                    line["path"]
+                    for line in map(json.loads, (Path(corpus.path) / "sources.jsonl").open())
+                }
+            )
+            == 4
+        )
         kept = sum(counts["documents"] for counts in manifest["splits"].values())
-        assert manifest["documents_read"] == kept + sum(manifest["dropped"].values()) and manifest["dropped"]["duplicate"] == 3
+        assert (
+            manifest["documents_read"] == kept + sum(manifest["dropped"].values())
+            and manifest["dropped"]["duplicate"] == 3
+        )
     assert len(list((Path(corpus.path) / "train").iterdir())) > 3
 
 
@@ -90,26 +115,39 @@ def test_parts_cover_every_record_once(documents, monkeypatch):
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_a_budget_takes_the_first_documents_in_order(workspace, documents, tmp_path, small_parts, packing):
+def test_a_budget_takes_the_first_documents_in_order(
+    workspace, documents, tmp_path, small_parts, packing
+):
     """concat cuts the last of them, best_fit leaves it out; what is counted is what was written."""
     chosen = {}
-    total = tokenize(rows_config(workspace, documents, tmp_path / "None", packing=packing), progress=False)["splits"]["train"]["samples"]
+    total = tokenize(
+        rows_config(workspace, documents, tmp_path / "None", packing=packing), progress=False
+    )["splits"]["train"]["samples"]
     for samples in (None, total * 2 // 3, total // 3):
         tokens = None if samples is None else samples * SEQ_LENGTH + 63
-        corpus = rows_config(workspace, documents, tmp_path / f"{samples}", tokens=tokens, packing=packing)
+        corpus = rows_config(
+            workspace, documents, tmp_path / f"{samples}", tokens=tokens, packing=packing
+        )
         manifest = tokenize(corpus, progress=False)
         if samples:
             shards, train = TokenShards(corpus.path, "train"), manifest["splits"]["train"]
-            assert train["samples"] == len(shards) and (len(shards) == samples or packing == "best_fit" and len(shards) < samples)
+            assert train["samples"] == len(shards) and (
+                len(shards) == samples or packing == "best_fit" and len(shards) < samples
+            )
             assert manifest["dropped"]["beyond_budget"] > 0
             written = shards.samples(np.arange(len(shards)))
             assert train["tokens"] == written.values("lengths").sum()
             token_bytes = np.load(f"{corpus.path}/token_bytes.npy")
-            assert train["bytes"] == token_bytes[written.tokens_NT].sum()  # padding is end-of-text, which stands for no bytes
+            assert (
+                train["bytes"] == token_bytes[written.tokens_NT].sum()
+            )  # padding is end-of-text, which stands for no bytes
         chosen[samples] = documents_of(corpus.path)
     assert chosen[total // 3] < chosen[total * 2 // 3] < chosen[None]
     with pytest.raises(UserError, match=r"samples of 64, the corpus has [\d,]+"):
-        tokenize(rows_config(workspace, documents, tmp_path / "more", tokens="1B", packing=packing), progress=False)
+        tokenize(
+            rows_config(workspace, documents, tmp_path / "more", tokens="1B", packing=packing),
+            progress=False,
+        )
 
 
 def test_the_seed_moves_documents_but_not_the_held_out_ones(workspace, documents, tmp_path):
@@ -117,11 +155,15 @@ def test_the_seed_moves_documents_but_not_the_held_out_ones(workspace, documents
     for corpus in paths:
         tokenize(corpus, progress=False)
     first, second = (TokenShards(corpus.path, "train") for corpus in paths)
-    assert not np.array_equal(first.samples(np.arange(5)).tokens, second.samples(np.arange(5)).tokens)
+    assert not np.array_equal(
+        first.samples(np.arange(5)).tokens, second.samples(np.arange(5)).tokens
+    )
     assert documents_of(paths[0].path, "heldout") == documents_of(paths[1].path, "heldout")
 
 
-def test_a_restart_keeps_finished_parts_and_reads_changed_files_again(workspace, documents, tmp_path, small_parts, monkeypatch):
+def test_a_restart_keeps_finished_parts_and_reads_changed_files_again(
+    workspace, documents, tmp_path, small_parts, monkeypatch
+):
     source = tmp_path / "docs"
     shutil.copytree(documents, source)
     (source / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 999)[:-20])
@@ -135,7 +177,11 @@ def test_a_restart_keeps_finished_parts_and_reads_changed_files_again(workspace,
         return {path: path.stat().st_mtime_ns for path in work.glob("parts/*/done.json")}
 
     before = finished()
-    unchanged = [path for path in sorted(before) if "cut.jsonl" not in (path.parent / "inputs.json").read_text()]
+    unchanged = [
+        path
+        for path in sorted(before)
+        if "cut.jsonl" not in (path.parent / "inputs.json").read_text()
+    ]
     first, second, *_ = (path for path in unchanged if [*path.parent.glob("*.ids")])
     next(first.parent.glob("*.ids")).unlink()  # deleted under it
     second.write_text("{half a mark")  # and damaged
@@ -181,13 +227,23 @@ def test_nothing_of_anyone_elses_is_touched(workspace, documents, tmp_path):
         else:
             tokenize(corpus, progress=False)
     assert sorted(path.name for path in mine.iterdir()) == ["manifest.json", "thesis.txt"]
-    for path, work_dir in ((documents / "out", None), (tmp_path / "new", tmp_path / "new" / "work")):
+    for path, work_dir in (
+        (documents / "out", None),
+        (tmp_path / "new", tmp_path / "new" / "work"),
+    ):
         with pytest.raises(UserError, match="outside of it|lie in each other"):
-            tokenize(rows_config(workspace, documents, path, work_dir=work_dir and str(work_dir)), progress=False)
+            tokenize(
+                rows_config(workspace, documents, path, work_dir=work_dir and str(work_dir)),
+                progress=False,
+            )
 
 
-def test_a_path_may_end_in_a_slash_and_another_configuration_never_replaces_a_damaged_corpus(workspace, documents, tmp_path):
-    corpus = rows_config(workspace, documents, tmp_path / "out").model_copy(update={"path": f"{tmp_path}/out/"})
+def test_a_path_may_end_in_a_slash_and_another_configuration_never_replaces_a_damaged_corpus(
+    workspace, documents, tmp_path
+):
+    corpus = rows_config(workspace, documents, tmp_path / "out").model_copy(
+        update={"path": f"{tmp_path}/out/"}
+    )
     tokenize(corpus, progress=False)
     (tmp_path / "out" / "train" / "index.json").unlink()
     with pytest.raises(UserError, match="data.seed: 17 -> 18"):
@@ -203,8 +259,16 @@ def test_links_are_followed_and_dangling_ones_named(workspace, documents, tmp_pa
     (source / "again").symlink_to(source)  # a circle
     (source / "run[1]" / "a.jsonl").symlink_to(documents / "a.jsonl")
     corpus = rows_config(workspace, source, tmp_path / "out")
-    whole = [document.text for document in read_documents(rows_config(workspace, documents, tmp_path).source)]
-    first = [document.text for document in read_documents(corpus.source.model_copy(update={"path": str(source / "run[1]" / "a.jsonl")}))]
+    whole = [
+        document.text
+        for document in read_documents(rows_config(workspace, documents, tmp_path).source)
+    ]
+    first = [
+        document.text
+        for document in read_documents(
+            corpus.source.model_copy(update={"path": str(source / "run[1]" / "a.jsonl")})
+        )
+    ]
     assert [document.text for document in read_documents(corpus.source)] == [*whole, *first]
     (source / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="gone.jsonl leads nowhere"):
@@ -213,10 +277,19 @@ def test_links_are_followed_and_dangling_ones_named(workspace, documents, tmp_pa
 
 def test_columns_that_are_called_like_ours_stay_the_rows(workspace, documents, tmp_path):
     (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps({"text": f"text {n} " * 50, "position": 7, "file": "x"}) + "\n" for n in range(9))
+        "".join(
+            json.dumps({"text": f"text {n} " * 50, "position": 7, "file": "x"}) + "\n"
+            for n in range(9)
+        )
     )
-    source = {"kind": "rows", "path": str(tmp_path / "rows.jsonl"), "metadata_keys": ["position", "file", "split"]}
-    corpus = rows_config(workspace, documents, tmp_path / "out", source=source, heldout_fraction=0.0)
+    source = {
+        "kind": "rows",
+        "path": str(tmp_path / "rows.jsonl"),
+        "metadata_keys": ["position", "file", "split"],
+    }
+    corpus = rows_config(
+        workspace, documents, tmp_path / "out", source=source, heldout_fraction=0.0
+    )
     assert tokenize(corpus, progress=False)["splits"]["train"]["documents"] == 9
     assert len(documents_of(corpus.path)) == 9
 
@@ -224,19 +297,35 @@ def test_columns_that_are_called_like_ours_stay_the_rows(workspace, documents, t
 @pytest.mark.parametrize(
     ("lengths", "changes", "said"),
     [
-        ([400] * 5, {"heldout_fraction": 1e-9}, "is 0 documents, which fill no held-out sample of 64 tokens"),
-        ([100] * 20 + [1] * 9, {"heldout_fraction": 0.1, "seq_length": 4000}, "documents, which fill no held-out sample of 4000 tokens"),
+        (
+            [400] * 5,
+            {"heldout_fraction": 1e-9},
+            "is 0 documents, which fill no held-out sample of 64 tokens",
+        ),
+        (
+            [100] * 20 + [1] * 9,
+            {"heldout_fraction": 0.1, "seq_length": 4000},
+            "documents, which fill no held-out sample of 4000 tokens",
+        ),
         ([400] * 5, {"heldout_fraction": 1e-9, "packing": "best_fit"}, "is 0 documents"),
     ],
 )
-def test_a_held_out_split_without_a_sample_is_refused_unless_none_is_asked_for(workspace, tmp_path, lengths, changes, said):
+def test_a_held_out_split_without_a_sample_is_refused_unless_none_is_asked_for(
+    workspace, tmp_path, lengths, changes, said
+):
     texts = [f"number {number} " * length for number, length in enumerate(lengths)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     corpus = rows_config(workspace, tmp_path / "rows.jsonl", tmp_path / "out", **changes)
     with pytest.raises(UserError, match=said) as refused:
         tokenize(corpus, progress=False)
-    assert str(refused.value).startswith(f"data.heldout_fraction={changes['heldout_fraction']} of {tmp_path / 'rows.jsonl'} is ")
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"], "nothing is left that the advice would stumble over"
+    assert str(refused.value).startswith(
+        f"data.heldout_fraction={changes['heldout_fraction']} of {tmp_path / 'rows.jsonl'} is "
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"], (
+        "nothing is left that the advice would stumble over"
+    )
     without = corpus.model_copy(update={"heldout_fraction": 0.0})
     assert tokenize(without, progress=False)["splits"]["heldout"]["samples"] == 0
     shutil.rmtree(without.path)
@@ -258,7 +347,12 @@ def test_no_tokens_between_documents_is_refused(workspace, documents, tmp_path):
         tokenize(rows_config(workspace, documents, tmp_path / "out", eos=False), progress=False)
 
 
-PRESETS = {"starcoder_python": "starcoder", "openwebmath": "openwebmath", "magicoder_evol_instruct": "magicoder", "metamathqa": "metamath"}
+PRESETS = {
+    "starcoder_python": "starcoder",
+    "openwebmath": "openwebmath",
+    "magicoder_evol_instruct": "magicoder",
+    "metamathqa": "metamath",
+}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -275,7 +369,10 @@ def test_a_preset_runs_on_a_local_copy(preset, shared_data, tmp_path):
     train = manifest["splits"]["train"]
     assert manifest["documents_read"] == train["documents"] + sum(manifest["dropped"].values())
     tokenizer, shards = Tokenizer(data.tokenizer), TokenShards(data.path, "train")
-    rows = {json.loads(line)[data.source.text_key] for line in Path(data.source.path).read_text().splitlines()}
+    rows = {
+        json.loads(line)[data.source.text_key]
+        for line in Path(data.source.path).read_text().splitlines()
+    }
     if data.source.prompt is None:
         return
     assert 0 < train["padding_fraction"] < 0.05 and train["cut_documents"] == 0
@@ -286,7 +383,10 @@ def test_a_preset_runs_on_a_local_copy(preset, shared_data, tmp_path):
             text = tokenizer.backend.decode(ids[:-1].tolist(), skip_special_tokens=False)
             response = tokenizer.backend.decode(ids[prompt:-1].tolist(), skip_special_tokens=False)
             assert ids[-1] == tokenizer.eos_id and text.endswith(response)
-            assert text.startswith("Below is an instruction") and text.partition("### Response:\n")[2] in rows
+            assert (
+                text.startswith("Below is an instruction")
+                and text.partition("### Response:\n")[2] in rows
+            )
             assert response in rows or response.lstrip("\n") in rows
         assert (padding == tokenizer.eos_id).all()
 
@@ -299,13 +399,21 @@ def test_decontamination_drops_reworded_problems_and_nothing_else(shared_data, t
     }  # fmt: skip
     code = json.loads((evals / tasks["humaneval"]).read_text().splitlines()[5])
     question = json.loads((evals / tasks["gsm8k"]).read_text().splitlines()[0])
-    rows = [json.loads(line) for line in (shared_data / "samples" / "openwebmath_like.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (shared_data / "samples" / "openwebmath_like.jsonl").read_text().splitlines()
+    ]
     planted = {
-        "humaneval: HumanEval/5": "# my utilities\n" + code["prompt"].upper().replace("    ", "\t\t") + "    return 1\n",
-        "gsm8k: 0": "A nice puzzle!\n\n  " + question["question"].replace(" ", "\n ").replace("\u2019", "'").title(),
+        "humaneval: HumanEval/5": "# my utilities\n"
+        + code["prompt"].upper().replace("    ", "\t\t")
+        + "    return 1\n",
+        "gsm8k: 0": "A nice puzzle!\n\n  "
+        + question["question"].replace(" ", "\n ").replace("\u2019", "'").title(),
     }
     for place, text in zip((3, 500), planted.values()):
-        rows.insert(place, {"text": text, "url": f"https://planted/{place}", "date": "", "metadata": ""})
+        rows.insert(
+            place, {"text": text, "url": f"https://planted/{place}", "date": "", "metadata": ""}
+        )
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load_data_config(
         [
@@ -315,7 +423,10 @@ def test_decontamination_drops_reworded_problems_and_nothing_else(shared_data, t
         ]
     )  # fmt: skip
     manifest = tokenize(data, progress=False)
-    report = [json.loads(line) for line in (tmp_path / "out" / "contaminated.jsonl").read_text().splitlines()]
+    report = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "contaminated.jsonl").read_text().splitlines()
+    ]
     assert {line["problem"]: line["url"] for line in report} == {
         "humaneval: HumanEval/5": "https://planted/3",
         "gsm8k: 0": "https://planted/500",
@@ -328,7 +439,9 @@ def test_decontamination_drops_reworded_problems_and_nothing_else(shared_data, t
     assert found["humaneval"]["problems"] == 164 and found["gsm8k"]["problems"] == 1319
 
 
-def test_documents_and_shards_may_lie_in_s3(workspace, documents, tmp_path, store, small_parts, monkeypatch):
+def test_documents_and_shards_may_lie_in_s3(
+    workspace, documents, tmp_path, store, small_parts, monkeypatch
+):
     import boto3
 
     monkeypatch.chdir(tmp_path)
@@ -336,16 +449,33 @@ def test_documents_and_shards_may_lie_in_s3(workspace, documents, tmp_path, stor
     for path in documents.iterdir():
         client.upload_file(str(path), "corpora", f"docs/{path.name}")
     local = tokenize(rows_config(workspace, documents, tmp_path / "local"), progress=False)
-    corpus = rows_config(workspace, documents, tmp_path / "unused").model_copy(update={"path": "s3://corpora/shards"})
-    remote = corpus.model_copy(update={"source": corpus.source.model_copy(update={"path": "s3://corpora/docs"})})
+    corpus = rows_config(workspace, documents, tmp_path / "unused").model_copy(
+        update={"path": "s3://corpora/shards"}
+    )
+    remote = corpus.model_copy(
+        update={"source": corpus.source.model_copy(update={"path": "s3://corpora/docs"})}
+    )
     manifest = tokenize(remote, progress=False)
     assert manifest["fingerprint"] == local["fingerprint"] and manifest["splits"] == local["splits"]
     assert not list(tmp_path.glob("*.partial"))
-    shards = [item["Key"].removeprefix("shards/") for item in client.list_objects_v2(Bucket="corpora", Prefix="shards/train")["Contents"]]
-    assert sorted(shards) == sorted(str(path.relative_to(tmp_path / "local")) for path in (tmp_path / "local" / "train").rglob("*.*"))
+    shards = [
+        item["Key"].removeprefix("shards/")
+        for item in client.list_objects_v2(Bucket="corpora", Prefix="shards/train")["Contents"]
+    ]
+    assert sorted(shards) == sorted(
+        str(path.relative_to(tmp_path / "local"))
+        for path in (tmp_path / "local" / "train").rglob("*.*")
+    )
     assert tokenize(remote, progress=False) == manifest  # finished: nothing is read again
     one_file = corpus.source.model_copy(update={"path": "s3://corpora/docs/d.parquet"})
-    assert [document.text for document in read_documents(one_file)] == pq.read_table(documents / "d.parquet")["text"].to_pylist()
+    assert [document.text for document in read_documents(one_file)] == pq.read_table(
+        documents / "d.parquet"
+    )["text"].to_pylist()
     client.delete_object(Bucket="corpora", Key="shards/train/00000/shard.00000.mds.zstd")
     assert tokenize(remote, progress=False) == manifest  # made again
-    assert client.head_object(Bucket="corpora", Key="shards/train/00000/shard.00000.mds.zstd")["ContentLength"] > 0
+    assert (
+        client.head_object(Bucket="corpora", Key="shards/train/00000/shard.00000.mds.zstd")[
+            "ContentLength"
+        ]
+        > 0
+    )

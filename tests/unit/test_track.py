@@ -17,12 +17,17 @@ from retemper.pipeline.runs.eval_folder import write_result
 from retemper.pipeline.runs.leases import lease
 from retemper.pipeline.runs.track import TrainingTracker, mirror_scores
 
-BLOCK, HEADER = 32768, struct.Struct("<IHB")  # of LevelDB's log format: checksum, length, and whether it is whole, first, middle or last
+BLOCK, HEADER = (
+    32768,
+    struct.Struct("<IHB"),
+)  # of LevelDB's log format: checksum, length, and whether it is whole, first, middle or last
 
 
 @pytest.fixture
 def config(workspace, tmp_path):
-    return load_config(overrides(workspace, "tracked", f"runs_dir={tmp_path}", "track.wandb=offline"))
+    return load_config(
+        overrides(workspace, "tracked", f"runs_dir={tmp_path}", "track.wandb=offline")
+    )
 
 
 def records(path: Path):
@@ -56,10 +61,16 @@ def finished(path: Path) -> list[Record]:
 def told(config) -> list[dict]:
     """Every row of history, in the order of the processes that wrote them."""
     rows = []
-    for path in sorted(config.run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(
+        config.run_dir.glob("wandb/offline-run-*/run-*.wandb"),
+        key=lambda path: path.stat().st_mtime_ns,
+    ):
         for record in finished(path):
             if record.HasField("history"):
-                row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                row = {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.history.item
+                }
                 rows.append({key: value for key, value in row.items() if not key.startswith("_")})
     return rows
 
@@ -78,7 +89,11 @@ def test_scores_of_workers_come_once_whoever_may_write(config):
     for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0)):
         training.log({"step": step, "loss": loss})
     training.close()
-    first = [{"step": 1, "loss": 3.0}, {"evals/gsm8k/acc": 0.25, "step": 4}, {"evals/gsm8k/acc": 0.5, "step": 8}]
+    first = [
+        {"step": 1, "loss": 3.0},
+        {"evals/gsm8k/acc": 0.25, "step": 4},
+        {"evals/gsm8k/acc": 0.5, "step": 8},
+    ]
     assert told(config) == [*first, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.0}]
 
     mirror_scores(config)  # nothing is new
@@ -103,7 +118,9 @@ def test_an_error_is_told_to_nobody_and_replaced_by_scores(config):
     assert told(config) == [{"evals/gsm8k/acc": 0.25, "step": 4}]
 
 
-def test_a_killed_training_is_continued_at_once_and_mirrored_by_others_when_its_lease_is_over(config):
+def test_a_killed_training_is_continued_at_once_and_mirrored_by_others_when_its_lease_is_over(
+    config,
+):
     folder = config.run_dir / "wandb"
     folder.mkdir(parents=True)
     (folder / "training.lease.1").touch()  # as of a moment ago

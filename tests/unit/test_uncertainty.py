@@ -45,7 +45,12 @@ def test_impossible_counts_are_refused(n, c, k):
 # Newcombe 1998, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17, table I, method 3 (Wilson's score).
 @pytest.mark.parametrize(
     "passed, n, low, high",
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0000, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_the_interval_of_ones_and_zeros_is_wilsons(passed, n, low, high):
     found = estimate([1.0] * passed + [0.0] * (n - passed))
@@ -58,7 +63,9 @@ def test_problems_and_not_samples_are_counted():
     """Four problems of 50 samples of which all pass or none are four, and not two hundred."""
     whole = estimate([pass_at_k(50, c, 1) for c in (50, 50, 0, 0)])
     assert whole == estimate([1, 1, 0, 0])
-    assert whole.stderr == pytest.approx(math.sqrt(1 / 12))  # deviations of a half, four times: 1 / (4 - 1) / 4
+    assert whole.stderr == pytest.approx(
+        math.sqrt(1 / 12)
+    )  # deviations of a half, four times: 1 / (4 - 1) / 4
     mixed = estimate([0.2, 0.4, 0.6, 0.8])
     assert mixed.value == pytest.approx(0.5)
     assert mixed.stderr == pytest.approx(math.sqrt(0.2 / 3 / 4))
@@ -70,7 +77,11 @@ def test_problems_and_not_samples_are_counted():
 @pytest.mark.parametrize("score", [0.0, 1.0, 0.5])
 def test_equal_scores_have_an_interval_within_bounds(score):
     found = estimate([score] * 164)
-    assert found.stderr == 0 and 0 <= found.low <= score <= found.high <= 1 and found.high - found.low > 0.02
+    assert (
+        found.stderr == 0
+        and 0 <= found.low <= score <= found.high <= 1
+        and found.high - found.low > 0.02
+    )
 
 
 def test_the_interval_covers_what_it_says():
@@ -80,7 +91,8 @@ def test_the_interval_covers_what_it_says():
         for _ in range(drawn):
             # Problems' difficulties are spread widely: the mean of U² is a third.
             scores = [
-                pass_at_k(samples, sum(chance.random() < d for _ in range(samples)), 1) for d in (chance.random() ** 2 for _ in range(100))
+                pass_at_k(samples, sum(chance.random() < d for _ in range(samples)), 1)
+                for d in (chance.random() ** 2 for _ in range(100))
             ]
             found = estimate(scores)
             covered += found.low <= 1 / 3 <= found.high
@@ -158,10 +170,14 @@ def test_a_mean_of_independent_estimates_adds_their_variances():
 
 
 # Student's t that 2.5% exceed, as every table has it.
-@pytest.mark.parametrize("freedom, t", [(3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)])
+@pytest.mark.parametrize(
+    "freedom, t", [(3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)]
+)
 def test_students_interval_has_the_tables_quantile(freedom, t):
     found = student(Estimate(1.0, 0.5, 0.0, 2.0, freedom + 1))
-    assert (found.high - 1) / 0.5 == pytest.approx(t, rel=2e-3) and found.low == pytest.approx(2 - found.high)
+    assert (found.high - 1) / 0.5 == pytest.approx(t, rel=2e-3) and found.low == pytest.approx(
+        2 - found.high
+    )
 
 
 def test_of_one_problem_students_interval_is_unknown():

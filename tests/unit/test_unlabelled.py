@@ -31,7 +31,10 @@ BATCH = 8
 def stepped(workspace, state: TrainState, losses, masks, grad_norm: float = 1.0):
     """A training step on micro-batches of these losses, of the positions where the masks are 1; the model is stood in for."""
     sums = [
-        {"loss": (torch.tensor(loss) * torch.tensor(mask)).sum(), "tokens": torch.tensor(mask).sum().int()}
+        {
+            "loss": (torch.tensor(loss) * torch.tensor(mask)).sum(),
+            "tokens": torch.tensor(mask).sum().int(),
+        }
         for loss, mask in zip(losses, masks, strict=True)
     ]
     passes = mock.MagicMock(return_value=sums, model=[])
@@ -46,24 +49,41 @@ def stepped(workspace, state: TrainState, losses, masks, grad_norm: float = 1.0)
 def test_the_loss_of_a_step_is_over_its_labelled_tokens_and_there_is_none_over_none(workspace):
     state = TrainState()
     assert stepped(workspace, state, [[2.0, 4.0], [9.0, 9.0]], [[1.0, 1.0], [0.0, 0.0]]).loss == 3.0
-    result = stepped(workspace, state, [[2.0, 4.0], [9.0, 9.0]], [[0.0, 0.0], [0.0, 0.0]], grad_norm=0.0)
+    result = stepped(
+        workspace, state, [[2.0, 4.0], [9.0, 9.0]], [[0.0, 0.0], [0.0, 0.0]], grad_norm=0.0
+    )
     assert result.loss is None and result.grad_norm == 0.0
     assert (state.recent_losses, state.recent_grad_norms) == ([3.0], [1.0])
     state.recent_losses = [0.0] * 20
     assert stepped(workspace, state, [[0.0]], [[1.0]]).loss == 0.0, "a loss of zero is one"
 
 
-@pytest.mark.parametrize(("losses", "grad_norm"), [([[float("nan")]], 0.0), ([[float("inf")]], 0.0), ([[1.0]], float("nan"))])
+@pytest.mark.parametrize(
+    ("losses", "grad_norm"),
+    [([[float("nan")]], 0.0), ([[float("inf")]], 0.0), ([[1.0]], float("nan"))],
+)
 def test_what_is_no_number_is_an_anomaly_without_labels_too(workspace, losses, grad_norm):
     state = TrainState()
-    assert isinstance(stepped(workspace, state, losses, [[0.0]], grad_norm), Anomaly) and not state.recent_losses
+    assert (
+        isinstance(stepped(workspace, state, losses, [[0.0]], grad_norm), Anomaly)
+        and not state.recent_losses
+    )
 
 
-def followed(sizes: dict[str, int], shares: list[int], labelled, *, begin: int = 0, data: str = "stop") -> int:
+def followed(
+    sizes: dict[str, int], shares: list[int], labelled, *, begin: int = 0, data: str = "stop"
+) -> int:
     """The step after which a run over streams of these sizes is ended; labelled: step -> whether it had a label."""
-    order = Order(tuple(Stream(number, (size,), share) for number, (size, share) in enumerate(zip(sizes.values(), shares, strict=True))))
+    order = Order(
+        tuple(
+            Stream(number, (size,), share)
+            for number, (size, share) in enumerate(zip(sizes.values(), shares, strict=True))
+        )
+    )
     config = SimpleNamespace(data=SimpleNamespace(bad_shards=data))
-    unlabelled = Unlabelled(config, lambda samples: dict(zip(sizes, order.epochs(samples), strict=True)), begin)
+    unlabelled = Unlabelled(
+        config, lambda samples: dict(zip(sizes, order.epochs(samples), strict=True)), begin
+    )
     for step in range(begin // BATCH + 1, 1000):
         unlabelled.check(step, step * BATCH, has_loss=labelled(step))
     return step
@@ -83,7 +103,10 @@ def followed(sizes: dict[str, int], shares: list[int], labelled, *, begin: int =
     ],
 )
 def test_an_epoch_without_labels_ends_a_run(sizes, shares, labelled, begin, last):
-    with pytest.raises(UserError, match=rf"^step {last}: an epoch of the data \({', '.join(sizes)}\) has passed without one labelled"):
+    with pytest.raises(
+        UserError,
+        match=rf"^step {last}: an epoch of the data \({', '.join(sizes)}\) has passed without one labelled",
+    ):
         followed(sizes, shares, labelled, begin=begin)
 
 
@@ -109,14 +132,21 @@ def test_no_loss_is_absent_from_the_record_a_dash_in_the_line_and_warned_of_once
         log.step(StepResult(loss, 0.5, 1e-3, {}))
     said = capsys.readouterr().out
     assert said.count("warning: step 2 has no labelled token") == said.count("warning") == 1
-    assert re.findall(r"step +(\d+)  loss (\S+)  grad_norm", said) == [("1", "2.5000"), ("2", "-"), ("3", "0.0000"), ("4", "-")]
+    assert re.findall(r"step +(\d+)  loss (\S+)  grad_norm", said) == [
+        ("1", "2.5000"),
+        ("2", "-"),
+        ("3", "0.0000"),
+        ("4", "-"),
+    ]
     records = list(run_folder.read_metrics(log.config.run_dir))
     assert [record.get("loss", "absent") for record in records] == [2.5, "absent", 0.0, "absent"]
     assert all(record["grad_norm"] == 0.5 for record in records)
 
 
 def test_a_warning_comes_from_a_step_that_is_not_logged_too(log, capsys):
-    log.config = log.config.model_copy(update={"train": log.config.train.model_copy(update={"log_every_steps": 100})})
+    log.config = log.config.model_copy(
+        update={"train": log.config.train.model_copy(update={"log_every_steps": 100})}
+    )
     log.state.step = 3
     log.state.seconds = 1.0
     log.step(StepResult(None, 0.0, 1e-3, {}))

@@ -19,7 +19,13 @@ from retemper.pipeline.huggingface.source_folder import Weights
 from retemper.pipeline.schema.model import ModelConfig, RopeScaling
 
 MODEL = ModelConfig(
-    num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4, num_query_groups=2, vocab_size=50, max_sequence_length=32
+    num_layers=2,
+    hidden_size=16,
+    ffn_hidden_size=24,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=50,
+    max_sequence_length=32,
 )
 
 
@@ -42,22 +48,33 @@ def write_index(folder: Path, held: dict[str, torch.Tensor], **changes) -> None:
     for file, part in parts.items():
         save_file({name: held[name] for name in part}, folder / file)
     weight_map = {name: file for file, part in parts.items() for name in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map | changes}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map | changes})
+    )
 
 
 def test_a_sharded_folder_is_read_block_by_block(tmp_path):
     held = tensors()
     write_index(write(tmp_path / "m"), held)
     weights = Weights(tmp_path / "m")
-    assert weights.names == list(held) and weights.model == MODEL.model_copy(update={"head_size": 4})
+    assert weights.names == list(held) and weights.model == MODEL.model_copy(
+        update={"head_size": 4}
+    )
     name = "model.layers.1.mlp.down_proj.weight"
-    assert weights.read(name, (slice(None), slice(3, 9))).equal(held[name][:, 3:9]) and weights.dtype(name) == torch.float32
+    assert (
+        weights.read(name, (slice(None), slice(3, 9))).equal(held[name][:, 3:9])
+        and weights.dtype(name) == torch.float32
+    )
 
 
 def test_torch_files_are_read_as_tensors_alone(tmp_path):
     held = tensors()
     torch.save(held, write(tmp_path / "m") / "pytorch_model.bin")
-    assert Weights(tmp_path / "m").read("lm_head.weight", (slice(2, 5),)).equal(held["lm_head.weight"][2:5])
+    assert (
+        Weights(tmp_path / "m")
+        .read("lm_head.weight", (slice(2, 5),))
+        .equal(held["lm_head.weight"][2:5])
+    )
 
 
 class Evil:
@@ -71,7 +88,9 @@ class Evil:
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
-    torch.save(tensors() | {"evil": Evil(tmp_path / "ran")}, write(tmp_path / "m") / "pytorch_model.bin")
+    torch.save(
+        tensors() | {"evil": Evil(tmp_path / "ran")}, write(tmp_path / "m") / "pytorch_model.bin"
+    )
     with pytest.raises(UserError, match=r"pytorch_model.bin holds more than tensors"):
         Weights(tmp_path / "m")
     assert not (tmp_path / "ran").exists()
@@ -131,12 +150,18 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path, kind, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "the architecture GPT2LMHeadModel is not supported"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "the architecture GPT2LMHeadModel is not supported",
+        ),
         ({"architectures": None}, "the architecture none named is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope_scaling without low_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
+            "rope_scaling without low_freq_factor",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"logit_scale": 0.5}, "the unknown key logit_scale=0.5"),
         ({"vocab_size": -1}, "vocab_size"),
@@ -148,7 +173,9 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, said):
 
 
 def test_code_is_left_aside_for_those_who_trust_it_by_name(tmp_path):
-    folder = write(tmp_path / "m", tensors(), auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+    folder = write(
+        tmp_path / "m", tensors(), auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"}
+    )
     with pytest.raises(UserError, match="auto_map in config.json"):
         Weights(folder)
     assert Weights(folder, trusted=True).model.num_layers == 2
@@ -165,7 +192,10 @@ def test_the_command_refuses_and_leaves_nothing(tmp_path, capfd):
 def test_what_config_json_says_is_refused_before_ranks_start(tmp_path, capfd):
     folder = str(write(tmp_path / "m", tensors()))
     for arguments, said in (
-        ([folder, str(tmp_path / "base"), "parallel.tensor_parallel_size=3"], "does not divide model.num_attention_heads=4"),
+        (
+            [folder, str(tmp_path / "base"), "parallel.tensor_parallel_size=3"],
+            "does not divide model.num_attention_heads=4",
+        ),
         ([folder, folder], "exists already"),
         ([str(tmp_path), str(tmp_path / "base")], "no transformers folder"),
     ):
@@ -185,7 +215,9 @@ def test_the_same_weights_are_the_same_base_however_they_are_imported(tmp_path):
 @st.composite
 def models(draw):
     groups, size = draw(st.sampled_from([4, 8])), draw(st.sampled_from([1, 2, 4]))
-    scaling = st.builds(RopeScaling, kind=st.sampled_from(["linear", "llama3"]), factor=st.sampled_from([2.0, 8.0]))
+    scaling = st.builds(
+        RopeScaling, kind=st.sampled_from(["linear", "llama3"]), factor=st.sampled_from([2.0, 8.0])
+    )
     biased, normed = draw(st.sampled_from([(False, False), (True, False), (False, True)]))
     return size, ModelConfig(
         num_layers=draw(st.integers(1, 3)), hidden_size=draw(st.integers(1, 20)), ffn_hidden_size=size * draw(st.integers(1, 9)),
@@ -212,9 +244,18 @@ def megatron_shapes(model: ModelConfig, size: int) -> dict[str, tuple[int, ...]]
     if model.qkv_bias:
         layer["self_attention.linear_qkv.bias"] = (qkv,)
     if model.qk_norm:
-        layer |= dict.fromkeys(("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"), (head,))
-    shapes = {f"decoder.layers.{number}.{name}": shape for number in range(model.num_layers) for name, shape in layer.items()}
-    shapes |= {"decoder.final_layernorm.weight": (hidden,), "embedding.word_embeddings.weight": (vocab, hidden)}
+        layer |= dict.fromkeys(
+            ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"), (head,)
+        )
+    shapes = {
+        f"decoder.layers.{number}.{name}": shape
+        for number in range(model.num_layers)
+        for name, shape in layer.items()
+    }
+    shapes |= {
+        "decoder.final_layernorm.weight": (hidden,),
+        "embedding.word_embeddings.weight": (vocab, hidden),
+    }
     return shapes if model.tie_embeddings else shapes | {"output_layer.weight": (vocab, hidden)}
 
 
@@ -232,8 +273,14 @@ def test_the_blocks_of_all_ranks_hold_every_number_once(drawn):
                 assert there.shape == covered[block.here].shape
                 there += 1
                 covered[block.here] += 1
-            padding = max(0, (rank + 1) * shape[0] - model.vocab_size) if "embedding" in name or "output" in name else 0
-            assert (covered[: max(0, shape[0] - padding)] == 1).all() and not covered[max(0, shape[0] - padding) :].any()
+            padding = (
+                max(0, (rank + 1) * shape[0] - model.vocab_size)
+                if "embedding" in name or "output" in name
+                else 0
+            )
+            assert (covered[: max(0, shape[0] - padding)] == 1).all() and not covered[
+                max(0, shape[0] - padding) :
+            ].any()
     for name, counts in held.items():
         assert (counts == (size if name in replicated else 1)).all(), name
 
@@ -243,8 +290,14 @@ def test_the_blocks_of_all_ranks_hold_every_number_once(drawn):
 def test_a_config_comes_back_as_it_went(drawn):
     _, model = drawn
     linear = model.rope_scaling and model.rope_scaling.kind == "linear"
-    kept = RopeScaling(kind="linear", factor=model.rope_scaling.factor) if linear else model.rope_scaling
-    assert model_of(config_of(model, "float32"), Path("m")) == model.model_copy(update={"rope_scaling": kept})
+    kept = (
+        RopeScaling(kind="linear", factor=model.rope_scaling.factor)
+        if linear
+        else model.rope_scaling
+    )
+    assert model_of(config_of(model, "float32"), Path("m")) == model.model_copy(
+        update={"rope_scaling": kept}
+    )
 
 
 TIED = MODEL.model_copy(update={"tie_embeddings": True})

@@ -71,7 +71,16 @@ def run_programs(programs: Sequence[Program], limits: Limits, layers: Layers) ->
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         verdicts = pool.map(lambda program: _judge(program, limits, layers), programs)
         # disable=None: a bar on a terminal only.
-        return list(tqdm(verdicts, total=len(programs), desc="programs", leave=False, dynamic_ncols=True, disable=None))
+        return list(
+            tqdm(
+                verdicts,
+                total=len(programs),
+                desc="programs",
+                leave=False,
+                dynamic_ncols=True,
+                disable=None,
+            )
+        )
 
 
 def _judge(program: Program, limits: Limits, layers: Layers) -> Verdict:
@@ -101,7 +110,13 @@ def _start(request: dict, folder: str, layers: Layers) -> tuple[subprocess.Popen
         file.seek(0)
         command, environment = layers.command(folder), {"HOME": folder, "TMPDIR": folder}
         process = subprocess.Popen(
-            command, stdin=file, stdout=subprocess.DEVNULL, stderr=said, env=environment, cwd=folder, start_new_session=True
+            command,
+            stdin=file,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env=environment,
+            cwd=folder,
+            start_new_session=True,
         )
     return process, reading
 
@@ -157,14 +172,19 @@ def _kill(process: subprocess.Popen) -> None:
 
 def _verdict(said: bytes, stopped: str, nonce: bytes, status: int) -> Verdict:
     if not said.startswith(READY):
-        raise UserError(f"a generated program's sandbox could not be set up: {stopped or said.decode(errors='replace')[-500:] or status}")
+        raise UserError(
+            f"a generated program's sandbox could not be set up: {stopped or said.decode(errors='replace')[-500:] or status}"
+        )
     said = said.removeprefix(READY)
     if stopped:
         return Verdict(False, stopped)
     if said == nonce:
         return Verdict(True)
     if said:
-        return Verdict(False, "".join(c if c.isprintable() else " " for c in said.decode(errors="replace")[:200]))
+        return Verdict(
+            False,
+            "".join(c if c.isprintable() else " " for c in said.decode(errors="replace")[:200]),
+        )
     ended_by = -status if status < 0 else status - _SHELLS_SIGNAL
     if ended_by == signal.SIGXCPU:
         return Verdict(False, "cpu time: more than its limit")

@@ -10,7 +10,9 @@ import struct
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on every machine
 _VERSION = 1
 _PATH_BENEATH = 1
-_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_DIR, _REMOVE_FILE = (1 << bit for bit in range(6))
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_DIR, _REMOVE_FILE = (
+    1 << bit for bit in range(6)
+)
 _MAKE_DIR, _MAKE_REG, _MAKE_SYM, _TRUNCATE = 1 << 7, 1 << 8, 1 << 12, 1 << 14
 _RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # ABI -> how many rights on files it knows
 _TCP, _SCOPES = 0b11, 0b11  # bind and connect (ABI 4); abstract sockets and signals (ABI 6)
@@ -28,12 +30,16 @@ def restrict(version: int, readable: list[str], folder: str) -> None:
     """
     handled = (1 << _RIGHTS[min(version, 5)]) - 1
     network, scopes = _TCP * (version >= 4), _SCOPES * (version >= 6)
-    ruleset = _call(_CREATE_RULESET, struct.pack("QQQ", handled, network, scopes), ctypes.c_size_t(24), 0)
+    ruleset = _call(
+        _CREATE_RULESET, struct.pack("QQQ", handled, network, scopes), ctypes.c_size_t(24), 0
+    )
     try:
         for path in filter(os.path.exists, readable):
             _allow(ruleset, path, _READ_FILE | _READ_DIR * os.path.isdir(path))
         _allow(ruleset, os.devnull, _READ_FILE | _WRITE_FILE)
-        writing = _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _MAKE_SYM | _TRUNCATE
+        writing = (
+            _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _MAKE_SYM | _TRUNCATE
+        )
         _allow(ruleset, folder, (_READ_FILE | _READ_DIR | writing) & handled)
         _call(_RESTRICT_SELF, ruleset, 0)
     finally:

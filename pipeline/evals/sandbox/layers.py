@@ -21,8 +21,19 @@ _INSIDE = f"import sys; sys.path.append({str(_HERE.parent)!r}); from {_HERE.name
 READABLE = sorted(
     {
         *(str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "platstdlib")),
-        *(f"{root}/{lib}" for root in (sys.base_prefix, "", "/usr", "/usr/local") for lib in ("lib", "lib64")),
-        *("/etc/ld.so.cache", "/usr/share/zoneinfo", "/dev/urandom", "/dev/random", "/dev/zero", str(_HERE)),
+        *(
+            f"{root}/{lib}"
+            for root in (sys.base_prefix, "", "/usr", "/usr/local")
+            for lib in ("lib", "lib64")
+        ),
+        *(
+            "/etc/ld.so.cache",
+            "/usr/share/zoneinfo",
+            "/dev/urandom",
+            "/dev/random",
+            "/dev/zero",
+            str(_HERE),
+        ),
     }
 )
 
@@ -53,8 +64,16 @@ def find_layers(unsafe_code: bool = False) -> Layers:
     if not unsafe_code and not (layers.seccomp and (layers.landlock or layers.bubblewrap)):
         raise UserError(
             "generated programs are not run here, their generations are kept: "
-            + ("" if layers.seccomp else "this kernel takes no seccomp filter (or this is neither x86_64 nor aarch64); ")
-            + ("" if layers.landlock else "it has no Landlock (Linux 5.13 or later, `landlock` among its lsm=); ")
+            + (
+                ""
+                if layers.seccomp
+                else "this kernel takes no seccomp filter (or this is neither x86_64 nor aarch64); "
+            )
+            + (
+                ""
+                if layers.landlock
+                else "it has no Landlock (Linux 5.13 or later, `landlock` among its lsm=); "
+            )
             + (f"bubblewrap {why_not}; " if why_not else "")
             + "score them on a machine with seccomp and either of the two (apt-get install bubblewrap), or let them run "
             "with what protection there is by evals.unsafe_code=true"
@@ -69,10 +88,20 @@ def _working_bubblewrap() -> tuple[str | None, str]:
         return None, "is not installed"
     try:
         command = Layers(bubblewrap=path).command("/tmp", "pass")
-        tried = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PROBE_SECONDS)
+        tried = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_SECONDS,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, f"does not answer ({error})"
-    return (path, "") if tried.returncode == 0 else (None, f"does not work ({tried.stderr.strip()[-200:]})")
+    return (
+        (path, "")
+        if tried.returncode == 0
+        else (None, f"does not work ({tried.stderr.strip()[-200:]})")
+    )
 
 
 def _bubblewrap(path: str, folder: str) -> list[str]:
@@ -83,4 +112,16 @@ def _bubblewrap(path: str, folder: str) -> list[str]:
             command += ["--ro-bind-try", readable, readable]
     command += ["--bind", folder, folder, "--remount-ro", "/dev", "--remount-ro", "/"]
     # bwrap itself sets PWD.
-    return [*command, "--clearenv", "--setenv", "HOME", folder, "--setenv", "TMPDIR", folder, "--chdir", folder, "--"]
+    return [
+        *command,
+        "--clearenv",
+        "--setenv",
+        "HOME",
+        folder,
+        "--setenv",
+        "TMPDIR",
+        folder,
+        "--chdir",
+        folder,
+        "--",
+    ]

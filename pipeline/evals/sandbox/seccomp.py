@@ -49,7 +49,14 @@ CHECKED_CALLS: dict[str, tuple[int, int]] = {
     "tgkill": (234, 131),
 }
 _FCNTL_COMMANDS = (
-    *(fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL),
+    *(
+        fcntl.F_DUPFD,
+        fcntl.F_DUPFD_CLOEXEC,
+        fcntl.F_GETFD,
+        fcntl.F_SETFD,
+        fcntl.F_GETFL,
+        fcntl.F_SETFL,
+    ),
     *(fcntl.F_GETLK, fcntl.F_SETLK, fcntl.F_SETLKW),
 )
 _MACHINES = ("x86_64", "aarch64")
@@ -67,7 +74,10 @@ def available() -> bool:
     if os.uname().machine not in _MACHINES:
         return False
     libc = ctypes.CDLL(None, use_errno=True)
-    return libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, None, 0, 0) == -1 and ctypes.get_errno() == errno.EFAULT
+    return (
+        libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, None, 0, 0) == -1
+        and ctypes.get_errno() == errno.EFAULT
+    )
 
 
 def install() -> None:
@@ -75,7 +85,9 @@ def install() -> None:
     instructions = program(os.uname().machine, os.getpid())
     buffer = ctypes.create_string_buffer(instructions)
     # struct sock_fprog: the number of instructions, and where they are.
-    filter_ = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(instructions) // 8, ctypes.addressof(buffer)))
+    filter_ = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxQ", len(instructions) // 8, ctypes.addressof(buffer))
+    )
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, filter_, 0, 0):
         raise OSError(ctypes.get_errno(), "seccomp refuses its filter")
@@ -84,7 +96,12 @@ def install() -> None:
 def program(machine: str, pid: int) -> bytes:
     """The filter for process `pid` as BPF."""
     column = _MACHINES.index(machine)
-    lines = [_load(_ARCHITECTURE), _skip_if(_AUDIT_ARCHITECTURE[machine], 1), _return(_KILL), _load(_NUMBER)]
+    lines = [
+        _load(_ARCHITECTURE),
+        _skip_if(_AUDIT_ARCHITECTURE[machine], 1),
+        _return(_KILL),
+        _load(_NUMBER),
+    ]
     for numbers in CALLS.values():
         if numbers[column] is not None:
             lines += [_skip_if(numbers[column], 0, 1), _return(_ALLOW)]
@@ -100,7 +117,13 @@ def _checks(pid: int) -> dict[str, list[tuple[int, int, tuple[int, ...]]]]:
     threads, namespaces = 0x00010000, 0x7E020000  # CLONE_THREAD; every CLONE_NEW…
     return {
         # Not O_RDONLY | O_TRUNC: Landlock before ABI 3 takes it for reading.
-        "openat": [(4, os.O_ACCMODE | truncate, (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | truncate, os.O_RDWR | truncate))],
+        "openat": [
+            (
+                4,
+                os.O_ACCMODE | truncate,
+                (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | truncate, os.O_RDWR | truncate),
+            )
+        ],
         # Not F_SETOWN and F_SETSIG, by which a pipe sends any signal to anyone.
         "fcntl": [(2, _WHOLE, _FCNTL_COMMANDS)],
         # Threads but no processes. clone3, whose flags no filter can see, is refused, and libc falls back to this.
