@@ -44,7 +44,9 @@ class Problems:
         counts: dict[str, dict[str, int]],
     ):
         """grams: n -> (sorted hashes uint64 (grams,), index into names int32 (grams,)); counts: task -> problems, without_ngram."""
-        self.grams, self.names, self.counts = grams, names, counts
+        self.grams = grams
+        self.names = names
+        self.counts = counts
         self._bloom = {n: np.zeros(1 << _BLOOM_BITS, bool) for n in grams}
         for n, (hashes, _) in grams.items():
             self._bloom[n][hashes >> np.uint64(64 - _BLOOM_BITS)] = True
@@ -52,7 +54,9 @@ class Problems:
     @classmethod
     def read(cls, config: DecontaminateConfig) -> "Problems":
         """Index the problems of every task. Raises UserError where a file is missing or holds none."""
-        names, counts, found = [], {}, {}
+        names = []
+        counts = {}
+        found = {}
         for task, path in config.tasks.items():
             counts[task] = {"problems": 0, "without_ngram": 0}
             for row, problem in enumerate(_rows(task, path)):

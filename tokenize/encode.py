@@ -9,7 +9,8 @@ from datatrove.pipeline.base import PipelineStep
 from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.tokenize.encoder import load_encoder
 
-_BATCH_DOCUMENTS, _BATCH_BYTES = 512, 4 << 20
+_BATCH_DOCUMENTS = 512
+_BATCH_BYTES = 4 << 20
 
 
 class Encode(PipelineStep):
@@ -19,7 +20,9 @@ class Encode(PipelineStep):
 
     def __init__(self, tokenizer: Tokenizer, encoder: str, *, bos: bool, eos: bool):
         super().__init__()
-        self.folder, self.sha256, self.encoder = str(tokenizer.folder), tokenizer.sha256, encoder
+        self.folder = str(tokenizer.folder)
+        self.sha256 = tokenizer.sha256
+        self.encoder = encoder
         self.before = np.array([tokenizer.bos_id] if bos else [], tokenizer.dtype)
         self.after = np.array([tokenizer.eos_id] if eos else [], tokenizer.dtype)
 
@@ -59,12 +62,14 @@ def _common(prompt: np.ndarray, ids: np.ndarray) -> int:
 
 
 def batches(documents: DocumentsPipeline) -> Iterator[list[Document]]:
-    batch, size = [], 0
+    batch = []
+    size = 0
     for document in documents:
         batch.append(document)
         size += len(document.metadata["utf8"])
         if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_BYTES:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch

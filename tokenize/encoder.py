@@ -54,7 +54,8 @@ class Encoder:
             window = self._window(text, _character_start(text, max(0, start - _OVERLAP_BYTES)), end)
             if before:
                 if joint := _joint(before, window, cut):
-                    before, window = before.before(joint), window.after(joint)
+                    before = before.before(joint)
+                    window = window.after(joint)
                 else:  # what the windows hold is still the text, in other tokens than the whole would have at this one place
                     window = self._window(text, cut, end)
                 parts.append(before.ids.astype(self.tokenizer.dtype))
@@ -155,7 +156,8 @@ def _gigatoken(tokenizer: Tokenizer):
         if not texts:
             return []
         layout = backend.encode_batch(texts, parallel=False).layout
-        ids, ends = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
+        ids = np.asarray(layout.content.data)
+        ends = np.asarray(layout.offsets.data)
         return [ids[start:end] for start, end in zip(ends, ends[1:])]
 
     return encode

@@ -55,7 +55,8 @@ class _LocalExecutor(LocalPipelineExecutor):
             logging_dir=logging_dir,
             skip_completed=False,
         )
-        self.name, self.progress = stage.name, progress
+        self.name = stage.name
+        self.progress = progress
 
     def run(self) -> None:
         counters = shared_counters()

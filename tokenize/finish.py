@@ -32,7 +32,9 @@ class Finish(PipelineStep):
 
     def __init__(self, data: CorpusConfig, work: Path, tokenizer: str):
         super().__init__()
-        self.data, self.work, self.tokenizer = data, work, tokenizer
+        self.data = data
+        self.work = work
+        self.tokenizer = tokenizer
 
     def run(
         self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
@@ -42,11 +44,10 @@ class Finish(PipelineStep):
         yield from ()
 
     def _finish(self) -> None:
-        plan, out = job_folder.load_plan(self.work), self.work / "out"
-        parts, buckets = (
-            job_folder.all_parts_done(self.work, plan),
-            _finished_buckets(self.work, plan),
-        )
+        plan = job_folder.load_plan(self.work)
+        out = self.work / "out"
+        parts = job_folder.all_parts_done(self.work, plan)
+        buckets = _finished_buckets(self.work, plan)
         tokenizer = Tokenizer(self.tokenizer)
         splits = {
             split: _totals([done["counts"] for done in found]) for split, found in buckets.items()
@@ -178,7 +179,8 @@ def _totals(buckets: list[dict]) -> dict:
 
 def _merge_indexes(folder: Path, count: int) -> bytes:
     """index.json of a split from those of its buckets; returns a hash over what its samples hold, whatever the compression."""
-    shards, content = [], hashlib.sha256(folder.name.encode())
+    shards = []
+    content = hashlib.sha256(folder.name.encode())
     for number in range(count):
         for shard in json.loads((folder / f"{number:05d}" / "index.json").read_text())["shards"]:
             content.update(bytes.fromhex(shard["raw_data"]["hashes"]["sha256"]))

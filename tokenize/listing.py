@@ -84,7 +84,9 @@ def list_parts(source: SourceConfig, root: str, glob: str) -> list[list[FileRang
             f"data.source.path={source.path}: no file in {root} matches {glob} that data.source.kind={source.kind} reads; "
             "correct data.source.path or data.source.glob, or set data.source.kind=text for a tree of text files"
         )
-    parts, gathered, size = [], [], 0
+    parts = []
+    gathered = []
+    size = 0
     for file in files:
         if file.size > PART_BYTES // 4:  # its parts stay the same when other files come or go
             parts += [[piece] for piece in _ranges(file, source.kind)]
@@ -95,7 +97,8 @@ def list_parts(source: SourceConfig, root: str, glob: str) -> list[list[FileRang
         edge = hashlib.sha256(file.path.encode("utf-8", "surrogateescape")).digest()[0] < 32
         if (edge and size > PART_BYTES // 4) or size > PART_BYTES or len(gathered) == _PART_FILES:
             parts.append(gathered)
-            gathered, size = [], 0
+            gathered = []
+            size = 0
     return [*parts, gathered] if gathered else parts
 
 
@@ -145,7 +148,9 @@ def _walk(root: str, glob: str) -> dict[str, dict]:
     if (Path(root) / glob).is_file():
         names = [glob]
     else:
-        pattern, names, seen = re.compile(glob_translate(glob)), [], set()
+        pattern = re.compile(glob_translate(glob))
+        names = []
+        seen = set()
 
         def refuse(error: OSError):
             raise error

@@ -17,16 +17,12 @@ def concat(lengths: np.ndarray, seq_length: int) -> list[list[Piece]]:
     starts = ends - lengths
     samples = []
     for begin in range(0, int(ends[-1]) // seq_length * seq_length if len(ends) else 0, seq_length):
-        first, last = (
-            np.searchsorted(ends, begin, "right"),
-            np.searchsorted(ends, begin + seq_length, "left"),
-        )
+        first = np.searchsorted(ends, begin, "right")
+        last = np.searchsorted(ends, begin + seq_length, "left")
         pieces = []
         for document in range(first, last + 1):
-            piece_start, piece_end = (
-                max(begin, starts[document]),
-                min(begin + seq_length, ends[document]),
-            )
+            piece_start = max(begin, starts[document])
+            piece_end = min(begin + seq_length, ends[document])
             if piece_end > piece_start:
                 pieces.append(
                     (document, int(piece_start - starts[document]), int(piece_end - piece_start))
@@ -61,7 +57,8 @@ def best_fit(lengths: np.ndarray, seq_length: int, seed: int) -> list[list[Piece
                 del samples_with[room], rooms[at]
             samples[sample].append(piece)
         else:
-            room, sample = seq_length, len(samples)
+            room = seq_length
+            sample = len(samples)
             samples.append([piece])
         if room := room - piece[2]:
             if room not in samples_with:

@@ -40,7 +40,8 @@ def progress_bar(name: str, total: int, counters, *, show: bool):
     """A bar over finished tasks, with documents/s and tokens/s while they run; yields the function that a finished task calls."""
     from tqdm import tqdm
 
-    started, stop = time.monotonic(), threading.Event()
+    started = time.monotonic()
+    stop = threading.Event()
     with tqdm(
         total=total, desc=name, unit="part", file=sys.stderr, disable=not show, dynamic_ncols=True
     ) as bar:

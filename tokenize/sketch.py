@@ -89,12 +89,16 @@ def sketches(texts: list[bytes]) -> np.ndarray:
 
 def _joined(texts: list[bytes]) -> Iterator[tuple[list[int], list[bytes]]]:
     """Pieces of normalised texts, about SEGMENT_BYTES at once: (the text of each, the pieces)."""
-    owners, pieces, size = [], [], 0
+    owners = []
+    pieces = []
+    size = 0
     for number, text in enumerate(texts):
         for piece in map(normalised, segments(text.translate(LOWER_WORDS), _GRAM)):
             if pieces and size + len(piece) > SEGMENT_BYTES:
                 yield owners, pieces
-                owners, pieces, size = [], [], 0
+                owners = []
+                pieces = []
+                size = 0
             owners.append(number)
             pieces.append(piece + _BETWEEN)
             size += len(pieces[-1])
@@ -134,7 +138,8 @@ class HeldoutSketches:
     def of(cls, documents: np.ndarray, bins: np.ndarray) -> "HeldoutSketches":
         """Index documents by the bands of their sketches."""
         has_words = bins.any(axis=1)
-        documents, bins = documents[has_words], bins[has_words]
+        documents = documents[has_words]
+        bins = bins[has_words]
         bands = _bands(bins).reshape(-1)
         rows = np.repeat(np.arange(len(bins), dtype=np.int32), _BANDS)
         order = np.lexsort((rows, bands))

@@ -43,7 +43,8 @@ class DocumentReader(BaseDiskReader):
 
     def __init__(self, source: SourceConfig, root: str, *, replace_invalid: bool = False):
         super().__init__(root)
-        self.source, self.replace_invalid = source, replace_invalid
+        self.source = source
+        self.replace_invalid = replace_invalid
         self.columns = [
             *dict.fromkeys(
                 [source.text_key, *_COLUMN.findall(source.prompt or ""), *source.metadata_keys]

@@ -26,11 +26,9 @@ class Identify(PipelineStep):
 
     def __init__(self, *, seed: int, heldout_fraction: float, duplicates: bool):
         super().__init__()
-        self.key, self.heldout_fraction, self.duplicates = (
-            seed.to_bytes(8, "big"),
-            heldout_fraction,
-            duplicates,
-        )
+        self.key = seed.to_bytes(8, "big")
+        self.heldout_fraction = heldout_fraction
+        self.duplicates = duplicates
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for document in data:

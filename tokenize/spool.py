@@ -42,7 +42,8 @@ RECORD = np.dtype(
         ("bytes", "<u8"),
     ]
 )
-_PIECE_TOKENS, _PIECE_DOCUMENTS = 1 << 26, 1 << 18
+_PIECE_TOKENS = 1 << 26
+_PIECE_DOCUMENTS = 1 << 18
 
 
 class ReadPart(PipelineStep):
@@ -52,7 +53,8 @@ class ReadPart(PipelineStep):
 
     def __init__(self, work: Path, reader: DocumentReader):
         super().__init__()
-        self.work, self.reader = work, reader
+        self.work = work
+        self.reader = reader
 
     def run(
         self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
@@ -67,7 +69,9 @@ class Spool(PipelineStep):
 
     def __init__(self, work: Path, dtype: str, steps: list[PipelineStep]):
         super().__init__()
-        self.work, self.dtype, self.steps = work, np.dtype(dtype), steps
+        self.work = work
+        self.dtype = np.dtype(dtype)
+        self.steps = steps
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         part = load_plan(self.work).parts[rank]
@@ -82,7 +86,8 @@ class Spool(PipelineStep):
             if leftover.name != "inputs.json":
                 leftover.unlink()
         inputs = part_inputs(self.work, part)
-        digests, documents = [hashlib.sha256() for _ in inputs], [0] * len(inputs)
+        digests = [hashlib.sha256() for _ in inputs]
+        documents = [0] * len(inputs)
         for number, piece in enumerate(_pieces(data)):
             for document in piece:
                 digests[document.metadata["file"]].update(document.metadata["digest"])
@@ -118,7 +123,8 @@ class Spool(PipelineStep):
         with open(path.with_suffix(".ids"), "wb", buffering=1 << 20) as file:
             start = 0
             for number, document in enumerate(documents):
-                ids, about = document.metadata["token_ids"], document.metadata
+                ids = document.metadata["token_ids"]
+                about = document.metadata
                 file.write(ids.data)
                 digest = np.frombuffer(about["digest"], "<u8", 2)
                 index[number] = (
@@ -262,7 +268,8 @@ def _without_duplicates(bucket: Bucket, plan: Plan) -> Bucket:
 
 def _pieces(documents: DocumentsPipeline) -> Iterator[list[Document]]:
     """Documents in lists of so many tokens as memory may hold; at least one list of one document."""
-    piece, tokens = [], 0
+    piece = []
+    tokens = 0
     for batch in itertools.batched(documents, 64):
         piece += batch
         new = sum(len(document.metadata["token_ids"]) for document in batch)
@@ -270,7 +277,8 @@ def _pieces(documents: DocumentsPipeline) -> Iterator[list[Document]]:
         advance(documents=len(batch), tokens=new)
         if tokens >= _PIECE_TOKENS or len(piece) >= _PIECE_DOCUMENTS:
             yield piece
-            piece, tokens = [], 0
+            piece = []
+            tokens = 0
     if piece:
         yield piece
 

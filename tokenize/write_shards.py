@@ -28,7 +28,9 @@ class Choose(PipelineStep):
 
     def __init__(self, data: CorpusConfig, work: Path, dtype: str):
         super().__init__()
-        self.data, self.work, self.dtype = data, work, dtype
+        self.data = data
+        self.work = work
+        self.dtype = dtype
 
     def run(
         self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
@@ -83,7 +85,8 @@ def _within(bucket: Bucket, data: CorpusConfig, number: int, most: int) -> tuple
     documents = len(bucket.records)
     if samples <= most:
         return documents, samples, True
-    fits, exceeds = 0, documents
+    fits = 0
+    exceeds = documents
     while exceeds - fits > 1:
         middle = (fits + exceeds) // 2
         if fill(middle) <= most:
@@ -106,8 +109,11 @@ class WriteBucket(PipelineStep):
     ):
         """token_bytes: UTF-8 bytes that each token id stands for."""
         super().__init__()
-        self.data, self.work, self.dtype = data, work, dtype
-        self.padding_id, self.token_bytes = padding_id, token_bytes
+        self.data = data
+        self.work = work
+        self.dtype = dtype
+        self.padding_id = padding_id
+        self.token_bytes = token_bytes
         self.columns = {
             "tokens": f"ndarray:{dtype}:{data.seq_length}",
             "lengths": "bytes",
@@ -123,10 +129,8 @@ class WriteBucket(PipelineStep):
         split, number = plan.bucket_ids[rank]
         with job_folder.told(self.work):
             if job_folder.bucket_done(self.work, plan, split, number) is None:
-                limit, folder = (
-                    job_folder.read_limit(self.work, split, number),
-                    job_folder.bucket_folder(self.work, split, number),
-                )
+                limit = job_folder.read_limit(self.work, split, number)
+                folder = job_folder.bucket_folder(self.work, split, number)
                 done = self._write(plan, split, number, limit, folder)
                 done["fingerprint"] = plan.bucket_fingerprint(split, number, limit)
                 job_folder.write_done(
@@ -166,7 +170,8 @@ class WriteBucket(PipelineStep):
         """What was written, and what was left out and why. considered: the first documents, that were packed into samples."""
         lengths = bucket.records["length"].astype(np.int64)
         packed = {document for pieces in samples for document, _, _ in pieces}
-        held, pieces_of = Counter(), Counter()
+        held = Counter()
+        pieces_of = Counter()
         for document, _, count in (piece for pieces in written for piece in pieces):
             held[document] += count
             pieces_of[document] += 1
@@ -206,7 +211,8 @@ class WriteBucket(PipelineStep):
         return int(sum(self.token_bytes[ids].sum() for ids in ends))
 
     def _sample(self, bucket: Bucket, pieces: list[Piece]) -> dict:
-        tokens, position = np.full(self.data.seq_length, self.padding_id, self.dtype), 0
+        tokens = np.full(self.data.seq_length, self.padding_id, self.dtype)
+        position = 0
         for document, start, count in pieces:
             tokens[position : position + count] = bucket.tokens(document, start, count)
             position += count

@@ -192,7 +192,8 @@ class Checkpointer:
 
     def _trained_state(self) -> list[dict]:
         """What a checkpoint has of the model: what trains, and with delayed scaling the history that scales are taken from."""
-        delayed, full = self.config.fp8_recipe == "delayed", self.config.method.name == "full"
+        delayed = self.config.fp8_recipe == "delayed"
+        full = self.config.method.name == "full"
 
         def is_kept(key: str) -> bool:
             return delayed if _is_scaling(key) else full or is_adapter(key)

@@ -8,7 +8,8 @@ def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = ""
     """The keys whose values differ between two dumped configs, as "key: before -> after"."""
     changes = []
     for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
+        old = before.get(key)
+        new = after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             changes += changed_keys(old, new, f"{prefix}{key}.")
         elif old != new:

@@ -63,15 +63,18 @@ def _is_of(text: str, key: str) -> bool:
 
 def _with_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A run's config with presets and single values in place of its own."""
-    composed, changed = compose(overrides), copy.deepcopy(raw)
+    composed = compose(overrides)
+    changed = copy.deepcopy(raw)
     for section in ("evals", "parallel"):
         if presets := [text for text in overrides if text.startswith(f"{section}=")]:
             kept = {key: raw[section][key] for key in _KEPT} if section == "evals" else {}
             changed[section] = compose(presets)[section] | kept
     for *sections, key in (text.partition("=")[0].split(".") for text in overrides):
         if sections or key not in ("evals", "parallel"):
-            value, target = composed, changed
+            value = composed
+            target = changed
             for section in sections:
-                value, target = value[section], target.setdefault(section, {})
+                value = value[section]
+                target = target.setdefault(section, {})
             target[key] = value[key]
     return changed

@@ -109,7 +109,9 @@ def fp8_token_multiple(config: ModelSetup) -> int:
 
 
 def _fp8_conflicts(config: ModelSetup):
-    recipe, lora, tp = config.fp8_recipe, config.method.lora, config.parallel.tensor_parallel_size
+    recipe = config.fp8_recipe
+    lora = config.method.lora
+    tp = config.parallel.tensor_parallel_size
     if recipe is None:
         if config.fp8 != type(config.fp8)():
             yield f"fp8.* is set, but precision={config.precision}: take precision=fp8_delayed, fp8_tensorwise, fp8_blockwise or mxfp8"
@@ -148,7 +150,8 @@ def _fp8_conflicts(config: ModelSetup):
 
 
 def _fp8_batch_conflicts(config: Config):
-    parallel, multiple = config.parallel, fp8_token_multiple(config)
+    parallel = config.parallel
+    multiple = fp8_token_multiple(config)
     parts = parallel.context_parallel_size * (
         parallel.tensor_parallel_size if parallel.sequence_parallel else 1
     )
@@ -220,7 +223,8 @@ def _schedule_conflicts(schedule: ScheduleConfig):
 
 def beginning_conflicts(config: Config):
     """Yield what a run must not begin with; one that has begun with it goes on and is read."""
-    warmup, largest = config.schedule.warmup_tokens, largest_warmup(config)
+    warmup = config.schedule.warmup_tokens
+    largest = largest_warmup(config)
     if not config.branch_of and largest < warmup < length_of(config):
         yield (
             f"schedule.warmup_tokens={warmup} reaches into the cooldown, which begins after {largest} "

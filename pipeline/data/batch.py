@@ -106,7 +106,9 @@ def learned_tokens(samples: Samples, *, mask_documents: bool) -> tuple[np.ndarra
     lengths, prompts = (
         np.insert(pieces, ends, padding) for pieces in (lengths, prompts)
     )  # padding is all prompt
-    lengths, prompts = lengths[lengths > 0], prompts[lengths > 0]
+    some = lengths > 0
+    lengths = lengths[some]
+    prompts = prompts[some]
     starts = lengths.cumsum() - lengths
     learned = np.ones(len(samples.tokens), np.float32)
     learned[:: samples.seq_length] = 0  # nothing before them foretells them

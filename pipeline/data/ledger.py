@@ -21,7 +21,8 @@ class Ledger:
     """Notes the samples of each step of this rank, with data.ledger; those left out for a bad shard always."""
 
     def __init__(self, config: Config, topology: Topology):
-        self.config, self.topology = config, topology
+        self.config = config
+        self.topology = topology
         self._first_of_model = (
             topology.is_first_stage
             and topology.tensor_parallel_rank == topology.context_parallel_rank == 0
@@ -30,11 +31,9 @@ class Ledger:
 
     def record(self, step: int, data: StepData) -> None:
         """Note what the step numbered `step`, counted from 1, was made of."""
-        folder, place, file = (
-            self.config.run_dir,
-            self.topology,
-            f"rank-{self.topology.rank:05d}.jsonl",
-        )
+        folder = self.config.run_dir
+        place = self.topology
+        file = f"rank-{self.topology.rank:05d}.jsonl"
         if self.config.data.ledger and self._reads:
             peers = {
                 "data_parallel_rank": place.data_parallel_rank,
@@ -60,8 +59,10 @@ def verify(config: Config, began_at: int) -> str:
         raise UserError(
             f"{config.run_dir / run_folder.LEDGER} is empty: train with data.ledger=true from the start, then verify"
         )
-    streams, batch_size = Streams(config), config.train.global_batch_size
-    problems, counted = [], [np.zeros(0, np.int64)]
+    streams = Streams(config)
+    batch_size = config.train.global_batch_size
+    problems = []
+    counted = [np.zeros(0, np.int64)]
     for step in range(1, max(steps) + 1):
         ids, problem = _global_batch(steps.get(step, {}))
         consumed = (step - 1) * batch_size - began_at
@@ -73,7 +74,8 @@ def verify(config: Config, began_at: int) -> str:
     counts = np.bincount(
         np.concatenate(counted), minlength=sum(len(shards) for shards in streams.shards.values())
     )
-    lines, first = [], 0
+    lines = []
+    first = 0
     for name, epoch in streams.epochs(max(steps) * batch_size - began_at).items():
         size = len(streams.shards[name])
         times = counts[first : first + size]
@@ -123,7 +125,8 @@ def read_ledger(run_dir: Path) -> dict[int, np.ndarray]:
 
 
 def _range(times: np.ndarray) -> str:
-    low, high = int(times.min()), int(times.max())
+    low = int(times.min())
+    high = int(times.max())
     return f"{low} times" if low == high else f"{low} or {high} times"
 
 
@@ -167,7 +170,8 @@ def _global_batch(parts: dict[tuple[int, int], list[list[int]]]) -> tuple[np.nda
 def _difference(ids: np.ndarray, expected: np.ndarray) -> str | None:
     if np.array_equal(ids, expected):
         return None
-    missing, extra = np.setdiff1d(expected, ids), np.setdiff1d(ids, expected)
+    missing = np.setdiff1d(expected, ids)
+    extra = np.setdiff1d(ids, expected)
     if len(missing) or len(extra):
         return f"{len(missing)} samples are missing (as {missing[:3].tolist()}), {len(extra)} do not belong there (as {extra[:3].tolist()})"
     return "the right samples at other ranks than the order says"

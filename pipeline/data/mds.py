@@ -71,8 +71,10 @@ class Shard:
         """Raises ValueError (or TypeError, KeyError, AttributeError where it has another form) for what `retemper tokenize` does not write."""
         if (entry["version"], entry["format"]) != (2, "mds"):
             raise ValueError(f"it is of format {entry['format']}, version {entry['version']}")
-        raw, stored = entry["raw_data"], entry["zip_data"] or entry["raw_data"]
-        name, compression = raw["basename"], entry["compression"]
+        raw = entry["raw_data"]
+        stored = entry["zip_data"] or entry["raw_data"]
+        name = raw["basename"]
+        compression = entry["compression"]
         if not _NAMES.fullmatch(name) or stored["basename"] != name + (
             ".zstd" if compression else ""
         ):
@@ -115,7 +117,8 @@ class ShardFile:
     """The samples of an open, uncompressed shard. Threads may read at once."""
 
     def __init__(self, shard: Shard, file: BinaryIO):
-        self._shard, self._file = shard, file
+        self._shard = shard
+        self._file = file
         # The file: the number of samples, where each begins and the last ends (uint32), the columns as JSON, the samples.
         self._offsets = np.frombuffer(
             os.pread(file.fileno(), 4 * (shard.samples + 1), 4), "<u4"
@@ -124,21 +127,21 @@ class ShardFile:
 
     def read(self, numbers: list[int], into: Samples, rows: list[int]) -> None:
         """The samples of these numbers into those rows. A sample: the sizes of the columns that vary (uint32), then all columns."""
-        file, offsets, columns, tokens_NT = (
-            self._file.fileno(),
-            self._offsets,
-            self._shard.columns,
-            into.tokens_NT,
-        )
+        file = self._file.fileno()
+        offsets = self._offsets
+        columns = self._shard.columns
+        tokens_NT = into.tokens_NT
         has_prompts = any(column == "prompt_lengths" for column, _, _ in columns)
         for row, number in zip(rows, numbers, strict=True):
-            begin, end = offsets[number], offsets[number + 1]
+            begin = offsets[number]
+            end = offsets[number + 1]
             data = os.pread(file, end - begin, begin)
             if len(data) != end - begin:
                 raise UserError(
                     f"{self._file.name} was cut off while it was read: start again, and it is fetched anew"
                 )
-            sizes, place = iter(self._sizes.unpack_from(data)), self._sizes.size
+            sizes = iter(self._sizes.unpack_from(data))
+            place = self._sizes.size
             for column, kind, size in columns:
                 size = next(sizes) if size is None else size
                 if column == "tokens":

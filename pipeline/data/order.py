@@ -39,7 +39,8 @@ class Order:
     def batch(self, consumed_samples: int, count: int) -> np.ndarray:
         """Ids of the `count` samples after `consumed_samples`, int64 (count,), those of one lane side by side."""
         streams, positions = self._places(np.arange(consumed_samples, consumed_samples + count))
-        ids, lanes = np.empty(count, np.int64), np.empty(count)
+        ids = np.empty(count, np.int64)
+        lanes = np.empty(count)
         first = 0
         for number, stream in enumerate(self.streams):
             mine = streams == number
@@ -67,7 +68,8 @@ class Order:
 
     def _orders_of(self, number: int, epochs: list[int]) -> dict[int, np.ndarray]:
         """epoch -> order of a stream; those of its latest batch are kept, which is two where an epoch ends."""
-        kept, stream = self._latest.get(number, {}), self.streams[number]
+        kept = self._latest.get(number, {})
+        stream = self.streams[number]
         self._latest[number] = {
             epoch: kept[epoch] if epoch in kept else _epoch(stream.seed, epoch, stream.shard_sizes)
             for epoch in epochs
@@ -109,24 +111,26 @@ def _epoch(seed: int, epoch: int, shard_sizes: tuple[int, ...]) -> np.ndarray:
     place within a shard's length of its own shard (streaming's py1e has the idea).
     """
     sizes = np.array(shard_sizes, np.int64)
-    starts, total, reach = np.cumsum(sizes) - sizes, int(sizes.sum()), int(sizes.max())
+    starts = np.cumsum(sizes) - sizes
+    total = int(sizes.sum())
+    reach = int(sizes.max())
     dealt = np.argsort(_random(seed, 0).random_raw(len(sizes)), kind="stable")
     ends = np.cumsum(sizes[dealt])
     bits = _random(seed, 1 + int(epoch))
     count = _lanes(total)
     rounds = total // count  # lanes take turns; their lengths differ by one at most
-    order, last = np.empty(total, np.uint32 if total < 2**32 else np.int64), rounds * count
+    order = np.empty(total, np.uint32 if total < 2**32 else np.int64)
+    last = rounds * count
     for lane in range(count):
         begin, end = (total * edge // count for edge in (lane, lane + 1))
         cuts = np.unique(np.concatenate([[begin, end], ends[(ends > begin) & (ends < end)]]))
         spans = np.argsort(bits.random_raw(len(cuts) - 1), kind="stable")
         shards = np.searchsorted(ends, cuts[:-1], side="right")[spans]
-        firsts, lengths = (
-            starts[dealt[shards]] + cuts[:-1][spans] - (ends[shards] - sizes[dealt[shards]]),
-            np.diff(cuts)[spans],
-        )
+        firsts = starts[dealt[shards]] + cuts[:-1][spans] - (ends[shards] - sizes[dealt[shards]])
+        lengths = np.diff(cuts)[spans]
         after = np.cumsum(lengths)
-        low, high = np.maximum(after - lengths - reach, 0), np.minimum(after + reach, end - begin)
+        low = np.maximum(after - lengths - reach, 0)
+        high = np.minimum(after + reach, end - begin)
         uniform = (bits.random_raw(end - begin) >> np.uint64(11)) * 2.0**-53
         places = np.repeat(low, lengths) + np.repeat(high - low, lengths) * uniform
         ids = np.repeat(firsts - (after - lengths), lengths) + np.arange(end - begin)

@@ -73,7 +73,8 @@ class TrainingBatches:
 
     def __init__(self, config: Config, topology: Topology, consumed_samples: int, steps: int):
         """The `steps` steps of this data that follow `consumed_samples` of its samples. Raises UserError where a disk is too small."""
-        self.config, self.topology = config, topology
+        self.config = config
+        self.topology = topology
         batch_size = config.train.global_batch_size
         self._steps = iter(
             range(consumed_samples, consumed_samples + steps * batch_size, batch_size)
@@ -126,7 +127,8 @@ class TrainingBatches:
     def _read(self, consumed_samples: int) -> StepData:
         ids = self.streams.order.batch(consumed_samples, self.config.train.global_batch_size)
         mine = np.split(ids, self.topology.data_parallel_size)[self.topology.data_parallel_rank]
-        size, mask_documents = self.config.train.micro_batch_size, self.config.data.mask_documents
+        size = self.config.train.micro_batch_size
+        mask_documents = self.config.data.mask_documents
         if not self._reads:
             return StepData(
                 mine,
@@ -150,7 +152,8 @@ class TrainingBatches:
             for number in self.streams.shards[name].shards_of(numbers).tolist()
         }
         list(self._openers.map(self._open, sorted(wanted)))
-        samples, skipped = Samples(len(ids), self.config.data.seq_length), np.zeros(len(ids), bool)
+        samples = Samples(len(ids), self.config.data.seq_length)
+        skipped = np.zeros(len(ids), bool)
         for name, (rows, numbers) in located.items():
             shards = self.streams.shards[name]
             bad = np.isin(shards.shards_of(numbers), list(shards.bad))

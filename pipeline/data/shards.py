@@ -34,7 +34,8 @@ class TokenShards:
 
         Raises UserError where the corpus is missing or its index is not the one that was written.
         """
-        self.path, self.source = str(path), f"{path}/{split}"
+        self.path = str(path)
+        self.source = f"{path}/{split}"
         self.manifest = read_manifest(self.path)
         self._temporary = None if cache else tempfile.TemporaryDirectory(prefix="retemper-shards-")
         self._cache = Path(cache or self._temporary.name, split)

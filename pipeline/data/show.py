@@ -34,7 +34,8 @@ def show_step(
         )
     from retemper.pipeline.corpus.tokenizer import Tokenizer
 
-    streams, tokenizer = Streams(config), Tokenizer(config.data.tokenizer)
+    streams = Streams(config)
+    tokenizer = Tokenizer(config.data.tokenizer)
     sources = {name: _sources(shards.path) for name, shards in streams.shards.items()}
     ids = streams.order.batch(consumed, config.train.global_batch_size)[:samples]
     places = {
@@ -45,7 +46,8 @@ def show_step(
     for row, id in enumerate(ids):
         name, number = places[row]
         shards = streams.shards[name]
-        sample, [shard] = shards.samples(np.array([number])), shards.shards_of(np.array([number]))
+        sample = shards.samples(np.array([number]))
+        [shard] = shards.shards_of(np.array([number]))
         counted_T = learned_tokens(sample, mask_documents=config.data.mask_documents)[1][
             :-1
         ].astype(bool)

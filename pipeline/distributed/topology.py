@@ -47,7 +47,8 @@ def trust_extra_state() -> None:
 
 def check_world_size(config: ModelSetup) -> None:
     """Refuse, before any process group starts, a launch whose rank count is not the config's. Raises UserError."""
-    needed, got = config.parallel.world_size, launched_world_size() or 1
+    needed = config.parallel.world_size
+    got = launched_world_size() or 1
     if needed != got:
         sizes = config.parallel
         raise UserError(
@@ -146,7 +147,8 @@ def _join(torch) -> None:
 
 def _check_shared_memory(local_world_size: int, folder: str = "/dev/shm") -> None:
     """NCCL's ranks of one node talk through shared memory, and a container has 64 MiB of it unless told: a bus error later on."""
-    needed, free = local_world_size * 64 << 20, shutil.disk_usage(folder).free
+    needed = local_world_size * 64 << 20
+    free = shutil.disk_usage(folder).free
     if local_world_size > 1 and free < needed:
         raise UserError(
             f"{folder} has {free >> 20} MiB free, {local_world_size} ranks on one node need {needed >> 20}: "

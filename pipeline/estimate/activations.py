@@ -24,21 +24,19 @@ class Activations:
     def __init__(self, config: Config, micro_batch_size: int):
         model, parallel = config.model, config.parallel
         tp, self.context = parallel.tensor_parallel_size, parallel.context_parallel_size
-        self.config, self.element = config, bytes_of_element(config)
-        self.lora, self.full = config.method.lora, config.method.lora is None
+        self.config = config
+        self.element = bytes_of_element(config)
+        self.lora = config.method.lora
+        self.full = config.method.lora is None
         self.sequence = config.data.seq_length // self.context
         self.tokens = micro_batch_size * self.sequence
         self.own = self.tokens // (tp if parallel.sequence_parallel else 1)
         self.heads = model.num_attention_heads // tp
-        self.h, self.f, self.vocabulary = (
-            model.hidden_size,
-            model.ffn_hidden_size // tp,
-            config.padded_vocab_size // tp,
-        )
-        self.q, self.k = (
-            model.kv_channels * self.heads,
-            model.kv_channels * model.num_query_groups // tp,
-        )
+        self.h = model.hidden_size
+        self.f = model.ffn_hidden_size // tp
+        self.vocabulary = config.padded_vocab_size // tp
+        self.q = model.kv_channels * self.heads
+        self.k = model.kv_channels * model.num_query_groups // tp
         targets = self.lora.targets if self.lora else []
         self.adapted = not {"gate", "up"}.isdisjoint(targets)
         self.reads_product = (
@@ -52,17 +50,16 @@ class Activations:
 
     def moments(self, stage: int) -> list[tuple[int, int]]:
         """(kept for the backward pass, temporary) at those moments of a training step that may hold the most."""
-        parallel, last = (
-            self.config.parallel,
-            stage == self.config.parallel.pipeline_parallel_size - 1,
-        )
+        parallel = self.config.parallel
+        last = stage == self.config.parallel.pipeline_parallel_size - 1
         layers = self.config.model.num_layers // (
             parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size
         )
         hidden = self.own * self.h * self.element
         kept, again = self.of_layer(stage)
         # Each chunk of layers also holds what it gives on: to the pipeline, or to the final norm.
-        chunk, in_flight = layers * kept + hidden, chunks_in_flight(self.config, stage)
+        chunk = layers * kept + hidden
+        in_flight = chunks_in_flight(self.config, stage)
         activations = in_flight * chunk + self.constant(stage)
         if parallel.virtual_pipeline_parallel_size > 1:
             # The interleaved schedule receives what it works on next, an input and a gradient, and lets go of the gradient it sent then.
@@ -95,7 +92,9 @@ class Activations:
 
     def of_layer(self, stage: int) -> tuple[int, int]:
         """(kept of a layer of the stage for the backward pass, computed again in it)"""
-        attention, norm, ffn = self.attention(), self.norm("gate", "up"), self.feed_forward()
+        attention = self.attention()
+        norm = self.norm("gate", "up")
+        ffn = self.feed_forward()
         hidden = self.own * self.h * self.element
         return {
             "none": (attention + norm + ffn, 0),
@@ -150,10 +149,8 @@ class Activations:
     def adapters(self, adapted: list[str], parts: tuple[str, ...]) -> int:
         """What the adapters of a layer of these parts keep beside its input: hidden states, their factors where they are joined, and
         what DoRA computes with."""
-        features_in, features_out = (
-            self.features[adapted[0]][0],
-            sum(self.features[part][1] for part in parts),
-        )
+        features_in = self.features[adapted[0]][0]
+        features_out = sum(self.features[part][1] for part in parts)
         rank = len(adapted) * self.lora.rank * (2 if self.lora.pissa else 1)
         by_input = parts[0] in SHARDED_BY_INPUT
         tokens = self.own if by_input else self.tokens
@@ -233,7 +230,8 @@ class Activations:
         whether it is the label's, and in bf16 the softmax. Beside them hidden states, under sequence parallelism gathered,
         and their gradient. In the backward pass that, the labels' rows of the weight, and in float32 both terms and their sum.
         """
-        hidden, own = self.tokens * self.h, self.own * self.h
+        hidden = self.tokens * self.h
+        own = self.own * self.h
         states = own + (hidden if self.config.parallel.sequence_parallel else 0)
         logits = self.of_piece() * self.vocabulary * (5 if self.element == 4 else 9)
         return max((states + hidden) * self.element + logits, hidden * (2 * self.element + 3 * 4))

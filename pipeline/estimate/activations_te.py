@@ -47,7 +47,8 @@ class TransformerEngineActivations(Activations):
 
     def _of_equal_layers(self) -> tuple[int, int]:
         hidden = self.own * self.h * self.element
-        attention, ffn = self.attention(), self.norm("gate", "up") + self.feed_forward()
+        attention = self.attention()
+        ffn = self.norm("gate", "up") + self.feed_forward()
         # The norm is a part of the layer that is computed again, unless it stands apart from it:
         # then that layer's input is kept beside the norm's.
         apart = self.fused_adapters and self.adapted
@@ -138,7 +139,8 @@ class TransformerEngineActivations(Activations):
 
         Of that output, with scales of this step, bf16 is kept (backends.py, FusedAttnFunc).
         """
-        read, output = self.tokens * (self.q + 2 * self.k), self.tokens * self.q
+        read = self.tokens * (self.q + 2 * self.k)
+        output = self.tokens * self.q
         if not (self.config.fp8.attention and self.fp8):
             return (read + output) * self.element
         kept = output * self.element if self._keeps_output() else self.in_fp8(output)

@@ -31,7 +31,8 @@ def _layer(
     model: ModelConfig, lora: LoraConfig | None, seq_length: int, *, trains_before: bool
 ) -> int:
     """trains_before: whether something does before this layer, whose gradient passes through it."""
-    sizes, flops = linear_layers(model), 0
+    sizes = linear_layers(model)
+    flops = 0
     for names in _INPUTS:
         for name in names:
             features_in, features_out = sizes[name]

@@ -20,7 +20,8 @@ Weights = Counter[tuple[str, bool]]
 
 def parameter_counts(setup: ModelSetup) -> tuple[int, int]:
     """(trainable, frozen) elements of the whole model, the vocabulary's padding among them: model.build's, without building it."""
-    layers, model = _layer_weights(setup), setup.model
+    layers = _layer_weights(setup)
+    model = setup.model
     whole = Counter({kind: count * model.num_layers for kind, count in layers.items()})
     whole["base", True] += (
         setup.padded_vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
@@ -41,7 +42,9 @@ def _trainable_and_frozen(setup: ModelSetup, count: dict[str, int]) -> tuple[int
 
 
 def _layer_weights(setup: ModelSetup) -> Weights:
-    model, lora, count = setup.model, setup.method.lora, Counter()
+    model = setup.model
+    lora = setup.method.lora
+    count = Counter()
     sizes = linear_layers(model)
     count["base", True] = sum(
         features_in * features_out for features_in, features_out in sizes.values()
@@ -53,7 +56,8 @@ def _layer_weights(setup: ModelSetup) -> Weights:
         count["base", True] += sum(sizes[name][1] for name in ("q", "k", "v"))
     for target in lora.targets if lora else ():
         features_in, features_out = sizes[target]
-        A, B = lora.rank * features_in, lora.rank * features_out
+        A = lora.rank * features_in
+        B = lora.rank * features_out
         by_input = target in SHARDED_BY_INPUT
         for kind in ("adapters", "initial") if lora.pissa else ("adapters",):
             count[kind, by_input] += A
@@ -101,7 +105,8 @@ def worst_rank(config: Config, *, fused: bool = True) -> RankMemory:
 
 def rank_memory(config: Config, stage: int, *, fused: bool = True) -> RankMemory:
     """Of the ranks of one pipeline stage, counted from 0."""
-    parallel, element = config.parallel, bytes_of_element(config)
+    parallel = config.parallel
+    element = bytes_of_element(config)
     kind = TransformerEngineActivations if fused else Activations
     held = _stage_weights(config, stage)
     trainable, _ = _trainable_and_frozen(config, held)
@@ -172,7 +177,8 @@ def _stage_weights(config: ModelSetup, stage: int) -> dict[str, int]:
     model, parallel = config.model, config.parallel
     layers = model.num_layers // parallel.pipeline_parallel_size
     count = Counter({kind: elements * layers for kind, elements in _layer_weights(config).items()})
-    first, last = stage == 0, stage == parallel.pipeline_parallel_size - 1
+    first = stage == 0
+    last = stage == parallel.pipeline_parallel_size - 1
     # A last stage that is not the first holds a copy of a tied embedding.
     matrices = 1 if first and last and model.tie_embeddings else first + last
     count["base", True] += config.padded_vocab_size * model.hidden_size * matrices

@@ -58,7 +58,8 @@ def plan(config: Config, machine: Machine) -> Iterator[str]:
 
 
 def _layout(config: Config, machine: Machine) -> Iterator[str]:
-    parallel, layout = config.parallel, layout_of(config, machine.gpus_per_node)
+    parallel = config.parallel
+    layout = layout_of(config, machine.gpus_per_node)
     tp, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     yield (
         f"layout: {parallel.world_size} ranks on {layout.nodes} × {layout.ranks_per_node} GPUs: tensor {tp} × pipeline {stages} × "
@@ -67,7 +68,8 @@ def _layout(config: Config, machine: Machine) -> Iterator[str]:
     # megatron-core numbers ranks by tensor, context, data and pipeline position, the first fastest.
     of_stage = parallel.world_size // stages
     for stage in range(stages) if stages > 1 else ():
-        first, last = stage * of_stage, (stage + 1) * of_stage - 1
+        first = stage * of_stage
+        last = (stage + 1) * of_stage - 1
         nodes = f"{first // layout.ranks_per_node}" + (
             f"-{n}" if (n := last // layout.ranks_per_node) > first // layout.ranks_per_node else ""
         )
@@ -138,7 +140,8 @@ def _branches(config: Config) -> Iterator[str]:
 
 
 def _checkpoints(config: Config) -> str:
-    count, size = len(config.saved_steps), checkpoint_bytes(config)
+    count = len(config.saved_steps)
+    size = checkpoint_bytes(config)
     return f"checkpoints: {count} of {_size(size)}{', adapters alone' if config.method.lora else ''}, {_size(count * size)} in all"
 
 
@@ -150,7 +153,8 @@ def checkpoint_bytes(config: Config) -> int:
 
 def _data(config: Config) -> Iterator[str]:
     needed = config.steps * config.train.global_batch_size
-    window, of_window = config.data.mixture_window, samples_per_window(config)
+    window = config.data.mixture_window
+    of_window = samples_per_window(config)
     for name, path in stream_paths(config).items():
         samples = math.ceil(needed * of_window[name] / window)
         manifest = find_manifest(path)

@@ -62,7 +62,8 @@ def _begun_once(lm: TemplateLM) -> TemplateLM:
 
 def complete_problems(config: Config, task: str, lm: TemplateLM) -> bytes:
     """evals.tasks.TASK.repeats completions of every chosen problem, as generations.py keeps them."""
-    asked, code_task = config.evals.tasks[task], CODE_TASKS[task]
+    asked = config.evals.tasks[task]
+    code_task = CODE_TASKS[task]
     problems = read_problems(config, task)
     if chosen := chosen_problems(len(problems), asked.limit):
         problems = [problems[place] for place in chosen]

@@ -22,7 +22,8 @@ def score_task(name: str, config: Config, lm: TemplateLM) -> tuple[dict, list[di
     Raises UserError where the task or its files are not what they must be.
     """
     started = time.perf_counter()
-    task, asked = load_task(name, config.evals), config.evals.tasks[name]
+    task = load_task(name, config.evals)
+    asked = config.evals.tasks[name]
     chosen = chosen_problems(len(task.eval_docs), asked.limit)
     results = evaluate(
         lm,
@@ -30,7 +31,8 @@ def score_task(name: str, config: Config, lm: TemplateLM) -> tuple[dict, list[di
         samples={name: chosen} if chosen else None,
         bootstrap_iters=1000,
     )
-    metrics, problems = _metrics(results["results"][name]), results["samples"][name]
+    metrics = _metrics(results["results"][name])
+    problems = results["samples"][name]
     lengths = [[_lengths(lm, *request) for request in problem["arguments"]] for problem in problems]
     if task.OUTPUT_TYPE == "multiple_choice":
         metrics = _by_token_loss(task, problems, lengths) | metrics

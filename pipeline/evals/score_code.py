@@ -91,7 +91,8 @@ def _samples(records: list[dict], problems: dict, generations: Path, problems_pa
     """How many samples there are of each problem. Raises UserError where a record is unknown, double or missing."""
     seen = defaultdict(set)
     for record in records:
-        name, sample = record["task_id"], record["sample"]
+        name = record["task_id"]
+        sample = record["sample"]
         if name not in problems:
             raise UserError(
                 f"{generations}: problem {name} is not in {problems_path}: give the problems these were generated for"

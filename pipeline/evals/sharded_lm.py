@@ -25,7 +25,10 @@ class ShardedLM(TemplateLM):
     def __init__(self, team: Team, tokenizer: PreTrainedTokenizerFast, seed: int, label: str):
         """seed: of what is drawn in generation. label: of the progress bar."""
         super().__init__()
-        self.team, self.tokenizer, self.seed, self.label = team, tokenizer, seed, label
+        self.team = team
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.label = label
         self.max_length = team.config.model.max_sequence_length
 
     @property

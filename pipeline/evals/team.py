@@ -27,7 +27,9 @@ class Team:
     """A live sharded model. Rank 0 calls ask, and dismiss at the end; the other ranks serve."""
 
     def __init__(self, config: Config, topology: Topology, model: torch.nn.ModuleList):
-        self.config, self.topology, self.model = config, topology, model
+        self.config = config
+        self.topology = topology
+        self.model = model
         self.in_flight = False  # after an error: whether the other ranks are in the midst of it
 
     def ask(self, what: str, **arguments):
@@ -52,7 +54,8 @@ class Team:
     ) -> np.ndarray:
         """Of the last lengths[n] tokens of each sequence: log-likelihood in nats, and how many of them were not the likeliest, (N, 2)."""
         scores_N2 = np.zeros((len(sequences), 2))
-        size, parallel = self.config.evals.micro_batch_size, self.config.parallel
+        size = self.config.evals.micro_batch_size
+        parallel = self.config.parallel
         together = size * (
             _IN_FLIGHT * parallel.pipeline_parallel_size
             if parallel.pipeline_parallel_size > 1
@@ -86,7 +89,8 @@ class Team:
             text = tokenizer.decode(new[-tail:])
             return new[-1] == eos_id or any(stop in text for stop in stops)
 
-        mine, multiple = {}, fp8_token_multiple(self.config)
+        mine = {}
+        multiple = fp8_token_multiple(self.config)
         for ids in self._parts(
             np.array([len(prompt) for prompt in prompts]), self.config.evals.micro_batch_size, label
         ):
@@ -129,12 +133,11 @@ class Team:
         parts = math.lcm(parts, parallel.context_parallel_size * fp8_token_multiple(self.config))
         longest = -(-(max(map(len, sequences)) - 1) // parts) * parts
         filled = -(-len(sequences) // size) * size
-        tokens_NT, mask_NT = (
-            np.zeros((filled, longest + 1), np.int64),
-            np.zeros((filled, longest), np.float32),
-        )
+        tokens_NT = np.zeros((filled, longest + 1), np.int64)
+        mask_NT = np.zeros((filled, longest), np.float32)
         for row in range(filled):
-            sequence, length = sequences[row % len(sequences)], lengths[row % len(sequences)]
+            sequence = sequences[row % len(sequences)]
+            length = lengths[row % len(sequences)]
             tokens_NT[row, : len(sequence)] = sequence
             mask_NT[row, len(sequence) - 1 - length : len(sequence) - 1] = 1
         return [
@@ -143,10 +146,8 @@ class Team:
         ]
 
     def _batch(self, tokens_BT: np.ndarray, mask_BT: np.ndarray) -> Batch:
-        inputs_BT, labels_BT = (
-            torch.from_numpy(tokens_BT[:, :-1].copy()),
-            torch.from_numpy(tokens_BT[:, 1:].copy()),
-        )
+        inputs_BT = torch.from_numpy(tokens_BT[:, :-1].copy())
+        labels_BT = torch.from_numpy(tokens_BT[:, 1:].copy())
         positions_BT = torch.arange(inputs_BT.shape[1]).expand_as(inputs_BT).contiguous()
         batch = Batch(
             tuple(inputs_BT.shape), inputs_BT, labels_BT, torch.from_numpy(mask_BT), positions_BT

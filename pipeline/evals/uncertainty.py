@@ -112,7 +112,8 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
     Standard error from the residuals numerator - ratio * denominator: Cochran 1977, "Sampling Techniques", section 6.4. Normal interval.
     With the differences of two checkpoints on the same samples as numerators it is of their paired difference.
     """
-    n, whole = _count(numerators), math.fsum(denominators)
+    n = _count(numerators)
+    whole = math.fsum(denominators)
     value = math.fsum(numerators) / whole
     squares = math.fsum(
         (part - value * size) ** 2 for part, size in zip(numerators, denominators, strict=True)

@@ -25,7 +25,8 @@ def is_remote(path: str) -> bool:
 def read(path: str) -> bytes:
     """The content of a file. Raises UserError that names it where it is missing or the store does not give it."""
     fs, name = _open_store(path)
-    began, wait = time.monotonic(), 1
+    began = time.monotonic()
+    wait = 1
     while True:
         try:
             return fs.cat_file(name)

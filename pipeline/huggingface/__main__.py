@@ -34,14 +34,16 @@ def importing(
     from retemper.pipeline.corpus.tokenizer import Tokenizer
     from retemper.pipeline.huggingface.source_folder import Weights
 
-    source, target = Path(folder), Path(run)
+    source = Path(folder)
+    target = Path(run)
     weights = None
 
     def prepare():
         nonlocal weights
         weights = Weights(source, trusted=trust == source.resolve().name)
         bf16 = all(weights.dtype(name) == torch.bfloat16 for name in weights.names)
-        method, parallel = MethodConfig(name="full"), load_parallel(overrides)
+        method = MethodConfig(name="full")
+        parallel = load_parallel(overrides)
         setup = check_setup(
             ModelSetup(
                 model=weights.model,
@@ -83,7 +85,8 @@ def exporting(
     run: str, folder: str, step: int | None, adapter: bool, base: str | None, tokenizer: str | None
 ):
     """What run_prepared needs to write a checkpoint for transformers or peft."""
-    run_dir, target = Path(run), Path(folder)
+    run_dir = Path(run)
+    target = Path(folder)
 
     def prepare():
         chosen = commit.folder_of(run_dir, step) if step is not None else commit.newest(run_dir)

@@ -130,7 +130,8 @@ def _write_readme(streamed: StreamedModel, target: Path, what: str) -> None:
 def export_adapter(streamed: StreamedModel, target: Path, base: str) -> None:
     """Write the adapters alone, as peft has them. base: the name or folder of the model they belong to."""
     base_name, _, revision = base.partition("@") if is_hub_name(base) else (base, "", "")
-    lora, tensors = streamed.setup.method.lora, {}
+    lora = streamed.setup.method.lora
+    tensors = {}
     for module, adapter in _adapters(streamed.load(filter(is_adapter, streamed.names))).items():
         for name, tensor in zip(("lora_A", "lora_B"), joined_factors(adapter), strict=True):
             tensors[f"base_model.model.{module}.{name}.weight"] = tensor.contiguous()
@@ -184,10 +185,8 @@ def base_of(streamed: StreamedModel, base: str | None) -> tuple[str, Path]:
             f"{folder} is no transformers folder that is here: name that of the adapters' base, "
             f"{streamed.base}, with --base FOLDER, or make one: retemper export {streamed.base.path} FOLDER --step {streamed.base.step}"
         )
-    wanted, there = (
-        tensor_shapes(streamed.setup.model),
-        tensor_shapes(model_of(read_config(folder), folder)),
-    )
+    wanted = tensor_shapes(streamed.setup.model)
+    there = tensor_shapes(model_of(read_config(folder), folder))
     if other := sorted(
         name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)
     ):
@@ -218,12 +217,14 @@ def origin_of(folder: Path, meta: dict[str, Any]) -> Path | None:
 
 def _tensors(streamed: StreamedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """(transformers' name, tensor in fp32) of the whole model, layer by layer."""
-    shard, shapes = Shard(streamed.setup.model), tensor_shapes(streamed.setup.model)
+    shard = Shard(streamed.setup.model)
+    shapes = tensor_shapes(streamed.setup.model)
     layers: dict[str, list[str]] = {}
     for name in streamed.names:
         layers.setdefault(".".join(name.split(".")[:3]), []).append(name)
     for names in layers.values():
-        loaded, tensors = streamed.load(names), {}
+        loaded = streamed.load(names)
+        tensors = {}
         for name, parameter in loaded.items():
             if is_adapter(name):
                 continue
@@ -258,7 +259,9 @@ def _write_tensors(
     tensors: Iterator[tuple[str, torch.Tensor]], target: Path
 ) -> list[dict[str, Any]]:
     """Numbered files of at most _FILE_BYTES, or of one tensor that is larger; returns name -> bytes of each."""
-    files, held, size = [], {}, 0
+    files = []
+    held = {}
+    size = 0
 
     def write() -> None:
         _save(held, target / f"{len(files):05d}.safetensors")
@@ -267,7 +270,8 @@ def _write_tensors(
     for name, tensor in tensors:
         if held and size + tensor.nbytes > _FILE_BYTES:
             write()
-            held, size = {}, 0
+            held = {}
+            size = 0
         held[name] = tensor.contiguous()
         size += tensor.nbytes
     write()

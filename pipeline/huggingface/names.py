@@ -120,7 +120,8 @@ class Shard:
 def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a transformers folder, in its order."""
     hidden, ffn, head = model.hidden_size, model.ffn_hidden_size, model.kv_channels
-    q, kv = model.num_attention_heads * head, model.num_query_groups * head
+    q = model.num_attention_heads * head
+    kv = model.num_query_groups * head
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (model.vocab_size, hidden)}
     for layer in range(model.num_layers):
         prefix = f"model.layers.{layer}."

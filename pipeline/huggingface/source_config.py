@@ -171,7 +171,8 @@ def config_of(
 
 def _longest(config: dict[str, Any]) -> int:
     """Tokens of a sequence; within a sliding window attention is plain causal attention, beyond it is not supported."""
-    longest, window = config["max_position_embeddings"], config.get("sliding_window")
+    longest = config["max_position_embeddings"]
+    window = config.get("sliding_window")
     return min(longest, window) if window and config.get("use_sliding_window", True) else longest
 
 
@@ -185,10 +186,8 @@ def _rope_scaling(scaling: dict[str, Any], problems: list[str]) -> RopeScaling |
     try:
         values = {"kind": kind, "factor": float(scaling["factor"])}
         if kind == "llama3":
-            values["low_freq_factor"], values["high_freq_factor"] = (
-                float(scaling["low_freq_factor"]),
-                float(scaling["high_freq_factor"]),
-            )
+            values["low_freq_factor"] = float(scaling["low_freq_factor"])
+            values["high_freq_factor"] = float(scaling["high_freq_factor"])
             values["original_max_sequence_length"] = scaling["original_max_position_embeddings"]
         return RopeScaling(**values)
     except KeyError as error:

@@ -30,7 +30,9 @@ class StreamedModel:
     def __init__(self, run_dir: Path, step: int | None, topology: Topology):
         """step: of the checkpoint, by default the newest. Raises UserError where it, or its base, is missing, damaged or another."""
         folder = commit.folder_of(run_dir, step) if step is not None else commit.newest(run_dir)
-        self.folder, self.meta, self.device = folder, verified_meta(folder), topology.device
+        self.folder = folder
+        self.meta = verified_meta(folder)
+        self.device = topology.device
         parallel = ParallelConfig(data_parallel_size=topology.data_parallel_size)
         self.setup = ModelSetup.of(self.meta["config"], parallel, precision="fp32")
         self.base = None  # under adapters
@@ -83,13 +85,13 @@ class StreamedModel:
 
 def _read(folder: Path, shards: list[tuple[ShardedTensor, torch.Tensor]]) -> None:
     """Fill tensors from a checkpoint. megatron-core loads all of a stacked tensor's layers or none: this is torch's reader under it."""
-    reader, tensors, items = FileSystemReader(folder), {}, []
+    reader = FileSystemReader(folder)
+    tensors = {}
+    items = []
     metadata = reader.read_metadata()
     for shard, into in shards:
-        offset, size = (
-            torch.Size(shard.global_offset),
-            torch.Size([*(1,) * shard.prepend_axis_num, *shard.local_shape]),
-        )
+        offset = torch.Size(shard.global_offset)
+        size = torch.Size([*(1,) * shard.prepend_axis_num, *shard.local_shape])
         tensors[shard.key, offset] = into.view(size)
         stored = metadata.state_dict_metadata[shard.key]
         items += create_read_items_for_chunk_list(
@@ -117,7 +119,8 @@ class _Into(DefaultLoadPlanner):
 @contextlib.contextmanager
 def _loaded_on_demand(streamed: StreamedModel) -> Iterator[None]:
     """Within it, the parts of a model that has no memory are loaded when they run, and forgotten after."""
-    model, hooks = streamed.model, []
+    model = streamed.model
+    hooks = []
 
     def load(part: torch.nn.Module, names: dict[str, str]) -> None:
         part.to_empty(device=streamed.device)

@@ -225,13 +225,16 @@ class _AdaptedColumn(torch.autograd.Function):
         if layer.bias is not None and layer.bias.numel():
             output_TO += layer.bias
         ctx.save_for_backward(x_TI, hidden_TR)
-        ctx.layer, ctx.batch = layer, x_SBI.shape[1]
+        ctx.layer = layer
+        ctx.batch = x_SBI.shape[1]
         return output_TO.unflatten(0, (-1, ctx.batch))
 
     @staticmethod
     def backward(ctx, gradient_SBO):
         x_TI, hidden_TR = ctx.saved_tensors
-        layer, factors, group = ctx.layer, ctx.layer.factors, ctx.layer.adapter_group
+        layer = ctx.layer
+        factors = ctx.layer.factors
+        group = ctx.layer.adapter_group
         gradient_TO = gradient_SBO.flatten(0, 1).contiguous()
         hidden_gradient_TR = factors.hidden_gradient(gradient_TO, layer.scale)
         factors.add_B_gradient(gradient_TO, hidden_TR)
@@ -265,13 +268,15 @@ class _AdaptedRow(torch.autograd.Function):
         )
         output_TO = reduce(output_TO, group=group)
         ctx.save_for_backward(x_TI, reduce(hidden_TR, group=group))
-        ctx.layer, ctx.batch = layer, x_SBI.shape[1]
+        ctx.layer = layer
+        ctx.batch = x_SBI.shape[1]
         return output_TO.unflatten(0, (-1, ctx.batch))
 
     @staticmethod
     def backward(ctx, gradient_SBO):
         x_TI, hidden_TR = ctx.saved_tensors
-        layer, factors = ctx.layer, ctx.layer.factors
+        layer = ctx.layer
+        factors = ctx.layer.factors
         gradient_TO = gradient_SBO.flatten(0, 1).contiguous()
         factors.add_B_gradient(gradient_TO, hidden_TR)
         if ctx.split:

@@ -36,15 +36,11 @@ class Adapter(torch.nn.Module):
         def parameter(*shape: int) -> torch.nn.Parameter:
             return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
 
-        self.lora_A, self.lora_B = (
-            parameter(lora.rank, in_features),
-            parameter(out_features, lora.rank),
-        )
+        self.lora_A = parameter(lora.rank, in_features)
+        self.lora_B = parameter(out_features, lora.rank)
         if lora.pissa:
-            self.lora_A_initial, self.lora_B_initial = (
-                parameter(lora.rank, in_features),
-                parameter(out_features, lora.rank),
-            )
+            self.lora_A_initial = parameter(lora.rank, in_features)
+            self.lora_B_initial = parameter(out_features, lora.rank)
         if lora.dora:
             self.lora_magnitude = parameter(out_features)
 
@@ -79,7 +75,8 @@ class Adapter(torch.nn.Module):
 
 def joined_factors(parameters: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """A (R, I) and B (O, R) of the update that an adapter's parameters stand for."""
-    A_RI, B_OR = parameters["lora_A"], parameters["lora_B"]
+    A_RI = parameters["lora_A"]
+    B_OR = parameters["lora_B"]
     if "lora_A_initial" not in parameters:
         return A_RI, B_OR
     return torch.cat([A_RI, parameters["lora_A_initial"]]), torch.cat(
@@ -105,12 +102,12 @@ def row_norms(weight_OI, A_RI, B_OR, scale: float, total=lambda part: part) -> t
 
     total: sums over the ranks that hold parts of the input features.
     """
-    weight_OI, A_RI, B_OR = weight_OI.float(), A_RI.float(), B_OR.float()
-    squares, crossed, gram = (
-        total(weight_OI.square().sum(1)),
-        total(weight_OI @ A_RI.T),
-        total(A_RI @ A_RI.T),
-    )
+    weight_OI = weight_OI.float()
+    A_RI = A_RI.float()
+    B_OR = B_OR.float()
+    squares = total(weight_OI.square().sum(1))
+    crossed = total(weight_OI @ A_RI.T)
+    gram = total(A_RI @ A_RI.T)
     return (
         (squares + 2 * scale * (crossed * B_OR).sum(1) + scale**2 * ((B_OR @ gram) * B_OR).sum(1))
         .clamp_min(0)
@@ -123,7 +120,8 @@ class Dropout(torch.nn.Module):
 
     def __init__(self, probability: float, sharded_input: bool):
         super().__init__()
-        self.probability, self.sharded_input = probability, sharded_input
+        self.probability = probability
+        self.sharded_input = sharded_input
 
     def forward(self, x_SBI: torch.Tensor) -> torch.Tensor:
         if not self.probability or not self.training:
@@ -146,4 +144,5 @@ def mark(adapter: Adapter, axes: dict[str, int]) -> None:
     """Tell megatron-core which parameters tensor parallelism cuts: their squares are summed over ranks in the gradient norm."""
     for name, axis in axes.items():
         parameter = getattr(adapter, name)
-        parameter.tensor_model_parallel, parameter.partition_dim = True, axis
+        parameter.tensor_model_parallel = True
+        parameter.partition_dim = axis

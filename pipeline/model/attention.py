@@ -25,11 +25,9 @@ class SdpaAttention(torch.nn.Module):
         **_placement,
     ):
         super().__init__()
-        self.dropout, self.softmax_scale, self.context_group = (
-            config.attention_dropout,
-            softmax_scale,
-            pg_collection.cp,
-        )
+        self.dropout = config.attention_dropout
+        self.softmax_scale = softmax_scale
+        self.context_group = pg_collection.cp
 
     def forward(
         self,
@@ -60,7 +58,8 @@ class SdpaAttention(torch.nn.Module):
     def _attend_in_context(self, query_SBHD, key_SBGD, value_SBGD):
         """Keys and values of the whole sequence are gathered; this rank's two parts of the queries (Batch.of_context_rank) look back
         from where they stand."""
-        rank, size = self.context_group.rank(), self.context_group.size()
+        rank = self.context_group.rank()
+        size = self.context_group.size()
         in_order = [
             2 * part if part < size else 2 * (2 * size - 1 - part) + 1 for part in range(2 * size)
         ]
@@ -76,7 +75,8 @@ class SdpaAttention(torch.nn.Module):
 
     def _attend(self, query_SBHD, key_SBGD, value_SBGD):
         """The last query stands where the last key does."""
-        queries, keys = len(query_SBHD), len(key_SBGD)
+        queries = len(query_SBHD)
+        keys = len(key_SBGD)
         square = queries == keys
         output_BHSD = torch.nn.functional.scaled_dot_product_attention(
             *(tensor.permute(1, 2, 0, 3) for tensor in (query_SBHD, key_SBGD, value_SBGD)),

@@ -178,8 +178,11 @@ _RECOMPUTED = {
 
 def transformer_config(config: ModelSetup, *, local: bool = True) -> TransformerConfig:
     """megatron-core's view of the run. local: its layers are megatron-core's own, else Transformer Engine's."""
-    model, parallel, kernels = config.model, config.parallel, kernels_here()
-    bf16, virtual = config.precision != "fp32", parallel.virtual_pipeline_parallel_size
+    model = config.model
+    parallel = config.parallel
+    kernels = kernels_here()
+    bf16 = config.precision != "fp32"
+    virtual = parallel.virtual_pipeline_parallel_size
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -306,7 +309,8 @@ def _use_adapters(layer: TransformerLayerSubmodules, config: ModelSetup, local: 
     """Let a layer spec build its targeted linear layers with adapters."""
     attention = layer.self_attention.submodules
     mlp = layer.mlp.keywords["submodules"]
-    settings, fused = config.method.lora, config.fused_adapters
+    settings = config.method.lora
+    fused = config.fused_adapters
     if local:
         qkv, gate_up, row = lora.LoraQkvLinear, lora.LoraGateUpLinear, lora.LoraRowLinear
     else:

@@ -107,7 +107,8 @@ def _was_compared(config: Config) -> bool:
 
     Full training waits little for the host, so that it wins nothing.
     """
-    lora, parallel = config.method.lora, config.parallel
+    lora = config.method.lora
+    parallel = config.parallel
     alone = (
         parallel.tensor_parallel_size == parallel.context_parallel_size == 1
         and parallel.recompute == "none"

@@ -100,7 +100,8 @@ def generate(
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     new: list[list[int]] = [[] for _ in prompts]
-    open_rows, read = set(range(len(prompts))), min(lengths)
+    open_rows = set(range(len(prompts)))
+    read = min(lengths)
     context = StaticInferenceContext(*tokens_BT.shape)
     fresh_BT = tokens_BT[:, :read]
     with _for_inference(model):
@@ -114,7 +115,8 @@ def generate(
                 new[row].append(int(chosen_B[row]))
                 if len(new[row]) == sampling.max_new_tokens or ended(new[row]):
                     open_rows.remove(row)
-            fresh_BT, read = tokens_BT[:, read : read + 1], read + 1
+            fresh_BT = tokens_BT[:, read : read + 1]
+            read = read + 1
     return new
 
 

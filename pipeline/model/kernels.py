@@ -29,7 +29,8 @@ class Kernels:
     def __str__(self) -> str:
         if not self.gpu:
             return "torch's on CPU"
-        used, lacking = [], []
+        used = []
+        lacking = []
         if self.transformer_engine:
             used.append(
                 f"Transformer Engine {self.transformer_engine} (linear layers with their norms, attention, rotations, optimizer)"

@@ -82,8 +82,11 @@ class ColumnAdapters:
 
         group: the tensor-parallel one. fused: layer and adapters are one function in training (adapted.py).
         """
-        self.lora, self.scale, self.adapter_group = lora, scale_of(lora), group
-        self.fused, self.factors = fused, None
+        self.lora = lora
+        self.scale = scale_of(lora)
+        self.adapter_group = group
+        self.fused = fused
+        self.factors = None
         self.dropout = Dropout(lora.dropout, sharded_input=self.config.sequence_parallel)
         sizes = self.output_sizes()
         self.adapters = torch.nn.ModuleDict(
@@ -247,8 +250,11 @@ class RowAdapter:
         in_features: of this rank. group: the tensor-parallel one. fused: layer and adapter are one function in training
         (adapted.py).
         """
-        self.lora, self.scale, self.adapter_group = lora, scale_of(lora), group
-        self.fused, self.factors = fused, None
+        self.lora = lora
+        self.scale = scale_of(lora)
+        self.adapter_group = group
+        self.fused = fused
+        self.factors = None
         self.dropout = Dropout(lora.dropout, sharded_input=True)
         adapter = Adapter(in_features, out_features, lora, self.config)
         mark(adapter, adapter.sharded_axes(of_A=1))

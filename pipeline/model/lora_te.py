@@ -57,7 +57,8 @@ class TEProducts(TorchProducts):
                 output_TO.addmm_(x_TI, weight.t())
                 return None
             quantizers = self._get_quantizers(False, False, True)
-            of_input, of_gradient = quantizers[0], quantizers[-1]
+            of_input = quantizers[0]
+            of_gradient = quantizers[-1]
             of_input.set_usage(rowwise=True, columnwise=False)
             recipe = FP8GlobalStateManager.get_fp8_recipe()
             _add_fp8_product(weight, of_input(x_TI), output_TO, recipe.fp8_gemm_fprop, layout="TN")

@@ -19,7 +19,8 @@ _COLOURS = {
 
 
 def _styles(runs: list[RunResult]) -> dict[str, dict]:
-    styles, used = {}, dict.fromkeys(_COLOURS, 0)
+    styles = {}
+    used = dict.fromkeys(_COLOURS, 0)
     for run in runs:
         kind = run.config.method.name if run.is_continued else "base"
         colours = _COLOURS[kind]

@@ -37,7 +37,8 @@ def write_report(study: Path) -> Path:
     folder.mkdir(exist_ok=True)
     drawings = {}
     for name, draw in FIGURES.items():
-        figure, buffer = draw(runs), io.StringIO()
+        figure = draw(runs)
+        buffer = io.StringIO()
         figure.savefig(folder / f"{name}.png", dpi=110)
         figure.savefig(buffer, format="svg")
         drawings[name] = buffer.getvalue()[buffer.getvalue().index("<svg") :]

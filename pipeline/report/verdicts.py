@@ -105,9 +105,11 @@ def _clause(
     try:
         found = difference()
     except UserError as error:
-        said, interval = _UNKNOWN, f"no interval: {error}"
+        said = _UNKNOWN
+        interval = f"no interval: {error}"
     else:
-        said, interval = verdict(found), _interval(found)
+        said = verdict(found)
+        interval = _interval(found)
     words = f"{what}{of} {said}" if said in (LESS, MORE) else f"{what}: {said}"
     numbers = f"{values[0] + 0.0:+.3f} against {values[1] + 0.0:+.3f} bits/byte on {domains}"
     return said, f"{words}, {numbers} ({interval})"

@@ -231,7 +231,8 @@ def _mirrored_path(run_dir: Path, step: int) -> Path:
 
 
 def _figures(run_dir: Path, step: int) -> dict[str, float]:
-    path, tasks = scores_path(run_dir, step), read_tasks(run_dir, step)
+    path = scores_path(run_dir, step)
+    tasks = read_tasks(run_dir, step)
     heldout = json.loads(path.read_text()) if path.is_file() else {}
     figures = {
         f"heldout/{domain}/bits_per_byte": values["bits_per_byte"]

@@ -25,7 +25,8 @@ class Tracker:
     """One W&B run per run folder, the same one after every restart."""
 
     def __init__(self, config: Config):
-        self._run, self._run_dir = None, config.run_dir
+        self._run = None
+        self._run_dir = config.run_dir
         if config.track.wandb != "off":
             self._guard(lambda: self._start(config))
 
@@ -95,7 +96,8 @@ class TrainingTracker(Tracker):
     """The tracker of the process that trains: of all that write to its W&B run, it comes first."""
 
     def __init__(self, config: Config):
-        self._leases, self._scores_due = contextlib.ExitStack(), 0.0
+        self._leases = contextlib.ExitStack()
+        self._scores_due = 0.0
         if config.track.wandb != "off":
             folder = _leases_of(config)
             # A lease that is there is of the same training, which was killed.

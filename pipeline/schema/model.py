@@ -220,7 +220,8 @@ class ModelSetup(Section):
     @property
     def fused_adapters(self) -> bool:
         """Whether a frozen layer and its adapters are one function in training (model/adapted.py)."""
-        lora, parallel = self.method.lora, self.parallel
+        lora = self.method.lora
+        parallel = self.parallel
         if lora is None or lora.kernel == "plain":
             return False
         overlap = parallel.overlap or parallel.tensor_parallel_overlap

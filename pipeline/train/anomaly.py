@@ -59,12 +59,14 @@ class Unlabelled:
 
 def anomaly_in(config: Config, state: TrainState, name: str, value: float) -> Anomaly | None:
     """Whether a loss or gradient norm of the step after `state` is one. The same on every rank, as the value is."""
-    recent, deviations = getattr(state, f"recent_{name}"), config.anomaly.spike_deviations
+    recent = getattr(state, f"recent_{name}")
+    deviations = config.anomaly.spike_deviations
     label = {"losses": "loss", "grad_norms": "gradient norm"}[name]
     if not math.isfinite(value):
         return Anomaly(state.step + 1, f"the {label} is {value}")
     if deviations and len(recent) >= _ENOUGH:
-        mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
+        mean = statistics.fmean(recent)
+        deviation = statistics.pstdev(recent)
         if value > mean + deviations * deviation:
             away = (value - mean) / deviation if deviation else math.inf
             return Anomaly(

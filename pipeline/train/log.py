@@ -36,7 +36,10 @@ class Log:
         *,
         enabled: bool,
     ):
-        self.config, self.state, self.batches, self.enabled = config, state, batches, enabled
+        self.config = config
+        self.state = state
+        self.batches = batches
+        self.enabled = enabled
         if not enabled:
             return
         run_folder.claim(config, state.step)

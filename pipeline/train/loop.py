@@ -43,7 +43,9 @@ def train_until_anomaly(
     checkpointer = Checkpointer(config, topology, model, optimizer, fingerprints)
     state = checkpointer.restore()
     schedule.step(state.consumed_samples * config.data.seq_length)
-    ledger, without, saved_steps = Ledger(config, topology), left_out(config), config.saved_steps
+    ledger = Ledger(config, topology)
+    without = left_out(config)
+    saved_steps = config.saved_steps
     counts = parameter_counts(model, config.parallel.tensor_parallel_size)
     with (
         TrainingBatches(

@@ -79,14 +79,10 @@ def _update(state: dict[str, torch.Tensor], shard: torch.Tensor, group: dict) ->
     if "exp_avg_sq" in state:  # AdamW
         step = float(group.get("step", state.get("step")))
         root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        direction, decay = (
-            state["exp_avg"] / (1 - beta1**step) / root,
-            group["lr"] * group["weight_decay"],
-        )
+        direction = state["exp_avg"] / (1 - beta1**step) / root
+        decay = group["lr"] * group["weight_decay"]
     else:  # lion.py
         before = (state["exp_avg"] - (1 - beta2) * shard.grad) / beta2
-        direction, decay = (
-            before.lerp(shard.grad, 1 - beta1).sign_(),
-            group["lr"] / group["max_lr"] * group["weight_decay"],
-        )
+        direction = before.lerp(shard.grad, 1 - beta1).sign_()
+        decay = group["lr"] / group["max_lr"] * group["weight_decay"]
     return (group["lr"] * direction + decay * shard) / (1 - decay)

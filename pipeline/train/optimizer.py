@@ -78,12 +78,14 @@ def _replace_adam_with_lion(optimizer: MegatronOptimizer) -> None:
         lion.param_groups = (
             part.optimizer.param_groups
         )  # as the distributed optimizer gives its shards to Adam: torch refuses views
-        part.optimizer, part.config.optimizer = lion, "lion"
+        part.optimizer = lion
+        part.config.optimizer = "lion"
 
 
 def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """The learning rate at a number of consumed tokens: `step(tokens)` moves on. A step uses the rate at its start."""
-    settings, total_tokens = config.schedule, config.steps * config.tokens_per_step
+    settings = config.schedule
+    total_tokens = config.steps * config.tokens_per_step
     peak, decay = config.optimizer.lr, config.optimizer.weight_decay
     trapezoid = "WSD" if config.cooldown_fraction else "constant"
     return OptimizerParamScheduler(

@@ -36,7 +36,8 @@ def die_with(parent: int) -> None:
 def drop_privileges() -> None:
     """No capability that root has by birth, and none by a program. Raises OSError."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    header, none = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+    none = (ctypes.c_uint32 * 6)()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.capset(header, none):
         raise OSError(ctypes.get_errno(), "capset: the capabilities cannot be dropped")

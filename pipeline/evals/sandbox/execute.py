@@ -108,7 +108,8 @@ def _start(request: dict, folder: str, layers: Layers) -> tuple[subprocess.Popen
     with tempfile.TemporaryFile() as file, open(writing, "wb") as said:
         file.write(marshal.dumps(request))
         file.seek(0)
-        command, environment = layers.command(folder), {"HOME": folder, "TMPDIR": folder}
+        command = layers.command(folder)
+        environment = {"HOME": folder, "TMPDIR": folder}
         process = subprocess.Popen(
             command,
             stdin=file,
@@ -140,7 +141,9 @@ def _request(source: str, nonce: bytes, folder: str, limits: Limits, layers: Lay
 
 def _listen(pipe: int, folder: str, limits: Limits) -> tuple[bytes, str]:
     """All that a process says until it ends, or until there is a reason to stop it, which is given as well."""
-    said, deadline, started = b"", time.monotonic() + _START_SECONDS, False
+    said = b""
+    deadline = time.monotonic() + _START_SECONDS
+    started = False
     waiting = select.poll()
     waiting.register(pipe, select.POLLIN)
     while True:
@@ -150,7 +153,8 @@ def _listen(pipe: int, folder: str, limits: Limits) -> tuple[bytes, str]:
                 return said, ""
             said += heard
             if not started and said.startswith(READY):
-                started, deadline = True, time.monotonic() + limits.wall_seconds
+                started = True
+                deadline = time.monotonic() + limits.wall_seconds
         if len(said) > _MOST_SAID:
             return said, "no verdict: words without end"
         if time.monotonic() > deadline:

@@ -13,7 +13,10 @@ _PATH_BENEATH = 1
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_DIR, _REMOVE_FILE = (
     1 << bit for bit in range(6)
 )
-_MAKE_DIR, _MAKE_REG, _MAKE_SYM, _TRUNCATE = 1 << 7, 1 << 8, 1 << 12, 1 << 14
+_MAKE_DIR = 1 << 7
+_MAKE_REG = 1 << 8
+_MAKE_SYM = 1 << 12
+_TRUNCATE = 1 << 14
 _RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # ABI -> how many rights on files it knows
 _TCP, _SCOPES = 0b11, 0b11  # bind and connect (ABI 4); abstract sockets and signals (ABI 6)
 
@@ -29,7 +32,8 @@ def restrict(version: int, readable: list[str], folder: str) -> None:
     Paths that are not there are left out. Raises OSError.
     """
     handled = (1 << _RIGHTS[min(version, 5)]) - 1
-    network, scopes = _TCP * (version >= 4), _SCOPES * (version >= 6)
+    network = _TCP * (version >= 4)
+    scopes = _SCOPES * (version >= 6)
     ruleset = _call(
         _CREATE_RULESET, struct.pack("QQQ", handled, network, scopes), ctypes.c_size_t(24), 0
     )
