@@ -1,4 +1,4 @@
-"""A run as an sbatch script: one torchrun agent per node."""
+"""The sbatch script of a training run: one torchrun agent per node."""
 
 import shlex
 
@@ -17,11 +17,11 @@ _SCRIPT = """\
 #SBATCH --output=%x-%j.log
 
 set -euo pipefail
-# sed reads to the end: head would leave scontrol a broken pipe, which pipefail takes for a failure.
+# sed reads to the end: head would break the pipe of scontrol, which pipefail treats as a failure.
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 
-# The same command after a requeue continues from the newest committed checkpoint. The restart count keeps the
-# rendezvous of one attempt apart from that of the next.
+# The same command after a requeue continues from the newest committed checkpoint. The restart count
+# separates the rendezvous of one attempt from that of the next.
 srun --kill-on-bad-exit=1 bash -c '
     is_host=$([ "$SLURM_NODEID" = 0 ] && echo 1 || echo 0)
     exec torchrun \\
@@ -38,7 +38,13 @@ srun --kill-on-bad-exit=1 bash -c '
 
 
 def sbatch_script(overrides: list[str], layout: Layout, port: int) -> str:
-    """The script to hand to sbatch."""
+    """Return the script to submit with sbatch.
+
+    Args:
+        overrides: Config overrides, `key=value`, that are passed on to the training command.
+        layout: The job name and the numbers of nodes and ranks per node.
+        port: The port of the rendezvous on the first node.
+    """
     return _SCRIPT.format(
         job_name=layout.job_name,
         nodes=layout.nodes,

@@ -1,4 +1,7 @@
-"""The command `retemper`. Heavy imports happen inside the verb that needs them, so that --help answers at once."""
+"""The command `retemper`.
+
+Heavy imports happen inside the verb that needs them, so that --help answers at once.
+"""
 
 import argparse
 import sys
@@ -6,11 +9,21 @@ from pathlib import Path
 
 from retemper.pipeline.errors import UserError
 
-_OVERRIDES = "any config key as key=value, and presets as group=name: run, model, data, method, parallel, optimizer, schedule, evals"
+_OVERRIDES = (
+    "config keys as key=value, and presets as group=name with the groups run, model, data, "
+    "method, parallel, optimizer, schedule and evals"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 0, 1 for bad input or a failed run, 130 after Ctrl-C."""
+    """Run one command of `retemper`.
+
+    Args:
+        argv: arguments without the program's name; by default those of the process.
+
+    Returns:
+        The exit code: 0, 1 for bad input or a failed run, 130 after Ctrl-C.
+    """
     arguments = _parse(argv)
     try:
         return arguments.verb(arguments)
@@ -18,13 +31,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from what is finished", file=sys.stderr)
+        print("\nStopped. Run the same command again to resume.", file=sys.stderr)
         return 130
     except OSError as error:
-        print(
-            f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; what was finished is kept",
-            file=sys.stderr,
-        )
+        file = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{file}; completed work is kept", file=sys.stderr)
         return 1
 
 
@@ -36,18 +47,21 @@ def _tokenize(arguments) -> int:
     manifest = tokenize(data)
     if manifest is None:
         print(
-            "submitted; `squeue --me` shows the jobs. The same command says what came of them, and goes on where they stopped"
+            "Submitted to Slurm (see `squeue --me`). "
+            "Run the same command again to check the result or to resume."
         )
         return 0
     for split, counts in manifest["splits"].items():
         print(
-            f"{data.path}/{split}: {counts['samples']:,} samples, {counts['tokens']:,} tokens from {counts['documents']:,} documents "
-            f"({counts['padding_fraction']:.2%} padding, {counts['cut_documents_fraction']:.1%} of the documents cut)"
+            f"{data.path}/{split}: {counts['samples']:,} samples, {counts['tokens']:,} tokens "
+            f"from {counts['documents']:,} documents "
+            f"({counts['padding_fraction']:.2%} padding, "
+            f"{counts['cut_documents_fraction']:.1%} of the documents cut)"
         )
     dropped = ", ".join(
         f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items()
     )
-    print(f"{manifest['documents_read']:,} documents read; left out: {dropped or 'none'}")
+    print(f"{manifest['documents_read']:,} documents read; dropped: {dropped or 'none'}")
     if line := _near_duplicates(manifest):
         print(line)
     reason = manifest["encoder"].get("reason")
@@ -58,21 +72,21 @@ def _tokenize(arguments) -> int:
 
 
 def _near_duplicates(manifest: dict) -> str:
-    """What became of training documents that are near-duplicates of held-out ones.
+    """Describe what happened to training documents that are near-duplicates of held-out ones.
 
-    Empty where there is no held-out text.
+    Returns an empty string where the corpus has no held-out text.
     """
     if not manifest["splits"]["heldout"]["documents"]:
         return ""
-    found = manifest.get("near_duplicates", {"action": "keep"})
-    if found["action"] == "keep":
+    near_duplicates = manifest.get("near_duplicates", {"action": "keep"})
+    if near_duplicates["action"] == "keep":
         return (
             "near-duplicates of held-out documents were not looked for: "
             "data.near_duplicates=count with another data.path does"
         )
-    of_heldout = f"near-duplicates of the {found['compared_with']:,} held-out documents"
-    documents = f"{found['documents']:,}"
-    if found["action"] == "drop":
+    of_heldout = f"near-duplicates of the {near_duplicates['compared_with']:,} held-out documents"
+    documents = f"{near_duplicates['documents']:,}"
+    if near_duplicates["action"] == "drop":
         return f"{of_heldout}: {documents} documents left out of training (near_duplicates.jsonl)"
     return (
         f"{of_heldout}: {documents} of {manifest['splits']['train']['documents']:,} "
@@ -110,7 +124,7 @@ def _import(arguments) -> int:
 
     parallel = load_parallel(arguments.overrides)
     _refuse_existing(arguments.run)
-    # What can be said of config.json is said before any rank starts, which then reads the rest.
+    # Check all that config.json determines before any rank starts: the ranks then read the rest.
     folder = transformers_folder(arguments.folder, arguments.folder)
     check_setup(
         ModelSetup(
@@ -137,7 +151,7 @@ def _export(arguments) -> int:
     _refuse_existing(arguments.folder)
     if arguments.base and not arguments.adapter:
         raise UserError(
-            "--base goes with --adapter: a whole model brings its base's weights itself"
+            "--base requires --adapter: an exported model already contains the weights of its base"
         )
     options = {
         name: getattr(arguments, name)
@@ -148,7 +162,7 @@ def _export(arguments) -> int:
 
 def _refuse_existing(target: str) -> None:
     if Path(target).exists():
-        raise UserError(f"{target} exists already: remove it, or name another folder")
+        raise UserError(f"{target} exists already: remove it, or choose another folder")
 
 
 def _launch_here(module: str, config, arguments: list[str]) -> int:
@@ -172,7 +186,8 @@ def _evals(arguments) -> int:
 
     if not config.evals.of_workers:
         raise UserError(
-            f"{arguments.run} names no task for workers: set evals=paper, or evals.tasks.humaneval.where=worker"
+            f"{arguments.run} has no tasks for workers: "
+            "set evals=paper, or evals.tasks.humaneval.where=worker"
         )
     worker = Worker(config, (arguments.only,) if arguments.only else PARTS, arguments.lease)
     worker.work(None if arguments.once else arguments.poll)
@@ -198,11 +213,11 @@ def _data(arguments) -> int:
         if key not in options:
             overrides.append(text)
         elif not value.isdigit():
-            raise UserError(f"{text}: {key} is a whole number")
+            raise UserError(f"{text}: {key} must be a whole number")
         else:
             options[key] = int(value)
     if arguments.action == "show" and options["step"] is None:
-        raise UserError("name the step to show, counted from 1: step=12")
+        raise UserError("step is required, counted from 1: set step=12")
     config = load_config(overrides)
     check_corpora(config)
     began_at = newest_state(config.run_dir).data_began_at
@@ -255,7 +270,7 @@ def _launch(arguments) -> int:
         text.removeprefix("target=") for text in arguments.overrides if text.startswith("target=")
     ]
     if targets not in (["torchrun"], ["slurm"]):
-        raise UserError("name one target: target=torchrun or target=slurm")
+        raise UserError("exactly one target is required: target=torchrun or target=slurm")
     overrides = [text for text in arguments.overrides if not text.startswith("target=")]
     config = load_config(overrides)
     check_against_trunk(config)
@@ -275,16 +290,21 @@ def _launch(arguments) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    # argparse takes positionals in one run only: key=value after an option comes back as unknown.
+    # argparse accepts positionals in one run only: key=value after an option comes back as unknown.
     if any(text.startswith("-") for text in rest) or (rest and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = (
+            "; config keys have no dashes: write optimizer.lr=3"
+            if hasattr(arguments, "overrides")
+            else ""
+        )
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         arguments.overrides += rest
     return arguments
 
 
 def _positive(kind: type[int] | type[float]):
-    """An argparse type: a number above zero."""
+    """Return an argparse type that accepts numbers above zero."""
 
     def positive(text: str) -> float:
         if (number := kind(text)) <= 0:
@@ -297,7 +317,10 @@ def _positive(kind: type[int] | type[float]):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="retemper",
-        description="Continue the pretraining of a language model, by LoRA or in full, and measure what it learned and forgot.",
+        description=(
+            "Continue the pretraining of a language model, by LoRA or in full, "
+            "and measure what it learned and forgot."
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -321,90 +344,130 @@ def _parser() -> argparse.ArgumentParser:
         return verb
 
     add(
-        "demo", _demo, "The whole line on this machine: documents, shards, base, full and LoRA training, report. Continues where it stopped.",
-        "retemper demo", "retemper demo parallel=pp2 study=demo-pp2",
-    )  # fmt: skip
+        "demo",
+        _demo,
+        "Run the whole pipeline on this machine: documents, shards, base model, full and LoRA "
+        "training, report. Resumes where it stopped.",
+        "retemper demo",
+        "retemper demo parallel=pp2 study=demo-pp2",
+    )
     add(
-        "tokenize", _tokenize, "Turn documents into token shards: cleaned, deduplicated, packed. The same command goes on after a stop.",
-        "retemper tokenize data=local data.source.path=docs/ data.tokenizer=llama/ data.path=shards/docs data.seq_length=4096",
+        "tokenize",
+        _tokenize,
+        "Turn documents into token shards: cleaned, deduplicated, packed. "
+        "After a stop, the same command resumes.",
+        "retemper tokenize data=local data.source.path=docs/ data.tokenizer=llama/ "
+        "data.path=shards/docs data.seq_length=4096",
         "retemper tokenize data=openwebmath data.path=s3://bucket/openwebmath data.tokens=8B",
-        "retemper tokenize data=starcoder_python data.path=/shared/starcoder data.executor=slurm data.slurm.partition=cpu",
-    )  # fmt: skip
+        "retemper tokenize data=starcoder_python data.path=/shared/starcoder data.executor=slurm "
+        "data.slurm.partition=cpu",
+    )
     add(
-        "train", _train, "Train one run on this machine; on a cluster, torchrun -m retemper.pipeline.train takes the same keys.",
-        "retemper train run=demo_full", "retemper train run=demo_lora parallel=dp2 method.lora.rank=4 name=lora-r4",
-    )  # fmt: skip
+        "train",
+        _train,
+        "Train one run on this machine. On a cluster, torchrun -m retemper.pipeline.train "
+        "accepts the same keys.",
+        "retemper train run=demo_full",
+        "retemper train run=demo_lora parallel=dp2 method.lora.rank=4 name=lora-r4",
+    )
     imported = add(
-        "import", _import, "Make a transformers folder the base of runs: a checkpoint to name in init_from, its logits compared with transformers'.",
-        "retemper import Llama-2-7b-hf/ runs/models/llama2-7b", "retemper train init_from=runs/models/llama2-7b method=lora …",
-        "retemper import Llama-3.1-70B/ runs/models/llama3-70b parallel.tensor_parallel_size=8", positionals=("folder", "run"),
-    )  # fmt: skip
+        "import",
+        _import,
+        "Convert a transformers folder to a checkpoint that runs can name in init_from. "
+        "Its logits are compared with those of transformers.",
+        "retemper import Llama-2-7b-hf/ runs/models/llama2-7b",
+        "retemper train init_from=runs/models/llama2-7b method=lora …",
+        "retemper import Llama-3.1-70B/ runs/models/llama3-70b parallel.tensor_parallel_size=8",
+        positionals=("folder", "run"),
+    )
     imported.add_argument(
         "--trust",
         metavar="NAME",
-        help="the folder's name, to read a folder that brings Python code; it is not run",
+        help="name of the folder, to accept one that contains Python code; the code is not run",
     )
     export = add(
-        "export", _export, "Write a checkpoint as files that stock transformers load, or an adapter for peft, compared before it is called done.",
-        "retemper export runs/demo/full exported/", "retemper export runs/paper/lora adapter/ --adapter --step 500",
-        positionals=("run", "folder"), overrides="",
-    )  # fmt: skip
-    export.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+        "export",
+        _export,
+        "Write a checkpoint in the format of transformers, or its adapters in the format of peft. "
+        "The written files are compared with the checkpoint before the export counts as complete.",
+        "retemper export runs/demo/full exported/",
+        "retemper export runs/paper/lora adapter/ --adapter --step 500",
+        positionals=("run", "folder"),
+        overrides="",
+    )
+    export.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     export.add_argument(
         "--adapter",
         action="store_true",
-        help="the adapters alone, for peft (default: merged into the model)",
+        help="export only the adapters, for peft (default: merged into the model)",
     )
     export.add_argument(
         "--base",
         metavar="NAME",
-        help="with --adapter: the base that the adapter names, a hub name or a transformers folder (default: what it was imported as)",
+        help="with --adapter: base model that the adapter refers to, a hub name or a transformers "
+        "folder (default: the one that was imported)",
     )
     export.add_argument(
         "--tokenizer",
         metavar="FOLDER",
-        help="for a model that was never imported (default: the run's data.tokenizer)",
+        help="tokenizer for a model that was never imported (default: the run's data.tokenizer)",
     )
     add(
-        "eval", _eval, "Score what a run began with and every checkpoint, on what they have no scores of yet, in its own layout or another.",
-        "retemper eval runs/demo/full", "retemper eval runs/demo/full evals=quick evals.tasks_dir=tasks/", "retemper eval runs/demo/full parallel=dp2",
-        positionals=("run",), overrides="in place of the run's own: evals, parallel, and where its files are now (data.path, init_from)",
-    )  # fmt: skip
+        "eval",
+        _eval,
+        "Evaluate the initial model and all checkpoints that have no scores yet, "
+        "in the run's parallel layout or another.",
+        "retemper eval runs/demo/full",
+        "retemper eval runs/demo/full evals=quick evals.tasks_dir=tasks/",
+        "retemper eval runs/demo/full parallel=dp2",
+        positionals=("run",),
+        overrides="overrides of the run's config: evals, parallel, and the current locations of "
+        "its files (data.path, init_from)",
+    )
     evals = add(
-        "evals", _evals, "worker: score a run's checkpoints as they come on the tasks that are for workers, beside other workers and the "
-        "training, until the run is over. show: what was scored so far, with the difference from the step-0 model.",
-        "retemper evals worker runs/paper/lora evals=paper evals.tasks_dir=tasks/", "retemper evals worker runs/paper/lora --only score",
+        "evals",
+        _evals,
+        "worker: evaluate a run's checkpoints as they appear, on the tasks with where=worker, "
+        "alongside other workers and the training, until the run is complete. "
+        "show: print the scores so far, with the difference from the step-0 model.",
+        "retemper evals worker runs/paper/lora evals=paper evals.tasks_dir=tasks/",
+        "retemper evals worker runs/paper/lora --only score",
         "retemper evals show runs/paper/lora",
-        actions=("worker", "show"), positionals=("run",), overrides="in place of the run's own: evals=… and evals.…=…",
-    )  # fmt: skip
+        actions=("worker", "show"),
+        positionals=("run",),
+        overrides="overrides of the run's config: evals=… and evals.…=…",
+    )
     evals.add_argument(
-        "--once", action="store_true", help="evaluate the checkpoints that are there, and end"
+        "--once", action="store_true", help="evaluate existing checkpoints, then exit"
     )
     evals.add_argument(
         "--only",
         choices=("generate", "score"),
-        help="one part of the work: generated programs can be run on another machine",
+        help="do one part of the work, so that generated programs can run on another machine",
     )
     evals.add_argument(
         "--poll",
         type=_positive(float),
         default=30,
         metavar="SECONDS",
-        help="between looks for checkpoints (default: 30)",
+        help="interval between checks for new checkpoints (default: 30)",
     )
     evals.add_argument(
         "--lease",
         type=_positive(float),
         default=120,
         metavar="SECONDS",
-        help="after which a dead worker's job is taken over (default: 120)",
+        help="time after which the job of a dead worker is taken over (default: 120)",
     )
     add(
-        "data", _data, "show: the text of a step's samples, with its sources and what counts in the loss. verify: prove from the ledger "
-        "(data.ledger=true) that no sample was skipped or repeated.",
-        "retemper data show run=demo_full step=12 samples=2", "retemper data verify run=demo_full",
+        "data",
+        _data,
+        "show: print the text of a step's samples, with its sources and the loss mask. "
+        "verify: prove from the ledger (data.ledger=true) that no sample was skipped or repeated.",
+        "retemper data show run=demo_full step=12 samples=2",
+        "retemper data verify run=demo_full",
         actions=("show", "verify"),
-    )  # fmt: skip
+    )
     report = add(
         "report",
         _report,
@@ -412,7 +475,7 @@ def _parser() -> argparse.ArgumentParser:
         "retemper report runs/demo",
         overrides="",
     )
-    report.add_argument("study", help="the folder of a study, that is runs_dir/study")
+    report.add_argument("study", help="folder of the study, i.e. runs_dir/study")
     add(
         "config",
         _config,
@@ -421,50 +484,57 @@ def _parser() -> argparse.ArgumentParser:
         "retemper config run=demo_lora parallel=pp2",
     )
     planned = add(
-        "plan", _plan, "Say what a run will take before it is started: memory of a GPU, nodes, time, cost, checkpoints, data. What cannot "
-        "fit is refused, with the nearest layout that does.",
+        "plan",
+        _plan,
+        "Estimate memory, nodes, time, cost, checkpoints and data of a run. Does not start "
+        "anything. A layout that cannot fit is refused, and the nearest one that fits is named.",
         "retemper plan run=demo_full",
-        "retemper plan study=mine name=lora model=llama2_7b method=lora init_from=runs/models/llama2 data=starcoder_python "
-        "data.path=shards/starcoder train.tokens=20B train.global_batch_size=192 train.micro_batch_size=2 optimizer.lr=2e-4 "
+        "retemper plan study=mine name=lora model=llama2_7b method=lora "
+        "init_from=runs/models/llama2 data=starcoder_python data.path=shards/starcoder "
+        "train.tokens=20B train.global_batch_size=192 train.micro_batch_size=2 optimizer.lr=2e-4 "
         "parallel.data_parallel_size=8 --price 2.50",
-    )  # fmt: skip
+    )
     planned.add_argument(
         "--gpu",
         default="H100",
-        help="whose peak the time is reckoned by, as CUDA names it (default: H100)",
+        help="GPU model whose peak FLOP/s is assumed, e.g. H200 (default: H100)",
     )
     planned.add_argument(
         "--gpu-memory",
         type=_positive(float),
         default=80,
         metavar="GIB",
-        help="of one GPU (default: 80)",
+        help="memory per GPU in GiB (default: 80)",
     )
     planned.add_argument(
         "--gpus-per-node",
         type=_positive(int),
         metavar="N",
         default=8,
-        help="ranks a node holds (default: 8)",
+        help="GPUs per node (default: 8)",
     )
     planned.add_argument(
         "--mfu",
         type=_positive(float),
-        help="share of the GPU's peak that is expected (default: as measured)",
+        help="expected model FLOPs utilization, as a fraction of the GPU's peak "
+        "(default: a measured value)",
     )
     planned.add_argument(
-        "--price", type=_positive(float), help="of one GPU for an hour, for the cost"
+        "--price", type=_positive(float), help="price per GPU-hour; prints a total"
     )
     launch = add(
-        "launch", _launch, "Print the commands that start a run on a cluster.",
-        "retemper launch run=demo_full target=torchrun --gpus-per-node 1 --host node0", "retemper launch run=demo_full target=slurm > run.sbatch",
-    )  # fmt: skip
+        "launch",
+        _launch,
+        "Print the commands that start a run on a cluster.",
+        "retemper launch run=demo_full target=torchrun --gpus-per-node 1 --host node0",
+        "retemper launch run=demo_full target=slurm > run.sbatch",
+    )
     launch.add_argument(
         "--gpus-per-node",
         type=_positive(int),
         metavar="N",
         default=8,
-        help="ranks a node holds (default: 8)",
+        help="GPUs per node (default: 8)",
     )
     launch.add_argument(
         "--host", default="HEAD_NODE", help="address of the first node, for target=torchrun"
@@ -473,7 +543,7 @@ def _parser() -> argparse.ArgumentParser:
         "--port",
         type=int,
         default=29500,
-        help="port of the rendezvous on the first node (default: 29500)",
+        help="rendezvous port on the first node (default: 29500)",
     )
     return parser
 

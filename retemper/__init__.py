@@ -1,8 +1,8 @@
-"""Continued pretraining at Megatron scale, with what was learned and what was forgotten measured.
+"""Continued pretraining at Megatron scale that measures what was learned and what was forgotten.
 
-In a checkout this folder holds links to the folders of code, for tools that resolve imports without
-running them (mypy, pyright, editors). Python itself takes each module from its own folder, so that a
-file has one path and a class exists once, whatever the current folder is.
+In a checkout this folder contains links to the code folders, for tools that resolve imports without
+running them (mypy, pyright, editors). Python itself imports each module from the folder that the
+link points to, so that a file has one path and a class exists once, whatever the current folder is.
 """
 
 from pathlib import Path

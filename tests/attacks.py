@@ -1,10 +1,11 @@
-"""Hostile programs. Each runs to its end, and so passes, only where it got what it wanted.
+"""Define hostile programs, each of which reaches its end, and so passes, only if its attack works.
 
-Before each stand the names of what it is after: SECRET (a file in the home folder), OUTSIDE (a file), VICTIM and PARENT (processes),
-PORT (a server on loopback), ABSTRACT (the name of a unix socket).
+The names of the targets are defined before each program: SECRET (a file in the home folder),
+OUTSIDE (a file), VICTIM and PARENT (processes), PORT (a server on loopback), ABSTRACT (the name of
+a unix socket).
 """
 
-# What these do to a world without walls is seen in tests/unit/test_sandbox.py, which runs them there too.
+# tests/unit/test_sandbox.py also runs these without the sandbox, and so shows what they do there.
 HARMLESS_WITHOUT_WALLS = {
     # reading
     "read a system file": "open('/etc/passwd').read()",
@@ -15,11 +16,21 @@ HARMLESS_WITHOUT_WALLS = {
     "read through a link": "import os; os.symlink(SECRET, 'link'); open('link').read()",
     # writing
     "write outside": "open(OUTSIDE, 'w').write('harm')",
-    "write by posix.open": "import posix; posix.write(posix.open(OUTSIDE, posix.O_WRONLY), b'harm')",
-    "write by libc": "import ctypes; libc = ctypes.CDLL(None); assert libc.write(libc.open(OUTSIDE.encode(), 1), b'harm', 4) == 4",
-    "write through a link": "import os; os.symlink(OUTSIDE, 'link'); open('link', 'w').write('harm')",
+    "write by posix.open": (
+        "import posix; posix.write(posix.open(OUTSIDE, posix.O_WRONLY), b'harm')"
+    ),
+    "write by libc": (
+        "import ctypes; libc = ctypes.CDLL(None); "
+        "assert libc.write(libc.open(OUTSIDE.encode(), 1), b'harm', 4) == 4"
+    ),
+    "write through a link": (
+        "import os; os.symlink(OUTSIDE, 'link'); open('link', 'w').write('harm')"
+    ),
     "write beside the folder": "open('../beside', 'w').write('harm')",
-    "write shared memory": "import os; open(f'/dev/shm/retemper-{PARENT}', 'w'); os.unlink(f'/dev/shm/retemper-{PARENT}')",
+    "write shared memory": (
+        "import os; open(f'/dev/shm/retemper-{PARENT}', 'w'); "
+        "os.unlink(f'/dev/shm/retemper-{PARENT}')"
+    ),
     "cut off a file": "import os; os.truncate(OUTSIDE, 0)",
     "cut off while reading": "import os; os.open(OUTSIDE, os.O_RDONLY | os.O_TRUNC)",
     "remove a file": "import os; os.remove(OUTSIDE)",
@@ -27,22 +38,31 @@ HARMLESS_WITHOUT_WALLS = {
     "link a file": "import os; os.link(OUTSIDE, 'mine')",
     "change a mode": "import os; os.chmod(OUTSIDE, 0o777)",
     "change times": "import os; os.utime(OUTSIDE, (1, 1))",
-    "move the folder": "import os; os.rename(os.getcwd(), '../moved'); os.rename('../moved', os.environ['HOME'])",
+    "move the folder": (
+        "import os; os.rename(os.getcwd(), '../moved'); os.rename('../moved', os.environ['HOME'])"
+    ),
     "make a fifo": "import os; os.mkfifo('fifo')",
     # processes
     "fork": "import os\npid = os.fork()\nif not pid: os._exit(0)\nos.waitpid(pid, 0)",
-    "leave a daemon": "import os, time\nif not os.fork():\n    os.setsid()\n    if not os.fork(): os.closerange(0, 64); time.sleep(60)\n    os._exit(0)",
+    "leave a daemon": (
+        "import os, time\nif not os.fork():\n    os.setsid()\n"
+        "    if not os.fork(): os.closerange(0, 64); time.sleep(60)\n    os._exit(0)"
+    ),
     "start a program": "import os; os.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0)",
     "start a shell": "import os; assert os.system('true') == 0",
-    "start an interpreter": "import subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)",
+    "start an interpreter": (
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)"
+    ),
     "run a file of memory": "import os; os.write(os.memfd_create('program'), b'#!/bin/sh')",
     "become another program": (
-        "import fcntl, os\nfor fd in range(64):\n    try: fcntl.fcntl(fd, fcntl.F_SETFD, 0)\n    except OSError: pass\n"
+        "import fcntl, os\nfor fd in range(64):\n    try: fcntl.fcntl(fd, fcntl.F_SETFD, 0)\n"
+        "    except OSError: pass\n"
         "os.execv('/bin/sh', ['sh', '-c', f'echo harm > {OUTSIDE}'])"
     ),
     "kill a process": "import os; os.kill(VICTIM, 9)",
     "kill by a pipe's owner": (
-        "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\nfcntl.fcntl(r, 10, 9)  # F_SETSIG\n"
+        "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\n"
+        "fcntl.fcntl(r, 10, 9)  # F_SETSIG\n"
         "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)\nos.write(w, b'x')"
     ),
     "see the parent": "import os; os.kill(PARENT, 0)",
@@ -51,45 +71,73 @@ HARMLESS_WITHOUT_WALLS = {
     "outlive the parent": "import ctypes; assert ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) == 0",
     # network
     "connect": "import socket; socket.create_connection(('127.0.0.1', PORT), 1)",
-    "send a datagram": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'harm', ('127.0.0.1', PORT))",
+    "send a datagram": (
+        "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM)"
+        ".sendto(b'harm', ('127.0.0.1', PORT))"
+    ),
     "listen": "import socket; socket.create_server(('127.0.0.1', 0))",
-    "connect to an abstract socket": "import socket; socket.socket(socket.AF_UNIX).connect(ABSTRACT)",
+    "connect to an abstract socket": (
+        "import socket; socket.socket(socket.AF_UNIX).connect(ABSTRACT)"
+    ),
     "socket by libc": "import ctypes; assert ctypes.CDLL(None).socket(2, 1, 0) >= 0",
     "keep shared memory": (
-        "import ctypes; libc = ctypes.CDLL(None); shared = libc.shmget(0, 4096, 0o1600); assert shared >= 0; libc.shmctl(shared, 0, None)"
+        "import ctypes; libc = ctypes.CDLL(None); shared = libc.shmget(0, 4096, 0o1600); "
+        "assert shared >= 0; libc.shmctl(shared, 0, None)"
     ),
 }
 
-# As above, where kernel, container and lost privileges allow it without walls.
+# As above, if the kernel, the container and the dropped privileges allow it without the sandbox.
 WHERE_ALLOWED = {
     "read the parent's environment": "assert open(f'/proc/{PARENT}/environ', 'rb').read()",
     "slow a process": "import os; os.setpriority(os.PRIO_PROCESS, VICTIM, 19)",
     "move a process": "import os; os.sched_setaffinity(VICTIM, {min(os.sched_getaffinity(0))})",
     "trace a process": "import ctypes; assert ctypes.CDLL(None).ptrace(16, VICTIM, 0, 0) == 0",
     "a namespace of its own": "import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0",
-    "io_uring": "import ctypes; assert ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120)) >= 0",
-    "userfaultfd": "import ctypes, os; assert ctypes.CDLL(None).syscall({'x86_64': 323}.get(os.uname().machine, 282), 1) >= 0",
-    "the keyring": "import ctypes, os; assert ctypes.CDLL(None).syscall({'x86_64': 250}.get(os.uname().machine, 219), 0, -3, 1) >= 0",
+    "io_uring": (
+        "import ctypes; "
+        "assert ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120)) >= 0"
+    ),
+    "userfaultfd": (
+        "import ctypes, os; "
+        "assert ctypes.CDLL(None).syscall({'x86_64': 323}.get(os.uname().machine, 282), 1) >= 0"
+    ),
+    "the keyring": (
+        "import ctypes, os; assert ctypes.CDLL(None)"
+        ".syscall({'x86_64': 250}.get(os.uname().machine, 219), 0, -3, 1) >= 0"
+    ),
     "timers of the kernel": "import ctypes; assert ctypes.CDLL(None).timerfd_create(0, 0) >= 0",
 }
 
-# Never let loose without walls: what takes all there is.
+# Never run without the sandbox: these exhaust a resource of the machine.
 EXHAUSTING = {
     "fork bomb": "import os\nwhile True: os.fork()",
-    "thread bomb": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(1000,)).start()",
+    "thread bomb": (
+        "import threading, time\n"
+        "while True: threading.Thread(target=time.sleep, args=(1000,)).start()"
+    ),
     "memory bomb": "x = bytearray(10**11)",
     "memory bomb by mmap": "import mmap; mmap.mmap(-1, 10**11)",
     "memory bomb in steps": "x = []\nwhile True: x.append(bytearray(2**20))",
     "a file of 100 GB": "f = open('f', 'wb'); f.seek(10**11); f.write(b'x'); f.flush()",
-    "files without number": "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(bytes(2**24))",
+    "files without number": (
+        "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(bytes(2**24))"
+    ),
     "folders without number": "import os\nwhile True: os.mkdir('d'); os.chdir('d')",
     "endless loop": "while True: pass",
     "endless loop that ignores signals": (
-        "import signal\nfor s in signal.valid_signals() - {9, 19}: signal.signal(s, signal.SIG_IGN)\nwhile True: pass"
+        "import signal\n"
+        "for s in signal.valid_signals() - {9, 19}: signal.signal(s, signal.SIG_IGN)\n"
+        "while True: pass"
     ),
-    "endless loop in a thread": "import threading\ndef f():\n    while True: pass\nt = threading.Thread(target=f); t.start(); t.join()",
+    "endless loop in a thread": (
+        "import threading\ndef f():\n    while True: pass\n"
+        "t = threading.Thread(target=f); t.start(); t.join()"
+    ),
     "huge output": "while True: print('x' * 10**6)",
-    "words to every pipe": "import os\nfor fd in range(64):\n    try: os.write(fd, b'x' * 10**5)\n    except OSError: pass",
+    "words to every pipe": (
+        "import os\nfor fd in range(64):\n"
+        "    try: os.write(fd, b'x' * 10**5)\n    except OSError: pass"
+    ),
 }  # fmt: skip
 
 IDLE = {
@@ -97,7 +145,7 @@ IDLE = {
     "deadlock": "import threading; lock = threading.Lock(); lock.acquire(); lock.acquire()",
 }
 
-# Never let loose either, or refused without walls as well because privileges are gone.
+# Never run without the sandbox either, or refused without it as well for lack of privileges.
 HARMFUL = {
     "kill the parent": "import os; os.kill(PARENT, 9)",
     "kill everybody": "import os; os.kill(-1, 9)",
@@ -107,10 +155,18 @@ HARMFUL = {
     "mount": "import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/', b'tmpfs', 0, None) == 0",
     "chroot": "import os; os.chroot('.')",
     "become somebody": "import os; os.setuid(12345)",
-    "regain privileges": "import ctypes; assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(*[2**32 - 1] * 6)) == 0",
+    "regain privileges": (
+        "import ctypes; assert ctypes.CDLL(None).capset("
+        "(ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(*[2**32 - 1] * 6)) == 0"
+    ),
     "raise its limits": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6))",
-    "load a program into the kernel": "import ctypes, os; assert ctypes.CDLL(None).syscall({'x86_64': 321}.get(os.uname().machine, 280), 0, ctypes.create_string_buffer(120), 120) >= 0",
-    "reboot": "import ctypes; assert ctypes.CDLL(None).reboot(0) == 0",  # 0 is no command: refused even to root
+    "load a program into the kernel": (
+        "import ctypes, os; assert ctypes.CDLL(None)"
+        ".syscall({'x86_64': 321}.get(os.uname().machine, 280), 0, "
+        "ctypes.create_string_buffer(120), 120) >= 0"
+    ),
+    # 0 is no command: refused even to root
+    "reboot": "import ctypes; assert ctypes.CDLL(None).reboot(0) == 0",
 }  # fmt: skip
 
 # Ways to end without a verdict, and to claim one.
@@ -123,41 +179,63 @@ ENDINGS = {
     "abort": "import os; os.abort()",
     "segmentation fault": "import ctypes; ctypes.string_at(0)",
     "deep recursion": "def f(): return f()\nf()",
-    "deep recursion without limit": "import sys; sys.setrecursionlimit(2**30)\ndef f(): return f()\nf()",
+    "deep recursion without limit": (
+        "import sys; sys.setrecursionlimit(2**30)\ndef f(): return f()\nf()"
+    ),
     "deep recursion in C": "x = []\nfor _ in range(10**6): x = [x]\nrepr(x)",
     "deep source": "eval('(' * 10**6)",
     "no source": "\0",
     "half a character": "'\ud800",
     "unprintable error": "class E(Exception):\n    def __str__(self): raise self\nraise E",
-    "endless error": "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E",
+    "endless error": (
+        "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E"
+    ),
     "print the verdict": "print('passed'); import os; os.write(2, b'passed'); os._exit(0)",
-    "say what is said": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'the doors are shut\\n' + b'0' * 32)\n    except OSError: pass\nos._exit(0)",
+    "say what is said": (
+        "import os\nfor fd in range(3, 64):\n"
+        "    try: os.write(fd, b'sandbox ready\\n' + b'0' * 32)\n"
+        "    except OSError: pass\nos._exit(0)"
+    ),
     "look for the nonce in gc": (
-        "import gc, os\nfor x in gc.get_objects():\n    for y in (list(x.values()) if type(x) is dict else ()):\n"
+        "import gc, os\nfor x in gc.get_objects():\n"
+        "    for y in (list(x.values()) if type(x) is dict else ()):\n"
         "        if type(y) is bytes and len(y) == 32:\n            for fd in range(64):\n"
         "                try: os.write(fd, y)\n                except OSError: pass\nos._exit(0)"
     ),
-    "say passed for failed": "import os; write = os.write; os.write = lambda fd, data: write(fd, b'passed'); raise ValueError",
+    "say passed for failed": (
+        "import os; write = os.write; os.write = lambda fd, data: write(fd, b'passed'); "
+        "raise ValueError"
+    ),
 }  # fmt: skip
 
 # Candidates that make `assert f(1) == 2` pass. Without the control they do.
 FORGED = {
     "frames": (
-        "import os, sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        nonce, pipe = frame.f_locals.get('nonce'), frame.f_locals.get('pipe')\n"
+        "import os, sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
+        "        nonce, pipe = frame.f_locals.get('nonce'), frame.f_locals.get('pipe')\n"
         "        if nonce: os.write(pipe, nonce); os._exit(0)\n        frame = frame.f_back"
     ),
     "frames of an exception": (
-        "import os\ndef f(x):\n    try: raise ValueError\n    except ValueError as error: frame = error.__traceback__.tb_frame\n"
-        "    while 'nonce' not in frame.f_locals: frame = frame.f_back\n    os.write(frame.f_locals['pipe'], frame.f_locals['nonce']); os._exit(0)"
+        "import os\ndef f(x):\n    try: raise ValueError\n"
+        "    except ValueError as error: frame = error.__traceback__.tb_frame\n"
+        "    while 'nonce' not in frame.f_locals: frame = frame.f_back\n"
+        "    os.write(frame.f_locals['pipe'], frame.f_locals['nonce']); os._exit(0)"
     ),
     "frames before the tests": (
-        "import os, sys\nframe = sys._getframe()\nwhile 'nonce' not in frame.f_locals: frame = frame.f_back\n"
+        "import os, sys\nframe = sys._getframe()\n"
+        "while 'nonce' not in frame.f_locals: frame = frame.f_back\n"
         "os.write(frame.f_locals['pipe'], frame.f_locals['nonce']); os._exit(0)"
     ),
-    "equal to everything": "class E:\n    def __eq__(self, other): return True\ndef f(x): return E()",
-    "equal to every number": "class E(int):\n    def __eq__(self, other): return type(other) is int\ndef f(x): return E()",
+    "equal to everything": (
+        "class E:\n    def __eq__(self, other): return True\ndef f(x): return E()"
+    ),
+    "equal to every number": (
+        "class E(int):\n    def __eq__(self, other): return type(other) is int\n"
+        "def f(x): return E()"
+    ),
     "a tracer that leaves": (
-        "import os, sys\ndef f(x):\n    frame = sys._getframe()\n    while 'nonce' not in frame.f_locals: frame = frame.f_back\n    here = frame.f_locals\n"
+        "import os, sys\ndef f(x):\n    frame = sys._getframe()\n"
+        "    while 'nonce' not in frame.f_locals: frame = frame.f_back\n    here = frame.f_locals\n"
         "    sys.setprofile(lambda *_: (os.write(here['pipe'], here['nonce']), os._exit(0)))"
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Shared by all tests: real text, a small tokenizer, corpora, and launches of real ranks."""
+"""Provide real text, a small tokenizer, corpora, and launches of real ranks to all tests."""
 
 import json
 import os
@@ -41,7 +41,10 @@ TINY = [
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Path:
-    """A folder with data/tokenizer and the corpora data/code and data/math, made by the real tokenize job."""
+    """Return a folder with data/tokenizer and the corpora data/code and data/math.
+
+    The real tokenize job writes them.
+    """
     import email
 
     import sympy.core
@@ -66,7 +69,7 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def data_config(folder: Path, name: str, kind: str = "text", documents: Path = Path(), **changes):
-    """A DataConfig below `folder`, of Python files below `documents`."""
+    """Return a DataConfig below `folder`, of Python files below `documents`."""
     from retemper.pipeline.schema.data import DataConfig
 
     values = {
@@ -86,7 +89,7 @@ def data_config(folder: Path, name: str, kind: str = "text", documents: Path = P
 
 
 def overrides(workspace: Path, name: str, *changes: str, corpus: str = "math") -> list[str]:
-    """Overrides of a tiny run on one of the workspace's corpora."""
+    """Return the overrides of a tiny run on one of the workspace's corpora."""
     data = workspace / "data"
     return [
         *TINY,
@@ -113,7 +116,7 @@ def run_command(
 
 
 class Ranks:
-    """Real ranks under torchrun that take one list of cases after another (tests/multiproc/ranks.py)."""
+    """The ranks under torchrun that run lists of cases, one after another (multiproc/ranks.py)."""
 
     def __init__(self, world_size: int, folder: Path):
         self.world_size, self.folder, self.requests = world_size, folder, 0
@@ -142,7 +145,7 @@ class Ranks:
         )
 
     def run(self, script: str, cases: list[dict], timeout: int) -> None:
-        """Raises AssertionError with what the ranks said where one of them fails."""
+        """Run the cases; raise AssertionError with the output of the ranks if one of them fails."""
         request = self.folder / f"{self.requests}.json"
         whole = request.with_suffix(".tmp")
         whole.write_text(json.dumps({"script": script, "cases": cases}))
@@ -191,7 +194,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """SHARED_DATA, or a skip where it is absent."""
+    """Return SHARED_DATA, or skip the test without it."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} is not here; set RETEMPER_SHARED_DATA")
     return SHARED_DATA
@@ -199,7 +202,10 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def pairs(workspace) -> Path:
-    """The folder of a corpus of instruction pairs, several whole ones a sample, with padding: real functions, asked for by name."""
+    """Return the folder of a corpus of instruction pairs.
+
+    A sample has several whole pairs, and padding. The prompts ask for real functions by name.
+    """
     import ast
     import email
 
@@ -221,7 +227,10 @@ def pairs(workspace) -> Path:
 
 @pytest.fixture(scope="session")
 def wide(workspace) -> list[str]:
-    """Overrides of a model and of samples that every 8-bit recipe takes: in multiples of 128."""
+    """Return overrides of a model and of samples whose sizes are multiples of 128.
+
+    Every 8-bit recipe supports them.
+    """
     import email
 
     from retemper.tokenize.job import tokenize
@@ -246,7 +255,10 @@ def wide(workspace) -> list[str]:
 
 @pytest.fixture(scope="session")
 def store():
-    """A real S3 endpoint on loopback with the empty bucket "corpora", behind a proxy that can be told to fail."""
+    """Start a real S3 endpoint on loopback with the empty bucket "corpora".
+
+    It is behind a proxy that fails on request.
+    """
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'retemper[s3]'")
     server = pytest.importorskip("moto.server", reason="moto's server is not installed")
     import boto3

@@ -1,4 +1,4 @@
-"""A proxy in front of a real S3 endpoint that can be slow, fail, hang or break off, as real stores do."""
+"""Run a proxy before a real S3 endpoint that is slow, fails, hangs or breaks off on request."""
 
 import http.client
 import threading
@@ -7,7 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FaultyStore:
-    """Forwards every request to (host, port), until `fault` names what goes wrong with those for a key that contains `of`."""
+    """The proxy that forwards every request to (host, port).
+
+    While `fault` is set, requests of a key that contains `of` fail in that way.
+    """
 
     def __init__(self, host: str, port: int):
         self.fault: str | None = None
@@ -66,14 +69,18 @@ class FaultyStore:
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def meet(self, path: str) -> str | None:
-        """The fault of this request, if any."""
+        """Return the fault of this request, if any."""
         if self.fault is None or self.of not in path:
             return None
         self.asked += 1
         return self.fault if self.asked <= self.times else None
 
     def set(self, fault: str | None, of: str = "", times: int = 10**9) -> None:
-        """From now on: `fault` (slow, fails, hangs, breaks off) for the first `times` requests of keys that contain `of`."""
+        """Set `fault` for the first `times` requests of keys that contain `of`, from now on.
+
+        Args:
+            fault: "slow", "fails", "hangs" or "breaks off"; None for no fault.
+        """
         self.fault, self.of, self.times, self.asked = fault, of, times, 0
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A corpus that the world would send: thousands of records of which many are no documents, and what should become of each."""
+"""Write a hostile corpus: thousands of records, many of them no documents; and what is expected."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ _BAD_CELLS = [
 
 
 def good_text(number: int) -> str:
-    """A document like no other."""
+    """Return a document unlike all others."""
     return f"# document {number}\r\ndef f{number}(x):\n\treturn x * {number}  # naïve 🎉\n" * (
         1 + number % 5
     )
@@ -53,7 +53,9 @@ def write_hostile_corpus(
 ) -> tuple[Counter, list[str], list[str]]:
     """Write about `records` records below `folder` in every format, good ones among bad ones.
 
-    Returns why records are to be dropped, the good documents, and the names of the files that are damaged.
+    Returns:
+        The number of records to be dropped for each reason, the good documents, and the names of
+        the damaged files.
     """
     rng = random.Random(records)
     folder.mkdir(parents=True)
@@ -98,7 +100,7 @@ def write_hostile_corpus(
             good.append(good_text(len(good)))
             cell = good[-1]
         cells.append(cell.encode() if isinstance(cell, str) else cell)
-    # Arrow checks nothing when it is told that bytes are text, and neither did whoever wrote such a file.
+    # Arrow does not check bytes that are declared as text, and neither does a writer of such files.
     text = pa.StringArray.from_buffers(len(cells), *_string_buffers(cells))
     nested = pa.array([[{"a": [[number]]}] for number in range(share)])
     pq.write_table(

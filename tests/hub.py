@@ -1,4 +1,4 @@
-"""A hub on loopback that answers as the real one does to the calls that a dataset repository needs: revision, tree, file."""
+"""Serve a hub on loopback that answers the calls for a dataset repository: revision, tree, file."""
 
 import json
 import re
@@ -11,7 +11,15 @@ from urllib.parse import parse_qs, unquote, urlsplit
 def serve(
     repository: str, commits: dict[str, dict[str, bytes]], branches: dict[str, str]
 ) -> tuple[ThreadingHTTPServer, list[str]]:
-    """Start it. commits: commit -> path -> content; branches: name -> commit (may change). Returns the server and the paths asked for."""
+    """Start a hub that answers as the real one does.
+
+    Args:
+        commits: commit -> path -> content.
+        branches: name -> commit; may change while the hub runs.
+
+    Returns:
+        The server, and the paths of the requests so far.
+    """
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -99,7 +107,8 @@ def serve(
                 first, last = int(wanted[1]), min(int(wanted[2] or last), last)
             self.send_response(206 if wanted else 200)
             for name, value in (
-                ("X-Repo-Commit", commit), ("ETag", '"etag"'), ("Content-Length", str(last - first + 1)), ("Accept-Ranges", "bytes"),
+                ("X-Repo-Commit", commit), ("ETag", '"etag"'),
+                ("Content-Length", str(last - first + 1)), ("Accept-Ranges", "bytes"),
                 ("Content-Range", f"bytes {first}-{last}/{len(content)}"),
             ):  # fmt: skip
                 self.send_header(name, value)

@@ -1,4 +1,7 @@
-"""Which documents a corpus leaves out, as a datatrove filter: each rule can be switched and counts what it dropped."""
+"""The cleaning rules as a datatrove filter.
+
+Each rule can be switched off and counts the documents that it drops.
+"""
 
 import re
 
@@ -8,17 +11,18 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from retemper.pipeline.schema.data import CleanConfig
 
 _HEAD_LINES = 5
-# The words by which BigCode's preparation of The Stack knew generated files.
+# The phrases by which BigCode's preparation of The Stack recognized generated files.
 _GENERATED = re.compile(
-    r"auto-?\s?generated|automatically generated|@generated|generated (?:by|from|using) |do not edit",
+    r"auto-?\s?generated|automatically generated|@generated|generated (?:by|from|using) "
+    r"|do not edit",
     re.IGNORECASE,
 )
-# Codex (arXiv 2107.03374) and The Stack dropped files with longer lines.
+# Codex (arXiv 2107.03374) and The Stack dropped files with longer lines than these.
 _MAX_LINE_CHARS, _MAX_MEAN_LINE_CHARS = 1000, 100
 
 
 class Clean(BaseFilter):
-    """Forward the documents that keep every rule; `dropped_<rule>` counts the others."""
+    """Forward the documents that satisfy every rule; `dropped_<rule>` counts the others."""
 
     name = "🧹 Clean"
 
@@ -33,10 +37,10 @@ class Clean(BaseFilter):
 
     def _broken_rule(self, text: str, prompt_chars: int) -> str | None:
         rules = self.rules
-        trained_on = text[prompt_chars:] if prompt_chars else text
-        if not trained_on or trained_on.isspace():
+        response = text[prompt_chars:] if prompt_chars else text
+        if not response or response.isspace():
             return "empty"
-        if rules.min_chars > 1 and len(trained_on.strip()) < rules.min_chars:
+        if rules.min_chars > 1 and len(response.strip()) < rules.min_chars:
             return "too_short"
         if rules.max_chars is not None and len(text) > rules.max_chars:
             return "too_long"
@@ -50,12 +54,12 @@ class Clean(BaseFilter):
 
 
 def is_generated(code: str) -> bool:
-    """Whether the first lines say that a program wrote the code."""
+    """Return whether the first lines mark the code as written by a program."""
     head = "\n".join(code[:2000].split("\n", _HEAD_LINES)[:_HEAD_LINES])
     return _GENERATED.search(head) is not None
 
 
 def is_minified(code: str) -> bool:
-    """Whether lines are longer than people write them."""
+    """Return whether the longest line or the mean line is longer than people write code."""
     lines = code.split("\n")
     return len(code) > _MAX_MEAN_LINE_CHARS * len(lines) or max(map(len, lines)) > _MAX_LINE_CHARS

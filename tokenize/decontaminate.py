@@ -1,6 +1,7 @@
-"""Documents that share a long run of words with an evaluation problem are left out, and the problem is named.
+"""Decontamination: drop the documents that share a long n-gram of words with an evaluation problem.
 
-datatrove's own n-gram filter names a task but not the problem, and needs lighteval and a language model's word splitter.
+The matched problem is recorded. datatrove's own n-gram filter records only the task, and needs
+lighteval and the word tokenizer of a language.
 """
 
 import functools
@@ -28,14 +29,14 @@ from retemper.tokenize.ngrams import (
     word_hashes,
 )
 
-# Problems without an n-gram of the length asked for are known by n-grams of this length; shorter
-# ones are not looked for.
+# Problems without an n-gram of the configured length are matched by n-grams of this length instead;
+# still shorter problems are not matched.
 _SHORT_NGRAM = 8
 _BLOOM_BITS = 22
 
 
 class Problems:
-    """The n-grams of evaluation problems, by hash."""
+    """An index of the n-grams of evaluation problems, by hash."""
 
     def __init__(
         self,
@@ -43,7 +44,14 @@ class Problems:
         names: list[str],
         counts: dict[str, dict[str, int]],
     ):
-        """grams: n -> (sorted hashes uint64 (grams,), index into names int32 (grams,)); counts: task -> problems, without_ngram."""
+        """Build the index.
+
+        Args:
+            grams: For each n, the sorted hashes of the n-grams, uint64 (grams,), and the index in
+                `names` of the problem that each belongs to, int32 (grams,).
+            names: The name of each problem.
+            counts: For each task, the number of `problems` and of those `without_ngram`.
+        """
         self.grams = grams
         self.names = names
         self.counts = counts
@@ -53,30 +61,35 @@ class Problems:
 
     @classmethod
     def read(cls, config: DecontaminateConfig) -> "Problems":
-        """Index the problems of every task. Raises UserError where a file is missing or holds none."""
+        """Index the problems of every task.
+
+        Raises:
+            UserError: A file is missing, cannot be read, or contains no problem.
+        """
         names = []
         counts = {}
-        found = {}
+        hashes_of_length = {}
         for task, path in config.tasks.items():
             counts[task] = {"problems": 0, "without_ngram": 0}
             for row, problem in enumerate(_rows(task, path)):
                 n, hashes = _problem_grams(problem, config.ngram)
                 if len(hashes):
                     owners = np.full(len(hashes), len(names), np.int32)
-                    found.setdefault(n, []).append((hashes, owners))
-                names.append(
-                    f"{task}: {next((problem[key] for key in ('task_id', 'id', 'ind') if key in problem), row)}"
-                )
+                    hashes_of_length.setdefault(n, []).append((hashes, owners))
+                id_keys = (key for key in ("task_id", "id", "ind") if key in problem)
+                names.append(f"{task}: {next((problem[key] for key in id_keys), row)}")
                 counts[task]["problems"] += 1
                 counts[task]["without_ngram"] += not len(hashes)
             if not counts[task]["problems"]:
                 raise UserError(
-                    f"data.decontaminate.tasks.{task}={path} holds no problem; name a jsonl or parquet file of them"
+                    f"data.decontaminate.tasks.{task}={path} holds no problem; "
+                    "name a jsonl or parquet file with problems"
                 )
-        return cls({n: _first_of_each(pieces) for n, pieces in found.items()}, names, counts)
+        grams = {n: _first_of_each(pieces) for n, pieces in hashes_of_length.items()}
+        return cls(grams, names, counts)
 
     def save(self, path: Path) -> None:
-        """Write the index for the workers."""
+        """Write the index to a file, for the workers."""
         arrays = {
             f"{part}_{n}": array
             for n, pair in self.grams.items()
@@ -87,7 +100,7 @@ class Problems:
     @classmethod
     @functools.cache
     def load(cls, path: Path) -> "Problems":
-        """Read a saved index, once a process."""
+        """Read a saved index; each process reads it once."""
         with np.load(path, allow_pickle=False) as saved:
             lengths = [
                 int(key.removeprefix("hashes_")) for key in saved if key.startswith("hashes_")
@@ -100,14 +113,19 @@ class Problems:
 
     @property
     def sha256(self) -> str:
-        """Of the index: other problems, or another n, make another corpus."""
+        """The hash of the index, which is part of what a corpus was made from."""
         digest = hashlib.sha256(json.dumps(self.names).encode())
         for n in sorted(self.grams):
             digest.update(self.grams[n][0].tobytes())
         return digest.hexdigest()
 
     def match(self, utf8: bytes) -> tuple[str, str] | None:
-        """The first problem that a document shares an n-gram with, and that n-gram; None where it shares none."""
+        """Find a problem that a document shares an n-gram with.
+
+        Returns:
+            The name of the problem that the first match belongs to, and the n-gram; None if the
+            document shares no n-gram with any problem.
+        """
         translated = utf8.translate(LOWER_WORDS)
         for segment in map(normalised, segments(translated, max(self.grams, default=0))):
             starts, ends, words = word_hashes(segment)
@@ -117,18 +135,18 @@ class Problems:
                 if not len(candidates):
                     continue
                 known, problems = self.grams[n]
-                places = np.minimum(np.searchsorted(known, hashes[candidates]), len(known) - 1)
-                if len(hits := np.nonzero(known[places] == hashes[candidates])[0]):
-                    at = candidates[hits[0]]
-                    gram = segment[starts[at] : ends[at + n - 1]].replace(SEPARATOR_BYTE, b" ")
-                    return self.names[problems[places[hits[0]]]], " ".join(
+                indices = np.minimum(np.searchsorted(known, hashes[candidates]), len(known) - 1)
+                if len(hits := np.nonzero(known[indices] == hashes[candidates])[0]):
+                    word = candidates[hits[0]]
+                    gram = segment[starts[word] : ends[word + n - 1]].replace(SEPARATOR_BYTE, b" ")
+                    return self.names[problems[indices[hits[0]]]], " ".join(
                         gram.decode("utf-8", "replace").split()
                     )
         return None
 
 
 class Decontaminate(BaseFilter):
-    """Drop the documents that hold an evaluation problem; `matches` says which, and for which problem."""
+    """Drop the documents that match an evaluation problem; `matches` lists both."""
 
     name = "🦠 Decontaminate"
 
@@ -138,11 +156,12 @@ class Decontaminate(BaseFilter):
         self.matches: list[dict] = []
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        found = Problems.load(self.problems).match(doc.metadata["utf8"])
-        if found is None:
+        match = Problems.load(self.problems).match(doc.metadata["utf8"])
+        if match is None:
             return True
+        problem, ngram = match
         about = {key: _printable(value) for key, value in doc.metadata["about"].items()}
-        self.matches.append({"document": doc.id, "problem": found[0], "ngram": found[1], **about})
+        self.matches.append({"document": doc.id, "problem": problem, "ngram": ngram, **about})
         return False, "contaminated"
 
 
@@ -167,12 +186,13 @@ def _rows(task: str, path: str) -> Iterator[dict]:
                 )
             except ValueError as error:
                 raise UserError(
-                    f"data.decontaminate.tasks.{task}: {file} cannot be read ({error}); fetch it again"
+                    f"data.decontaminate.tasks.{task}: {file} cannot be read ({error}); "
+                    "download it again"
                 ) from None
 
 
 def _texts(value) -> Iterator[str]:
-    """Every string in a problem; WinoGrande's blank is filled with each of its options."""
+    """Yield every string in a problem; WinoGrande's blank is filled with each of its options."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -187,32 +207,40 @@ def _texts(value) -> Iterator[str]:
 
 
 def _problem_grams(problem: dict, ngram: int) -> tuple[int, np.ndarray]:
-    """The n of the n-grams that a problem is known by, and their hashes, uint64 (n-grams,)."""
+    """Return the n of the n-grams that match a problem, and their hashes, uint64 (n-grams,)."""
     texts = [
         normalised(text.encode("utf-8", "replace"))[:SEGMENT_BYTES] for text in _texts(problem)
     ]
-    hashed = [(text, *word_hashes(text)) for text in texts]
+    texts_and_words = [(text, *word_hashes(text)) for text in texts]
     for n in (ngram, _SHORT_NGRAM):
-        telling = [_telling_grams(*of_text, n) for of_text in hashed if len(of_text[-1]) >= n]
-        hashes = np.concatenate([np.zeros(0, np.uint64), *telling])
+        distinctive = [
+            _distinctive_grams(text, starts, ends, words, n)
+            for text, starts, ends, words in texts_and_words
+            if len(words) >= n
+        ]
+        hashes = np.concatenate([np.zeros(0, np.uint64), *distinctive])
         if len(hashes):
             break
     return n, hashes
 
 
-def _telling_grams(
+def _distinctive_grams(
     text: bytes, starts: np.ndarray, ends: np.ndarray, words: np.ndarray, n: int
 ) -> np.ndarray:
-    """Hashes of the n-grams at least half of whose words are no numbers and no single letters."""
-    # "0 1 2 3 …" and "a b c d …" are in many problems and many honest documents.
-    telling = [
+    """Return the hashes of the distinctive n-grams of a text.
+
+    In these at least half of the words are neither numbers nor single letters.
+    """
+    # "0 1 2 3 …" and "a b c d …" occur in many problems and in many uncontaminated documents.
+    is_distinctive = [
         end - start > 1 and not text[start:end].isdigit() for start, end in zip(starts, ends)
     ]
-    counts = np.convolve(np.array(telling, np.int64), np.ones(n, np.int64), "valid")
+    counts = np.convolve(np.array(is_distinctive, np.int64), np.ones(n, np.int64), "valid")
     return gram_hashes(words, n)[counts * 2 >= n]
 
 
 def _first_of_each(pieces: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct hashes in ascending order, and the first problem that has each."""
     hashes, problems = (np.concatenate(arrays) for arrays in zip(*pieces))
     unique, first = np.unique(hashes, return_index=True)
     return unique, problems[first]

@@ -14,7 +14,7 @@ _BATCH_BYTES = 4 << 20
 
 
 class Encode(PipelineStep):
-    """Put token_ids, prompt_tokens and bytes into each document's metadata, and let go of its text."""
+    """Write token_ids, prompt_tokens and bytes into each document's metadata and drop its text."""
 
     name, type = "🔢 Encode", "🔢 - TOKENIZER"
 
@@ -37,14 +37,15 @@ class Encode(PipelineStep):
             texts = [document.metadata.pop("utf8") for document in documents]
             for document in documents:
                 document.text = ""
-            # The prompt's tokens are those it has in common with the whole: a token across the seam carries loss.
+            # The prompt's tokens are the common prefix of its encoding and the document's: a token
+            # that spans the end of the prompt is in the loss.
             encoded_prompts = (
                 encoder.encode(prompts) if any(prompts) else [before[:0]] * len(documents)
             )
             for document, text, ids, prompt in zip(
                 documents, texts, encoder.encode(texts), encoded_prompts, strict=True
             ):
-                prompt_tokens = _common(prompt, ids)
+                prompt_tokens = _common_prefix(prompt, ids)
                 document.metadata |= {
                     "token_ids": np.concatenate(
                         [before, ids, after], dtype=before.dtype, casting="unsafe"
@@ -55,13 +56,15 @@ class Encode(PipelineStep):
                 yield document
 
 
-def _common(prompt: np.ndarray, ids: np.ndarray) -> int:
+def _common_prefix(prompt: np.ndarray, ids: np.ndarray) -> int:
+    """Return the number of leading ids that are equal."""
     count = min(len(prompt), len(ids))
     different = np.flatnonzero(prompt[:count] != ids[:count])
     return int(different[0]) if len(different) else count
 
 
 def batches(documents: DocumentsPipeline) -> Iterator[list[Document]]:
+    """Yield documents in batches of limited count and bytes."""
     batch = []
     size = 0
     for document in documents:

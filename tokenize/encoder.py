@@ -1,4 +1,7 @@
-"""Text to token ids, fast: gigatoken where it gives the ids that tokenizers gives, tokenizers itself elsewhere."""
+"""Fast encoding of text to token ids.
+
+The encoder is gigatoken where it produces the same ids as tokenizers, and tokenizers otherwise.
+"""
 
 import functools
 import json
@@ -11,21 +14,27 @@ import numpy as np
 from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.errors import UserError
 
-# Both encoders take memory and time beyond proportion for a megabyte without a space (about 40 bytes a byte).
+# The memory and time of both encoders grow out of proportion for long texts: a megabyte without a
+# space needs about 40 bytes of memory per byte.
 _WINDOW_BYTES = 1 << 20
 _OVERLAP_BYTES = 1 << 14
+# Difficult texts on which the two encoders are compared.
 _HOSTILE = [
-    "", " ", "\n", "\t\tx\r\n", "\0", "a\0b", " leading", "trailing ", "  two  spaces  ", "▁", "▁▁a▁", "<0x0A>", "\ufeffBOM", "\u2028\u2029",
-    "a" * 3000, " " * 3000, "\n" * 300, "=" * 300, "1234567890" * 30, "é e\u0301 ﬁ ﷽", "🎉👨‍👩‍👧‍👦🏳️‍🌈" * 9, "\ud7ff\ue000\U0010ffff", "\u200b\u200d\u00ad",
-    "中文字符和日本語テキスト", "عربي עברית", "don't I'll we'VE", r"\frac{\partial^2 u}{\partial x^2} = \int_0^\infty e^{-x}\,dx", "def f(x):\n    return x  # ∀\n",
+    "", " ", "\n", "\t\tx\r\n", "\0", "a\0b", " leading", "trailing ", "  two  spaces  ",
+    "▁", "▁▁a▁", "<0x0A>", "\ufeffBOM", "\u2028\u2029",
+    "a" * 3000, " " * 3000, "\n" * 300, "=" * 300, "1234567890" * 30,
+    "é e\u0301 ﬁ ﷽", "🎉👨‍👩‍👧‍👦🏳️‍🌈" * 9, "\ud7ff\ue000\U0010ffff", "\u200b\u200d\u00ad",
+    "中文字符和日本語テキスト", "عربي עברית", "don't I'll we'VE",
+    r"\frac{\partial^2 u}{\partial x^2} = \int_0^\infty e^{-x}\,dx",
+    "def f(x):\n    return x  # ∀\n",
 ]  # fmt: skip
 
 
 class Encoder:
-    """Token ids of texts, without special tokens, whatever the text spells out.
+    """An encoder of texts to token ids; special tokens that a text spells out are encoded as text.
 
-    A document longer than a megabyte is encoded in overlapping windows, joined where both give the same tokens over the
-    middle of the overlap: time and memory grow with its length only.
+    A document longer than a megabyte is encoded in overlapping windows, which are joined where both
+    have the same tokens over the middle of the overlap: time and memory are linear in its length.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: Literal["gigatoken", "tokenizers"]):
@@ -38,7 +47,7 @@ class Encoder:
         self._token_bytes = tokenizer.token_bytes()
 
     def encode(self, texts: list[bytes]) -> list[np.ndarray]:
-        """Ids of UTF-8 texts, integer arrays (tokens,)."""
+        """Return the ids of each UTF-8 text, integer (tokens,), without special tokens."""
         short = iter(self._encode([text for text in texts if len(text) <= _WINDOW_BYTES]))
         return [
             next(short) if len(text) <= _WINDOW_BYTES else self._encode_long(text) for text in texts
@@ -56,7 +65,9 @@ class Encoder:
                 if joint := _joint(before, window, cut):
                     before = before.before(joint)
                     window = window.after(joint)
-                else:  # what the windows hold is still the text, in other tokens than the whole would have at this one place
+                else:
+                    # The windows still encode the text, but at this one position the tokens differ
+                    # from those of the whole text.
                     window = self._window(text, cut, end)
                 parts.append(before.ids.astype(self.tokenizer.dtype))
             before = window
@@ -65,7 +76,7 @@ class Encoder:
     def _window(self, text: bytes, begin: int, end: int) -> "_Window":
         (ids,) = self._encode([text[begin:end]])
         sizes = self._token_bytes[ids].astype(np.int64)
-        # Counted from the end: a tokenizer may put a space before the text.
+        # Counted from the end, because a tokenizer may insert a space before the text.
         return _Window(
             begin,
             ids,
@@ -76,7 +87,10 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Window:
-    """Ids of text[begin:...], and the byte offset in the text where each ends; not exact where bytes are lost in encoding."""
+    """The ids of text[begin:...], and the byte offset in the text at which each ends.
+
+    The offsets are not exact if the encoding loses bytes.
+    """
 
     begin: int
     ids: np.ndarray
@@ -93,7 +107,11 @@ class _Window:
 
 
 def _joint(first: _Window, second: _Window, cut: int) -> int | None:
-    """The middle of the overlap, at a token boundary, where both windows give the same tokens over the half around it."""
+    """Return the byte offset, at a token boundary, at which two overlapping windows can be joined.
+
+    It is in the middle of the overlap, and both windows must have the same tokens over the half of
+    the overlap around it. Returns None if they do not.
+    """
     quarter = (cut - second.begin) // 4
     inner = [
         window.ends[(window.ends >= second.begin + quarter) & (window.ends <= cut - quarter)]
@@ -102,12 +120,16 @@ def _joint(first: _Window, second: _Window, cut: int) -> int | None:
     common = np.intersect1d(*inner)
     if not (first.exact and second.exact) or len(common) < 2:
         return None
-    stretches = [window.after(common[0]).before(common[-1]).ids for window in (first, second)]
-    return int(common[len(common) // 2]) if np.array_equal(*stretches) else None
+    middles = [window.after(common[0]).before(common[-1]).ids for window in (first, second)]
+    return int(common[len(common) // 2]) if np.array_equal(*middles) else None
 
 
 def choose_encoder(tokenizer: Tokenizer, documents: list[str]) -> dict:
-    """Which encoder this corpus gets, and why: gigatoken where every sample document and hostile string agrees with tokenizers."""
+    """Return which encoder a corpus is encoded with, and why, as an entry for its manifest.
+
+    That is gigatoken if its ids equal those of tokenizers on every document in `documents` and on
+    a list of difficult strings.
+    """
     strings = [
         *_HOSTILE,
         *(
@@ -117,14 +139,14 @@ def choose_encoder(tokenizer: Tokenizer, documents: list[str]) -> dict:
         ),
     ]
     try:
-        found = _gigatoken(tokenizer)([text.encode() for text in [*strings, *documents]])
-    except Exception as error:  # a Rust library's loader: whatever it cannot do, tokenizers does
+        ids_of_texts = _gigatoken(tokenizer)([text.encode() for text in [*strings, *documents]])
+    except Exception as error:  # a Rust library: tokenizers does whatever gigatoken cannot
         return {
             "name": "tokenizers",
             "reason": f"gigatoken cannot load this tokenizer: {str(error).splitlines()[0]}",
         }
     for text, ids, expected in zip(
-        [*strings, *documents], found, tokenizer.encode([*strings, *documents]), strict=True
+        [*strings, *documents], ids_of_texts, tokenizer.encode([*strings, *documents]), strict=True
     ):
         if ids.tolist() != expected:
             return {"name": "tokenizers", "reason": f"gigatoken gives other ids for {text[:60]!r}"}
@@ -134,11 +156,23 @@ def choose_encoder(tokenizer: Tokenizer, documents: list[str]) -> dict:
 
 @functools.lru_cache(maxsize=1)
 def load_encoder(folder: str, sha256: str, name: str) -> Encoder:
-    """The encoder of this process: loading it takes a second, and it grows faster as it meets words again. Raises UserError."""
+    """Return the encoder of this process.
+
+    It is cached: loading it takes a second, and its cache of words makes it faster over time.
+
+    Args:
+        folder: The folder of the tokenizer.
+        sha256: The expected hash of its tokenizer.json.
+        name: gigatoken or tokenizers.
+
+    Raises:
+        UserError: The tokenizer changed while the job ran.
+    """
     tokenizer = Tokenizer(folder)
     if tokenizer.sha256 != sha256:
         raise UserError(
-            f"{folder}/tokenizer.json changed while the job ran: put the old one back, or remove the job's folder and start again"
+            f"{folder}/tokenizer.json changed while the job ran: restore the old one, or remove "
+            "the job's folder and start again"
         )
     return Encoder(tokenizer, name)
 
@@ -146,7 +180,7 @@ def load_encoder(folder: str, sha256: str, name: str) -> Encoder:
 def _gigatoken(tokenizer: Tokenizer):
     import gigatoken
 
-    # It would read special tokens that a text spells out as the tokens themselves.
+    # Special tokens are removed: gigatoken would encode their spelling in a text as the tokens.
     config = json.loads((tokenizer.folder / "tokenizer.json").read_bytes())
     config["added_tokens"] = [token for token in config["added_tokens"] if not token["special"]]
     config["post_processor"] = None
@@ -172,6 +206,7 @@ def _tokenizers(tokenizer: Tokenizer, texts: list[bytes]) -> list[np.ndarray]:
 
 
 def _character_start(text: bytes, position: int) -> int:
+    """Return the start of the UTF-8 character at a byte position, or the end of the text."""
     while 0 < position < len(text) and text[position] & 0xC0 == 0x80:
         position -= 1
     return min(position, len(text))

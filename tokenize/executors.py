@@ -1,4 +1,7 @@
-"""How a job's stages run: on this machine, as Slurm arrays, or on a Ray cluster, each by datatrove's executor."""
+"""Execution of a job's stages: on this machine, as Slurm arrays, or on a Ray cluster.
+
+Each way uses an executor of datatrove.
+"""
 
 import copy
 import multiprocessing
@@ -24,7 +27,7 @@ from retemper.tokenize.progress import PROCESSES, count_in, progress_bar, shared
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that `tasks` tasks run; the next stage begins when all of them are done."""
+    """Steps that each of `tasks` tasks runs; the next stage begins when all tasks are done."""
 
     name: str
     steps: list[PipelineStep]
@@ -32,10 +35,22 @@ class Stage:
 
 
 def run_stages(stages: list[Stage], data: CorpusConfig, work: Path, *, progress: bool) -> bool:
-    """Run the stages, or submit them. Returns whether they are done. Raises UserError."""
-    shutil.rmtree(
-        work / "logs", ignore_errors=True
-    )  # of an earlier try: what it says of tasks is not true any more
+    """Run the stages, or submit them to Slurm.
+
+    Args:
+        stages: The stages, in order.
+        data: The corpus config; data.executor selects where the stages run.
+        work: The job's folder.
+        progress: Whether to show progress bars; only local runs have them.
+
+    Returns:
+        Whether the stages are done; False if they were submitted.
+
+    Raises:
+        UserError: A task failed, or Slurm refused the job.
+    """
+    # The logs of an earlier attempt are removed: their records of finished tasks are outdated.
+    shutil.rmtree(work / "logs", ignore_errors=True)
     run: Callable[[list[Stage], CorpusConfig, Path, bool], bool] = {
         "local": _run_local,
         "ray": _run_ray,
@@ -45,7 +60,10 @@ def run_stages(stages: list[Stage], data: CorpusConfig, work: Path, *, progress:
 
 
 class _LocalExecutor(LocalPipelineExecutor):
-    """datatrove's, on a pool that notices when a worker is killed: multiprocessing.Pool waits for ever."""
+    """datatrove's local executor on a pool that notices when a worker is killed.
+
+    datatrove's own multiprocessing.Pool waits forever for a killed worker.
+    """
 
     def __init__(self, stage: Stage, workers: int, logging_dir: str, progress: bool):
         super().__init__(
@@ -64,7 +82,8 @@ class _LocalExecutor(LocalPipelineExecutor):
             if self.workers == 1:
                 count_in(counters)
                 for rank in range(self.tasks):
-                    copy.deepcopy(self)._run_for_rank(rank)  # steps count from zero
+                    # A copy, because every task needs steps with fresh counts.
+                    copy.deepcopy(self)._run_for_rank(rank)
                     advance()
                 count_in(None)
             else:
@@ -85,22 +104,22 @@ class _LocalExecutor(LocalPipelineExecutor):
                     advance()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps for want of memory: run the same command again, it goes on from what is finished; "
-                "fewer data.tasks need less memory"
+                "a worker process was killed, perhaps because memory ran out: run the same command "
+                "again to resume from what is finished; fewer data.tasks need less memory"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(counters) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool has a process for every core
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
     count_in(counters)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
-    os._exit(1)  # or a job started again would meet this one's last worker
+    os._exit(1)  # a surviving worker would interfere with the job when it is started again
 
 
 def _workers(data: CorpusConfig, stage: Stage) -> int:
@@ -134,7 +153,8 @@ def _run_ray(stages: list[Stage], data: CorpusConfig, work: Path, progress: bool
             skip_completed=False,
         )
         executor.run()
-        if failed := executor.get_incomplete_ranks(skip_completed=True):  # it only logs them
+        # datatrove only logs failed tasks.
+        if failed := executor.get_incomplete_ranks(skip_completed=True):
             raise UserError(
                 job_folder.take_error(work)
                 or f"{len(failed)} of {stage.tasks} tasks of stage {stage.name} failed: see {logs}"
@@ -157,7 +177,7 @@ def _submit_slurm(stages: list[Stage], data: CorpusConfig, work: Path, progress:
             qos="",
             job_name=f"{data.name}-{stage.name}",
             env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',
-            # A stage whose stage before failed would wait for ever.
+            # Otherwise a stage would wait forever after the previous stage failed.
             sbatch_args={"kill-on-invalid-dep": "yes"} | data.slurm.sbatch_args,
             logging_dir=str(work.resolve() / "logs" / stage.name),
             skip_completed=False,
@@ -167,28 +187,37 @@ def _submit_slurm(stages: list[Stage], data: CorpusConfig, work: Path, progress:
         previous.run()
     except subprocess.CalledProcessError:
         raise UserError(
-            "sbatch refused the job for the reason above: correct data.slurm, then run the same command again"
+            "sbatch refused the job for the reason above: correct data.slurm, "
+            "then run the same command again"
         ) from None
     return False
 
 
 def refuse_queued(data: CorpusConfig, work: Path) -> None:
-    """Raises UserError where this job waits in Slurm's queue or runs, and once where its last try failed, with the reason."""
+    """Refuse to start a job that Slurm has queued or is running, or whose last attempt failed.
+
+    The failure of an attempt is reported once: the next call continues.
+
+    Raises:
+        UserError: The job is queued or running, its last attempt failed, or squeue failed.
+    """
     try:
         queued = subprocess.run(
             ["squeue", "--me", "-h", "-o", "%i %j %T"], capture_output=True, text=True, check=True
         ).stdout.splitlines()
     except FileNotFoundError:
         raise UserError(
-            "data.executor=slurm, but there is no squeue here: run the command where jobs are submitted"
+            "data.executor=slurm, but this machine has no squeue: "
+            "run the command where jobs are submitted"
         ) from None
     except subprocess.CalledProcessError as error:
         raise UserError(f"squeue failed ({error.stderr.strip()}): is the cluster up?") from None
     if mine := [line for line in queued if line.split()[1].startswith(f"{data.name}-")]:
         raise UserError(
-            "\n".join(["this job is already queued or running; wait for it, or scancel it:", *mine])
+            "\n".join(["this job is already queued or running; wait for it, or cancel it:", *mine])
         )
     if reason := job_folder.take_error(work):
         raise UserError(
-            f"the job stopped: {reason}\nOnce that is mended, run the same command again: it goes on from what is finished"
+            f"the job stopped: {reason}\n"
+            "When that is fixed, run the same command again to resume from what is finished"
         )

@@ -1,4 +1,4 @@
-"""The last step of a job: one index a split, the manifest, and the corpus under its name."""
+"""The last step of a job: the index of each split, the manifest, and the move to data.path."""
 
 import errno
 import hashlib
@@ -26,7 +26,7 @@ from retemper.tokenize import job_folder
 
 
 class Finish(PipelineStep):
-    """Put the corpus together from its buckets and give it its name; the manifest is written last."""
+    """Assemble the corpus from its buckets, write the manifest last, and move all to data.path."""
 
     name, type = "🏁 Finish", "💽 - WRITER"
 
@@ -50,24 +50,25 @@ class Finish(PipelineStep):
         buckets = _finished_buckets(self.work, plan)
         tokenizer = Tokenizer(self.tokenizer)
         splits = {
-            split: _totals([done["counts"] for done in found]) for split, found in buckets.items()
+            split: _totals([done["counts"] for done in markers])
+            for split, markers in buckets.items()
         }
         if not splits[TRAIN]["samples"]:
             dropped = _dropped(parts, splits)
             job_folder.remove(self.work)
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
             raise UserError(
-                f"data.source.path={self.data.source.path}: its documents fill no sample of {self.data.seq_length} tokens (read: "
-                f"{_read(parts):,}; left out: {', '.join(f'{count:,} {reason}' for reason, count in dropped.items()) or 'none'}); "
-                + _advice(self.data, dropped, _read(parts))
+                f"data.source.path={self.data.source.path}: its documents fill no sample of "
+                f"{self.data.seq_length} tokens (read: {_read(parts):,}; "
+                f"dropped: {reasons or 'none'}); " + _advice(self.data, dropped, _read(parts))
             )
         if self.data.heldout_fraction and not splits[HELDOUT]["samples"]:
             job_folder.remove(self.work)
             raise UserError(_no_heldout(self.data, splits))
         fingerprint = hashlib.sha256()
         for split, count in plan.buckets.items():
-            for leftover in sorted((out / split).iterdir())[
-                count:
-            ]:  # of a plan with more buckets, before the source changed
+            # Leftovers are from a plan with more buckets, made before the source changed.
+            for leftover in sorted((out / split).iterdir())[count:]:
                 job_folder.remove(leftover)
             fingerprint.update(_merge_indexes(out / split, count))
         sources = [file for part in parts for file in part["sources"]]
@@ -86,7 +87,9 @@ class Finish(PipelineStep):
             compared_with = _unique_documents(splits[HELDOUT])
             counts = {"documents": len(pairs), "compared_with": compared_with}
             manifest["near_duplicates"] |= counts
-            _write_lines(out / "near_duplicates.jsonl", [_named(pair, sources) for pair in pairs])
+            _write_lines(
+                out / "near_duplicates.jsonl", [_pair_record(pair, sources) for pair in pairs]
+            )
         manifest["source"]["fingerprint"] = _sha256(
             "".join(file["sha256"] for file in sources).encode()
         )
@@ -103,39 +106,44 @@ def _advice(data: CorpusConfig, dropped: dict[str, int], read: int) -> str:
             if data.source.prompt
             else ""
         )
-        return f"no record has text: data.source.text_key={data.source.text_key} names its column{columns}; correct them"
-    return "give more text, a smaller data.seq_length, or correct what left them out"
+        return (
+            f"no record has text: data.source.text_key={data.source.text_key} "
+            f"names its column{columns}; correct them"
+        )
+    return (
+        "provide more text, set a smaller data.seq_length, or correct the setting that dropped them"
+    )
 
 
 def _no_heldout(data: CorpusConfig, splits: dict[str, dict]) -> str:
-    """Why there is no held-out sample, and what gives some."""
-    chosen = _unique_documents(splits[HELDOUT])
+    """Explain why there is no held-out sample, and which settings produce some."""
+    unique = _unique_documents(splits[HELDOUT])
     keeps_whole = data.packing == "best_fit" and data.source.prompt is not None
     whole = "whole documents of at most " if keeps_whole else ""
     train = splits[TRAIN]
     return (
-        f"data.heldout_fraction={data.heldout_fraction} of {data.source.path} is {chosen:,} documents, "
-        f"which fill no held-out sample of {whole}{data.seq_length} tokens "
+        f"data.heldout_fraction={data.heldout_fraction} of {data.source.path} is {unique:,} "
+        f"documents, which fill no held-out sample of {whole}{data.seq_length} tokens "
         f"(train: {train['documents']:,} documents, {train['samples']:,} samples). Raise "
-        "data.heldout_fraction, give more text, or set data.heldout_fraction=0 for a corpus without "
-        "held-out text"
+        "data.heldout_fraction, provide more text, or set data.heldout_fraction=0 for a corpus "
+        "without held-out text"
     )
 
 
 def _unique_documents(heldout: dict) -> int:
-    """Documents that belong to the held-out split, whether or not they are in its samples."""
+    """Count the documents of the held-out split, whether or not they are in its samples."""
     return heldout["documents"] + heldout["dropped_tail"] + heldout["dropped_longer_than_sample"]
 
 
-def _named(pair: tuple[int, int], sources: list[dict]) -> dict[str, str]:
-    """A training document and the held-out one that it is like, as "path:position"."""
-    places = [split_number(number) for number in pair]
-    document, heldout = (f"{sources[file]['path']}:{position}" for file, position in places)
+def _pair_record(pair: tuple[int, int], sources: list[dict]) -> dict[str, str]:
+    """Return a training document and its held-out near-duplicate, each as "path:position"."""
+    locations = [split_number(number) for number in pair]
+    document, heldout = (f"{sources[file]['path']}:{position}" for file, position in locations)
     return {"document": document, "heldout": heldout}
 
 
 def is_whole(path: str, manifest: dict) -> bool:
-    """Whether what the manifest lists is unharmed, and every shard there in its size."""
+    """Return whether the files of the manifest are intact and every shard has its recorded size."""
     folder = get_datafolder(path)
     folder.fs.invalidate_cache()  # object stores' listings are cached
     try:
@@ -152,17 +160,17 @@ def is_whole(path: str, manifest: dict) -> bool:
 
 
 def _finished_buckets(work: Path, plan: job_folder.Plan) -> dict[str, list[dict]]:
-    """The done-markers of each split's buckets. Raises UserError where one is missing."""
-    found: dict[str, list[dict]] = {TRAIN: [], HELDOUT: []}
+    """Return the done-markers of each split's buckets; raise UserError if a bucket has none."""
+    markers: dict[str, list[dict]] = {TRAIN: [], HELDOUT: []}
     for split, number in plan.bucket_ids:
         done = job_folder.bucket_done(work, plan, split, number)
         if done is None:
             folder = job_folder.bucket_folder(work, split, number)
             raise UserError(
-                f"{folder} is not finished or was damaged since: run the same command again"
+                f"{folder} is not finished or was damaged afterwards: run the same command again"
             )
-        found[split].append(done)
-    return found
+        markers[split].append(done)
+    return markers
 
 
 def _totals(buckets: list[dict]) -> dict:
@@ -178,7 +186,11 @@ def _totals(buckets: list[dict]) -> dict:
 
 
 def _merge_indexes(folder: Path, count: int) -> bytes:
-    """index.json of a split from those of its buckets; returns a hash over what its samples hold, whatever the compression."""
+    """Write index.json of a split from those of its buckets.
+
+    Returns:
+        A hash of the content of its samples, which does not depend on the compression.
+    """
     shards = []
     content = hashlib.sha256(folder.name.encode())
     for number in range(count):
@@ -197,7 +209,7 @@ def _merge_indexes(folder: Path, count: int) -> bytes:
 def _manifest(
     data: CorpusConfig, plan: job_folder.Plan, parts: list[dict], splits: dict, tokenizer: Tokenizer
 ) -> dict:
-    kept = (
+    count_names = (
         "documents",
         "samples",
         "tokens",
@@ -217,7 +229,7 @@ def _manifest(
         "packing": data.packing,
         "encoder": plan.encoder,
         "splits": {
-            split: {name: counts[name] for name in kept} for split, counts in splits.items()
+            split: {name: counts[name] for name in count_names} for split, counts in splits.items()
         },
         "documents_read": _read(parts),
         "dropped": _dropped(parts, splits),
@@ -238,7 +250,7 @@ def _read(parts: list[dict]) -> int:
 
 
 def _dropped(parts: list[dict], splits: dict) -> dict[str, int]:
-    """reason -> documents, where there are any."""
+    """Count the dropped documents by reason, without the reasons that dropped none."""
     dropped: Counter = Counter()
     for counts in [*(part["counts"] for part in parts), *splits.values()]:
         dropped.update(
@@ -252,22 +264,22 @@ def _dropped(parts: list[dict], splits: dict) -> dict[str, int]:
 
 
 def _decontamination(plan: job_folder.Plan, parts: list[dict]) -> dict:
-    found: dict[str, int] = {}
+    documents: dict[str, int] = {}
     for part in parts:
         for match in part.get("matches", []):
             task = match["problem"].split(": ")[0]
-            found[task] = found.get(task, 0) + 1
+            documents[task] = documents.get(task, 0) + 1
     tasks = plan.made_from["decontaminate"]["problems"]
     return {
         "tasks": {
-            task: {**counts, "documents_dropped": found.get(task, 0)}
+            task: {**counts, "documents_dropped": documents.get(task, 0)}
             for task, counts in tasks.items()
         }
     }
 
 
 def _deliver(out: Path, path: str) -> None:
-    """Give the finished folder its name, or upload it with the manifest last."""
+    """Move the finished folder to `path`, or upload it there with the manifest last."""
     if "://" in path:
         _upload(out, path)
         return
@@ -279,17 +291,17 @@ def _deliver(out: Path, path: str) -> None:
         if error.errno != errno.EXDEV:
             raise
         shutil.copytree(out, incoming)  # data.work_dir is on another file system
-    if os.path.lexists(path):  # this corpus, when it had lost shards
+    if os.path.lexists(path):  # an earlier version of this corpus that lost shards
         shutil.rmtree(path)
     incoming.rename(path)
 
 
 def _upload(out: Path, path: str) -> None:
     target = get_datafolder(path)
+    # The manifest of an earlier version of this corpus that lost shards: while the upload is
+    # incomplete there must be none.
     if target.exists(MANIFEST):
-        target.rm_file(
-            MANIFEST
-        )  # of this corpus, when it had lost shards: it must not stand over half of another
+        target.rm_file(MANIFEST)
     files = sorted(file for file in out.rglob("*") if file.is_file() and file.name != MANIFEST)
     for file in [*files, out / MANIFEST]:
         name = str(file.relative_to(out))
@@ -297,7 +309,7 @@ def _upload(out: Path, path: str) -> None:
             shutil.copyfileobj(source, copy, 16 << 20)
         if target.info(name)["size"] != file.stat().st_size:
             raise UserError(
-                f"{path}/{name} is not as long as what was uploaded: run the same command again"
+                f"{path}/{name} has another size than the uploaded file: run the same command again"
             )
 
 

@@ -1,4 +1,7 @@
-"""The job `retemper tokenize`: one corpus from documents to token shards, in stages that can be stopped and started again."""
+"""The job of `retemper tokenize`: from documents to the token shards of one corpus.
+
+It runs in stages that can be interrupted and resumed.
+"""
 
 import contextlib
 import fcntl
@@ -26,19 +29,26 @@ from retemper.tokenize.split import Identify
 from retemper.tokenize.spool import ReadPart, Spool
 from retemper.tokenize.write_shards import Choose, WriteBucket
 
-# What may differ from run to run: where the job works, not what it makes.
+# Settings that may change between runs of a job: they do not change what it writes.
 _WHERE = {"path", "work_dir", "executor", "tasks", "slurm", "allow_broken_files"}
-# Where near-duplicates are not dropped, the shards are the same whether they are counted or not,
-# and those of corpora from before that key.
+# Unless near-duplicates are dropped, the shards do not depend on this key, and equal those of
+# corpora that were made before the key existed.
 _UNLESS_DROPPED = {"near_duplicates": "count or keep"}
 _SAMPLE_PARTS, _SAMPLE_DOCUMENTS = 8, 16
 
 
 def tokenize(data: CorpusConfig, *, progress: bool = True) -> dict | None:
-    """Write data.path from data.source; returns its manifest, or None where the stages were handed to Slurm.
+    """Write the corpus data.path from the documents of data.source.
 
-    A finished corpus is left as it is, an unfinished one continued; either made from another configuration or tokenizer is
-    refused. data.path appears only when it is complete. Raises UserError.
+    A finished corpus is not changed, and an unfinished one is continued. data.path appears only
+    when the corpus is complete.
+
+    Returns:
+        The manifest of the corpus, or None if the stages were submitted to Slurm.
+
+    Raises:
+        UserError: The settings or the documents are not usable, or data.path or the job's folder
+            was made from another configuration or tokenizer.
     """
     if "://" not in data.path:
         data = data.model_copy(update={"path": os.path.abspath(data.path)})
@@ -51,13 +61,14 @@ def tokenize(data: CorpusConfig, *, progress: bool = True) -> dict | None:
     if manifest := find_manifest(data.path):
         _refuse_changes(data.path, manifest["made_from"], made_from)
         if is_whole(data.path, manifest):
-            if work.exists():  # killed between the name and the tidying up
+            if work.exists():  # the job was killed after the corpus appeared, before the cleanup
                 with _only_one(work):
                     job_folder.remove(work)
             return manifest
     elif "://" not in data.path and os.path.lexists(data.path):
         raise UserError(
-            f"data.path={data.path} exists and is not a token corpus (no manifest.json of one): choose another folder"
+            f"data.path={data.path} exists and is not a token corpus (manifest.json is missing): "
+            "choose another folder"
         )
     with _only_one(work):
         if data.executor == "slurm":
@@ -107,15 +118,21 @@ def _stages(
 
 
 def _plan(data: CorpusConfig, work: Path, tokenizer: Tokenizer, made_from: dict) -> job_folder.Plan:
-    """The job's plan; one that was begun keeps its pinned revision and its encoder, and reads only the files that changed since."""
-    before = job_folder.load_plan(work) if (work / "plan.json").is_file() else None
+    """Return the job's plan.
+
+    A job that has started keeps its pinned revision and its encoder, and reads again only the files
+    that changed.
+    """
+    previous = job_folder.load_plan(work) if (work / "plan.json").is_file() else None
     root, glob = locate(data.source)
-    if before:
-        _refuse_changes(str(work), before.made_from, made_from)
-        root = before.root
+    if previous:
+        _refuse_changes(str(work), previous.made_from, made_from)
+        root = previous.root
     parts = list_parts(data.source, root, glob)
     encoder = (
-        before.encoder if before else choose_encoder(tokenizer, _sample_texts(data, root, parts))
+        previous.encoder
+        if previous
+        else choose_encoder(tokenizer, _sample_texts(data, root, parts))
     )
     return job_folder.make_plan(
         work,
@@ -154,7 +171,7 @@ def _made_from(data: CorpusConfig, tokenizer: Tokenizer, problems: Problems | No
 
 
 def _work_folder(data: CorpusConfig) -> Path:
-    """A folder of the job's own, which it removes at the end."""
+    """Return the folder of the job's intermediate files, which the job removes at the end."""
     name = data.path.rstrip("/").rpartition("/")[2] + ".partial"
     return Path(
         data.work_dir or ("." if "://" in data.path else os.path.dirname(data.path)), name
@@ -162,18 +179,20 @@ def _work_folder(data: CorpusConfig) -> Path:
 
 
 def _refuse_overlap(data: CorpusConfig, work: Path) -> None:
-    """Raises UserError where the job would write into its own source, or its corpus into its intermediate files."""
+    """Raise UserError if the job would write into its source, or work_dir and data.path overlap."""
     source = Path(data.source.path).resolve()
-    written = [work] if "://" in data.path else [work, Path(data.path).resolve()]
+    outputs = [work] if "://" in data.path else [work, Path(data.path).resolve()]
     if "://" not in data.source.path and any(
-        source == path or source in path.parents for path in written
+        source == path or source in path.parents for path in outputs
     ):
         raise UserError(
-            f"data.path={data.path} or data.work_dir lies in data.source.path={data.source.path}: choose a folder outside of it"
+            f"data.path={data.path} or data.work_dir is inside "
+            f"data.source.path={data.source.path}: choose a folder outside of it"
         )
-    if len(written) == 2 and (written[1] in work.parents or work in written[1].parents):
+    if len(outputs) == 2 and (outputs[1] in work.parents or work in outputs[1].parents):
         raise UserError(
-            f"data.work_dir={data.work_dir} and data.path={data.path} lie in each other: choose another work_dir"
+            f"data.work_dir={data.work_dir} and data.path={data.path} overlap: "
+            "choose another work_dir"
         )
 
 
@@ -192,14 +211,15 @@ def _refuse_changes(folder: str, before: dict, after: dict) -> None:
 
 @contextlib.contextmanager
 def _only_one(work: Path):
-    """Hold the work folder, against a second job on it and against the workers of a killed one."""
+    """Lock the work folder against a second job on it and against the workers of a killed one."""
     work.mkdir(parents=True, exist_ok=True)
     with open(work.with_name(work.name + ".lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{work} is being written by another `retemper tokenize`: wait for it, or choose another data.path"
+                f"{work} is being written by another `retemper tokenize`: wait for it, "
+                "or choose another data.path"
             ) from None
         except OSError:
             pass  # a file system without locks
@@ -207,5 +227,7 @@ def _only_one(work: Path):
             yield
         finally:
             Path(lock.name).unlink(missing_ok=True)
-            if not (work / "plan.json").exists():  # finished, or refused before it began
+            if not (
+                work / "plan.json"
+            ).exists():  # the job finished, or was refused before it started
                 job_folder.remove(work)

@@ -1,11 +1,12 @@
-"""What a job will do, on disk: its settings, its parts and buckets, and which of them are done.
+"""The folder of a job: its settings, its parts and buckets, and which of them are done.
 
 work/plan.json            settings, source, encoder, the parts in order
 work/parts/<id>/          one part of the source: inputs.json, the spool, done.json
 work/buckets/<id>.json    a bucket's counts, written after its shards
-work/out/                 the corpus to be
+work/out/                 the unfinished corpus
 
-A part's id is the hash of its inputs and of the settings, so that a finished part is found again or not at all.
+The id of a part is the hash of its inputs and of the settings: a job reuses a finished part only if
+both are unchanged.
 """
 
 import contextlib
@@ -22,17 +23,17 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.atomic import replace_file
 from retemper.tokenize.listing import COMPRESSED, FileRange
 
-# Raised when the same inputs and settings give other bytes than before.
+# Incremented when the same inputs and settings produce other bytes than before.
 FORMAT = 1
-# Bytes of documents in a bucket: it is packed by one task, in memory but for the tokens.
+# Bytes of documents in a bucket. One task packs a bucket in memory, except for the tokens.
 _BUCKET_BYTES = 256 << 20
-# Text a compressed file holds for each of its bytes, about; a bucket may be twice the size and nothing breaks.
+# Approximate bytes of text per byte of a compressed file. An error of a factor of two is harmless.
 _EXPANSION = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One job."""
+    """The plan of a job: what it was made from, its parts and its buckets."""
 
     made_from: dict
     root: str
@@ -41,23 +42,31 @@ class Plan:
     buckets: dict[str, int]
     source_files: int
     source_bytes: int
-    near_duplicates: str = "keep"  # data.near_duplicates; plans from before that key have none
+    near_duplicates: str = "keep"  # data.near_duplicates; older plans lack it
 
     def save(self, work: Path) -> None:
+        """Write plan.json."""
         replace_file(work / "plan.json", json.dumps(asdict(self), indent=1))
 
     @property
     def bucket_ids(self) -> list[tuple[str, int]]:
-        """(split, number) of every bucket; tasks of the write stage take them in this order."""
+        """The (split, number) of every bucket, in the order of the tasks of the write stage."""
         return [(split, number) for split, count in self.buckets.items() for number in range(count)]
 
     def bucket_fingerprint(self, split: str, number: int, limit: int | None) -> str:
-        """Of everything that a bucket's shards depend on; limit: the samples it may give, None for all."""
+        """Return the hash of everything that a bucket's shards depend on.
+
+        Args:
+            split: The split of the bucket.
+            number: The number of the bucket in its split.
+            limit: The maximum number of samples or documents that the corpus takes from the
+                bucket; None for all.
+        """
         return _hash([FORMAT, self.made_from, self.parts, self.buckets, split, number, limit])
 
 
 def load_plan(work: Path) -> Plan:
-    """The plan of a job that has one."""
+    """Read the plan of a job, which must exist."""
     return Plan(**json.loads((work / "plan.json").read_text()))
 
 
@@ -71,7 +80,17 @@ def make_plan(
     heldout_fraction: float,
     near_duplicates: str,
 ) -> Plan:
-    """Write the plan and the inputs of its parts; parts that are done already keep their place by their id."""
+    """Write the plan and the inputs of its parts; parts that are done are recognized by their id.
+
+    Args:
+        work: The job's folder.
+        made_from: The settings that determine the corpus.
+        root: The folder of the source.
+        encoder: The entry of the manifest about the encoder.
+        parts: The files or ranges of files of each part, in order.
+        heldout_fraction: The fraction of the documents that are held out.
+        near_duplicates: The value of data.near_duplicates; unless it is `keep`, sketches are made.
+    """
     settings = {key: made_from[key] for key in made_from if key not in _PACKING_KEYS}
     if near_duplicates != "keep":
         settings["sketches"] = True
@@ -97,7 +116,7 @@ def make_plan(
     return plan
 
 
-# What happens after the spool does not touch a part.
+# Settings that take effect after the spool, and so do not change a part.
 _PACKING_KEYS = (
     "name",
     "seq_length",
@@ -111,7 +130,10 @@ _PACKING_KEYS = (
 
 @contextlib.contextmanager
 def told(work: Path):
-    """Leave the reason of a failure in error.txt: what a task on another machine raises is not seen where the job was started."""
+    """Record the reason of a failure in error.txt and raise it again.
+
+    Otherwise the process that started the job would not see an exception on another machine.
+    """
     try:
         yield
     except Exception as error:
@@ -123,7 +145,7 @@ def told(work: Path):
 
 
 def take_error(work: Path) -> str | None:
-    """The reason that a task left, which is then forgotten."""
+    """Return the reason of a failure that a task recorded, and delete it; None if there is none."""
     path = work / "error.txt"
     reason = path.read_text() if path.is_file() else None
     path.unlink(missing_ok=True)
@@ -131,16 +153,17 @@ def take_error(work: Path) -> str | None:
 
 
 def remove(work: Path) -> None:
-    """Delete a job's intermediate files."""
+    """Delete a folder of intermediate files, if it exists."""
     shutil.rmtree(work, ignore_errors=True)
 
 
 def part_folder(work: Path, part: str) -> Path:
+    """Return the folder of a part's inputs, spool and done-marker."""
     return work / "parts" / part
 
 
 def part_inputs(work: Path, part: str) -> list[FileRange]:
-    """The files of a part."""
+    """Return the files or ranges of files of a part."""
     return [
         FileRange(**file)
         for file in json.loads((part_folder(work, part) / "inputs.json").read_text())
@@ -148,7 +171,17 @@ def part_inputs(work: Path, part: str) -> list[FileRange]:
 
 
 def read_done(marker: Path, folder: Path, fingerprint: str | None = None) -> dict | None:
-    """A done-marker, or None where it is missing, was made from something else, or a file it lists is not as it was left."""
+    """Return the content of a valid done-marker, or None.
+
+    Args:
+        marker: The file of the marker.
+        folder: The folder that the marker is about.
+        fingerprint: The fingerprint that the marker must have; None if it must have none.
+
+    Returns:
+        None if the marker is missing or incomplete, has another fingerprint, or lists a file that
+        is missing or has another size.
+    """
     try:
         done = json.loads(marker.read_text())
         intact = all((folder / name).stat().st_size == size for name, size in done["files"].items())
@@ -158,7 +191,13 @@ def read_done(marker: Path, folder: Path, fingerprint: str | None = None) -> dic
 
 
 def write_done(marker: Path, folder: Path, done: dict) -> None:
-    """Mark what stands in `folder` as finished, once it is on the disk; done["files"] gets the size of each of its files."""
+    """Mark the content of a folder as finished, after all of it is on the disk.
+
+    Args:
+        marker: The file of the marker.
+        folder: The finished folder.
+        done: The content of the marker; the sizes of all files are added as `files`.
+    """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != marker]
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
@@ -176,20 +215,22 @@ def write_done(marker: Path, folder: Path, done: dict) -> None:
 
 
 def part_done(work: Path, part: str) -> dict | None:
-    """The done-marker of a part whose spool stands whole."""
+    """Return the done-marker of a part, or None if its spool is not complete."""
     return read_done(part_folder(work, part) / "done.json", part_folder(work, part))
 
 
 def bucket_marker(work: Path, split: str, number: int) -> Path:
+    """Return the path of a bucket's done-marker."""
     return work / "buckets" / f"{split}-{number:05d}.json"
 
 
 def bucket_folder(work: Path, split: str, number: int) -> Path:
+    """Return the folder of a bucket's shards."""
     return work / "out" / split / f"{number:05d}"
 
 
 def bucket_done(work: Path, plan: Plan, split: str, number: int) -> dict | None:
-    """The done-marker of a bucket whose shards stand whole."""
+    """Return the done-marker of a bucket, or None if its shards are not complete and current."""
     fingerprint = plan.bucket_fingerprint(split, number, read_limit(work, split, number))
     return read_done(
         bucket_marker(work, split, number), bucket_folder(work, split, number), fingerprint
@@ -197,25 +238,28 @@ def bucket_done(work: Path, plan: Plan, split: str, number: int) -> dict | None:
 
 
 def write_limits(work: Path, limits: list[int | None]) -> None:
-    """How many samples each training bucket may give."""
+    """Write how many samples or documents the corpus takes from each training bucket."""
     replace_file(work / "chosen.json", json.dumps(limits))
 
 
 def read_limit(work: Path, split: str, number: int) -> int | None:
+    """Return the limit of a bucket; None means all, as for every held-out bucket."""
     return json.loads((work / "chosen.json").read_text())[number] if split == TRAIN else None
 
 
 def all_parts_done(work: Path, plan: Plan) -> list[dict]:
-    """The markers of all parts, in order. Raises UserError where one is missing."""
+    """Return the done-markers of all parts, in order; raise UserError if a part is not done."""
     done = [part_done(work, part) for part in plan.parts]
     if missing := done.count(None):
         raise UserError(
-            f"{missing} of {len(done)} parts in {work} are not finished or were damaged since: run the same command again"
+            f"{missing} of {len(done)} parts in {work} are not finished or were damaged "
+            "afterwards: run the same command again"
         )
     return done
 
 
 def _text_bytes(file: FileRange) -> int:
+    """Estimate the bytes of text in a range of a file."""
     compressed = file.path.endswith((*COMPRESSED, ".parquet"))
     return (file.end - file.start) * (_EXPANSION if compressed else 1)
 

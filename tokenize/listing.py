@@ -1,4 +1,4 @@
-"""The files a source names, wherever they lie, and the fixed parts they are worked on in."""
+"""The files of a source, local or remote, and their division into fixed parts."""
 
 import hashlib
 import importlib.util
@@ -15,7 +15,8 @@ from fsspec.utils import glob_translate
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.data import SourceConfig
 
-# A part is what one task does and a restart repeats. Its size must not depend on how many tasks there are.
+# A part is the work that one task does at once and that a restart repeats. Its size must not depend
+# on the number of tasks.
 PART_BYTES = 64 << 20
 _PART_FILES = 10_000
 _ROWS = (
@@ -37,7 +38,10 @@ _HUB = re.compile(
 
 @dataclass(frozen=True)
 class FileRange:
-    """The records of one file that begin in bytes [start, end); a compressed file is always whole."""
+    """The records of one file that begin in bytes [start, end).
+
+    A compressed file is never divided.
+    """
 
     path: str
     start: int
@@ -46,11 +50,18 @@ class FileRange:
     version: str
 
     def to_dict(self) -> dict:
+        """Return the fields as a dict."""
         return asdict(self)
 
 
 def locate(source: SourceConfig) -> tuple[str, str]:
-    """The folder a source names, a hub revision pinned to its commit, and the pattern of its files. Raises UserError."""
+    """Return the folder of a source and the pattern of its files.
+
+    The revision of a hub source is pinned to its commit.
+
+    Raises:
+        UserError: The folder does not exist or cannot be read, or the hub does not provide it.
+    """
     glob = source.glob or {"rows": "**/*", "text": "**/*", "docstrings": "**/*.py"}[source.kind]
     if source.path == "stdlib":
         return sysconfig.get_path("stdlib"), glob
@@ -63,12 +74,13 @@ def locate(source: SourceConfig) -> tuple[str, str]:
     folder = Path(os.path.abspath(source.path))
     if not folder.exists():
         raise UserError(
-            f"data.source.path={source.path}: {folder} does not exist; name a folder or file of documents"
+            f"data.source.path={source.path}: {folder} does not exist; "
+            "name a folder or file of documents"
         )
     if folder.is_file():
         return str(folder.parent), folder.name
     try:
-        os.listdir(folder)  # glob passes over what it may not read
+        os.listdir(folder)  # glob skips what it has no permission to read
     except PermissionError:
         raise UserError(
             f"data.source.path={source.path}: {folder} cannot be read; change its permissions"
@@ -77,29 +89,43 @@ def locate(source: SourceConfig) -> tuple[str, str]:
 
 
 def list_parts(source: SourceConfig, root: str, glob: str) -> list[list[FileRange]]:
-    """The source's files, by name, cut into parts: large files into ranges, small ones gathered. Raises UserError where there is none."""
+    """List the files of a source by name and divide them into parts.
+
+    Large files are divided into ranges, and small files are grouped.
+
+    Args:
+        source: The source.
+        root: Its folder, from `locate`.
+        glob: The pattern of its files, from `locate`.
+
+    Raises:
+        UserError: No file matches, or files cannot be listed.
+    """
     files = _list_files(source, root, glob)
     if not files:
         raise UserError(
-            f"data.source.path={source.path}: no file in {root} matches {glob} that data.source.kind={source.kind} reads; "
-            "correct data.source.path or data.source.glob, or set data.source.kind=text for a tree of text files"
+            f"data.source.path={source.path}: no file in {root} matches {glob} and can be read as "
+            f"data.source.kind={source.kind}; correct data.source.path or data.source.glob, "
+            "or set data.source.kind=text for a tree of text files"
         )
     parts = []
-    gathered = []
+    group = []
     size = 0
     for file in files:
-        if file.size > PART_BYTES // 4:  # its parts stay the same when other files come or go
+        # The parts of a large file do not change when other files are added or removed.
+        if file.size > PART_BYTES // 4:
             parts += [[piece] for piece in _ranges(file, source.kind)]
             continue
-        gathered.append(file)
+        group.append(file)
         size += file.size
-        # Cut where the name says so, not where a sum is reached: a file that changes moves no other part's edges.
+        # Groups end at a hash of the file name rather than at a total size, so that a changed file
+        # does not move the edges of other parts.
         edge = hashlib.sha256(file.path.encode("utf-8", "surrogateescape")).digest()[0] < 32
-        if (edge and size > PART_BYTES // 4) or size > PART_BYTES or len(gathered) == _PART_FILES:
-            parts.append(gathered)
-            gathered = []
+        if (edge and size > PART_BYTES // 4) or size > PART_BYTES or len(group) == _PART_FILES:
+            parts.append(group)
+            group = []
             size = 0
-    return [*parts, gathered] if gathered else parts
+    return [*parts, group] if group else parts
 
 
 def _ranges(file: FileRange, kind: str) -> list[FileRange]:
@@ -114,23 +140,27 @@ def _ranges(file: FileRange, kind: str) -> list[FileRange]:
 
 def _list_files(source: SourceConfig, root: str, glob: str) -> list[FileRange]:
     try:
-        found = get_datafolder(root).glob(glob, detail=True) if "://" in root else _walk(root, glob)
+        matches = (
+            get_datafolder(root).glob(glob, detail=True) if "://" in root else _walk(root, glob)
+        )
     except FileNotFoundError as error:
         if error.filename is None:  # an empty remote folder
-            found = {}
+            matches = {}
         else:
             raise UserError(
-                f"data.source.path={source.path}: {error.filename} leads nowhere; mend the link or remove it"
+                f"data.source.path={source.path}: {error.filename} is a dangling link; "
+                "correct the link or remove it"
             ) from None
     except PermissionError as error:
         raise UserError(
-            f"data.source.path={source.path}: {error}; change its permissions, or check the credentials"
+            f"data.source.path={source.path}: {error}; "
+            "change its permissions, or check the credentials"
         ) from None
     files = []
-    for path, info in sorted(found.items()):
+    for path, info in sorted(matches.items()):
         excluded = not set(source.exclude).isdisjoint(PurePosixPath(path).parts)
-        named = source.kind != "rows" or source.glob or glob != "**/*" or path.endswith(_ROWS)
-        if info["type"] == "file" and named and not excluded:
+        readable = source.kind != "rows" or source.glob or glob != "**/*" or path.endswith(_ROWS)
+        if info["type"] == "file" and readable and not excluded:
             version = next(
                 (
                     str(info[key])
@@ -144,7 +174,10 @@ def _list_files(source: SourceConfig, root: str, glob: str) -> list[FileRange]:
 
 
 def _walk(root: str, glob: str) -> dict[str, dict]:
-    """The files below a local folder that match, links followed: fsspec passes over links, and over folders it may not list."""
+    """Return the files below a local folder that match a pattern, following links.
+
+    fsspec's glob ignores links, and folders that it has no permission to list.
+    """
     if (Path(root) / glob).is_file():
         names = [glob]
     else:
@@ -155,35 +188,37 @@ def _walk(root: str, glob: str) -> dict[str, dict]:
         def refuse(error: OSError):
             raise error
 
-        for folder, folders, found in os.walk(root, onerror=refuse, followlinks=True):
-            if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
+        for folder, folders, filenames in os.walk(root, onerror=refuse, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:  # for example a link to a parent folder
                 folders.clear()
                 continue
             seen.add(real)
             names += [
                 name
-                for file in found
+                for file in filenames
                 if pattern.match(name := os.path.relpath(os.path.join(folder, file), root))
             ]
     stats = {name: os.stat(os.path.join(root, name)) for name in names}
     return {
         name: {
-            "type": "file" if stat.S_ISREG(found.st_mode) else "other",
-            "size": found.st_size,
-            "mtime": found.st_mtime,
+            "type": "file" if stat.S_ISREG(status.st_mode) else "other",
+            "size": status.st_size,
+            "mtime": status.st_mtime,
         }
-        for name, found in stats.items()
+        for name, status in stats.items()
     }
 
 
 def _pinned(source: SourceConfig) -> str:
+    """Return the path of a hub source with its revision replaced by the commit."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     match = _HUB.fullmatch(source.path)
     if not match:
         raise UserError(
-            f"data.source.path={source.path} is no hub path: write hf://datasets/OWNER/NAME/FOLDER"
+            f"data.source.path={source.path} is not a hub path: "
+            "write hf://datasets/OWNER/NAME/FOLDER"
         )
     kind = "dataset" if match["kind"] else "model"
     try:
@@ -194,8 +229,9 @@ def _pinned(source: SourceConfig) -> str:
         )
     except (HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"data.source.path={source.path}: revision {match['revision'] or source.revision} cannot be had from the hub "
-            f"({str(error).splitlines()[0]}); check the name, the revision and HF_TOKEN, or set data.source.path to a local copy"
+            f"data.source.path={source.path}: the hub does not provide revision "
+            f"{match['revision'] or source.revision} ({str(error).splitlines()[0]}); check the "
+            "name, the revision and HF_TOKEN, or set data.source.path to a local copy"
         ) from None
     return f"hf://{match['kind'] or ''}{match['name']}@{commit}{match['rest'] or ''}"
 
@@ -204,6 +240,7 @@ def _package_folder(name: str) -> str:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"data.source.path=package:{name}: no installed package has that name; install it or name a folder"
+            f"data.source.path=package:{name}: no installed package has that name; "
+            "install it or name a folder"
         )
     return str(next(iter(spec.submodule_search_locations)))

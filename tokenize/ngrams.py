@@ -1,4 +1,4 @@
-"""The words of a text and runs of them, as hashes: what documents are compared by."""
+"""Hashes of the words and word n-grams of a text, which documents are compared by."""
 
 import functools
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# A text is looked at in pieces of so many bytes, so that memory does not grow with its length.
+# A text is processed in segments of this many bytes, so that memory does not grow with its length.
 SEGMENT_BYTES = 1 << 20
 SEPARATOR, SEPARATOR_BYTE = 0, b"\0"
 LOWER_WORDS = bytes(
@@ -21,13 +21,17 @@ _FEW_CHARACTERS = 16
 
 
 def normalised(utf8: bytes) -> bytes:
-    """Lower-case words between separators; everything that is no letter or digit separates."""
+    """Return a text as lower-case words between separators.
+
+    Every character that is neither a letter nor a digit becomes a separator.
+    """
     if not utf8.isascii():
         utf8 = utf8.decode("utf-8", "replace").lower().encode()
         characters = set(utf8.translate(None, _ASCII).decode())
         no_words = list(filter(_NO_WORD.match, characters))
         if len(no_words) <= _FEW_CHARACTERS:
-            # Faster than a regular expression, and most texts have a few quotes and dashes.
+            # This is faster than a regular expression, and most texts have few such characters,
+            # such as quotes and dashes.
             for char in no_words:
                 utf8 = utf8.replace(char.encode(), SEPARATOR_BYTE)
         else:
@@ -37,9 +41,12 @@ def normalised(utf8: bytes) -> bytes:
 
 
 def segments(translated: bytes, ngram: int) -> Iterator[bytes]:
-    """A text in pieces that share the words an n-gram across the cut needs.
+    """Yield a text in segments that overlap by the words of the n-grams across the cut.
 
-    translated: its UTF-8, with everything in ASCII that is no letter or digit made a separator.
+    Args:
+        translated: The UTF-8 text, in which each ASCII character that is neither a letter nor a
+            digit is a separator, as `LOWER_WORDS` translates it.
+        ngram: The number of words that consecutive segments share.
     """
     start = 0
     while start < len(translated):
@@ -53,9 +60,9 @@ def segments(translated: bytes, ngram: int) -> Iterator[bytes]:
 
 
 def _words_before(translated: bytes, start: int, end: int, count: int) -> int:
-    """Where the last `count` words before `end` begin.
+    """Return the byte offset of the last `count` words before `end`.
 
-    `end` itself where they are no words but half a segment of something else.
+    Returns `end` if these words would reach back over half of the segment or more.
     """
     position = end
     for _ in range(count):
@@ -67,21 +74,20 @@ def _words_before(translated: bytes, start: int, end: int, count: int) -> int:
 
 
 def word_hashes(words: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each word of a normalised text starts and ends, and its hash, uint64 (words,)."""
+    """Return the start and end of each word of a normalised text, and its hash, uint64 (words,)."""
     data = np.frombuffer(words, np.uint8)
     in_word = np.zeros(len(data) + 2, bool)
     np.not_equal(data, SEPARATOR, out=in_word[1:-1])
     starts, ends = np.flatnonzero(in_word[1:] != in_word[:-1]).reshape(-1, 2).T
     powers, inverses = _powers(_BYTE_BASE, len(data))
     sums = np.cumsum(data * powers)[ends - 1]
-    hashes = (
-        np.diff(sums, prepend=np.uint64(0)) * inverses[starts]
-    )  # separators are zero and add nothing
+    # Separators are zero and do not change the sums.
+    hashes = np.diff(sums, prepend=np.uint64(0)) * inverses[starts]
     return starts, ends, (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
 
 
 def gram_hashes(words: np.ndarray, n: int) -> np.ndarray:
-    """The hash of every n words in a row, uint64 (max(0, words - n + 1),)."""
+    """Return the hash of every n consecutive words, uint64 (max(0, words - n + 1),)."""
     if len(words) < n:
         return np.zeros(0, np.uint64)
     powers, inverses = _powers(_WORD_BASE, len(words))
@@ -91,8 +97,8 @@ def gram_hashes(words: np.ndarray, n: int) -> np.ndarray:
 
 
 def _powers(base: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """base**0, base**1, … modulo 2**64, and their inverses, `count` of each."""
-    # Lower case may be longer than a segment was: Ⱥ has two bytes, ⱥ three.
+    """Return base**0, base**1, … modulo 2**64, and their inverses, `count` of each."""
+    # A segment may become longer in lower case: Ⱥ has two bytes, ⱥ has three.
     powers, inverses = _table(base, (max(count, SEGMENT_BYTES) - 1).bit_length())
     return powers[:count], inverses[:count]
 

@@ -1,4 +1,7 @@
-"""Documents to samples, on lengths alone: which tokens of which documents a sample holds."""
+"""Packing of documents into samples: which tokens of which documents are in each sample.
+
+Only the lengths of the documents are needed.
+"""
 
 import bisect
 
@@ -9,9 +12,16 @@ Piece = tuple[int, int, int]
 
 
 def concat(lengths: np.ndarray, seq_length: int) -> list[list[Piece]]:
-    """Documents one after another, cut every seq_length tokens; the last tokens that fill no sample are left out.
+    """Concatenate the documents and cut them every seq_length tokens.
 
-    lengths: tokens of each document (documents,). Returns the pieces of each sample.
+    The last tokens, which do not fill a sample, are dropped.
+
+    Args:
+        lengths: The number of tokens of each document, (documents,).
+        seq_length: The number of tokens of a sample.
+
+    Returns:
+        The pieces of each sample.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     starts = ends - lengths
@@ -32,10 +42,19 @@ def concat(lengths: np.ndarray, seq_length: int) -> list[list[Piece]]:
 
 
 def best_fit(lengths: np.ndarray, seq_length: int, seed: int) -> list[list[Piece]]:
-    """Documents whole, each in the sample with the least room that it fits; longer ones are cut into full samples and a rest.
+    """Put each document whole into the sample with the least free space that it fits into.
 
-    Best-fit decreasing, as "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830) packs; the samples are then
-    shuffled by `seed`, or the long documents would come first.
+    Documents that are longer than a sample are cut into full samples and a remainder. This is
+    best-fit decreasing, as in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830).
+
+    Args:
+        lengths: The number of tokens of each document, (documents,).
+        seq_length: The number of tokens of a sample.
+        seed: The seed by which the samples are shuffled; otherwise the long documents would come
+            first.
+
+    Returns:
+        The pieces of each sample.
     """
     pieces = [
         (document, start, min(seq_length, int(length) - start))
@@ -44,26 +63,25 @@ def best_fit(lengths: np.ndarray, seq_length: int, seed: int) -> list[list[Piece
     ]
     pieces.sort(key=lambda piece: -piece[2])
     samples: list[list[Piece]] = []
-    rooms: list[
-        int
-    ] = []  # the free room that samples have, ascending, and for each which samples have it
+    # The distinct amounts of free space, ascending, and the samples that have each amount.
+    free_sizes: list[int] = []
     samples_with: dict[int, list[int]] = {}
     for piece in pieces:
-        at = bisect.bisect_left(rooms, piece[2])
-        if at < len(rooms):
-            room = rooms[at]
-            sample = samples_with[room].pop()
-            if not samples_with[room]:
-                del samples_with[room], rooms[at]
+        index = bisect.bisect_left(free_sizes, piece[2])
+        if index < len(free_sizes):
+            free = free_sizes[index]
+            sample = samples_with[free].pop()
+            if not samples_with[free]:
+                del samples_with[free], free_sizes[index]
             samples[sample].append(piece)
         else:
-            room = seq_length
+            free = seq_length
             sample = len(samples)
             samples.append([piece])
-        if room := room - piece[2]:
-            if room not in samples_with:
-                bisect.insort(rooms, room)
-            samples_with.setdefault(room, []).append(sample)
+        if free := free - piece[2]:
+            if free not in samples_with:
+                bisect.insort(free_sizes, free)
+            samples_with.setdefault(free, []).append(sample)
     return [
         samples[index]
         for index in np.random.Generator(np.random.Philox(seed)).permutation(len(samples))

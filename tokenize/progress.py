@@ -1,4 +1,4 @@
-"""How far a job is, counted in shared memory by whichever process does the work."""
+"""The progress of a job, counted in shared memory by the processes that do the work."""
 
 import contextlib
 import multiprocessing
@@ -6,9 +6,11 @@ import sys
 import threading
 import time
 
-# A pool's workers start from a small server process: a fork of this one would copy its threads' locks.
+# Pool workers are forked from a small server process: a fork of this process would copy the locks
+# of its threads.
 PROCESSES = multiprocessing.get_context("forkserver")
-# Seconds of imports (streaming brings torch and transformers), once for all workers of all stages.
+# These imports take seconds (streaming imports torch and transformers); the server process does
+# them once for all workers of all stages.
 PROCESSES.set_forkserver_preload(
     ["retemper.tokenize.job", "streaming", "gigatoken", "awkward", "pyarrow.parquet"]
 )
@@ -17,18 +19,18 @@ _counters = None
 
 
 def shared_counters():
-    """Documents and tokens so far, for the workers of one pool."""
+    """Return shared counters of documents and tokens for the workers of one pool."""
     return PROCESSES.Array("q", 2)
 
 
 def count_in(counters) -> None:
-    """Have this process count there."""
+    """Set the counters that `advance` adds to in this process; None stops the counting."""
     global _counters
     _counters = counters
 
 
 def advance(*, documents: int, tokens: int) -> None:
-    """Add to the counters, where there are any."""
+    """Add to the counters of this process, if it has any."""
     if _counters is not None:
         with _counters.get_lock():
             _counters[0] += documents
@@ -37,7 +39,17 @@ def advance(*, documents: int, tokens: int) -> None:
 
 @contextlib.contextmanager
 def progress_bar(name: str, total: int, counters, *, show: bool):
-    """A bar over finished tasks, with documents/s and tokens/s while they run; yields the function that a finished task calls."""
+    """Show a progress bar of finished tasks, with documents/s and tokens/s while they run.
+
+    Args:
+        name: The name of the stage.
+        total: The number of its tasks.
+        counters: The shared counters of the workers.
+        show: Whether to show the bar.
+
+    Yields:
+        The function to call when a task is finished.
+    """
     from tqdm import tqdm
 
     started = time.monotonic()
@@ -49,8 +61,10 @@ def progress_bar(name: str, total: int, counters, *, show: bool):
         def watch():
             while not stop.wait(1):
                 seconds = time.monotonic() - started
-                rates = f"{counters[1]:,} tokens, {counters[1] / seconds:,.0f} tokens/s, {counters[0] / seconds:,.0f} documents/s"
-                bar.set_postfix_str(rates if counters[1] else "")
+                documents = counters[0]
+                tokens = counters[1]
+                rates = f"{tokens / seconds:,.0f} tokens/s, {documents / seconds:,.0f} documents/s"
+                bar.set_postfix_str(f"{tokens:,} tokens, {rates}" if tokens else "")
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()

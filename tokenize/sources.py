@@ -1,4 +1,4 @@
-"""Documents in: every record of a part is either a document or counted under the reason why it is none."""
+"""Reading of source files: every record is a document or is counted as dropped, with the reason."""
 
 import ast
 import gzip
@@ -17,10 +17,10 @@ from loguru import logger
 from retemper.pipeline.schema.data import SourceConfig
 from retemper.tokenize.listing import COMPRESSED, FileRange, list_parts, locate
 
-# datatrove logs every file it opens; the progress bar and the manifest's counts say what matters.
+# datatrove logs every file that it opens; the progress bar and the counts in the manifest suffice.
 logger.disable("datatrove")
 
-# A longer record is no document: it is passed over without being held in memory.
+# A longer record is not a document: it is skipped without being read into memory.
 MAX_RECORD_BYTES = 1 << 28
 _PARQUET_ROWS = 64
 _BUFFER_BYTES = 1 << 20
@@ -29,14 +29,17 @@ _COLUMN = re.compile(r"\{(\w+)\}")
 
 
 class Rejected(Exception):
-    """A record that is no document, and why, in one word."""
+    """A record is not a document; the message is the reason, in one word."""
 
 
 class DocumentReader(BaseDiskReader):
-    """The documents of one part, as datatrove documents.
+    """A reader of the documents of one part, as datatrove documents.
 
-    Counts `read` records and `dropped_<reason>`; a damaged file is named in `broken` and costs nothing but its own rest.
-    Metadata: file (position in the part), position (byte offset of the line, row number), prompt_chars, about (metadata_keys).
+    It counts `read` records and `dropped_<reason>`. A damaged file is listed in `broken`, and only
+    its records after the damage are lost.
+
+    Metadata of a document: file (index in the part), position (byte offset of the line, or row
+    number), prompt_chars (characters of the prompt), about (the values of metadata_keys).
     """
 
     name = "📖 Documents"
@@ -53,7 +56,7 @@ class DocumentReader(BaseDiskReader):
         self.broken: list[dict] = []
 
     def read_part(self, part: list[FileRange]) -> DocumentsPipeline:
-        """The documents of all files of a part, in order."""
+        """Yield the documents of all files of a part, in order."""
         for number, file in enumerate(part):
             read = 0
             try:
@@ -64,7 +67,7 @@ class DocumentReader(BaseDiskReader):
                     except Rejected as reason:
                         self.stat_update(f"dropped_{reason}")
                         continue
-                    del record  # a large line is not held beside its text
+                    del record  # free a large line; the document has its text
                     yield document
             except Exception as error:
                 if not _is_damage(error):
@@ -80,11 +83,12 @@ class DocumentReader(BaseDiskReader):
                 self.stat_update("read", value=read, unit="file")
 
     def read_file(self, filepath: str) -> DocumentsPipeline:
+        """Read a whole file; datatrove's readers must have this method."""
         size = self.data_folder.size(filepath)
         return self.read_part([FileRange(filepath, 0, size, size, "")])
 
     def _records(self, file: FileRange) -> Iterator[tuple[int, object]]:
-        """(position, record): a dict, or the bytes of a text file or a JSON line."""
+        """Yield (position, record): a dict, or the bytes of a text file or of a JSON line."""
         if self.source.kind != "rows":
             with self.data_folder.open(file.path, "rb") as stream:
                 yield 0, stream.read(MAX_RECORD_BYTES + 1)
@@ -146,7 +150,8 @@ class DocumentReader(BaseDiskReader):
             return orjson.loads(line)
         except orjson.JSONDecodeError:
             pass
-        # orjson does not say why; the standard library also takes what orjson is too strict for: NaN, lone surrogates.
+        # The standard library also accepts what orjson refuses without telling the reason: NaN and
+        # lone surrogates.
         try:
             row = json.loads(self._decoded(line))
         except (ValueError, RecursionError):
@@ -181,12 +186,12 @@ class DocumentReader(BaseDiskReader):
 
 
 def prompt_wording(source: SourceConfig) -> list[str]:
-    """The parts of data.source.prompt between its columns, which every document begins with."""
+    """Return the constant parts of data.source.prompt, which all documents share."""
     return _COLUMN.split(source.prompt or "")[::2]
 
 
 def read_documents(source: SourceConfig, *, every: int = 1) -> Iterator[Document]:
-    """The documents of every n-th file of a source, in order, before any cleaning."""
+    """Yield the documents of every n-th file of a source, in order, before any cleaning."""
     root, glob = locate(source)
     files = [file for part in list_parts(source, root, glob) for file in part]
     reader = DocumentReader(source, root)
@@ -195,7 +200,10 @@ def read_documents(source: SourceConfig, *, every: int = 1) -> Iterator[Document
 
 
 def _batch_rows(batches, columns: list[str], num_rows: int) -> Iterator[dict]:
-    """Rows of a row group; strings as bytes, so that one that is no UTF-8 costs no neighbour."""
+    """Yield the rows of a row group.
+
+    Strings are bytes, so that invalid UTF-8 in one row does not affect other rows.
+    """
     if not columns:
         yield from ({} for _ in range(num_rows))
     for batch in batches:
@@ -211,12 +219,12 @@ def _values(column) -> list:
         column = column.cast(kind).cast(pa.large_binary())
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:  # deep in a nested column, which is no text in any case
+    except UnicodeDecodeError:  # within a nested column, which is not text anyway
         return [{}] * len(column)
 
 
 def _lines(stream, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, line) of the lines that begin in [start, end)."""
+    """Yield (byte offset, line) of the lines that begin in [start, end)."""
     position = start
     if start:
         stream.seek(start - 1)
@@ -229,11 +237,12 @@ def _lines(stream, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
         if size > MAX_RECORD_BYTES and not line[0].endswith(b"\n"):
             size += _skip_line(stream)
         if not line[0].isspace():
-            yield position, line.pop()  # handed over, not held here
+            yield position, line.pop()  # without a reference left here, so that it can be freed
         position += size
 
 
 def _skip_line(stream) -> int:
+    """Skip the rest of a line and return its bytes."""
     size = 0
     while chunk := stream.readline(1 << 20):
         size += len(chunk)
@@ -243,10 +252,11 @@ def _skip_line(stream) -> int:
 
 
 def _decompressed(folder, path: str):
+    """Open a file as a stream of lines, decompressed by its suffix."""
     if path.endswith(".zst"):
         import pyarrow as pa
 
-        # fsspec's zstd streams have no lines, and take a file that breaks off for one that ends.
+        # fsspec's zstd streams have no readline, and do not notice that a file is truncated.
         stream = pa.CompressedInputStream(folder.open(path, "rb"), "zstd")
     else:
         stream = folder.open(path, "rb", compression="infer")
@@ -256,7 +266,10 @@ def _decompressed(folder, path: str):
 
 
 class _Piecewise(io.RawIOBase):
-    """A decompressing stream read a piece at a time: where it breaks off, what came before is not lost with the full buffer."""
+    """A decompressing stream that is read in pieces of what is available.
+
+    Where a file is truncated, the data before the end is not lost with an incomplete buffer.
+    """
 
     def __init__(self, stream):
         self._stream = stream
@@ -271,7 +284,7 @@ class _Piecewise(io.RawIOBase):
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether a file's content is at fault, and not the disk, the network or the program."""
+    """Return whether the error is due to a file's content, not the disk, network or program."""
     import pyarrow as pa
 
     if isinstance(
@@ -290,6 +303,7 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _docstrings(text: str) -> str:
+    """Return the docstrings of Python code, in order."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, documented))
     ordered = sorted(nodes, key=lambda node: getattr(node, "lineno", 0))

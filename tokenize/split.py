@@ -1,4 +1,4 @@
-"""What a document is known by: the hash of its content, and from it its split and its place in the order."""
+"""The identity of a document: the hash of its content, which determines its split and its order."""
 
 import hashlib
 
@@ -9,16 +9,20 @@ from retemper.pipeline.corpus.format import HELDOUT, TRAIN
 
 
 def split_of(text: str, heldout_fraction: float) -> str:
-    """`heldout` for that fraction of all texts, chosen by SHA-256 of the content, so that copies stay together."""
+    """Return the split of a text: `heldout` for the given fraction of all texts, else `train`.
+
+    It is chosen by the SHA-256 of the content, so that copies are in the same split.
+    """
     return _split(hashlib.sha256(text.encode()).digest(), heldout_fraction)
 
 
 class Identify(PipelineStep):
     """Write utf8, digest, split and priority into each document's metadata.
 
-    Documents are taken in the order of their priority, a hash of seed and content: a function of the document alone, so that
-    tasks, restarts and machines cannot change the order. Copies share a priority, and meet there; where copies are kept,
-    the document's id enters, or they would stand side by side.
+    The documents of a corpus are in the order of their priority, a hash of seed and content. It
+    depends on the document only, so that tasks, restarts and machines cannot change the order.
+    Copies have the same priority, and so are found beside each other. If copies are kept, the
+    priority also depends on the document's id, or copies would be neighbours in the corpus.
     """
 
     name = "🪪 Identify"
@@ -47,7 +51,7 @@ class Identify(PipelineStep):
                     hashlib.blake2b(identity, digest_size=8, key=self.key).digest(), "big"
                 ),
             }
-            del utf8  # the encode step lets go of it
+            del utf8  # so that the encode step can free it
             yield document
 
 

@@ -1,8 +1,8 @@
-"""Between the two halves of a job: token ids of encoded documents, sorted by priority within each piece of a part.
+"""The spool between the two halves of a job: the token ids of the encoded documents.
 
-A piece is `<n>.ids`, the ids of its documents one after another, and `<n>.npy`, one record a
-document; where training documents are compared with held-out ones also `<n>.sketches`, one sketch a
-document.
+A part is spooled in pieces, and the documents of a piece are sorted by priority. A piece consists
+of `<n>.ids`, the concatenated ids of its documents, and `<n>.npy`, one record per document; if
+training documents are compared with held-out ones, also of `<n>.sketches`, one sketch per document.
 """
 
 import hashlib
@@ -34,11 +34,11 @@ RECORD = np.dtype(
         ("heldout", "u1"),
         ("priority", "<u8"),
         ("digest", "<u8", 2),
-        ("file", "<u4"),  # number in the part
-        ("position", "<u8"),  # byte offset of the line, row number
-        ("start", "<u8"),  # of the ids in the piece
+        ("file", "<u4"),  # index in the part
+        ("position", "<u8"),  # byte offset of the line, or row number
+        ("start", "<u8"),  # index of the first id in the piece
         ("length", "<u4"),
-        ("prompt", "<u4"),  # leading tokens without loss
+        ("prompt", "<u4"),  # leading tokens that the loss mask excludes
         ("bytes", "<u8"),
     ]
 )
@@ -47,7 +47,7 @@ _PIECE_DOCUMENTS = 1 << 18
 
 
 class ReadPart(PipelineStep):
-    """The documents of the part that the task's rank stands for."""
+    """Read the documents of a part; the rank of a task is the index of its part."""
 
     name, type = "📖 Part", "📖 - READER"
 
@@ -63,7 +63,7 @@ class ReadPart(PipelineStep):
 
 
 class Spool(PipelineStep):
-    """Write a part's documents to its spool, and then its done-marker with what the steps before it counted."""
+    """Write a part's documents to its spool, and then its done-marker with the steps' counts."""
 
     name, type = "🧵 Spool", "💽 - WRITER"
 
@@ -128,7 +128,8 @@ class Spool(PipelineStep):
                 file.write(ids.data)
                 digest = np.frombuffer(about["digest"], "<u8", 2)
                 index[number] = (
-                    about["split"] == HELDOUT, about["priority"], digest, about["file"], about["position"],
+                    about["split"] == HELDOUT, about["priority"], digest,
+                    about["file"], about["position"],
                     start, len(ids), about["prompt_tokens"], about["bytes"],
                 )  # fmt: skip
                 start += len(ids)
@@ -140,32 +141,50 @@ class Spool(PipelineStep):
 
 @dataclass(frozen=True)
 class Bucket:
-    """The documents of one range of priorities, in order, and where their ids lie."""
+    """The documents of one range of priorities, in order, and the location of their ids."""
 
     records: np.ndarray  # RECORD (documents,)
     numbers: np.ndarray  # little-endian uint64 (documents,), see split_number
-    near: np.ndarray  # uint64 (documents,), number of the held-out document each is like, or NONE
-    ids: list[np.ndarray]  # one memory map a piece
+    near: np.ndarray  # uint64 (documents,), number of the similar held-out document, or NONE
+    ids: list[np.ndarray]  # one memory map per piece
     piece: np.ndarray  # int (documents,), index into ids
-    duplicates: int  # documents left out as copies
-    near_duplicates: list[tuple[int, int]]  # those left out: their numbers and the held-out ones'
+    duplicates: int  # number of documents dropped as copies
+    near_duplicates: list[tuple[int, int]]  # (number, held-out number) of those dropped
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """Ids [start, start + count) of a document."""
+        """Return the ids [start, start + count) of a document.
+
+        Args:
+            document: The index of the document in the bucket.
+            start: The first token.
+            count: The number of tokens.
+        """
         begin = int(self.records["start"][document]) + start
         return self.ids[self.piece[document]][begin : begin + count]
 
     def pairs(self, documents: np.ndarray) -> list[tuple[int, int]]:
-        """The numbers of the near-duplicates among some documents, and of the held-out ones.
+        """Return the numbers of near-duplicates among some documents, with the held-out numbers.
 
-        documents: int (documents,), their places in the bucket.
+        Args:
+            documents: The indices of the documents in the bucket, int (documents,).
+
+        Returns:
+            (number, number of the held-out document) of each near-duplicate.
         """
-        found = documents[self.near[documents] != NONE]
-        return list(zip(self.numbers[found].tolist(), self.near[found].tolist()))
+        similar = documents[self.near[documents] != NONE]
+        return list(zip(self.numbers[similar].tolist(), self.near[similar].tolist()))
 
 
 def load_bucket(work: Path, plan: Plan, split: str, number: int, dtype: str) -> Bucket:
-    """Gather a bucket from the spools of all parts."""
+    """Gather a bucket from the spools of all parts.
+
+    Args:
+        work: The job's folder.
+        plan: Its plan.
+        split: The split of the bucket.
+        number: The number of the bucket in its split.
+        dtype: The type of the token ids.
+    """
     count = plan.buckets[split]
     low, high = (-(-(edge << 64) // count) for edge in (number, number + 1))
     heldout = None
@@ -176,14 +195,15 @@ def load_bucket(work: Path, plan: Plan, split: str, number: int, dtype: str) -> 
     near = [np.zeros(0, np.uint64)]
     pieces = [np.zeros(0, int)]
     ids: list[np.ndarray] = []
-    for found, of_found, path, place in _records(work, plan, split, low, high):
-        records.append(found)
-        numbers.append(of_found)
+    for piece_records, piece_numbers, path, first in _records(work, plan, split, low, high):
+        size = len(piece_records)
+        records.append(piece_records)
+        numbers.append(piece_numbers)
         if heldout:
-            near.append(heldout.match(_sketches(path, place, len(found))))
+            near.append(heldout.match(_sketches(path, first, size)))
         else:
-            near.append(np.full(len(found), NONE))
-        pieces.append(np.full(len(found), len(ids)))
+            near.append(np.full(size, NONE))
+        pieces.append(np.full(size, len(ids)))
         ids.append(np.asarray(np.memmap(path.with_suffix(".ids"), dtype, mode="r")))
     gathered = Bucket(
         records=np.concatenate(records),
@@ -198,28 +218,28 @@ def load_bucket(work: Path, plan: Plan, split: str, number: int, dtype: str) -> 
 
 
 def save_heldout_sketches(work: Path, plan: Plan) -> None:
-    """Write the index of held-out sketches, which training documents are compared with."""
+    """Write the index of the held-out sketches that training documents are compared with."""
     numbers = [np.zeros(0, "<u8")]
     digests = [np.zeros((0, 2), np.uint64)]
     sketches = [np.zeros((0, BINS), np.uint16)]
-    for found, of_found, path, place in _records(work, plan, HELDOUT, 0, 1 << 64):
-        numbers.append(of_found)
-        digests.append(found["digest"])
-        sketches.append(_sketches(path, place, len(found)))
+    for piece_records, piece_numbers, path, first in _records(work, plan, HELDOUT, 0, 1 << 64):
+        numbers.append(piece_numbers)
+        digests.append(piece_records["digest"])
+        sketches.append(_sketches(path, first, len(piece_records)))
     order = np.argsort(np.concatenate(numbers))
-    _, first = np.unique(np.concatenate(digests)[order], axis=0, return_index=True)
-    once = order[np.sort(first)]
-    index = HeldoutSketches.of(np.concatenate(numbers)[once], np.concatenate(sketches)[once])
+    _, first_copies = np.unique(np.concatenate(digests)[order], axis=0, return_index=True)
+    unique = order[np.sort(first_copies)]
+    index = HeldoutSketches.of(np.concatenate(numbers)[unique], np.concatenate(sketches)[unique])
     index.save(work / "heldout")
 
 
 def _records(
     work: Path, plan: Plan, split: str, low: int, high: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Path, int]]:
-    """The documents of a split whose priority is in [low, high), piece by piece.
+    """Yield the documents of a split whose priority is in [low, high), piece by piece.
 
     Yields their records, RECORD (documents,), their numbers, little-endian uint64 (documents,), the
-    piece's path, and the place in it of the first of them.
+    path of the piece, and the index in it of the first of these documents.
     """
     first_file = 0
     for part in plan.parts:
@@ -233,28 +253,28 @@ def _records(
             if high < 1 << 64:
                 end = first + int(np.searchsorted(priorities, np.uint64(high)))
             if begin < end:
-                found = np.array(index[begin:end])
-                files = found["file"].astype("<u8") + np.uint64(first_file)
-                yield found, document_numbers(files, found["position"]), path, begin
+                records = np.array(index[begin:end])
+                files = records["file"].astype("<u8") + np.uint64(first_file)
+                yield records, document_numbers(files, records["position"]), path, begin
         first_file += len(part_inputs(work, part))
 
 
-def _sketches(path: Path, place: int, count: int) -> np.ndarray:
-    """Sketches [place, place + count) of a piece, uint16 (count, BINS)."""
+def _sketches(path: Path, first: int, count: int) -> np.ndarray:
+    """Return the sketches [first, first + count) of a piece, uint16 (count, BINS)."""
     sketches = np.memmap(path.with_suffix(".sketches"), np.uint16, mode="r")
-    return sketches.reshape(-1, BINS)[place : place + count]
+    return sketches.reshape(-1, BINS)[first : first + count]
 
 
 def _without_duplicates(bucket: Bucket, plan: Plan) -> Bucket:
-    """A bucket in order, without copies and, where they are dropped, near-duplicates."""
+    """Return a bucket in order, without copies and, if they are dropped, near-duplicates."""
     digest = bucket.records["digest"]
     order = np.lexsort((bucket.numbers, digest[:, 1], digest[:, 0], bucket.records["priority"]))
     first = np.ones(len(order), bool)
     if plan.made_from["clean"]["duplicates"]:
         first[1:] = (digest[order][1:] != digest[order][:-1]).any(axis=1)
-    once = order[first]
-    dropped = (bucket.near[once] != NONE) & (plan.near_duplicates == "drop")
-    kept = once[~dropped]
+    unique = order[first]
+    dropped = (bucket.near[unique] != NONE) & (plan.near_duplicates == "drop")
+    kept = unique[~dropped]
     return replace(
         bucket,
         records=bucket.records[kept],
@@ -262,12 +282,12 @@ def _without_duplicates(bucket: Bucket, plan: Plan) -> Bucket:
         near=bucket.near[kept],
         piece=bucket.piece[kept],
         duplicates=int((~first).sum()),
-        near_duplicates=bucket.pairs(once[dropped]),
+        near_duplicates=bucket.pairs(unique[dropped]),
     )
 
 
 def _pieces(documents: DocumentsPipeline) -> Iterator[list[Document]]:
-    """Documents in lists of so many tokens as memory may hold; at least one list of one document."""
+    """Yield the documents in lists that are limited to what fits into memory."""
     piece = []
     tokens = 0
     for batch in itertools.batched(documents, 64):
@@ -284,6 +304,7 @@ def _pieces(documents: DocumentsPipeline) -> Iterator[list[Document]]:
 
 
 def _order(document: Document):
+    """Return the key by which the documents of a piece are sorted."""
     about = document.metadata
     return (
         about["split"] == HELDOUT,

@@ -1,4 +1,4 @@
-"""The second half of a job: documents of the spool in order, packed, written as MDS shards."""
+"""The second half of a job: the spooled documents are ordered, packed and written as MDS shards."""
 
 import shutil
 from collections import Counter
@@ -18,10 +18,11 @@ from retemper.tokenize.spool import Bucket, load_bucket, save_heldout_sketches
 
 
 class Choose(PipelineStep):
-    """Decide how much of each bucket the corpus takes: in order of priority, until data.tokens is reached.
+    """Decide how much of each bucket is in the corpus: in order of priority, up to data.tokens.
 
-    Of documents that are joined and cut (packing=concat) that is a number of samples, of documents that stay whole
-    (packing=best_fit) a number of documents, as many as fill no more than the budget's samples.
+    With packing=concat, which joins and cuts documents, the limit of a bucket is a number of
+    samples. With packing=best_fit, which keeps them whole, it is the largest number of documents
+    that fit into the samples of the budget.
     """
 
     name, type = "⚖ Choose", "🔻 - FILTER"
@@ -45,11 +46,11 @@ class Choose(PipelineStep):
         yield from ()
 
     def _limits(self, plan: job_folder.Plan) -> list[int | None]:
-        """Of each bucket the samples or documents that are taken, None for all."""
+        """Return the limit of each training bucket in samples or documents, None for all."""
         count = plan.buckets[TRAIN]
         if self.data.tokens is None:
             return [None] * count
-        wanted = remaining = self.data.tokens // self.data.seq_length
+        budget = remaining = self.data.tokens // self.data.seq_length
         limits: list[int] = []
         for number in range(count):
             bucket = load_bucket(self.work, plan, TRAIN, number, self.dtype)
@@ -60,21 +61,29 @@ class Choose(PipelineStep):
                 self._refuse_nothing(limits, bucket, limit)
                 return limits + [0] * (count - len(limits))
         raise UserError(
-            f"data.tokens={self.data.tokens} is {wanted:,} samples of {self.data.seq_length}, the corpus has {wanted - remaining:,}: "
-            "set data.tokens=null to take all (training repeats them by epochs), or give more documents"
+            f"data.tokens={self.data.tokens} is {budget:,} samples of {self.data.seq_length}, "
+            f"the corpus has {budget - remaining:,}: set data.tokens=null to take all "
+            "(training repeats them in epochs), or provide more documents"
         )
 
     def _refuse_nothing(self, limits: list[int], bucket: Bucket, limit: int) -> None:
         if not any(limits):
             first = int(bucket.records["length"][limit])
+            minimum = -(-first // self.data.seq_length) * self.data.seq_length
             raise UserError(
-                f"data.tokens={self.data.tokens} is less than the first document by priority, of {first:,} tokens, which "
-                f"data.packing=best_fit takes whole: set data.tokens to at least {-(-first // self.data.seq_length) * self.data.seq_length}"
+                f"data.tokens={self.data.tokens} is less than the first document by priority, of "
+                f"{first:,} tokens, which data.packing=best_fit takes whole: "
+                f"set data.tokens to at least {minimum}"
             )
 
 
 def _within(bucket: Bucket, data: CorpusConfig, number: int, most: int) -> tuple[int, int, bool]:
-    """What of a bucket fills at most so many samples: (samples or documents, the samples they fill, whether that is all of it)."""
+    """Find how much of a bucket fits into `most` samples.
+
+    Returns:
+        The limit in samples (packing=concat) or documents (packing=best_fit), the number of samples
+        that it fills, and whether it is the whole bucket.
+    """
 
     def fill(documents: int | None) -> int:
         return len(pack(bucket, data, number, documents)[1])
@@ -97,9 +106,9 @@ def _within(bucket: Bucket, data: CorpusConfig, number: int, most: int) -> tuple
 
 
 class WriteBucket(PipelineStep):
-    """Write the samples of the bucket that the task's rank stands for, and then its done-marker.
+    """Write the samples of a bucket and then its done-marker; a task's rank selects the bucket.
 
-    Columns: tokens, and those of corpus/format.py.
+    The columns are tokens, and those of corpus/format.py.
     """
 
     name, type = "💾 MDS shards", "💽 - WRITER"
@@ -107,7 +116,15 @@ class WriteBucket(PipelineStep):
     def __init__(
         self, data: CorpusConfig, work: Path, dtype: str, padding_id: int, token_bytes: np.ndarray
     ):
-        """token_bytes: UTF-8 bytes that each token id stands for."""
+        """Set up the step.
+
+        Args:
+            data: The corpus config.
+            work: The job's folder.
+            dtype: The type of the token ids.
+            padding_id: The id that fills a sample up.
+            token_bytes: The number of UTF-8 bytes that each token id represents, (vocab_size,).
+        """
         super().__init__()
         self.data = data
         self.work = work
@@ -141,7 +158,7 @@ class WriteBucket(PipelineStep):
     def _write(
         self, plan: job_folder.Plan, split: str, number: int, limit: int | None, folder: Path
     ) -> dict:
-        """Write the samples; returns their counts, and the near-duplicates in them or left out."""
+        """Write the samples; return their counts, and the near-duplicates written or dropped."""
         from streaming import MDSWriter
 
         bucket = load_bucket(self.work, plan, split, number, self.dtype)
@@ -167,48 +184,51 @@ class WriteBucket(PipelineStep):
     def _counts(
         self, bucket: Bucket, samples: list, written: list, too_long: set[int], considered: int
     ) -> dict[str, int]:
-        """What was written, and what was left out and why. considered: the first documents, that were packed into samples."""
+        """Count what was written, and what was dropped for which reason.
+
+        Args:
+            bucket: The bucket.
+            samples: The pieces of each sample that its documents fill.
+            written: The samples that were written, the first of these.
+            too_long: The documents that are longer than a sample and must stay whole.
+            considered: The number of documents, from the first of the bucket, that were packed.
+        """
         lengths = bucket.records["length"].astype(np.int64)
         packed = {document for pieces in samples for document, _, _ in pieces}
-        held = Counter()
-        pieces_of = Counter()
+        written_tokens = Counter()
+        piece_counts = Counter()
         for document, _, count in (piece for pieces in written for piece in pieces):
-            held[document] += count
-            pieces_of[document] += 1
-        tokens = held.total()
+            written_tokens[document] += count
+            piece_counts[document] += 1
+        tokens = written_tokens.total()
         return {
             "samples": len(written),
-            "documents": len(held),
-            "bytes": int(bucket.records["bytes"][list(held)].sum())
-            - self._bytes_left_out(bucket, held),
+            "documents": len(written_tokens),
+            "bytes": int(bucket.records["bytes"][list(written_tokens)].sum())
+            - self._bytes_cut(bucket, written_tokens),
             "tokens": tokens,
             "padding_tokens": len(written) * self.data.seq_length - tokens,
             "cut_documents": sum(
-                pieces_of[document] > 1 or held[document] < int(lengths[document])
-                for document in held
+                piece_counts[document] > 1 or written_tokens[document] < int(lengths[document])
+                for document in written_tokens
             ),
-            "cut_tokens": int(lengths[list(held)].sum()) - tokens,
+            "cut_tokens": int(lengths[list(written_tokens)].sum()) - tokens,
             "dropped_duplicate": bucket.duplicates,
             "dropped_near_duplicate": len(bucket.near_duplicates),
             "dropped_longer_than_sample": len(too_long),
             "dropped_tail": considered - len(too_long) - len(packed),
-            "dropped_beyond_budget": len(packed) - len(held) + len(lengths) - considered,
+            "dropped_beyond_budget": len(packed) - len(written_tokens) + len(lengths) - considered,
         }
 
-    def _bytes_left_out(self, bucket: Bucket, held: Counter) -> int:
-        """UTF-8 bytes of the tokens that were not written of documents that were written in part: samples end within them."""
-        cut = [
-            document
-            for document, count in held.items()
-            if count < int(bucket.records["length"][document])
+    def _bytes_cut(self, bucket: Bucket, written_tokens: Counter) -> int:
+        """Return the UTF-8 bytes of the unwritten tokens of documents that were written in part."""
+        lengths = bucket.records["length"]
+        tails = [
+            bucket.tokens(document, count, int(lengths[document]) - count)
+            for document, count in written_tokens.items()
+            if count < int(lengths[document])
         ]
-        ends = [
-            bucket.tokens(
-                document, held[document], int(bucket.records["length"][document]) - held[document]
-            )
-            for document in cut
-        ]
-        return int(sum(self.token_bytes[ids].sum() for ids in ends))
+        return int(sum(self.token_bytes[ids].sum() for ids in tails))
 
     def _sample(self, bucket: Bucket, pieces: list[Piece]) -> dict:
         tokens = np.full(self.data.seq_length, self.padding_id, self.dtype)
@@ -234,9 +254,17 @@ class WriteBucket(PipelineStep):
 def pack(
     bucket: Bucket, data: CorpusConfig, number: int, documents: int | None = None
 ) -> tuple[set[int], list[list[Piece]]]:
-    """(documents left out because they must stay whole and are too long, the pieces of each sample).
+    """Pack the documents of a bucket into samples.
 
-    documents: how many of the bucket, in order of priority, None for all. number: the bucket's.
+    Args:
+        bucket: The bucket.
+        data: The corpus config.
+        number: The number of the bucket in its split, part of the seed of best_fit.
+        documents: The number of documents, in order of priority; None for all.
+
+    Returns:
+        The documents that are dropped because they must stay whole and are longer than a sample,
+        and the pieces of each sample.
     """
     lengths = bucket.records["length"][:documents].astype(np.int64)
     too_long: set[int] = set()
@@ -258,6 +286,7 @@ def _refuse_broken(broken: list[dict], data: CorpusConfig) -> None:
             for file in broken
         )
         raise UserError(
-            f"{len(broken)} source files are damaged:\n{files}\nFetch them again and run the same command: only their parts are read again. "
+            f"{len(broken)} source files are damaged:\n{files}\n"
+            "Fetch them again and run the same command: only their parts are read again. "
             "Or keep what could be read of them with data.allow_broken_files=true"
         )

@@ -1,4 +1,4 @@
-"""The checkpoint that a run begins from: chosen once and recorded in its folder. Without torch."""
+"""The checkpoint that a run starts from: chosen once and recorded in its folder. Without torch."""
 
 import json
 import os
@@ -30,11 +30,15 @@ class Base:
 
     @property
     def folder(self) -> Path:
-        """Of the checkpoint."""
+        """The folder of the checkpoint."""
         return commit.folder_of(self.path, self.step)
 
     def read_meta(self) -> dict[str, Any]:
-        """meta.json of the checkpoint, after every hash was checked. Raises UserError."""
+        """Return meta.json of the checkpoint, after checking every hash.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
         return commit.read_meta(
             self.folder,
             f"restore {self.folder} from a copy, or import that model again. A run of another name "
@@ -42,11 +46,11 @@ class Base:
         )
 
     def is_gone(self) -> bool:
-        """Whether there is no checkpoint in its folder."""
+        """Return whether there is no checkpoint in its folder."""
         return not (self.folder / commit.META).is_file()
 
     def is_here(self) -> bool:
-        """Whether the checkpoint in its folder is this one."""
+        """Return whether the checkpoint in its folder has this fingerprint."""
         try:
             return not self.is_gone() and commit.fingerprint(self.folder) == self.fingerprint
         except UserError:  # meta.json was changed
@@ -54,17 +58,17 @@ class Base:
 
 
 def base_of(config: Config, fingerprint: str | None = None) -> Base | None:
-    """The checkpoint that a run began from, or would begin from now.
+    """Return the checkpoint that a run started from, or would start from now.
 
-    A run that has not begun takes the step that init_from asks for, or the newest. A branch has its
+    A run that has not started takes the step that init_from names, or the newest. A branch has its
     trunk's base.
 
     Args:
-        config: of the run. Its init_from says where the base is now.
+        config: of the run. Its init_from names the present location of the base.
         fingerprint: of the base, where it was chosen already but is not recorded yet.
 
     Returns:
-        None where the run begins from no other run's weights.
+        The base, or None where the run does not start from the weights of another run.
 
     Raises:
         UserError: the base is gone, was changed, or is not what init_from names.
@@ -76,16 +80,23 @@ def base_of(config: Config, fingerprint: str | None = None) -> Base | None:
         return locate(recorded, config.init_from, config.run_dir)
     fingerprint = fingerprint or _first(map(_fingerprint_in_checkpoints, run_dirs))
     if fingerprint:
-        found = _with_fingerprint(config.init_from, fingerprint, config.run_dir)
-        return locate(found, config.init_from, config.run_dir)
+        base = _with_fingerprint(config.init_from, fingerprint, config.run_dir)
+        return locate(base, config.init_from, config.run_dir)
     return _chosen(config.init_from)
 
 
 def base_of_checkpoint(folder: Path, meta: dict[str, Any]) -> Base | None:
-    """The checkpoint that the run of a checkpoint began from.
+    """Return the checkpoint that the run of another checkpoint started from.
 
-    None where it began from no other run's weights. folder, meta: of the checkpoint.
-    Raises UserError where the base is gone or was changed.
+    Args:
+        folder: of the checkpoint.
+        meta: its meta.json.
+
+    Returns:
+        The base, or None where the run did not start from the weights of another run.
+
+    Raises:
+        UserError: the base is missing or was changed.
     """
     run_dir = folder.parent.parent
     init_from = meta["config"]["init_from"]
@@ -95,22 +106,23 @@ def base_of_checkpoint(folder: Path, meta: dict[str, Any]) -> Base | None:
     recorded = read_record(run_dir)
     if recorded is None or recorded.fingerprint != fingerprint:
         return _with_fingerprint(init_from, fingerprint, folder)
-    # A study that was moved as a whole has it where a relative path leads.
+    # In a study that was moved as a whole, a relative path leads to the base.
     named = replace(recorded, path=_absolute(init_from))
     return named if named.is_here() else locate(recorded, str(recorded.path), folder)
 
 
 def record(config: Config, fingerprint: str | None) -> None:
-    """Write down what a run began from, in its folder, and where that is now. Rank 0 only."""
+    """Record in a run's folder which base it started from and where that is now. Rank 0 only."""
     if base := base_of(config, fingerprint):
         values = {"path": str(base.path), "step": base.step, "fingerprint": base.fingerprint}
         replace_file(config.run_dir / RECORD, json.dumps(values, indent=2))
 
 
 def read_record(run_dir: Path) -> Base | None:
-    """What a run's folder says that the run began from; None where it says nothing.
+    """Return the base that is recorded in a run's folder, or None without a record.
 
-    Raises UserError where the file is damaged.
+    Raises:
+        UserError: the file is damaged.
     """
     path = run_dir / RECORD
     if not path.is_file():
@@ -120,21 +132,22 @@ def read_record(run_dir: Path) -> Base | None:
         return Base(Path(values["path"]), int(values["step"]), str(values["fingerprint"]))
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{path} is damaged: it does not hold the path, step and fingerprint of a checkpoint. "
+            f"{path} is damaged: it lacks the path, step and fingerprint of a checkpoint. "
             "Restore it from a copy; where the run has a checkpoint, you can also remove it"
         ) from None
 
 
 def locate(base: Base, init_from: str, whose: Path) -> Base:
-    """A recorded base in the folder where it is now.
+    """Return a recorded base with the folder where it is now.
 
     Args:
         base: as it was recorded.
-        init_from: where it is now. A relative path that leads nowhere from here is where it was.
-        whose: the folder of what began from it, for messages.
+        init_from: its present location. If it is a relative path to no folder, the recorded
+            location is used.
+        whose: the folder of the run or checkpoint that started from it, for messages.
 
     Raises:
-        UserError: that checkpoint is not there, or not the one recorded, or init_from asks for
+        UserError: that checkpoint is missing, or not the one recorded, or init_from names
             another step.
     """
     began = f"{whose} began from {base}"
@@ -175,7 +188,11 @@ def _chosen(init_from: str) -> Base:
 
 
 def _with_fingerprint(init_from: str, fingerprint: str, whose: Path) -> Base:
-    """A base that is not recorded yet. Raises UserError where no checkpoint has its fingerprint."""
+    """Return the checkpoint in init_from that has a fingerprint.
+
+    Raises:
+        UserError: there is none.
+    """
     path = _absolute(init_from)
     steps = _steps_in(path, init_from)
     for base in (Base(path, step, fingerprint) for step in reversed(steps)):
@@ -203,11 +220,11 @@ def _steps_in(path: Path, init_from: str) -> list[int]:
 
 
 def _fingerprint_in_checkpoints(run_dir: Path) -> str | None:
-    """Of the base, as the newest checkpoint of a run holds it."""
+    """Return the base's fingerprint that is stored in the newest checkpoint of a run."""
     steps = commit.committed_steps(run_dir)
     meta = commit.sealed_meta(commit.folder_of(run_dir, steps[-1])) if steps else {}
     return meta.get("fingerprints", {}).get("base")
 
 
-def _first[Found](found: Iterable[Found | None]) -> Found | None:
-    return next((value for value in found if value is not None), None)
+def _first[T](values: Iterable[T | None]) -> T | None:
+    return next((value for value in values if value is not None), None)

@@ -1,4 +1,8 @@
-"""Checkpoint folders on disk: written under a temporary name, committed by one rename, verified before anything in them is read."""
+"""Checkpoint folders on disk.
+
+They are written under a temporary name, committed by one rename, and verified before anything in
+them is read.
+"""
 
 import functools
 import hashlib
@@ -13,18 +17,19 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.sealed import is_intact, seal
 
 META = "meta.json"
-_SEAL = "sha256"  # in meta.json: a hash of all else in it
-_READ = re.compile(r"\.metadata|metadata\.json|.*\.(distcp|pt)")  # by torch and megatron-core
+_SEAL = "sha256"  # in meta.json: a hash of all its other keys
+# The files that torch and megatron-core read.
+_READ = re.compile(r"\.metadata|metadata\.json|.*\.(distcp|pt)")
 IMPORTED = "imported"  # in meta.json of imported weights: a hash of what they were imported from
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps stands once it is committed."""
+    """Return the folder that the checkpoint after `step` steps has once it is committed."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def committed_steps(run_dir: Path) -> list[int]:
-    """Steps of all committed checkpoints, ascending."""
+    """Return the steps of all committed checkpoints in ascending order."""
     folder = run_dir / "checkpoints"
     return sorted(
         int(path.name[5:])
@@ -34,7 +39,11 @@ def committed_steps(run_dir: Path) -> list[int]:
 
 
 def newest(run_dir: Path) -> Path:
-    """The newest committed checkpoint of a run. Raises UserError where there is none."""
+    """Return the folder of the newest committed checkpoint of a run.
+
+    Raises:
+        UserError: there is none.
+    """
     steps = committed_steps(run_dir)
     if not steps:
         raise UserError(f"{run_dir} has no checkpoint: train that run first, or correct the path")
@@ -42,7 +51,10 @@ def newest(run_dir: Path) -> Path:
 
 
 def begin(run_dir: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint into; leftovers of an interrupted save are removed."""
+    """Create and return an empty temporary folder for a checkpoint.
+
+    Leftovers of an interrupted save are removed.
+    """
     temporary = folder_of(run_dir, step).with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -50,16 +62,22 @@ def begin(run_dir: Path, step: int) -> Path:
 
 
 def commit(run_dir: Path, step: int, meta: dict) -> None:
-    """Hash every file, write meta.json last, and give the folder its name.
+    """Hash every file, write meta.json last, and rename the temporary folder to its final name.
 
-    It exists whole or not at all. The last key of meta.json is a hash of all the others.
+    A checkpoint therefore exists completely or not at all.
+
+    Args:
+        run_dir: folder of the run.
+        step: of the checkpoint.
+        meta: contents of meta.json; hashes of the files and, as the last key, a hash of all other
+            keys are added.
     """
     target = folder_of(run_dir, step)
     temporary = target.with_suffix(".tmp")
     meta = {**meta, "files": {path.name: sha256(path) for path in sorted(temporary.iterdir())}}
-    as_read = json.loads(json.dumps(meta))  # JSON has lists for tuples and strings for keys
+    as_json = json.loads(json.dumps(meta))  # JSON turns tuples into lists, and keys into strings
     with open(temporary / META, "w") as file:
-        file.write(seal(as_read))
+        file.write(seal(as_json))
         file.flush()
         os.fsync(file.fileno())
     shutil.rmtree(target, ignore_errors=True)
@@ -70,11 +88,18 @@ def commit(run_dir: Path, step: int, meta: dict) -> None:
 
 
 def read_meta(folder: Path, advice: str | None = None) -> dict:
-    """meta.json of a committed checkpoint, after its own hash and that of every file was checked.
+    """Return meta.json of a committed checkpoint, after checking its hash and that of every file.
 
-    torch's checkpoint metadata is a pickle: nothing is read from a folder whose files are not the ones committed.
-    advice: where a file is damaged; by default for a run that can go on from an earlier checkpoint.
-    Raises UserError that names the file.
+    torch's checkpoint metadata is a pickle: nothing may be read from a folder whose files are not
+    those that were committed.
+
+    Args:
+        folder: of the checkpoint.
+        advice: for the message where a file is damaged; the default suits a run that can continue
+            from an earlier checkpoint.
+
+    Raises:
+        UserError: a file is missing, damaged or not listed; the message names it.
     """
     advice = advice or (
         f"restore {folder} from a copy, or remove it to go on from the checkpoint before it"
@@ -83,8 +108,8 @@ def read_meta(folder: Path, advice: str | None = None) -> dict:
     for name, expected in meta["files"].items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise UserError(f"{folder / name} is missing or damaged: {advice}")
-    there = {path.name for path in folder.iterdir() if _READ.fullmatch(path.name)}
-    if unlisted := sorted(there - meta["files"].keys()):
+    readable = {path.name for path in folder.iterdir() if _READ.fullmatch(path.name)}
+    if unlisted := sorted(readable - meta["files"].keys()):
         raise UserError(
             f"{folder / unlisted[0]} is not among the files that {folder / META} lists: {advice}"
         )
@@ -92,11 +117,13 @@ def read_meta(folder: Path, advice: str | None = None) -> dict:
 
 
 def sealed_meta(folder: Path) -> dict:
-    """meta.json of a committed checkpoint, after its own hash was checked; not those of its files.
+    """Return meta.json of a committed checkpoint, after checking its own hash.
 
-    A checkpoint from before meta.json had a hash is read with a warning, once in a process.
-    Raises UserError where meta.json is missing or not as it was written, or where the folder has
-    another step's name.
+    The hashes of the other files are not checked.
+    A checkpoint written before meta.json had a hash is read with a warning, once per process.
+
+    Raises:
+        UserError: meta.json is missing or was changed, or the folder has another step's name.
     """
     meta = _parsed(folder)
     if _SEAL not in meta:
@@ -113,19 +140,21 @@ def sealed_meta(folder: Path) -> dict:
         and folder.name != folder_of(Path(), step).name
     ):
         raise UserError(
-            f"{folder} says in {META} that it is the checkpoint after step {step}: it was renamed "
-            "or changed. "
+            f"according to its {META}, {folder} is the checkpoint after step {step}: it was "
+            "renamed or changed. "
             f"If it is that one, rename it to {folder_of(Path(), step).name}; else remove it"
         )
     return {key: value for key, value in meta.items() if key != _SEAL}
 
 
 def fingerprint(folder: Path) -> str:
-    """One hash over all files of a committed checkpoint.
+    """Return one hash over all files of a committed checkpoint.
 
-    Of imported weights it is over what they were imported from, at any layout. Else it is the hash
-    that meta.json holds of itself, and where it holds none (from before it did) that of the file.
-    Raises UserError where meta.json is missing or not as it was written.
+    For imported weights it is a hash of what they were imported from, the same at any layout.
+    Otherwise it is the hash in meta.json; in older checkpoints without one, the hash of meta.json.
+
+    Raises:
+        UserError: meta.json is missing or was changed.
     """
     meta = _parsed(folder)
     if _SEAL in meta and not is_intact(meta):
@@ -157,13 +186,14 @@ def _changed(folder: Path, reason: str) -> UserError:
 def _warn_of_no_seal(folder: Path) -> None:
     print(
         f"warning: {folder / META} has no hash of itself "
-        "(an older version wrote it, or it was changed since): its files are checked, what it says of them is not",
+        "(an older version wrote it, or it was changed since): the checkpoint's files are checked, "
+        "but meta.json itself is not",
         file=sys.stderr,
         flush=True,
     )
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

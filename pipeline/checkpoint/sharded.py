@@ -1,4 +1,4 @@
-"""Model and optimizer to and from a committed folder, through megatron-core's resharding dist_checkpointing."""
+"""Save and load model and optimizer through megatron-core's dist_checkpointing, which reshards."""
 
 import shutil
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from retemper.pipeline.model.adapter import is_adapter
 from retemper.pipeline.model.lora import begin_at_base
 from retemper.pipeline.schema.run import Config
 
-# Optimizer states that load at another TP, PP or DP; megatron's default cannot change the topology.
+# Optimizer states in a form that loads at another TP, PP or DP; megatron's default form does not.
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -33,7 +33,20 @@ METADATA = {
 def write_checkpoint(
     run_dir: Path, step: int, sharded_state: dict, meta: dict, topology: Topology
 ) -> None:
-    """Commit a sharded state dictionary as the checkpoint after `step` steps. Every rank calls it. Raises UserError on a full disk."""
+    """Commit a sharded state dictionary as the checkpoint after `step` steps.
+
+    Args:
+        run_dir: folder of the run.
+        step: of the checkpoint.
+        sharded_state: in the form of megatron-core's dist_checkpointing.
+        meta: contents of meta.json, without hashes.
+        topology: of this rank.
+
+    Raises:
+        UserError: a rank could not write, for instance to a full disk.
+
+    Collective: every rank must call this.
+    """
     temporary = Path(
         from_rank_zero(str(commit.begin(run_dir, step)) if topology.rank == 0 else None)
     )
@@ -42,7 +55,8 @@ def write_checkpoint(
     except CheckpointException as error:  # raised on every rank alike
         free = shutil.disk_usage(temporary).free >> 20
         raise UserError(
-            f"{temporary} could not be written with {free} MiB free there ({_reason(error)}); the checkpoints before it are kept"
+            f"{temporary} could not be written with {free} MiB free there ({_reason(error)}); "
+            "the checkpoints before it are kept"
         ) from None
     barrier()
     if topology.rank == 0:
@@ -52,21 +66,26 @@ def write_checkpoint(
 
 @dataclass(frozen=True)
 class Checkpointer:
-    """Saves and restores one run. With LoRA a checkpoint holds the adapters and their optimizer states, not the base."""
+    """Saves and restores one run.
+
+    With LoRA a checkpoint contains the adapters and their optimizer states, not the base.
+    """
 
     config: Config
     topology: Topology
     model: ModuleList  # of this rank's stages
-    optimizer: MegatronOptimizer | None  # None reads weights alone
+    optimizer: MegatronOptimizer | None  # None to load weights only
     fingerprints: dict[str, Any]  # of the data, and of the checkpoint the run started from
 
     def save(self, state: TrainState) -> None:
-        """Commit a checkpoint after state.step steps. Every rank calls it."""
+        """Commit a checkpoint after state.step steps.
+
+        Collective: every rank must call this.
+        """
         if self.config.parallel.overlap:
             for stage in self.model:
-                stage.start_param_sync(
-                    force_sync=True
-                )  # else the next forward pass gathers what this step changed
+                # Otherwise only the next forward pass gathers the updated parameters.
+                stage.start_param_sync(force_sync=True)
         meta = {
             "train_state": state.to_dict(),
             "fingerprints": self.fingerprints,
@@ -81,9 +100,15 @@ class Checkpointer:
         )
 
     def restore(self) -> TrainState:
-        """Load this run's newest committed checkpoint; without one, that of the run it branches off, or the weights of init_from.
+        """Load this run's newest committed checkpoint and return its train state.
 
-        Every rank calls it. Raises UserError where a checkpoint is damaged, of another kind, or was made on other data or another base.
+        Without one, load that of the run it branches off, or the weights of init_from.
+
+        Raises:
+            UserError: a checkpoint is damaged, of another kind, or was made on other data or
+                another base.
+
+        Collective: every rank must call this.
         """
         steps = from_rank_zero(commit.committed_steps(self.config.run_dir))
         if self.config.init_from and (
@@ -97,16 +122,31 @@ class Checkpointer:
         return TrainState()
 
     def begin(self) -> None:
-        """Load the weights that the run begins with, where they are not drawn."""
+        """Load the weights of init_from; without it the run keeps its random initial weights.
+
+        Collective: every rank must call this.
+        """
         if self.config.init_from:
             self._load_base()
 
     def load(self, step: int, run_dir: Path | None = None) -> TrainState:
-        """Load the checkpoint after `step` steps of this run, or of another (with LoRA: onto the base that restore or begin loaded)."""
+        """Load the checkpoint after `step` steps, and return its train state.
+
+        With LoRA the base must have been loaded by `restore` or `begin`.
+
+        Args:
+            step: of the checkpoint.
+            run_dir: of another run; None for this one.
+
+        Raises:
+            UserError: the checkpoint is damaged, or was made on other data or another base.
+
+        Collective: every rank must call this.
+        """
         folder = commit.folder_of(run_dir or self.config.run_dir, step)
         meta = verified_meta(folder)
         state = state_of(folder, meta)
-        # Scoring reads no training data: a checkpoint from before a change of it may be scored.
+        # Evaluation reads no training data: it may load checkpoints from before a change of data.
         compared = {
             name: value
             for name, value in self.fingerprints.items()
@@ -128,13 +168,13 @@ class Checkpointer:
         return state
 
     def _allow(self, changes: list[str], folder: Path) -> None:
-        """Refuse what is not the data's, and that unless it is allowed."""
-        of_data = all(change.startswith(("data.", "tokenizer:")) for change in changes)
-        if of_data and self.config.data.allow_change:
+        """Raise UserError unless all changes are of the data, and data.allow_change is set."""
+        only_data = all(change.startswith(("data.", "tokenizer:")) for change in changes)
+        if only_data and self.config.data.allow_change:
             return
         listed = "\n".join(f"  - {change}" for change in changes)
         advice = "restore the old one or choose another name" + (
-            "; data.allow_change=true goes on with the new data" if of_data else ""
+            "; data.allow_change=true goes on with the new data" if only_data else ""
         )
         raise UserError(
             f"{folder} was made with other inputs than this run's:\n{listed}\nTo go on, {advice}"
@@ -149,15 +189,18 @@ class Checkpointer:
         meta = on_rank_zero(base.read_meta)
         if meta["config"]["method"]["name"] != "full":
             raise UserError(
-                f"init_from={init_from}: {folder} holds adapters, not a model; name a run with method=full"
+                f"init_from={init_from}: {folder} holds adapters, not a model; "
+                "name a run with method=full"
             )
         if changes := changed_keys(meta["config"]["model"], self.config.model.model_dump()):
             raise UserError(
-                f"init_from={init_from}: {folder} holds another model ({'; '.join(changes)}); set model.* to its shape"
+                f"init_from={init_from}: {folder} holds another model ({'; '.join(changes)}); "
+                "set model.* to its shape"
             )
         if meta["fingerprints"]["tokenizer"] != self.fingerprints["tokenizer"]:
             raise UserError(
-                f"init_from={init_from}: {folder} was trained with another tokenizer than {self.config.data.path}"
+                f"init_from={init_from}: {folder} was trained with another tokenizer "
+                f"than {self.config.data.path}"
             )
         weights = [
             {
@@ -171,7 +214,7 @@ class Checkpointer:
         self._fill_model(loaded)
         begin_at_base(self.model)
         if self.optimizer:
-            # From what was read: the model's own may be in FP8.
+            # Taken from the loaded weights: those in the model may be in FP8.
             names = (
                 ["model"]
                 if len(loaded) == 1
@@ -191,7 +234,10 @@ class Checkpointer:
         return {"model": model_state, "optimizer": optimizer_state}
 
     def _trained_state(self) -> list[dict]:
-        """What a checkpoint has of the model: what trains, and with delayed scaling the history that scales are taken from."""
+        """Return the part of the model's state that a checkpoint contains.
+
+        It is the trainable parameters, and with delayed scaling the amax history.
+        """
         delayed = self.config.fp8_recipe == "delayed"
         full = self.config.method.name == "full"
 
@@ -204,7 +250,10 @@ class Checkpointer:
         ]
 
     def _model_state(self) -> list[dict]:
-        """Of each stage of this rank: the names in it say nothing of other stages, what they stand for does."""
+        """Return the sharded state of each stage of this rank.
+
+        The keys are local to a stage; the sharded tensors behind them have global names.
+        """
         return [
             stage.sharded_state_dict(metadata=dict(METADATA))
             for stage in unwrap_model(list(self.model))
@@ -215,14 +264,15 @@ class Checkpointer:
             unwrap_model(list(self.model)), states, self._model_state(), strict=True
         ):
             unknown = tensors.keys() - known.keys()
-            assert not unknown, f"weights that fit nowhere: {unknown}"
+            assert not unknown, f"weights without a parameter: {unknown}"
             stage.load_state_dict(tensors, strict=False)
 
 
 def _read(sharded_state: dict, folder: Path) -> dict:
-    """What a checkpoint holds of a sharded state dictionary; weights in FP8 come plain.
+    """Load a sharded state dictionary from a checkpoint; FP8 weights come dequantized.
 
-    By default megatron-core reads part after part into them, and each part sets the scale that all of them share.
+    By default megatron-core reads FP8 weights part by part, and each part sets the scale that all
+    parts share.
     """
     return dist_checkpointing.load(
         sharded_state,
@@ -232,12 +282,15 @@ def _read(sharded_state: dict, folder: Path) -> dict:
 
 
 def _is_scaling(key: str) -> bool:
-    """Whether a key of Transformer Engine's layers is the state of their FP8 scales. Other precisions have it too, and empty."""
+    """Return whether a key is the FP8 scaling state of a Transformer Engine layer.
+
+    Layers in other precisions have such a key, too, with an empty value.
+    """
     return key.endswith("_extra_state")
 
 
 def _reason(error: CheckpointException) -> str:
-    """The first failing rank's own words; only the coordinating rank knows them."""
+    """Return the message of the first failing rank, which only the coordinating rank knows."""
     return next(
         (f"rank {rank}: {failure}" for rank, (failure, _traceback) in error.failures.items()),
         "another rank failed",
@@ -245,5 +298,8 @@ def _reason(error: CheckpointException) -> str:
 
 
 def verified_meta(folder: Path) -> dict:
-    """read_meta on rank 0, its result or its error on every rank."""
+    """Call `commit.read_meta` on rank 0; return its result, or raise its error, on every rank.
+
+    Collective: every rank must call this.
+    """
     return on_rank_zero(commit.read_meta, folder)

@@ -1,4 +1,4 @@
-"""How far a run is: all that a restart needs beside weights and optimizer."""
+"""The progress of a run: all that a restart needs besides weights and optimizer."""
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -9,27 +9,25 @@ from retemper.pipeline.errors import UserError
 
 @dataclass
 class TrainState:
-    """step counts optimizer steps done; consumed_samples fixes the data position; random state follows from step."""
+    """The progress of a run. The random state follows from `step`, and is not stored."""
 
-    step: int = 0
-    consumed_samples: int = 0
+    step: int = 0  # optimizer steps done
+    consumed_samples: int = 0  # determines the data position
     seconds: float = 0.0  # spent in steps, over all restarts
-    recent_losses: list[float] = field(
-        default_factory=list
-    )  # of the last steps: what the next one may not leap out of
+    # Of the last steps; the next step is anomalous if it lies far above them.
+    recent_losses: list[float] = field(default_factory=list)
     recent_grad_norms: list[float] = field(default_factory=list)
-    data_changes: list[dict] = field(
-        default_factory=list
-    )  # step, consumed_samples and difference of every switch of the data
+    # Of every change of the data: step, consumed_samples and difference.
+    data_changes: list[dict] = field(default_factory=list)
 
     @property
     def samples_of_data(self) -> int:
-        """Samples consumed of the present data: its position."""
+        """The number of samples consumed of the present data, which is the position in it."""
         return self.consumed_samples - self.data_began_at
 
     @property
     def data_began_at(self) -> int:
-        """Samples consumed before the present data came in."""
+        """The number of samples consumed before the last change of the data."""
         return self.data_changes[-1]["consumed_samples"] if self.data_changes else 0
 
     def to_dict(self) -> dict:
@@ -37,7 +35,11 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict) -> "TrainState":
-        """Raises UserError where a field is missing, unknown, of another type or negative."""
+        """Return a state from its fields.
+
+        Raises:
+            UserError: a field is missing, unknown, of another type or negative.
+        """
         names = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or set(values) != set(names):
             raise UserError(f"a train state has {names}, this one is {values!r}")
@@ -49,8 +51,10 @@ class TrainState:
 
 
 def newest_state(run_dir: Path) -> TrainState:
-    """Of a run's newest committed checkpoint; at the start without one. Raises UserError where its
-    meta.json was changed.
+    """Return the train state of a run's newest committed checkpoint, or an initial one without it.
+
+    Raises:
+        UserError: the checkpoint's meta.json was changed.
     """
     steps = committed_steps(run_dir)
     if not steps:
@@ -59,7 +63,11 @@ def newest_state(run_dir: Path) -> TrainState:
 
 
 def state_of(folder: Path, meta: dict) -> TrainState:
-    """The train state in a checkpoint's meta.json. Raises UserError that names the checkpoint."""
+    """Return the train state in a checkpoint's meta.json.
+
+    Raises:
+        UserError: the train state is invalid; the message names the checkpoint.
+    """
     try:
         return TrainState.from_dict(meta.get("train_state"))
     except UserError as error:

@@ -14,7 +14,7 @@ from retemper.pipeline.runs import run_folder
 from retemper.pipeline.schema.run import Config
 from retemper.pipeline.schema.section import format_tokens
 
-# What a branch may have otherwise than its trunk, beside what a restart may change.
+# The keys in which a branch may differ from its trunk, besides those that a restart may change.
 _MAY_DIFFER = (
     *run_folder.MAY_CHANGE,
     "study:",
@@ -25,12 +25,12 @@ _MAY_DIFFER = (
     "train.tokens:",
     "train.cuda_graph:",
 )
-# Of these differences, what says how the branch trains, and not where it runs.
+# Those of them that determine how the branch trains, not where it runs.
 _OF_TRAINING = ("optimizer.", "schedule.", "train.micro_batch_size:", "parallel.")
 
 
 def branches_of(trunk: Config) -> list[Config]:
-    """The runs that branch off a trunk, by length; each can be trained on its own, too."""
+    """Return the runs that branch off a trunk, by length; each can also be trained separately."""
     return [_branch(trunk, tokens) for tokens in sorted(trunk.train.branches)]
 
 
@@ -43,9 +43,13 @@ def _branch(trunk: Config, tokens: int) -> Config:
 
 
 def check_trunk(config: Config) -> None:
-    """Refuse a trunk that is not here, is another run, or has no checkpoint at the cooldown.
+    """Check that a branch can start from its trunk.
 
-    A branch that has a checkpoint of its own goes on from that. Raises UserError.
+    A branch that already has a checkpoint continues from that and needs no trunk.
+
+    Raises:
+        UserError: the trunk is missing, is another run, or has no checkpoint where the cooldown
+            begins.
     """
     if config.branch_of is None or commit.committed_steps(config.run_dir):
         return
@@ -57,35 +61,43 @@ def check_trunk(config: Config) -> None:
         )
     check_against_trunk(config)
     begins = config.cooldown_begins(config.train.tokens)
-    there = commit.committed_steps(trunk)
-    if begins not in there:
-        steps = ", ".join(map(str, there)) or "none"
+    available = commit.committed_steps(trunk)
+    if begins not in available:
+        steps = ", ".join(map(str, available)) or "none"
         raise UserError(
             f"branch_of={trunk}: the cooldown of train.tokens={config.train.tokens} begins after "
-            f"step {begins}, of which the trunk has no checkpoint (it has: {steps}). Train the trunk "
-            f"with train.branches=[{config.train.tokens}], or set train.tokens "
+            f"step {begins}, of which the trunk has no checkpoint (it has: {steps}). "
+            f"Train the trunk with train.branches=[{config.train.tokens}], or set train.tokens "
             "so that the cooldown begins after one of those steps"
         )
 
 
 def check_against_trunk(config: Config) -> None:
-    """Refuse a branch that is not what its trunk was so far. Raises UserError that names each key."""
+    """Check that a branch continues the training of its trunk.
+
+    Raises:
+        UserError: keys differ in which a branch must equal its trunk; the message names each.
+    """
     refused = [change for change in differences(config) if not change.startswith(_MAY_DIFFER)]
     if config.data.allow_change:
         refused = [change for change in refused if not run_folder.is_of_data(change)]
     if refused:
         listed = "\n".join(f"  - {change}" for change in refused)
         raise UserError(
-            f"branch_of={config.branch_of}: a branch goes on with its trunk's weights, optimizer and "
-            f"data, but these differ:\n{listed}\nGive them the trunk's values, which stand first, "
-            "or leave out branch_of for a run of its own"
+            f"branch_of={config.branch_of}: a branch goes on with its trunk's weights, optimizer "
+            f"and data, but these differ:\n{listed}\nSet them to the trunk's values, which are "
+            "listed first, or leave out branch_of for an independent run"
         )
 
 
 def differences(config: Config) -> list[str]:
-    """The keys in which a branch differs from its trunk, as "key: of the trunk -> of the branch".
+    """Return the keys in which a branch differs from its trunk.
 
-    None where the trunk is not here. Raises UserError where branch_of names no run.
+    Each has the form "key: value of the trunk -> value of the branch".
+    The list is empty where the trunk's folder is missing.
+
+    Raises:
+        UserError: branch_of is not the folder of a run.
     """
     raw = read_config(Path(config.branch_of)) if config.branch_of else None
     if raw is None:
@@ -95,19 +107,19 @@ def differences(config: Config) -> list[str]:
         trunk = Config.model_validate(raw)
     except ValidationError:
         raise UserError(
-            f"branch_of={config.branch_of}: its config.json is that of no run that trains on; "
+            f"branch_of={config.branch_of}: its config.json is not that of a training run; "
             "an imported model is named in init_from"
         ) from None
     return changed_keys(json.loads(trunk.to_json()), json.loads(config.to_json()))
 
 
 def differences_of_training(config: Config) -> list[str]:
-    """Of the differences from its trunk those that say how the branch trains."""
+    """Return those differences from its trunk that determine how a branch trains."""
     return [change for change in differences(config) if change.startswith(_OF_TRAINING)]
 
 
 def not_here(config: Config) -> list[str]:
-    """What a plan or launch says of a base and a trunk that it knows by the config alone."""
+    """Return notes on a missing base or trunk for a plan or launch, which need only the config."""
     lines = []
     for name, key in (("trunk", "branch_of"), ("base", "init_from")):
         folder = getattr(config, key)
@@ -120,8 +132,8 @@ def not_here(config: Config) -> list[str]:
 
 def _step_not_here(init_from: str) -> list[str]:
     step = base_step(init_from)
-    there = commit.committed_steps(base_folder(init_from))
-    if step is None or step in there:
+    available = commit.committed_steps(base_folder(init_from))
+    if step is None or step in available:
         return []
-    steps = ", ".join(map(str, there)) or "none"
+    steps = ", ".join(map(str, available)) or "none"
     return [f"base's checkpoint not here: `train` needs init_from={init_from} (it has: {steps})"]

@@ -1,4 +1,4 @@
-"""lm-eval without the time it spends on templates, and without the messages of what it stands on."""
+"""Cached templates and quiet loggers for lm-eval."""
 
 import functools
 import logging
@@ -6,10 +6,10 @@ import logging
 
 @functools.cache
 def patch() -> None:
-    """Cache lm-eval's compiled templates, and silence its loggers below errors.
+    """Cache lm-eval's compiled templates, and limit the loggers it uses to errors.
 
-    Compiled again for every problem and every solved example they take nine tenths of a task's time
-    beside the model's (lm-eval #1286).
+    Without the cache lm-eval compiles a template again for every problem and every few-shot
+    example, which takes nine tenths of a task's time outside the model (lm-eval #1286).
     """
     from lm_eval import utils
 

@@ -1,9 +1,10 @@
-"""megatron-core on a machine without CUDA: its hard-wired CUDA calls, redirected to the CPU.
+"""Redirections of megatron-core's hard-wired CUDA calls, for machines without CUDA.
 
-megatron-core 0.19 runs its real tensor, pipeline and data parallelism over gloo once these calls answer for the CPU.
-Nothing here changes what is computed: each redirection is a device argument, a stream, a random state, a type name or
-the choice of a kernel for CPU tensors.
-`patch()` must run before megatron.core is imported; it runs once per process and does nothing where CUDA is present.
+With these redirections megatron-core 0.19 runs its real tensor, pipeline and data parallelism over
+gloo. None of them changes what is computed: each is a device argument, a stream, a random state, a
+type name or the choice of a kernel for CPU tensors.
+`patch()` must run before megatron.core is imported; it runs once per process and does nothing if
+CUDA is available.
 """
 
 import contextlib
@@ -16,9 +17,9 @@ import torch
 # Factory functions that megatron-core calls with device="cuda".
 _FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
 
-# Packages whose kernels megatron-core takes, in many of its modules, wherever they can be imported:
-# for the optimizer, the norm and the clipping of gradients (transformer_engine, or apex with amp_C),
-# for norms (apex) and sums of weight gradients (fused_weight_gradient_mlp_cuda, of apex).
+# Packages whose kernels many modules of megatron-core use whenever the import succeeds: for the
+# optimizer, gradient norm and gradient clipping (transformer_engine, or apex with amp_C), for norm
+# layers (apex), and for weight-gradient accumulation (apex's fused_weight_gradient_mlp_cuda).
 _CUDA_ONLY = (
     "transformer_engine",
     "transformer_engine_torch",
@@ -31,13 +32,16 @@ _patched = False
 
 
 def patch() -> None:
-    """Redirect megatron-core's CUDA calls. Without CUDA only; idempotent."""
+    """Redirect megatron-core's CUDA calls to the CPU.
+
+    Does nothing if CUDA is available; idempotent.
+    """
     global _patched
     if _patched or torch.cuda.is_available():
         return
     _patched = True
-    # megatron-core decorates its small fusions with torch.compile: importing the compiler costs 10 s a rank, and on
-    # CPU the compiled functions win nothing at the sizes run there.
+    # megatron-core decorates its small fusions with torch.compile. Importing the compiler costs
+    # 10 s per rank, and on CPU the compiled functions are no faster at the sizes used there.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     torch.compile = _no_compile
     _redirect_devices()
@@ -80,7 +84,7 @@ def _redirect_random_state() -> None:
 
 
 class _Immediate:
-    """A stream or event of a device that finishes each call before it returns."""
+    """A stream or event of a device on which every call finishes before it returns."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -98,7 +102,7 @@ def _redirect_streams() -> None:
 
 
 def _redirect_types() -> None:
-    # The distributed optimizer asks `param.type() == "torch.cuda.FloatTensor"`.
+    # The distributed optimizer tests `param.type() == "torch.cuda.FloatTensor"`.
     original = torch.Tensor.type
 
     def type_as_on_cuda(self, dtype=None, **kwargs):
@@ -114,10 +118,10 @@ def _redirect_types() -> None:
 
 
 def _hide_cuda_packages() -> None:
-    """Make Transformer Engine and apex fail to import in this process, as where they are missing.
+    """Make imports of Transformer Engine and apex fail in this process, as if not installed.
 
-    Both can be installed without a GPU, as on a login node, but their kernels take CUDA tensors only.
-    Without them megatron-core computes with torch's.
+    Both can be installed on a machine without a GPU, such as a login node, but their kernels accept
+    CUDA tensors only. Without them megatron-core uses torch.
     """
     for name in _CUDA_ONLY:
         sys.modules[name] = None  # import raises ModuleNotFoundError, find_spec finds nothing
@@ -130,7 +134,7 @@ def _redirect_megatron() -> None:
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # The tracker warns when the CPU state changes inside its fork: here that is the state it forks.
+    # The original fork warns if the CPU state changes within it, but here it forks the CPU state.
     random.CudaRNGStatesTracker.fork = _fork
     optimizer.Adam = FusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
@@ -152,8 +156,9 @@ def _fork(self, name="model-parallel-rng"):
 class FusedAdam(torch.optim.Optimizer):
     """Adam with the state layout of Transformer Engine's FusedAdam, on torch's fused CPU kernel.
 
-    megatron-core's distributed optimizer saves and reshards `exp_avg` and `exp_avg_sq` per parameter and `step` per
-    group; torch.optim.AdamW keeps `step` per parameter, and its states do not load again there.
+    megatron-core's distributed optimizer saves and reshards `exp_avg` and `exp_avg_sq` per
+    parameter and `step` per group. torch.optim.AdamW keeps `step` per parameter, and the
+    distributed optimizer cannot load that state again.
     """
 
     def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode=True, capturable=False):

@@ -1,13 +1,13 @@
-"""megatron-core's checkpoint writer, kept in this process."""
+"""A megatron-core checkpoint writer that stays in this process."""
 
 import queue
 
 
 def patch() -> None:
-    """Give megatron-core's writer a plain queue for its results.
+    """Replace the result queue of megatron-core's writer by a plain one.
 
-    Its own belongs to a freshly spawned process, which imports torch again: 10 s a save. A
-    synchronous save stays in this process, where a plain queue does.
+    The original queue belongs to a freshly spawned process, which imports torch again: 10 s per
+    save. A synchronous save stays in this process, where a plain queue works.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 

@@ -1,4 +1,4 @@
-"""A run's config, composed by Hydra from conf/ and checked as a whole against the schema before anything starts."""
+"""Compose a run's config by Hydra from conf/, and check it as a whole before anything starts."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from retemper.pipeline.config.differences import changed_keys
-from retemper.pipeline.config.rules import (
-    data_conflicts,
-)
+from retemper.pipeline.config.rules import data_conflicts
 from retemper.pipeline.config.stored import base_folder, read_config
 from retemper.pipeline.config.validate import check_config, config_error, describe_problem
 from retemper.pipeline.errors import UserError, nearest
@@ -20,109 +18,134 @@ from retemper.pipeline.schema.run import Config
 def load_config(overrides: list[str]) -> Config:
     """Compose conf/ with `key=value` overrides and check the result.
 
-    Raises UserError with every problem in one message: unknown keys (nearest valid key named), ill-typed values,
-    and topologies that cannot be.
+    Raises:
+        UserError: with every problem in one message: unknown keys (the nearest valid key is
+            named), ill-typed values, and impossible topologies.
     """
     raw = compose(overrides)
-    begun = _begun(raw)
-    raw["model"] = _model_of_base(raw, begun, overrides)
-    _keep_scale(raw, begun)
-    return check_config(raw, begins=not begun)
+    existing = _existing_config(raw)
+    raw["model"] = _resolve_model(raw, existing, overrides)
+    _keep_lora_alpha(raw, existing)
+    return check_config(raw, begins=not existing)
 
 
-def _model_of_base(
-    raw: dict[str, Any], begun: dict[str, Any], overrides: list[str]
+def _resolve_model(
+    raw: dict[str, Any], existing: dict[str, Any], overrides: list[str]
 ) -> dict[str, Any]:
-    """The model that a run begins from; where that is not here, the one that is named.
+    """Return the model section: that of the run or base that this run starts from.
 
-    begun: the config that the run has begun with, which has that model, too. Raises UserError where
-    none of them is.
+    Where none of them is on this machine, it is the model that the overrides specify.
+
+    Args:
+        raw: the composed config.
+        existing: the stored config of this run where it has begun, which has the same model.
+        overrides: the command line's `key=value`.
+
+    Raises:
+        UserError: where neither is available, or where the overrides change the model.
     """
-    given = _given_of_model(overrides)
-    for key, folder in _beginnings(raw).items():
+    overridden = _overridden_model_keys(overrides)
+    for key, folder in _starting_folders(raw).items():
         config = read_config(base_folder(folder))
         if config is None:
             continue
         if "model" not in config:
             raise UserError(
-                f"{key}={folder} is no run folder. A transformers folder becomes one by "
-                f"`retemper import {folder} runs/models/NAME`; then init_from=runs/models/NAME"
+                f"{key}={folder} is no run folder. Convert a transformers folder to one with "
+                f"`retemper import {folder} runs/models/NAME`, then set init_from=runs/models/NAME"
             )
-        return _same_model(config["model"], raw["model"], given, f"{key}={folder}")
-    if _beginnings(raw) and "model" in begun:
-        return _same_model(begun["model"], raw["model"], given, "the run that has begun")
-    for key, folder in _beginnings(raw).items():
-        if not _names_a_shape(given, overrides):
+        return _require_same_model(config["model"], raw["model"], overridden, f"{key}={folder}")
+    if _starting_folders(raw) and "model" in existing:
+        return _require_same_model(
+            existing["model"], raw["model"], overridden, "the run that has begun"
+        )
+    for key, folder in _starting_folders(raw).items():
+        if not _specifies_model(overridden, overrides):
             raise UserError(
-                f"{key}={folder} is not here (no config.json): correct the path, or train or import "
-                "that model first; to plan a run without it, name its shape, as model=llama2_7b"
+                f"{key}={folder} is not here (no config.json): correct the path, or train or "
+                "import that model first; to plan a run without it, specify its shape, "
+                "as model=llama2_7b"
             )
     return raw["model"]
 
 
-def _beginnings(raw: dict[str, Any]) -> dict[str, str]:
-    """The folders that a run begins from, that of a trunk before that of a base."""
-    found = {key: raw.get(key) for key in ("branch_of", "init_from")}
-    return {key: folder for key, folder in found.items() if folder and isinstance(folder, str)}
+def _starting_folders(raw: dict[str, Any]) -> dict[str, str]:
+    """Return the folders that a run starts from, by key: branch_of before init_from."""
+    folders = {key: raw.get(key) for key in ("branch_of", "init_from")}
+    return {key: folder for key, folder in folders.items() if folder and isinstance(folder, str)}
 
 
-def _same_model(base: Any, asked: dict[str, Any], given: set[str], named: str) -> Any:
-    """The base's model. Raises UserError where the command line gives it another value."""
+def _require_same_model(
+    base: Any, requested: dict[str, Any], overridden: set[str], source: str
+) -> Any:
+    """Return the base's model.
+
+    Raises:
+        UserError: where the overrides give one of its keys another value.
+    """
     try:
         base = ModelConfig.model_validate(base).model_dump()
     except ValidationError:
-        return base  # the schema says what is wrong with it
-    keys = asked.keys() if "" in given else given
-    shown = {key: asked[key] for key in keys if key in base and key in asked}
+        return base  # validation against the schema reports the problem
+    keys = requested.keys() if "" in overridden else overridden
+    shown = {key: requested[key] for key in keys if key in base and key in requested}
     if changes := changed_keys(base, base | shown, "model."):
         listed = "; ".join(changes)
         raise UserError(
-            f"{named} holds another model ({listed}): a run has the model that it begins from, "
-            "so leave out model=… and model.…"
+            f"{source} has another model ({listed}): a run uses the model that it starts from, "
+            "so remove model=… and model.…"
         )
-    # Unknown keys among them are the schema's to name.
-    return base | {key: asked[key] for key in given if key in asked}
+    # Unknown keys are kept, so that validation against the schema reports them.
+    return base | {key: requested[key] for key in overridden if key in requested}
 
 
-def _given_of_model(overrides: list[str]) -> set[str]:
-    """The keys of the model that overrides set; "" where they name a preset."""
+def _overridden_model_keys(overrides: list[str]) -> set[str]:
+    """Return the keys of the model that overrides set; "" stands for a preset."""
     words = [text.lstrip("+").partition("=")[0].split(".") for text in overrides]
     return {key[0] if key else "" for section, *key in words if section == "model"}
 
 
-def _names_a_shape(given: set[str], overrides: list[str]) -> bool:
-    """Whether a model is named: a preset, its size, or a run's preset that picks one.
+def _specifies_model(overridden: set[str], overrides: list[str]) -> bool:
+    """Return whether a model is specified: a preset, its size, or a run's preset that selects one.
 
-    A few keys on top of the default preset name none.
+    A few keys on top of the default preset do not specify a model.
     """
     runs = [text.partition("=")[2] for text in overrides if text.startswith("run=")]
-    return "" in given or {"num_layers", "hidden_size"} <= given or any(map(_picks_a_model, runs))
+    return (
+        "" in overridden
+        or {"num_layers", "hidden_size"} <= overridden
+        or any(map(_preset_selects_model, runs))
+    )
 
 
-def _picks_a_model(run: str) -> bool:
+def _preset_selects_model(run: str) -> bool:
     import yaml
 
     preset = yaml.safe_load((conf_dir() / "run" / f"{run}.yaml").read_text())
     return any("override /model" in default for default in preset.get("defaults", []))
 
 
-def _begun(raw: dict[str, Any]) -> dict[str, Any]:
-    """The config that this run has begun with; empty where it has not begun."""
+def _existing_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored config of this run, or an empty one if the run has not begun."""
     folder = [raw.get(key) for key in ("runs_dir", "study", "name")]
     if not all(isinstance(part, str) for part in folder):
         return {}
     return read_config(Path(*folder)) or {}
 
 
-def _keep_scale(raw: dict[str, Any], begun: dict[str, Any]) -> None:
-    """Where no alpha is given, a run that has begun keeps its own: it may not follow the rank."""
-    lora, before = ((config.get("method") or {}).get("lora") for config in (raw, begun))
+def _keep_lora_alpha(raw: dict[str, Any], existing: dict[str, Any]) -> None:
+    """Keep an existing run's alpha where none is set: the default for its rank may differ."""
+    lora, before = ((config.get("method") or {}).get("lora") for config in (raw, existing))
     if isinstance(lora, dict) and before and lora.get("alpha") is None:
         lora["alpha"] = before["alpha"]
 
 
 def load_data_config(overrides: list[str]) -> DataConfig:
-    """The data section alone, for a corpus that no run is named for. Raises UserError."""
+    """Compose and check the data section alone, for a corpus outside of any run.
+
+    Raises:
+        UserError: with every problem in one message.
+    """
     raw = compose(overrides)
     try:
         data = DataConfig.model_validate(raw["data"])
@@ -136,9 +159,13 @@ def load_data_config(overrides: list[str]) -> DataConfig:
 
 
 def load_parallel(overrides: list[str]) -> ParallelConfig:
-    """The parallel section alone. Raises UserError."""
-    if strange := [text for text in overrides if not text.startswith("parallel")]:
-        raise UserError(f"{strange[0]}: only parallel=… and parallel.… are given here")
+    """Compose and check the parallel section alone.
+
+    Raises:
+        UserError: for other keys, and with every problem of the section.
+    """
+    if unknown := [text for text in overrides if not text.startswith("parallel")]:
+        raise UserError(f"{unknown[0]}: only parallel=… and parallel.… are allowed here")
     try:
         return ParallelConfig.model_validate(compose(overrides)["parallel"])
     except ValidationError as error:
@@ -148,28 +175,33 @@ def load_parallel(overrides: list[str]) -> ParallelConfig:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as conf/ writes it."""
+    """Return the resolved config as YAML, in the form of conf/."""
     import yaml
 
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 def conf_dir() -> Path:
-    """The folder of presets, wherever the package is installed."""
+    """Return the folder of presets, wherever the package is installed."""
     from importlib.resources import files
 
     return Path(str(files("retemper.conf")))
 
 
 def preset_names(group: str) -> list[str]:
-    """The presets of one group of conf/, sorted."""
+    """Return the names of the presets of one group of conf/, sorted."""
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
-_EMPTIED = ("evals.heldout", "evals.tasks")  # Hydra merges {} into what is there
+_CLEARABLE = ("evals.heldout", "evals.tasks")  # Hydra would merge {} into the existing entries
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:
+    """Compose conf/ with overrides into a plain dictionary, not yet checked against the schema.
+
+    Raises:
+        UserError: for unknown presets, and for overrides that Hydra cannot parse.
+    """
     from hydra import compose as compose_presets
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -182,31 +214,33 @@ def compose(overrides: list[str]) -> dict[str, Any]:
         if path.is_dir() and not path.name.startswith("_")
     }
     _check_presets(overrides, groups)
-    # Hydra stops at the first unknown key; added with ++ it reaches the schema, which reports all of them together.
+    # Hydra stops at the first unknown key. Added with ++, it reaches the schema, which reports all
+    # unknown keys together.
     arguments = []
     for text in overrides:
         key, _, value = text.partition("=")
-        if value == "{}" and key in _EMPTIED:
+        if value == "{}" and key in _CLEARABLE:
             arguments.append(f"~{key}")
         arguments.append(text if key in groups else f"++{text.lstrip('+')}")
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return _without_unset(
+            return _drop_unset(
                 OmegaConf.to_container(
                     compose_presets("config", arguments), resolve=True, throw_on_missing=False
                 )
             )
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(
-            f"The configuration cannot be composed from {' '.join(overrides) or 'its defaults'}: {error}\n"
-            "A value with special characters is quoted within the word, as 'key=\"a(b)=c\"'"
+            f"The configuration cannot be composed from {' '.join(overrides) or 'its defaults'}: "
+            f"{error}\n"
+            "Quote a value with special characters within the word, as 'key=\"a(b)=c\"'"
         ) from None
 
 
-def _without_unset(section: dict[str, Any]) -> dict[str, Any]:
-    """The values that are set: presets write ??? for those that the person must give."""
+def _drop_unset(section: dict[str, Any]) -> dict[str, Any]:
+    """Return only the values that are set: presets mark those that the user must set with ???."""
     return {
-        key: _without_unset(value) if isinstance(value, dict) else value
+        key: _drop_unset(value) if isinstance(value, dict) else value
         for key, value in section.items()
         if value != "???"
     }
@@ -220,7 +254,8 @@ def _check_presets(overrides: list[str], groups: set[str]) -> None:
             problems.append(f"{text!r} is not key=value")
         elif key in groups and value not in preset_names(key):
             problems.append(
-                f"{key}={value}: no such preset; there are {', '.join(preset_names(key))}{nearest(value, preset_names(key))}"
+                f"{key}={value}: no such preset; available: {', '.join(preset_names(key))}"
+                f"{nearest(value, preset_names(key))}"
             )
     if problems:
         raise config_error(problems)

@@ -5,7 +5,13 @@ from typing import Any
 
 
 def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys whose values differ between two dumped configs, as "key: before -> after"."""
+    """Return the keys whose values differ between two dumped configs, as "key: before -> after".
+
+    Args:
+        before: the first config.
+        after: the second config.
+        prefix: the section that both configs are, as "model."; it is put before every key.
+    """
     changes = []
     for key in sorted(before.keys() | after.keys()):
         old = before.get(key)

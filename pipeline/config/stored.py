@@ -1,4 +1,4 @@
-"""The config that a run's folder holds, as it was written."""
+"""The config that is stored in a run's folder, as it was written."""
 
 import json
 import re
@@ -11,18 +11,22 @@ _STEP = re.compile(r"@(\d+)$")
 
 
 def base_folder(name: str) -> Path:
-    """The run folder that init_from names, as RUN or as RUN@STEP."""
+    """Return the run folder in a value of init_from, RUN or RUN@STEP."""
     return Path(_STEP.sub("", name))
 
 
 def base_step(name: str) -> int | None:
-    """The step that init_from asks for, as RUN@STEP. None where it names the run alone."""
-    asked = _STEP.search(name)
-    return int(asked[1]) if asked else None
+    """Return the step in a value of init_from, RUN@STEP, or None for RUN alone."""
+    step = _STEP.search(name)
+    return int(step[1]) if step else None
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """What config.json of a run's folder holds, if there is one. Raises UserError where it is damaged."""
+    """Read config.json of a run's folder, or return None where it is missing.
+
+    Raises:
+        UserError: where it is damaged.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -32,7 +36,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         config = None
     if not isinstance(config, dict):
         raise UserError(
-            f"{path} is damaged: it holds no JSON object. Restore it "
-            "(meta.json of each checkpoint beside it has it under config)"
+            f"{path} is damaged: it is not a JSON object. Restore it "
+            "(meta.json of each checkpoint beside it contains it under config)"
         )
     return config

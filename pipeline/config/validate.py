@@ -1,4 +1,4 @@
-"""A plain dictionary checked against the schema and the rules, every problem in one message."""
+"""Validation of a plain dictionary against schema and rules, with every problem in one message."""
 
 import copy
 import functools
@@ -15,16 +15,25 @@ from retemper.pipeline.schema.section import Section
 
 
 def check_setup(setup: ModelSetup) -> ModelSetup:
-    """Check a model against its layout. Raises UserError."""
+    """Check a model against its parallel layout.
+
+    Raises:
+        UserError: with every problem in one message.
+    """
     if problems := list(setup_conflicts(setup)):
         raise config_error(problems)
     return setup
 
 
 def check_config(raw: dict[str, Any], *, begins: bool = False) -> Config:
-    """Check a plain dictionary against the schema and the rules between its keys. Raises UserError.
+    """Check a plain dictionary against the schema and the rules between its keys.
 
-    begins: the run has not begun; one that has may break rules that came later.
+    Args:
+        raw: the composed or stored config.
+        begins: whether the run is new; an existing run may break rules that were added later.
+
+    Raises:
+        UserError: with every problem in one message.
     """
     try:
         config = Config.model_validate(raw)
@@ -41,7 +50,10 @@ def check_config(raw: dict[str, Any], *, begins: bool = False) -> Config:
 
 
 def _conflicts_beside(error: ValidationError, raw: dict[str, Any]) -> list[str]:
-    """The rules broken beside unknown keys; a value that is missing or ill-typed leaves nothing to check them on."""
+    """Return the rules broken beside unknown keys.
+
+    With a missing or ill-typed value the rules cannot be checked, and the result is empty.
+    """
     known = copy.deepcopy(raw)
     for problem in error.errors():
         if problem["type"] != "extra_forbidden":
@@ -52,6 +64,7 @@ def _conflicts_beside(error: ValidationError, raw: dict[str, Any]) -> list[str]:
 
 
 def config_error(problems: list[str]) -> UserError:
+    """Return one error that lists all problems of a config."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return UserError(
         "\n".join([f"The configuration has {count}:", *(f"  - {problem}" for problem in problems)])
@@ -59,11 +72,12 @@ def config_error(problems: list[str]) -> UserError:
 
 
 def describe_problem(problem: dict[str, Any], prefix: str = "") -> str:
+    """Return the message for one problem that pydantic found, with its key below `prefix`."""
     key = prefix + ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key{nearest(key, _schema_keys(Config))}"
     if problem["type"] == "missing":
-        return f"{key}: has no value; set it as {key}=…"
+        return f"{key} is required: set {key}=…"
     return f"{key}: {problem['msg']} (got {problem['input']!r})"
 
 

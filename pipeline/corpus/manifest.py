@@ -1,4 +1,7 @@
-"""The manifest of a token corpus: what `retemper tokenize` writes last, and everything reads first. Local or remote."""
+"""The manifest of a local or remote token corpus.
+
+`retemper tokenize` writes it last; every reader of the corpus reads it first.
+"""
 
 import hashlib
 import json
@@ -9,18 +12,19 @@ from retemper.pipeline.files import store
 from retemper.pipeline.files.sealed import is_intact
 
 MANIFEST = "manifest.json"
-# What training reads beside the manifest and the shards; the manifest holds their hashes.
+# The files that training reads besides the manifest and the shards; the manifest has their hashes.
 READ_BY_TRAINING = (f"{TRAIN}/index.json", f"{HELDOUT}/index.json", "token_bytes.npy")
 
 
 class Damaged(UserError):
-    """A file is not the one that was written."""
+    """The content of a file differs from what was written."""
 
 
 def find_manifest(path: str) -> dict | None:
-    """The manifest of the corpus at `path`; None where there is no file of its name.
+    """Return the manifest of the corpus at `path`, or None if there is no manifest.json.
 
-    Raises UserError where it is damaged, or of something else.
+    Raises:
+        UserError: manifest.json is corrupt, or is not the manifest of a token corpus.
     """
     try:
         manifest = json.loads(store.read(f"{path}/{MANIFEST}"))
@@ -35,27 +39,43 @@ def find_manifest(path: str) -> dict | None:
         or not {"made_from", "fingerprint", "splits"} <= manifest.keys()
     ):
         raise UserError(
-            f"{path} is not a token corpus (its {MANIFEST} is none of one, or damaged): choose another folder, or remove it"
+            f"{path} is not a token corpus ({MANIFEST} is not a token-corpus manifest, or is "
+            "corrupt): choose another folder, or remove it"
         )
     if not is_intact(manifest):
         raise UserError(
-            f"{path}/{MANIFEST} is damaged, or of another version of retemper: remove {path} and tokenize again"
+            f"{path}/{MANIFEST} is damaged, or was written by another version of retemper: "
+            f"remove {path} and tokenize again"
         )
     del manifest["sha256"]
     return manifest
 
 
 def read_manifest(path: str) -> dict:
-    """The manifest of the corpus at `path`. Raises UserError where there is none or it is damaged."""
+    """Return the manifest of the corpus at `path`.
+
+    Raises:
+        UserError: manifest.json is missing, corrupt, or not the manifest of a token corpus.
+    """
     if manifest := find_manifest(path):
         return manifest
     raise UserError(
-        f"{path} holds no token corpus (it has no {MANIFEST} of one): make it with `retemper tokenize`"
+        f"{path} holds no token corpus ({MANIFEST} is missing): make one with `retemper tokenize`"
     )
 
 
 def read_listed(path: str, manifest: dict, name: str) -> bytes:
-    """A file beside the manifest, one of READ_BY_TRAINING. Raises UserError where it is not the one that was written."""
+    """Return the content of a file beside the manifest, verified against its hash there.
+
+    Args:
+        path: The corpus.
+        manifest: Its manifest.
+        name: The name of the file, one of READ_BY_TRAINING.
+
+    Raises:
+        Damaged: The content differs from what was written.
+        UserError: The file is missing or cannot be read.
+    """
     for _attempt in range(2):
         content = store.read(f"{path}/{name}")
         if hashlib.sha256(content).hexdigest() == manifest["files"][name]:

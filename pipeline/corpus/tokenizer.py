@@ -1,4 +1,4 @@
-"""Tokenizers as folders in the transformers format: read one, or train a byte-level BPE."""
+"""Tokenizer folders in the transformers format: load one, or train a byte-level BPE."""
 
 import hashlib
 import json
@@ -17,27 +17,39 @@ _BYTE_CHARACTERS = set(pre_tokenizers.ByteLevel.alphabet())  # one for each byte
 
 
 class Tokenizer:
-    """A fast tokenizer and what training needs to know of it: vocabulary size, end-of-text id, bytes per token, hash."""
+    """A fast tokenizer with what training needs of it.
+
+    That is the vocabulary size, the end-of-text id, the bytes of each token, and the hash.
+    """
 
     def __init__(self, folder: str | Path):
-        """Raises UserError where the folder holds no usable tokenizer."""
+        """Load a tokenizer.
+
+        Args:
+            folder: A folder, or a name on the Hugging Face hub.
+
+        Raises:
+            UserError: The folder has no usable tokenizer, or the hub does not provide it.
+        """
         folder = _local_folder(str(folder))
         path = Path(folder, "tokenizer.json")
         if not path.is_file():
             raise UserError(
-                f"data.tokenizer={folder}: there is no {path}; name a folder with a transformers fast tokenizer"
+                f"data.tokenizer={folder}: there is no {path}; "
+                "name a folder with a transformers fast tokenizer"
             )
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust parser raises bare Exception
             raise UserError(
-                f"{path} is no tokenizer that this version reads ({error}); save it again with transformers"
+                f"{path} is not a tokenizer that this version can read ({error}); "
+                "save it again with transformers"
             ) from None
-        # A document that spells out a special token holds text, not the token.
+        # A special token that is spelled out in a document is encoded as text, not as the token.
         self.backend.encode_special_tokens = True
         self.folder = Path(folder).absolute()
         self.vocab_size = self.backend.get_vocab_size()
-        # The smallest type that holds every id.
+        # The smallest type that can represent every id.
         self.dtype = "uint16" if self.vocab_size <= 2**16 else "uint32"
         self._is_byte_level = "ByteLevel" in repr(self.backend.decoder)
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -45,29 +57,35 @@ class Tokenizer:
         self.bos_id = self._special_id("bos_token")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Return the token ids of each text, without special tokens."""
         return [
             encoding.ids
             for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)
         ]
 
     def require(self, *, bos: bool, eos: bool) -> None:
-        """Raises UserError where a token that documents are joined by is not in the vocabulary."""
-        for name, wanted, id in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id)):
-            if wanted and id is None:
+        """Check that the tokens that separate documents are in the vocabulary.
+
+        Raises:
+            UserError: A token is not in the vocabulary, or both `bos` and `eos` are false.
+        """
+        for name, required, id in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id)):
+            if required and id is None:
                 raise UserError(
-                    f"data.{name}=true, but {self.folder / 'tokenizer_config.json'} names no {name}_token of the vocabulary; set data.{name}=false"
+                    f"data.{name}=true, but {self.folder / 'tokenizer_config.json'} names no "
+                    f"{name}_token of the vocabulary; set data.{name}=false"
                 )
         if not (bos or eos):
             raise UserError(
-                "data.bos and data.eos are both false: nothing would part one document from the next; set one of them"
+                "data.bos and data.eos are both false: "
+                "no token would separate one document from the next; set one of them to true"
             )
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes each id stands for, int32 (vocab_size,).
+        """Return the number of UTF-8 bytes that each id represents, int32 (vocab_size,).
 
-        0 for special tokens, which stand for no text. A token that takes the spaces beside it with
-        it (lstrip, rstrip) counts as its own text alone.
+        Special tokens represent no text and have 0. For a token that absorbs the spaces beside it
+        (lstrip, rstrip), only the text of the token itself is counted.
         """
         added = self.backend.get_added_tokens_decoder()
         sizes = np.zeros(self.vocab_size, np.int32)
@@ -79,13 +97,17 @@ class Tokenizer:
         return sizes
 
     def _bytes_of_piece(self, token: str) -> int:
-        """Of a token as the model spells it; byte-level, every byte is one character."""
+        """Return the bytes of a token in the model's spelling.
+
+        A byte-level model spells every byte as one character.
+        """
         return len(token) if self._is_byte_level else _sentencepiece_bytes(token)
 
     def _bytes_of_added(self, token: str) -> int:
-        """Of a token that was added: of the text that it is found by.
+        """Return the bytes of an added token.
 
-        Unless the model makes it out of other text too.
+        These are the bytes of the text that it matches, except for a token that the model also
+        produces from text: such a token is in the model's spelling.
         """
         is_piece = self.backend.model.token_to_id(token) is not None
         if is_piece and not (self._is_byte_level and set(token) - _BYTE_CHARACTERS):
@@ -100,9 +122,13 @@ class Tokenizer:
 
 
 def sha256_here(name: str) -> str | None:
-    """The hash of a tokenizer without loading or fetching it.
+    """Return the hash of a tokenizer without loading or downloading it.
 
-    name: a folder, or a hub name that was fetched before. None where its tokenizer.json is not on this machine.
+    Args:
+        name: A folder, or a hub name that was downloaded before.
+
+    Returns:
+        The SHA-256 of its tokenizer.json; None if that file is not on this machine.
     """
     path = Path(name, "tokenizer.json")
     if not Path(name).exists() and is_hub_name(name):
@@ -115,15 +141,21 @@ def sha256_here(name: str) -> str | None:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name has the form owner/name or owner/name@revision, as the hub allows it."""
+    """Return whether a name is a valid hub name, owner/name or owner/name@revision."""
     part = r"\w([\w.-]*\w)?"
     return re.fullmatch(rf"(?!.*(--|\.\.)){part}/{part}(@[\w.-]+)?", name, re.ASCII) is not None
 
 
 def fetched(name: str, files: Iterable[str], given: str) -> Path:
-    """The folder that a hub name's files were fetched to.
+    """Download files of a hub repository and return the folder that they are in.
 
-    files: patterns of their names. given: the name as the person gave it. Raises UserError where the hub does not give it.
+    Args:
+        name: The hub name, owner/name or owner/name@revision.
+        files: Patterns of the file names.
+        given: The setting as the user wrote it, for the error message.
+
+    Raises:
+        UserError: The hub does not provide the repository.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -135,20 +167,29 @@ def fetched(name: str, files: Iterable[str], given: str) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{given} is no folder, and the hub does not give it ({str(error).splitlines()[0]}); "
-            f"check the name and HF_TOKEN"
+            f"{given} is not a folder, and the hub does not provide it "
+            f"({str(error).splitlines()[0]}); check the name and HF_TOKEN"
         ) from None
 
 
 def _local_folder(name: str) -> Path:
-    """A folder as it is; a hub name as the folder its tokenizer files were fetched to."""
+    """Return a folder unchanged; for a hub name, the folder of its downloaded tokenizer files."""
     if Path(name).exists() or not is_hub_name(name):
         return Path(name)
     return fetched(name, ["tokenizer*.json", "special_tokens_map.json"], f"data.tokenizer={name}")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Train a byte-level BPE of exactly vocab_size tokens and save it in the transformers format."""
+    """Train a byte-level BPE tokenizer and save it in the transformers format.
+
+    Args:
+        texts: The training text.
+        vocab_size: The exact number of tokens, including the end-of-text token.
+        folder: Where to save it; created if missing.
+
+    Raises:
+        UserError: The text does not yield a vocabulary of this size.
+    """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -161,7 +202,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     backend.train_from_iterator(texts, trainer)
     if backend.get_vocab_size() != vocab_size:
         raise UserError(
-            f"The sample yields a vocabulary of {backend.get_vocab_size()}, not {vocab_size}: give more text or a smaller vocab_size"
+            f"The sample yields a vocabulary of {backend.get_vocab_size()}, not {vocab_size}: "
+            "provide more text or set a smaller vocab_size"
         )
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))

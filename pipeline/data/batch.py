@@ -1,4 +1,7 @@
-"""Samples to tensors: labels, the loss mask, positions and document boundaries. Shapes: B micro-batch, T sequence length."""
+"""The conversion of samples to tensors: labels, loss mask, positions and document boundaries.
+
+Shapes: B micro-batch, T sequence length.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -10,10 +13,14 @@ from retemper.pipeline.data.mds import Samples
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of `shape` (B, T): tokens_BT, labels_BT, position_ids_BT int64; loss_mask_BT float, 1 where the label counts.
+    """One micro-batch of `shape` (B, T).
 
-    With document masking B is 1: the samples stand one after the other, and document_edges, int32 (documents + 1,), say where
-    each document begins and the last ends. A pipeline stage that looks at no tokens has none.
+    tokens_BT, labels_BT and position_ids_BT are int64. loss_mask_BT is float, 1 where the label
+    counts in the loss.
+
+    With document masking B is 1: the samples are concatenated, and document_edges, int32
+    (documents + 1,), contains the start of each document and the end of the last one. The batch of
+    a pipeline stage that needs no tokens has no tensors.
     """
 
     shape: tuple[int, int]
@@ -25,7 +32,7 @@ class Batch:
     longest_document: int = 0
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`, copied without waiting for what it computes."""
+        """Return the batch on `device`, copied without waiting for pending computation."""
         if device.type == "cpu":
             return self
         return replace(
@@ -37,8 +44,8 @@ class Batch:
         )
 
     def pinned(self) -> "Batch":
-        """The batch in memory from which a GPU can copy while the host goes on."""
-        # Masks may be views expanded from one number, which cannot be pinned.
+        """Return the batch in pinned memory, from which a GPU copies asynchronously."""
+        # Masks may be expanded views of a single number, which cannot be pinned.
         return replace(
             self,
             **{name: value.contiguous().pin_memory() for name, value in self._tensors().items()},
@@ -50,8 +57,15 @@ class Batch:
         }
 
     def of_context_rank(self, rank: int, size: int) -> "Batch":
-        """An early and a late part of every sequence, as megatron-core deals them out to context-parallel ranks: causal attention
-        costs all of them alike. `shape` stays that of whole sequences."""
+        """Return the part of every sequence that belongs to a context-parallel rank.
+
+        It is an early and a late chunk, as megatron-core distributes them, so that causal attention
+        costs the same on all ranks. `shape` remains that of whole sequences.
+
+        Args:
+            rank: context-parallel rank.
+            size: number of context-parallel ranks.
+        """
         if size == 1:
             return self
 
@@ -70,31 +84,38 @@ class Batch:
 
 
 def make_batches(samples: Samples, micro_batch_size: int, *, mask_documents: bool) -> list[Batch]:
-    """Micro-batches of next-token prediction within each sample, of what is neither padding nor prompt.
+    """Return micro-batches for next-token prediction within each sample.
 
-    With mask_documents a document sees itself alone: its first token is no label, and its positions begin at 0.
+    Padding and prompts have no loss.
+
+    Args:
+        samples: samples of equal length.
+        micro_batch_size: samples per micro-batch.
+        mask_documents: restrict every token to its own document, whose first token is not a label
+            and whose positions begin at 0.
     """
-    lengths, learned = learned_tokens(samples, mask_documents=mask_documents)
+    lengths, loss_mask = learned_tokens(samples, mask_documents=mask_documents)
     size = micro_batch_size * samples.seq_length
-    # Labels, and which of them count, are what stands one place on: the same memory.
+    # Labels and their loss mask are views of the same memory, shifted by one token.
     parts = zip(
         *(
             torch.from_numpy(flat).split(size)
-            for flat in (samples.tokens[:-1], samples.tokens[1:], learned[1:])
+            for flat in (samples.tokens[:-1], samples.tokens[1:], loss_mask[1:])
         ),
         strict=True,
     )
     if not mask_documents:
-        return [_of_samples(samples.seq_length, part) for part in parts]
+        return [_sample_batch(samples.seq_length, part) for part in parts]
     batch_ends = np.arange(size, len(samples) * samples.seq_length, size)
     lengths_of_batch = np.split(lengths, np.searchsorted(lengths.cumsum(), batch_ends, "right"))
-    return [_of_documents(*pair) for pair in zip(lengths_of_batch, parts, strict=True)]
+    return [_document_batch(*pair) for pair in zip(lengths_of_batch, parts, strict=True)]
 
 
 def learned_tokens(samples: Samples, *, mask_documents: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The lengths of the pieces of documents, one sample after the other, and for each token, float32, 1 where it is learned.
+    """Return the lengths of all document pieces, and the loss mask of their tokens.
 
-    Padding is a piece of its own. One more token, not learned, stands at the end.
+    The pieces of all samples are concatenated; padding is a separate piece. The loss mask is
+    float32, 1 for each token with loss, and has one more entry at the end, which is 0.
     """
     lengths = samples.values("lengths").astype(np.int64)
     prompts = samples.values("prompt_lengths").astype(np.int64)
@@ -103,27 +124,27 @@ def learned_tokens(samples: Samples, *, mask_documents: bool) -> tuple[np.ndarra
         // samples.values("lengths").itemsize
     )
     padding = samples.seq_length - np.add.reduceat(lengths, np.append(0, ends[:-1]))
-    lengths, prompts = (
-        np.insert(pieces, ends, padding) for pieces in (lengths, prompts)
-    )  # padding is all prompt
-    some = lengths > 0
-    lengths = lengths[some]
-    prompts = prompts[some]
+    # Padding counts as a prompt.
+    lengths, prompts = (np.insert(pieces, ends, padding) for pieces in (lengths, prompts))
+    nonempty = lengths > 0
+    lengths = lengths[nonempty]
+    prompts = prompts[nonempty]
     starts = lengths.cumsum() - lengths
-    learned = np.ones(len(samples.tokens), np.float32)
-    learned[:: samples.seq_length] = 0  # nothing before them foretells them
+    loss_mask = np.ones(len(samples.tokens), np.float32)
+    # The first token of a sample has no context, so it is no target.
+    loss_mask[:: samples.seq_length] = 0
     if mask_documents:
-        learned[starts] = 0
-    learned[_ranges(starts, prompts)] = 0
-    return lengths, learned
+        loss_mask[starts] = 0
+    loss_mask[_ranges(starts, prompts)] = 0
+    return lengths, loss_mask
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """All numbers from each start on, as many as its length."""
+    """Return the concatenation of ranges, each given by its start and length."""
     return np.arange(lengths.sum()) + np.repeat(starts - (lengths.cumsum() - lengths), lengths)
 
 
-def _of_samples(seq_length: int, part: tuple[torch.Tensor, ...]) -> Batch:
+def _sample_batch(seq_length: int, part: tuple[torch.Tensor, ...]) -> Batch:
     tokens_BT, labels_BT, loss_mask_BT = (flat.view(-1, seq_length) for flat in part)
     return Batch(
         tokens_BT.shape,
@@ -134,7 +155,7 @@ def _of_samples(seq_length: int, part: tuple[torch.Tensor, ...]) -> Batch:
     )
 
 
-def _of_documents(lengths: np.ndarray, part: tuple[torch.Tensor, ...]) -> Batch:
+def _document_batch(lengths: np.ndarray, part: tuple[torch.Tensor, ...]) -> Batch:
     tokens_BT, labels_BT, loss_mask_BT = (flat.view(1, -1) for flat in part)
     edges = np.append(0, lengths.cumsum())
     positions = torch.from_numpy(_ranges(np.zeros_like(lengths), lengths)).view(1, -1)

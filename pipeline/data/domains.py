@@ -1,4 +1,4 @@
-"""What each held-out domain measures of a run: what it learns, or what it forgets."""
+"""The held-out domains of a run, by what they measure: learning or forgetting."""
 
 import os
 from collections.abc import Iterable
@@ -10,19 +10,22 @@ from retemper.pipeline.schema.run import Config
 
 @dataclass(frozen=True)
 class Domains:
-    """The held-out domains of a run by what they measure."""
+    """The held-out domains of a run: new ones measure learning, old ones forgetting."""
 
     learned: list[str]
     old: list[str]
-    replayed: list[str]  # those of `old` whose corpus data.replay mixes in
+    replayed: list[str]  # the subset of `old` whose corpus data.replay mixes in
 
 
 def domains_of(config: Config, names: Iterable[str] | None = None) -> Domains:
     """Sort held-out domains into learned and old ones, by the config alone.
 
-    A domain is learned where it belongs to a training stream other than data.replay: it has the
+    A domain is learned if it belongs to a training stream other than data.replay: it has the
     stream's folder, or a folder of no stream and the stream's name. evals.learned overrides this.
-    names: the domains, by default those of evals.heldout; another one is known by its name alone.
+
+    Args:
+        config: the run's config.
+        names: the domains, by default those of evals.heldout; others are matched by name alone.
     """
     streams = {domain: _stream_of(config, domain) for domain in names or config.evals.heldout}
     learned = config.evals.learned
@@ -37,9 +40,9 @@ def domains_of(config: Config, names: Iterable[str] | None = None) -> Domains:
 
 
 def measures(config: Config) -> list[str]:
-    """Describe on which domains a continued run will measure what it learns and what it forgets.
+    """Describe on which domains a run measures what it learns and what it forgets.
 
-    A measure that it will not have is named together with the keys that would add it.
+    A missing measurement is described together with the keys that add it.
     """
     domains = domains_of(config)
     trained_on = [name for name in stream_paths(config) if name != REPLAY]
@@ -67,19 +70,19 @@ def measures(config: Config) -> list[str]:
 
 
 def _stream_of(config: Config, domain: str) -> str | None:
-    """The training stream that a held-out domain belongs to."""
+    """Return the training stream that a held-out domain belongs to, or None."""
     streams = stream_paths(config)
     folder = config.evals.heldout.get(domain)
-    of_folder = [name for name, path in streams.items() if folder and _same(path, folder)]
-    if of_folder:
-        # A corpus that is trained on under its own name is learned, whatever else replays it.
-        return next((name for name in of_folder if name != REPLAY), REPLAY)
+    matches = [name for name, path in streams.items() if folder and _is_same_folder(path, folder)]
+    if matches:
+        # A corpus that is a training stream itself is learned, even if data.replay has it, too.
+        return next((name for name in matches if name != REPLAY), REPLAY)
     return domain if domain in streams else None
 
 
-def _same(one: str, other: str) -> bool:
-    return _place(one) == _place(other)
+def _is_same_folder(one: str, other: str) -> bool:
+    return _resolved(one) == _resolved(other)
 
 
-def _place(path: str) -> str:
+def _resolved(path: str) -> str:
     return path.rstrip("/") if "://" in path else os.path.realpath(path)

@@ -1,4 +1,7 @@
-"""What every step really read, one file a rank; and the proof from it that no sample was skipped or repeated."""
+"""The record of the samples that every step read, one file per rank, and its verification.
+
+The verification proves that no sample was skipped or repeated.
+"""
 
 import json
 from collections import defaultdict
@@ -18,7 +21,10 @@ _SHOWN_PROBLEMS = 10
 
 
 class Ledger:
-    """Notes the samples of each step of this rank, with data.ledger; those left out for a bad shard always."""
+    """Records the samples of each step of this rank.
+
+    With data.ledger all samples are recorded. Those skipped because of a bad shard always are.
+    """
 
     def __init__(self, config: Config, topology: Topology):
         self.config = config
@@ -30,14 +36,14 @@ class Ledger:
         self._reads = topology.is_first_stage or topology.is_last_stage
 
     def record(self, step: int, data: StepData) -> None:
-        """Note what the step numbered `step`, counted from 1, was made of."""
+        """Record the samples of the step numbered `step`, counted from 1."""
         folder = self.config.run_dir
-        place = self.topology
+        topology = self.topology
         file = f"rank-{self.topology.rank:05d}.jsonl"
         if self.config.data.ledger and self._reads:
             peers = {
-                "data_parallel_rank": place.data_parallel_rank,
-                "data_parallel_size": place.data_parallel_size,
+                "data_parallel_rank": topology.data_parallel_rank,
+                "data_parallel_size": topology.data_parallel_size,
             }
             line = {"step": step, **peers, "ids": data.ids.tolist()}
             append_line(folder / run_folder.LEDGER / file, line)
@@ -49,15 +55,27 @@ class Ledger:
 
 
 def verify(config: Config, began_at: int) -> str:
-    """Check a run's ledger: every step from 1 on, ranks of one model alike, no sample twice or missing, the order as it must be.
+    """Verify a run's ledger, for every step from 1 on.
 
-    began_at: samples consumed before the data of `config` came in; of steps before that only the ranks are compared.
-    Returns what was found, for the terminal. Raises UserError with the first problems.
+    The ranks of one model must have read the same samples, no sample may be read twice or missing,
+    and the order must be that of the config.
+
+    Args:
+        config: the run's config.
+        began_at: samples consumed before the data of `config` was introduced; for the steps before
+            that only the ranks are compared.
+
+    Returns:
+        The findings, as text for the terminal.
+
+    Raises:
+        UserError: with the first problems.
     """
     steps = _steps(config.run_dir)
     if not steps:
         raise UserError(
-            f"{config.run_dir / run_folder.LEDGER} is empty: train with data.ledger=true from the start, then verify"
+            f"{config.run_dir / run_folder.LEDGER} is empty: "
+            "train with data.ledger=true from the start, then verify"
         )
     streams = Streams(config)
     batch_size = config.train.global_batch_size
@@ -82,19 +100,22 @@ def verify(config: Config, began_at: int) -> str:
         first += size
         if times.min() < int(epoch) or times.max() > np.ceil(epoch):
             problems.append(
-                f"{name}: after {epoch:.2f} epochs some sample was read {times.min()} times, another {times.max()} times"
+                f"{name}: after {epoch:.2f} epochs some sample was read {times.min()} times, "
+                f"another {times.max()} times"
             )
         lines.append(
-            f"{name}: {int(times.sum()):,} samples read, {epoch:.3f} epochs, each of {size:,} {_range(times)}"
+            f"{name}: {int(times.sum()):,} samples read, {epoch:.3f} epochs, "
+            f"each of {size:,} {_range(times)}"
         )
-    notes = [
+    skipped_records = [
         record
         for path in run_folder.noted(config.run_dir, run_folder.SKIPPED)
         for record in read_lines(path)
     ]
-    if skipped := sum(len(record["ids"]) for record in notes):
+    if skipped := sum(len(record["ids"]) for record in skipped_records):
         lines.append(
-            f"{skipped:,} of them had no loss, their shards were bad ({config.run_dir / run_folder.SKIPPED})"
+            f"{skipped:,} of them had no loss, because their shards were bad "
+            f"({config.run_dir / run_folder.SKIPPED})"
         )
     if problems:
         more = (
@@ -103,19 +124,22 @@ def verify(config: Config, began_at: int) -> str:
             else []
         )
         shown = [f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
-        raise UserError(
-            "\n".join([f"{config.run_dir}: the ledger is not what it must be:", *shown, *more])
-        )
+        raise UserError("\n".join([f"{config.run_dir}: the ledger has problems:", *shown, *more]))
     return "\n".join(
         [
-            f"{max(steps):,} steps of {batch_size} samples: nothing skipped, nothing repeated, the order as configured",
+            f"{max(steps):,} steps of {batch_size} samples: "
+            "nothing skipped, nothing repeated, the order as configured",
             *lines,
         ]
     )
 
 
 def read_ledger(run_dir: Path) -> dict[int, np.ndarray]:
-    """step -> ids of its global batch, rank after rank. Raises UserError where ranks disagree or are missing."""
+    """Return step -> ids of its global batch, concatenated by data-parallel rank.
+
+    Raises:
+        UserError: where the records of ranks disagree or are missing.
+    """
     batches = {}
     for step, parts in sorted(_steps(run_dir).items()):
         batches[step], problem = _global_batch(parts)
@@ -131,7 +155,7 @@ def _range(times: np.ndarray) -> str:
 
 
 def _steps(run_dir: Path) -> dict[int, dict[tuple[int, int], list[list[int]]]]:
-    """step -> (data-parallel rank, size) -> ids, once for each rank that noted them."""
+    """Return step -> (data-parallel rank, size) -> the ids that each such rank recorded."""
     steps: dict = defaultdict(lambda: defaultdict(list))
     for entry in _entries(run_dir):
         steps[entry["step"]][entry["data_parallel_rank"], entry["data_parallel_size"]].append(
@@ -150,20 +174,20 @@ def _entries(run_dir: Path) -> Iterator[dict]:
 
 
 def _global_batch(parts: dict[tuple[int, int], list[list[int]]]) -> tuple[np.ndarray, str | None]:
-    """(the ids of a step, rank after rank; what is wrong with them)."""
+    """Return the ids of a step, concatenated by rank, and a problem with them, if any."""
     sizes = {size for _, size in parts}
     ranks = sorted(rank for rank, _ in parts)
     if len(sizes) != 1 or ranks != list(range(*sizes)):
         return np.zeros(
             0, np.int64
-        ), f"data-parallel ranks {ranks} noted it, of {sorted(sizes) or 'none'}"
-    for (rank, _), noted in sorted(parts.items()):
-        if any(ids != noted[0] for ids in noted):
+        ), f"data-parallel ranks {ranks} recorded it, of {sorted(sizes) or 'none'}"
+    for (rank, _), records in sorted(parts.items()):
+        if any(ids != records[0] for ids in records):
             return np.zeros(
                 0, np.int64
             ), f"the ranks of one model read different samples at data-parallel rank {rank}"
     return np.concatenate(
-        [np.array(noted[0], np.int64) for _, noted in sorted(parts.items())]
+        [np.array(records[0], np.int64) for _, records in sorted(parts.items())]
     ), None
 
 
@@ -173,5 +197,8 @@ def _difference(ids: np.ndarray, expected: np.ndarray) -> str | None:
     missing = np.setdiff1d(expected, ids)
     extra = np.setdiff1d(ids, expected)
     if len(missing) or len(extra):
-        return f"{len(missing)} samples are missing (as {missing[:3].tolist()}), {len(extra)} do not belong there (as {extra[:3].tolist()})"
-    return "the right samples at other ranks than the order says"
+        return (
+            f"{len(missing)} samples are missing (as {missing[:3].tolist()}), "
+            f"{len(extra)} do not belong to it (as {extra[:3].tolist()})"
+        )
+    return "its samples were read by other ranks than the order determines"

@@ -1,7 +1,8 @@
-"""Shards of mosaicml-streaming's MDS format, version 2, with the columns that `retemper tokenize` writes.
+"""Shards of mosaicml-streaming's MDS format, version 2, with the columns of `retemper tokenize`.
 
-streaming's own reader opens the file and parses the columns' types for every sample, which is most of its time, and importing
-it takes a rank 7 seconds and 400 MB (NOTES.md); tests/unit/test_mds.py holds this one to it.
+The reader of streaming opens the file and parses the columns' types for every sample, which is most
+of its time, and its import costs each rank 7 seconds and 400 MB (NOTES.md). tests/unit/test_mds.py
+verifies that this reader returns the same.
 """
 
 import os
@@ -15,19 +16,22 @@ import numpy as np
 from retemper.pipeline.corpus.format import PIECES
 from retemper.pipeline.errors import UserError
 
-# What `retemper tokenize` calls its shards. A name of an index becomes a path: nothing else is taken.
+# The names of shards that `retemper tokenize` writes. A name in an index becomes a path, so no
+# other name is accepted.
 _NAMES = re.compile(r"\d{5}/shard\.\d{5}\.mds")
 
 
 class Samples:
-    """The contents of some samples, N of T tokens.
+    """The contents of some samples, N of T tokens each.
 
-    tokens: int64 (N * T + 1,), a zero after the last, so that tokens[1:] are the labels of tokens[:-1].
-    pieces: lengths, documents and prompt_lengths -> for each sample what it has of that column, as little-endian bytes.
+    tokens: int64 (N * T + 1,), with a zero after the last, so that tokens[1:] are the labels of
+        tokens[:-1].
+    pieces: lengths, documents and prompt_lengths -> the values of each sample in that column, as
+        little-endian bytes.
     """
 
     def __init__(self, count: int, seq_length: int):
-        """Samples yet to be read."""
+        """Allocate samples that are still to be read."""
         self.seq_length = seq_length
         self.tokens = np.empty(count * seq_length + 1, np.int64)
         self.tokens[-1] = 0
@@ -38,39 +42,52 @@ class Samples:
 
     @property
     def tokens_NT(self) -> np.ndarray:
+        """The tokens as an array (N, T), a view of `tokens`."""
         return self.tokens[:-1].reshape(-1, self.seq_length)
 
     def leave_out(self, row: int) -> None:
-        """Make a sample a prompt from end to end: nothing of it is learned."""
+        """Exclude a sample from the loss: it becomes one prompt of zeros."""
         whole = np.array([self.seq_length], PIECES["lengths"]).tobytes()
         self.tokens_NT[row] = 0
-        for column, held in {"lengths": whole, "documents": b"", "prompt_lengths": whole}.items():
-            self.pieces[column][row] = held
+        for column, content in {
+            "lengths": whole,
+            "documents": b"",
+            "prompt_lengths": whole,
+        }.items():
+            self.pieces[column][row] = content
 
     def values(self, column: str, row: int | None = None) -> np.ndarray:
-        """The values of a column of pieces, of one sample or of all, one after the other."""
-        held = self.pieces[column]
-        return np.frombuffer(b"".join(held) if row is None else held[row], PIECES[column])
+        """Return the concatenated values of a column of pieces, for one sample or for all."""
+        pieces = self.pieces[column]
+        return np.frombuffer(b"".join(pieces) if row is None else pieces[row], PIECES[column])
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard as an index describes it. name: relative to the split's folder, uncompressed; stored_as: what lies at the source."""
+    """One shard, as described by an index.
+
+    name: path of the uncompressed shard, relative to the split's folder.
+    stored_as: path of the file at the source.
+    """
 
     name: str
     stored_as: str
     bytes: int  # uncompressed
     sha256: str  # of the uncompressed file
     samples: int
-    columns: tuple[
-        tuple[str, np.dtype, int | None], ...
-    ]  # name, type of its values, bytes where they are fixed
+    # For each column its name, the type of its values, and its size in bytes if that is fixed.
+    columns: tuple[tuple[str, np.dtype, int | None], ...]
 
     @classmethod
     def from_index(cls, entry: dict) -> "Shard":
-        """Raises ValueError (or TypeError, KeyError, AttributeError where it has another form) for what `retemper tokenize` does not write."""
+        """Parse one entry of an index.
+
+        Raises:
+            ValueError: for an entry that `retemper tokenize` does not write.
+            TypeError, KeyError, AttributeError: for an entry of another structure.
+        """
         if (entry["version"], entry["format"]) != (2, "mds"):
-            raise ValueError(f"it is of format {entry['format']}, version {entry['version']}")
+            raise ValueError(f"it has format {entry['format']}, version {entry['version']}")
         raw = entry["raw_data"]
         stored = entry["zip_data"] or entry["raw_data"]
         name = raw["basename"]
@@ -102,6 +119,7 @@ class Shard:
 
     @property
     def is_compressed(self) -> bool:
+        """Whether the file at the source is compressed."""
         return self.stored_as != self.name
 
 
@@ -114,19 +132,31 @@ def _type_of(column: str, encoding: str) -> np.dtype:
 
 
 class ShardFile:
-    """The samples of an open, uncompressed shard. Threads may read at once."""
+    """An open, uncompressed shard. Several threads may read at once."""
 
     def __init__(self, shard: Shard, file: BinaryIO):
         self._shard = shard
         self._file = file
-        # The file: the number of samples, where each begins and the last ends (uint32), the columns as JSON, the samples.
+        # Layout of the file: the number of samples, the start of each and the end of the last
+        # (uint32), the columns as JSON, the samples.
         self._offsets = np.frombuffer(
             os.pread(file.fileno(), 4 * (shard.samples + 1), 4), "<u4"
         ).tolist()
         self._sizes = struct.Struct(f"<{sum(size is None for _, _, size in shard.columns)}I")
 
     def read(self, numbers: list[int], into: Samples, rows: list[int]) -> None:
-        """The samples of these numbers into those rows. A sample: the sizes of the columns that vary (uint32), then all columns."""
+        """Read samples into rows of `into`.
+
+        A sample consists of the sizes of its variable columns (uint32), then of all columns.
+
+        Args:
+            numbers: numbers of the samples within the shard.
+            into: the samples to write to.
+            rows: the row for each number.
+
+        Raises:
+            UserError: where the file was truncated after it was opened.
+        """
         file = self._file.fileno()
         offsets = self._offsets
         columns = self._shard.columns
@@ -138,18 +168,18 @@ class ShardFile:
             data = os.pread(file, end - begin, begin)
             if len(data) != end - begin:
                 raise UserError(
-                    f"{self._file.name} was cut off while it was read: start again, and it is fetched anew"
+                    f"{self._file.name} was cut off while it was read: "
+                    "start again to fetch it again"
                 )
             sizes = iter(self._sizes.unpack_from(data))
-            place = self._sizes.size
+            position = self._sizes.size
             for column, kind, size in columns:
                 size = next(sizes) if size is None else size
                 if column == "tokens":
-                    tokens_NT[row] = np.frombuffer(data, kind, into.seq_length, place)
+                    tokens_NT[row] = np.frombuffer(data, kind, into.seq_length, position)
                 else:
-                    into.pieces[column][row] = data[place : place + size]
-                place += size
+                    into.pieces[column][row] = data[position : position + size]
+                position += size
             if not has_prompts:
-                into.pieces["prompt_lengths"][row] = bytes(
-                    len(into.pieces["lengths"][row])
-                )  # zeros
+                # Zeros: these samples have no prompts.
+                into.pieces["prompt_lengths"][row] = bytes(len(into.pieces["lengths"][row]))

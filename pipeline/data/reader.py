@@ -22,14 +22,13 @@ from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.run import Config
 
-_STEPS_AHEAD = (
-    4  # read while a step computes, so that the next shards are there before they are needed
-)
-_OPENED_AT_ONCE = 8  # shards of a step that are fetched and hashed together
+# Steps that are read while one computes, so that the next shards are open before they are needed.
+_STEPS_AHEAD = 4
+_OPENED_AT_ONCE = 8  # shards of a step that are fetched and hashed in parallel
 
 
 class Streams:
-    """The training streams of a run, opened, and the order in which their samples come."""
+    """The opened training streams of a run, and the order of their samples."""
 
     def __init__(self, config: Config):
         self.shards = {
@@ -46,7 +45,11 @@ class Streams:
         self._ends = np.cumsum([len(shards) for shards in self.shards.values()])
 
     def located(self, ids: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """stream -> which of the ids of the order stand for its samples, and which samples those are."""
+        """Locate ids of the order in the streams.
+
+        Returns:
+            stream -> (indices of those ids that belong to it, numbers of their samples within it).
+        """
         numbers = np.searchsorted(self._ends, ids, side="right")
         rows = {name: np.flatnonzero(numbers == number) for number, name in enumerate(self.shards)}
         return {
@@ -55,24 +58,34 @@ class Streams:
         }
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often each stream has been read after `samples` of the order."""
+        """Return how many times each stream has been read after `samples` samples of the order."""
         return dict(zip(self.shards, self.order.epochs(samples), strict=True))
 
 
 @dataclass(frozen=True)
 class StepData:
-    """This rank's part of one global batch: ids of its samples, and the micro-batches that hold them in that order."""
+    """This rank's part of one global batch: the ids of its samples, and their micro-batches."""
 
     ids: np.ndarray
-    skipped: np.ndarray  # bool, which of them are left out of the loss because their shard is bad
+    skipped: np.ndarray  # bool: excluded from the loss because the shard is bad
     micro_batches: list[Batch]
 
 
 class TrainingBatches:
-    """Iterates over the steps of one rank from a number of consumed samples on; a context manager, which ends the reading."""
+    """An iterator over the steps of one rank, and a context manager that stops the reading."""
 
     def __init__(self, config: Config, topology: Topology, consumed_samples: int, steps: int):
-        """The `steps` steps of this data that follow `consumed_samples` of its samples. Raises UserError where a disk is too small."""
+        """Start reading ahead.
+
+        Args:
+            config: the run's config.
+            topology: the position of this rank.
+            consumed_samples: samples of this data that were consumed before the first step.
+            steps: number of steps to read.
+
+        Raises:
+            UserError: where a disk is too small for the cache.
+        """
         self.config = config
         self.topology = topology
         batch_size = config.train.global_batch_size
@@ -85,9 +98,8 @@ class TrainingBatches:
         )
         self.streams = Streams(config)
         _check_disk(config, topology, self.streams)
-        self._reader = ThreadPoolExecutor(
-            1, "step-reader"
-        )  # more of them wait for each other: 6,000 samples/s against 14,000
+        # Several readers would wait for each other: 6,000 samples/s instead of 14,000.
+        self._reader = ThreadPoolExecutor(1, "step-reader")
         self._openers = ThreadPoolExecutor(_OPENED_AT_ONCE, "shard-opener")
         self._ahead: deque[Future[StepData]] = deque()
         for consumed in itertools.islice(self._steps, _STEPS_AHEAD):
@@ -104,7 +116,12 @@ class TrainingBatches:
         return self
 
     def __next__(self) -> StepData:
-        """The next step's data. Raises BadShard where a shard is bad at its source, UserError where a store gives none."""
+        """Return the data of the next step.
+
+        Raises:
+            BadShard: where a shard is bad at its source.
+            UserError: where a store cannot be read.
+        """
         if not self._ahead:
             raise StopIteration
         started = time.perf_counter()
@@ -112,7 +129,7 @@ class TrainingBatches:
         for consumed in itertools.islice(self._steps, 1):
             self._read_ahead(consumed)
         if self.config.data.bad_shards == "skip":
-            data = self._agree(data)
+            data = self._sync_skipped(data)
         part = self.topology.context_parallel_rank, self.config.parallel.context_parallel_size
         micro_batches = [
             batch.of_context_rank(*part).to(self.topology.device) for batch in data.micro_batches
@@ -126,25 +143,24 @@ class TrainingBatches:
 
     def _read(self, consumed_samples: int) -> StepData:
         ids = self.streams.order.batch(consumed_samples, self.config.train.global_batch_size)
-        mine = np.split(ids, self.topology.data_parallel_size)[self.topology.data_parallel_rank]
+        own_ids = np.split(ids, self.topology.data_parallel_size)[self.topology.data_parallel_rank]
         size = self.config.train.micro_batch_size
         mask_documents = self.config.data.mask_documents
         if not self._reads:
             return StepData(
-                mine,
-                np.zeros(len(mine), bool),
-                [Batch((size, self.config.data.seq_length))] * (len(mine) // size),
+                own_ids,
+                np.zeros(len(own_ids), bool),
+                [Batch((size, self.config.data.seq_length))] * (len(own_ids) // size),
             )
-        samples, skipped = self._samples(mine)
+        samples, skipped = self._samples(own_ids)
         batches = make_batches(samples, size, mask_documents=mask_documents)
         if self.topology.device.type == "cuda":
-            batches = [
-                batch.pinned() for batch in batches
-            ]  # here, beside training: the first time takes milliseconds
-        return StepData(mine, skipped, batches)
+            # Pinned in this thread, in parallel with training: the first time takes milliseconds.
+            batches = [batch.pinned() for batch in batches]
+        return StepData(own_ids, skipped, batches)
 
     def _samples(self, ids: np.ndarray) -> tuple[Samples, np.ndarray]:
-        """The samples, and which of them are left out because their shard is bad, bool (n,)."""
+        """Return the samples, and bool (n,), which of them are skipped because of a bad shard."""
         located = self.streams.located(ids)
         wanted = {
             (name, number)
@@ -163,9 +179,13 @@ class TrainingBatches:
             samples.leave_out(row)
         return samples, skipped
 
-    def _open(self, place: tuple[str, int]) -> None:
-        """Open a shard of a stream. Raises BadShard where it is bad and may not be skipped."""
-        name, number = place
+    def _open(self, shard: tuple[str, int]) -> None:
+        """Open a shard, given by stream and number.
+
+        Raises:
+            BadShard: where it is bad and may not be skipped.
+        """
+        name, number = shard
         shards = self.streams.shards[name]
         known = number in shards.bad
         try:
@@ -178,8 +198,11 @@ class TrainingBatches:
                     f"rank {self.topology.rank} skips a shard: {error}", file=sys.stderr, flush=True
                 )
 
-    def _agree(self, data: StepData) -> StepData:
-        """Leave out of the loss what any rank of the model could not read."""
+    def _sync_skipped(self, data: StepData) -> StepData:
+        """Exclude from the loss the samples that any rank of the model could not read.
+
+        Collective: every rank must call this.
+        """
         skipped = anywhere_in_model(data.skipped)
         if self._reads:
             for number in np.flatnonzero(skipped):
@@ -189,12 +212,20 @@ class TrainingBatches:
 
 
 def _check_disk(config: Config, topology: Topology, streams: Streams) -> None:
-    """Refuse a cache that cannot hold what this node reads: the shards of its data-parallel ranks' lanes."""
-    readers_alike = config.parallel.tensor_parallel_size * config.parallel.context_parallel_size
-    ranks_here = -(-topology.local_world_size // readers_alike)
-    # The default cache is one that nodes may share, and holds what all of them read.
+    """Check that the cache's disk has space for the shards that this node reads.
+
+    These are the shards in the lanes of its data-parallel ranks.
+
+    Raises:
+        UserError: where it has not.
+    """
+    ranks_with_same_data = (
+        config.parallel.tensor_parallel_size * config.parallel.context_parallel_size
+    )
+    local_data_ranks = -(-topology.local_world_size // ranks_with_same_data)
+    # Nodes may share the default cache, which then contains the shards that all of them read.
     part = (
-        min(1.0, ranks_here / topology.data_parallel_size + 1 / LANES)
+        min(1.0, local_data_ranks / topology.data_parallel_size + 1 / LANES)
         if config.data.cache_dir
         else 1.0
     )
@@ -205,6 +236,7 @@ def _check_disk(config: Config, topology: Topology, streams: Streams) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if needed > (free := shutil.disk_usage(folder).free):
         raise UserError(
-            f"{folder} has {free >> 20} MiB free, but about {needed >> 20} MiB of shards will be kept there: "
+            f"{folder} has {free >> 20} MiB free, but about {needed >> 20} MiB of shards will be "
+            "stored there: "
             "set data.cache_dir to a larger disk of each node"
         )

@@ -1,4 +1,4 @@
-"""Samples of a split by id; every shard is checked against its hash when it is opened."""
+"""Access to the samples of a split by id. Every shard is verified by its hash when it is opened."""
 
 import contextlib
 import fcntl
@@ -19,20 +19,29 @@ from retemper.pipeline.data.mds import Samples, Shard, ShardFile
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files import store
 
-_MOST_OPEN = 64  # shards of one split, each a file descriptor; a rank that reads every lane has about four of each in use
+# Open shards per split, each a file descriptor. A rank that reads every lane uses about four shards
+# of each.
+_MOST_OPEN = 64
 
 
 class BadShard(UserError):
-    """A shard is not what was written, at its source too."""
+    """A shard differs from the one that was written, at its source too."""
 
 
 class TokenShards:
-    """One split of a corpus. Threads may read at once."""
+    """One split of a corpus. Several threads may read at once."""
 
     def __init__(self, path: str | Path, split: str, cache: Path | None = None):
-        """Read the index of `path/split`. Remote and compressed shards are kept below `cache`, by default for this object's life.
+        """Read the index of `path/split`.
 
-        Raises UserError where the corpus is missing or its index is not the one that was written.
+        Args:
+            path: folder of the corpus, local or remote.
+            split: name of the split.
+            cache: folder for remote and compressed shards; by default a temporary one, which
+                exists as long as this object.
+
+        Raises:
+            UserError: where the corpus is missing, or its index is not the one that was written.
         """
         self.path = str(path)
         self.source = f"{path}/{split}"
@@ -44,7 +53,7 @@ class TokenShards:
         )
         self._ends = np.cumsum([0, *self.shard_sizes])[1:]
         self._open: dict[int, ShardFile] = {}
-        self.bad: dict[int, str] = {}  # found so, and what was said: they are not tried again
+        self.bad: dict[int, str] = {}  # number of each bad shard -> message; they are not retried
         self._lock = threading.Lock()
         self._opening = [threading.Lock() for _ in self._shards]
 
@@ -53,38 +62,56 @@ class TokenShards:
 
     @property
     def seq_length(self) -> int:
+        """The number of tokens per sample."""
         return self.manifest["seq_length"]
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """Samples of each shard."""
+        """The number of samples of each shard."""
         return tuple(shard.samples for shard in self._shards)
 
     @property
     def bytes_to_fetch(self) -> int:
-        """What the cache still has to hold, where every shard is read."""
-        return sum(shard.bytes for shard in self._shards if not self._place(shard).is_file())
+        """The size of the shards that are not in the cache yet, if every shard is read."""
+        return sum(shard.bytes for shard in self._shards if not self._local_path(shard).is_file())
 
     def shards_of(self, ids: np.ndarray) -> np.ndarray:
-        """The number of the shard that holds each sample."""
+        """Return the number of the shard of each sample."""
         return np.searchsorted(self._ends, ids, "right")
 
     def samples(self, ids: np.ndarray) -> Samples:
-        """The samples in the order of their ids. Raises BadShard."""
+        """Return the samples in the order of their ids.
+
+        Raises:
+            BadShard: where a shard of theirs is bad.
+        """
         samples = Samples(len(ids), self.seq_length)
         self.read(ids, samples, np.arange(len(ids)))
         return samples
 
     def read(self, ids: np.ndarray, into: Samples, rows: np.ndarray) -> None:
-        """Samples into those rows, shard by shard. Raises BadShard."""
+        """Read samples into rows of `into`, shard by shard.
+
+        Args:
+            ids: ids of the samples within the split.
+            into: the samples to write to.
+            rows: the row for each id.
+
+        Raises:
+            BadShard: where a shard of theirs is bad.
+        """
         numbers = self.shards_of(ids)
         for number in np.unique(numbers).tolist():
-            here = numbers == number
+            selected = numbers == number
             first = self._ends[number] - self._shards[number].samples
-            self.open(number).read((ids[here] - first).tolist(), into, rows[here].tolist())
+            self.open(number).read((ids[selected] - first).tolist(), into, rows[selected].tolist())
 
     def open(self, number: int) -> ShardFile:
-        """A shard, fetched, unpacked and checked where it was not open. Raises BadShard."""
+        """Return an open shard; it is fetched, decompressed and verified if it was not open.
+
+        Raises:
+            BadShard: where it is bad.
+        """
         if opened := self._opened(number):
             return opened
         with self._opening[number]:
@@ -92,7 +119,7 @@ class TokenShards:
                 return opened
             if number in self.bad:
                 raise BadShard(self.bad[number])
-            opened = ShardFile(self._shards[number], self._whole(number))
+            opened = ShardFile(self._shards[number], self._open_verified(number))
             with self._lock:
                 self._open[number] = opened
                 if len(self._open) > _MOST_OPEN:
@@ -103,11 +130,11 @@ class TokenShards:
         with self._lock:
             opened = self._open.pop(number, None)
             if opened:
-                self._open[number] = opened  # the last used is the last to go
+                self._open[number] = opened  # at the end: the least recently used is closed first
         return opened
 
-    def _place(self, shard: Shard) -> Path:
-        """Where the uncompressed shard is read: at its source where it lies there so, else in the cache."""
+    def _local_path(self, shard: Shard) -> Path:
+        """Return the path of the uncompressed shard: at a local source, or else in the cache."""
         local = Path(self.source, shard.name)
         return (
             local
@@ -115,61 +142,64 @@ class TokenShards:
             else self._cache / shard.name
         )
 
-    def _whole(self, number: int) -> BinaryIO:
-        """The uncompressed shard's file, its content checked; what is damaged in the cache is fetched again."""
-        shard = self._shards[number]
-        place = self._place(shard)
-        if file := _checked(place, shard):
-            return file
-        if self._cache not in place.parents:
-            raise self._bad(number, place)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with open(place.with_name(place.name + ".lock"), "w") as lock:
-            with contextlib.suppress(
-                OSError
-            ):  # file systems without locks: it is fetched twice, no harm
-                fcntl.flock(
-                    lock, fcntl.LOCK_EX
-                )  # other ranks of this node fetch it too; a killed one lets go
-            for _attempt in range(2):
-                if file := _checked(place, shard):
-                    return file
-                self._fetch(number, place)
-            if file := _checked(place, shard):
-                return file
-        raise self._bad(number, self._origin(shard))
+    def _open_verified(self, number: int) -> BinaryIO:
+        """Open the uncompressed shard and verify its content.
 
-    def _origin(self, shard: Shard) -> str:
+        A damaged shard in the cache is fetched again.
+        """
+        shard = self._shards[number]
+        path = self._local_path(shard)
+        if file := _open_if_valid(path, shard):
+            return file
+        if self._cache not in path.parents:
+            raise self._bad(number, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(path.name + ".lock"), "w") as lock:
+            # Without locks on a file system, a shard is fetched twice, which does no harm. With
+            # them, other ranks of this node wait; the lock of a killed rank is released.
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            for _attempt in range(2):
+                if file := _open_if_valid(path, shard):
+                    return file
+                self._fetch(number, path)
+            if file := _open_if_valid(path, shard):
+                return file
+        raise self._bad(number, self._source_path(shard))
+
+    def _source_path(self, shard: Shard) -> str:
         return f"{self.source}/{shard.stored_as}"
 
-    def _fetch(self, number: int, place: Path) -> None:
+    def _fetch(self, number: int, path: Path) -> None:
         shard = self._shards[number]
         try:
-            content = store.read(self._origin(shard))
+            content = store.read(self._source_path(shard))
         except store.Missing:
-            raise self._bad(number, self._origin(shard)) from None
+            raise self._bad(number, self._source_path(shard)) from None
         if shard.is_compressed:
             try:
                 content = zstandard.decompress(content, max_output_size=shard.bytes)
-            except zstandard.ZstdError:  # damaged; the check that follows tells
+            except zstandard.ZstdError:  # damaged; the hash does not match then
                 content = b""
-        # A name of this rank's own: locks may not reach other nodes, and some file systems have none.
-        temporary = place.with_name(f"{place.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+        # The name is unique to this rank: locks may not reach other nodes, and some file systems
+        # have none.
+        temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         temporary.write_bytes(content)
-        temporary.replace(place)
+        temporary.replace(path)
 
     def _bad(self, number: int, file: Path | str) -> BadShard:
         self.bad[number] = (
-            f"{file} is missing or damaged: remove it, make it again with the `retemper tokenize` command of {self.path}, and go on; "
-            "or leave its samples out with data.bad_shards=skip"
+            f"{file} is missing or damaged: remove it, create it again with the "
+            f"`retemper tokenize` command of {self.path}, and resume; "
+            "or skip its samples with data.bad_shards=skip"
         )
         return BadShard(self.bad[number])
 
 
-def _checked(place: Path, shard: Shard) -> BinaryIO | None:
-    """The open file where it has the hash that the index says, else None."""
+def _open_if_valid(path: Path, shard: Shard) -> BinaryIO | None:
+    """Return the open file if it has the hash in the index, else None."""
     try:
-        file = open(place, "rb", buffering=0)  # noqa: SIM115 (it stays open)
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 (it stays open)
     except FileNotFoundError:
         return None
     if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
@@ -179,7 +209,11 @@ def _checked(place: Path, shard: Shard) -> BinaryIO | None:
 
 
 def _shards(index: bytes, source: str) -> list[Shard]:
-    """The shards of an index. Raises UserError where it is not as `retemper tokenize` writes it."""
+    """Parse the shards of an index.
+
+    Raises:
+        UserError: where it differs from what `retemper tokenize` writes.
+    """
     try:
         return [Shard.from_index(entry) for entry in json.loads(index)["shards"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:

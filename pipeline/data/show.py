@@ -1,4 +1,4 @@
-"""The samples of a step as text: where each document comes from, and which tokens count in the loss."""
+"""The samples of a step as text, with the source of each document and the loss mask."""
 
 import itertools
 import json
@@ -15,22 +15,33 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.files import store
 from retemper.pipeline.schema.run import Config
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a document must not steer the terminal
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # would let documents control the terminal
 
 
 def show_step(
     config: Config, began_at: int, step: int, samples: int, *, colours: bool
 ) -> Iterator[str]:
-    """Lines for the terminal: the first `samples` samples of the step numbered `step`, counted from 1.
+    """Yield the first samples of a step as lines for the terminal.
 
-    What has no loss is dim, or without colours in ⟦ ⟧. began_at: samples consumed before the data of `config` came in.
+    Tokens without loss are dim, or enclosed in ⟦ ⟧ without colours.
+
+    Args:
+        config: the run's config.
+        began_at: samples consumed before the data of `config` was introduced.
+        step: number of the step, counted from 1.
+        samples: number of samples to show.
+        colours: whether the terminal supports colours.
+
+    Raises:
+        UserError: for a step that does not exist, or that read other data.
     """
     if step > config.steps:
         raise UserError(f"step={step}: the run has {config.steps} steps")
     consumed = (step - 1) * config.train.global_batch_size - began_at
     if step < 1 or consumed < 0:
         raise UserError(
-            f"step={step}: this data is read from step {began_at // config.train.global_batch_size + 1} on"
+            f"step={step}: this data is only read from "
+            f"step {began_at // config.train.global_batch_size + 1} on"
         )
     from retemper.pipeline.corpus.tokenizer import Tokenizer
 
@@ -38,31 +49,32 @@ def show_step(
     tokenizer = Tokenizer(config.data.tokenizer)
     sources = {name: _sources(shards.path) for name, shards in streams.shards.items()}
     ids = streams.order.batch(consumed, config.train.global_batch_size)[:samples]
-    places = {
+    locations = {
         row: (name, number)
-        for name, found in streams.located(ids).items()
-        for row, number in zip(*found, strict=True)
+        for name, located in streams.located(ids).items()
+        for row, number in zip(*located, strict=True)
     }
     for row, id in enumerate(ids):
-        name, number = places[row]
+        name, number = locations[row]
         shards = streams.shards[name]
         sample = shards.samples(np.array([number]))
         [shard] = shards.shards_of(np.array([number]))
-        counted_T = learned_tokens(sample, mask_documents=config.data.mask_documents)[1][
+        loss_mask_T = learned_tokens(sample, mask_documents=config.data.mask_documents)[1][
             :-1
         ].astype(bool)
-        padding = len(counted_T) - int(sample.values("lengths").sum())
+        padding = len(loss_mask_T) - int(sample.values("lengths").sum())
         yield (
-            f"── step {step} · sample {id} · {name} {number}, shard {shard} · {int(counted_T.sum())} of {len(counted_T)} tokens with loss"
+            f"── step {step} · sample {id} · {name} {number}, shard {shard} · "
+            f"{int(loss_mask_T.sum())} of {len(loss_mask_T)} tokens with loss"
             + (f", {padding} padding" if padding else "")
         )
-        for document, tokens_T, counts_T in _pieces(sample, counted_T):
+        for document, tokens_T, counts_T in _pieces(sample, loss_mask_T):
             yield f"▸ document {document:#018x}, {sources[name](document)}, {len(tokens_T)} tokens"
             yield "".join(_marked(tokenizer, tokens_T, counts_T, colours=colours))
 
 
 def _sources(path: str):
-    """document -> file:position, from the corpus's list of sources."""
+    """Return a function from a document's number to file:position, by the corpus's sources."""
     files = [json.loads(line)["path"] for line in store.read(f"{path}/sources.jsonl").splitlines()]
 
     def source(document: np.uint64) -> str:
@@ -73,12 +85,12 @@ def _sources(path: str):
 
 
 def _pieces(
-    sample: Samples, counted_T: np.ndarray
+    sample: Samples, loss_mask_T: np.ndarray
 ) -> Iterator[tuple[np.uint64, np.ndarray, np.ndarray]]:
     lengths = sample.values("lengths")
     ends = np.cumsum(lengths, dtype=np.int64)
     for document, start, end in zip(sample.values("documents"), ends - lengths, ends, strict=True):
-        yield document, sample.tokens[start:end], counted_T[start:end]
+        yield document, sample.tokens[start:end], loss_mask_T[start:end]
 
 
 def _marked(

@@ -1,4 +1,4 @@
-"""The corpora of a run: its training streams and held-out domains, checked against the config before anything starts."""
+"""The corpora of a run, training streams and held-out domains, checked before anything starts."""
 
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,34 @@ REPLAY = "replay"  # the name of data.replay among the training streams
 
 
 def stream_paths(config: Config) -> dict[str, str]:
-    """Name -> folder of every training stream, by name: the order of samples follows this one."""
+    """Return name -> folder of every training stream, sorted by name.
+
+    The ids of samples, and so their order, depend on this order.
+    """
     mixed_in = {name: stream.path for name, stream in _mixed_in(config).items()}
     return dict(sorted(({config.data.name: config.data.path} | mixed_in).items()))
 
 
 def samples_per_window(config: Config) -> dict[str, int]:
-    """Name -> samples in every data.mixture_window."""
+    """Return name -> number of samples in every data.mixture_window."""
     window = config.data.mixture_window
     mixed_in = {name: round(stream.fraction * window) for name, stream in _mixed_in(config).items()}
     return {config.data.name: window - sum(mixed_in.values())} | mixed_in
 
 
 def cache_folder(config: Config, name: str) -> Path:
-    """Where this run keeps shards of one corpus that it fetched or unpacked."""
+    """Return the folder in which this run stores fetched or decompressed shards of one corpus."""
     cache = config.data.cache_dir
     return (Path(cache, config.study, config.name) if cache else config.run_dir / "cache") / name
 
 
 def decontaminated(config: Config, task: str) -> dict[str, bool | None]:
-    """Training stream -> whether documents that share text with an evaluation task's problems were left out of it, as its manifest says.
+    """Return whether each training stream was decontaminated against an evaluation task.
 
-    None where the manifest cannot be read from here.
+    That is, whether documents that share text with the task's problems were removed from it.
+
+    Returns:
+        Training stream -> what its manifest records, or None where that cannot be read from here.
     """
     manifests = {name: find_manifest(path) for name, path in stream_paths(config).items()}
     return {
@@ -46,10 +52,16 @@ def decontaminated(config: Config, task: str) -> dict[str, bool | None]:
 
 
 def check_corpora(config: Config) -> dict[str, Any]:
-    """Check every manifest against the config; returns the fingerprints of "data" and "tokenizer".
+    """Check every manifest against the config.
 
-    A data.tokenizer that is not on this machine is not compared: training reads token ids alone.
-    Raises UserError with every mismatch: vocabulary, sequence length, tokenizer, and a corpus smaller than one batch.
+    A data.tokenizer that is not on this machine is not compared: training only reads token ids.
+
+    Returns:
+        The fingerprints of "data" and "tokenizer".
+
+    Raises:
+        UserError: with every mismatch of vocabulary, sequence length and tokenizer, and for a
+            corpus smaller than one batch.
     """
     paths = stream_paths(config)
     manifests = {name: read_manifest(path) for name, path in paths.items()}
@@ -65,24 +77,26 @@ def check_corpora(config: Config) -> dict[str, Any]:
     if (tokenizer := sha256_here(config.data.tokenizer)) and tokenizer != own["tokenizer_sha256"]:
         problems.append(
             f"data.tokenizer={config.data.tokenizer} is another tokenizer than the one that corpus "
-            f"{own['name']} in {config.data.path} was made with: name that one, "
+            f"{own['name']} in {config.data.path} was made with: set that one, "
             "or tokenize again to another data.path"
         )
     for name, manifest in heldout.items():
         if not manifest["splits"][HELDOUT]["samples"]:
             problems.append(
-                f"{name}: corpus {manifest['name']} has no held-out sample; raise data.heldout_fraction and tokenize again"
+                f"{name}: corpus {manifest['name']} has no held-out samples: "
+                "increase data.heldout_fraction and tokenize again"
             )
     available = own["splits"][TRAIN]["samples"]
     if available < config.train.global_batch_size:
         problems.append(
             f"{config.data.name}: the corpus has {available} samples, fewer than one batch of "
-            f"train.global_batch_size={config.train.global_batch_size}; give more text or a smaller batch"
+            f"train.global_batch_size={config.train.global_batch_size}; "
+            "add text or set a smaller batch"
         )
     if problems:
         raise UserError(
             "\n".join(
-                ["The data does not fit the run:", *(f"  - {problem}" for problem in problems)]
+                ["The data does not match the run:", *(f"  - {problem}" for problem in problems)]
             )
         )
     shares = samples_per_window(config)
@@ -104,11 +118,15 @@ def _mixed_in(config: Config) -> dict[str, StreamConfig]:
 def _mismatches(config: Config, name: str, manifest: dict, own: dict):
     if manifest["vocab_size"] > config.model.vocab_size:
         yield (
-            f"{name}: the tokenizer of corpus {manifest['name']} has {manifest['vocab_size']} tokens, model.vocab_size is only {config.model.vocab_size}"
+            f"{name}: the tokenizer of corpus {manifest['name']} has {manifest['vocab_size']} "
+            f"tokens, model.vocab_size is only {config.model.vocab_size}"
         )
     if manifest["seq_length"] != config.data.seq_length:
         yield (
-            f"{name}: corpus {manifest['name']} has samples of {manifest['seq_length']} tokens, data.seq_length is {config.data.seq_length}"
+            f"{name}: corpus {manifest['name']} has samples of {manifest['seq_length']} tokens, "
+            f"data.seq_length is {config.data.seq_length}"
         )
     if manifest["tokenizer_sha256"] != own["tokenizer_sha256"]:
-        yield f"{name}: corpus {manifest['name']} was made with another tokenizer than {own['name']}"
+        yield (
+            f"{name}: corpus {manifest['name']} was made with another tokenizer than {own['name']}"
+        )

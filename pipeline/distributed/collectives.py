@@ -1,13 +1,22 @@
-"""What ranks exchange beside tensors of the model; every rank of the named group must call."""
+"""Collectives for values other than the model's tensors."""
 
 from retemper.pipeline.distributed.topology import is_main_process, local_device
 from retemper.pipeline.errors import UserError
 
 
 def from_last_stage(values: "torch.Tensor") -> list[float]:  # noqa: F821
-    """Sum values over data- and context-parallel ranks of the last pipeline stage, and hand the result to every rank.
+    """Sum values over the data- and context-parallel ranks of the last pipeline stage.
 
-    values: one dimension, of one length on every rank; only the last stage's count. The host waits once, for the result.
+    The host waits once, for the result.
+
+    Args:
+        values: One-dimensional, with the same length on every rank; only those of the last stage
+            are summed.
+
+    Returns:
+        The sums, on every rank.
+
+    Collective: every rank must call this.
     """
     import torch
     from megatron.core import parallel_state
@@ -26,7 +35,10 @@ def from_last_stage(values: "torch.Tensor") -> list[float]:  # noqa: F821
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:
-    """Values summed over all ranks."""
+    """Return the element-wise sums of the values over all ranks.
+
+    Collective: every rank must call this.
+    """
     import torch
 
     summed = torch.tensor(values, dtype=torch.float64, device=local_device(torch))
@@ -35,7 +47,13 @@ def sum_over_ranks(values: list[float]) -> list[float]:
 
 
 def from_each_replica(value) -> list:
-    """The picklable values of the data-parallel replicas of this rank's part of the model, in order, on every rank."""
+    """Return the values of all data-parallel replicas, in the order of the replicas.
+
+    Every rank receives the values of its peers in the data-parallel group, the ranks that have the
+    same part of the model. The value must be picklable.
+
+    Collective: every rank must call this.
+    """
     import torch
     from megatron.core import parallel_state
 
@@ -46,7 +64,10 @@ def from_each_replica(value) -> list:
 
 
 def sum_over_stages(counts: list[int]) -> list[int]:
-    """Whole numbers summed over the pipeline stages of a model."""
+    """Return the element-wise sums of integer counts over the pipeline stages of a model.
+
+    Collective: every rank must call this.
+    """
     import torch
     from megatron.core import parallel_state
 
@@ -56,7 +77,12 @@ def sum_over_stages(counts: list[int]) -> list[int]:
 
 
 def anywhere_in_model(flags: "np.ndarray") -> "np.ndarray":  # noqa: F821
-    """Which of the flags, bool (n,), are set on any tensor-, pipeline- or context-parallel peer."""
+    """Return which flags are set on any tensor-, pipeline- or context-parallel peer.
+
+    Both the flags and the result are bool (n,).
+
+    Collective: every rank must call this.
+    """
     import torch
     from megatron.core import parallel_state
 
@@ -70,14 +96,20 @@ def anywhere_in_model(flags: "np.ndarray") -> "np.ndarray":  # noqa: F821
 
 
 def barrier() -> None:
-    """Wait for every rank."""
+    """Wait until every rank has reached this call.
+
+    Collective: every rank must call this.
+    """
     import torch
 
     torch.distributed.barrier()
 
 
 def from_rank_zero(value):
-    """Rank 0's picklable value on every rank."""
+    """Return rank 0's value, which must be picklable, on every rank.
+
+    Collective: every rank must call this.
+    """
     import torch
 
     box = [value]
@@ -86,7 +118,13 @@ def from_rank_zero(value):
 
 
 def on_rank_zero(function, *arguments):
-    """What a function gives on rank 0, or the UserError that it raises there, on every rank."""
+    """Call a function on rank 0 and return its result on every rank.
+
+    Raises:
+        UserError: On every rank, if the function raises it on rank 0.
+
+    Collective: every rank must call this.
+    """
     outcome = None
     if is_main_process():
         try:

@@ -1,4 +1,4 @@
-"""Signals to a rank: from its terminal, its launcher and the cluster's scheduler."""
+"""Signal handling of a rank: signals from the terminal, the launcher and the scheduler."""
 
 import contextlib
 import ctypes
@@ -8,14 +8,16 @@ import sys
 
 from retemper.pipeline.distributed.topology import launched_world_size, local_device
 
-_asked_to_stop = False
+_stop_signal_received = False
 
 
 def follow_launcher() -> None:
-    """End this rank at once on Ctrl-C, and when its torchrun agent dies: an orphan would go on writing into the run's folder."""
-    signal.signal(
-        signal.SIGINT, lambda *_: os._exit(130)
-    )  # commits are atomic: there is nothing to unwind
+    """End this rank at once on Ctrl-C and when its torchrun agent dies.
+
+    An orphaned rank would continue to write into the run's folder.
+    """
+    # Commits are atomic, so there is nothing to clean up.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     if launched_world_size() and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -23,24 +25,32 @@ def follow_launcher() -> None:
 
 @contextlib.contextmanager
 def noting_signals():
-    """Within it SIGTERM and SIGUSR1, which schedulers send before they end a job, end nothing: asked_to_stop tells of them."""
+    """Record SIGTERM and SIGUSR1 within the context instead of ending the process.
 
-    def note(*_signal) -> None:
-        global _asked_to_stop
-        _asked_to_stop = True
+    Schedulers send these signals before they end a job; `asked_to_stop` reports them.
+    """
 
-    before = {asks: signal.signal(asks, note) for asks in (signal.SIGTERM, signal.SIGUSR1)}
+    def record(*_signal) -> None:
+        global _stop_signal_received
+        _stop_signal_received = True
+
+    previous_handlers = {
+        number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         yield
     finally:
-        for asks, handler in before.items():
-            signal.signal(asks, handler)
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
 
 
 def asked_to_stop() -> bool:
-    """Whether any rank has had a signal to stop. Every rank calls it."""
+    """Return whether any rank has received a signal to stop.
+
+    Collective: every rank must call this.
+    """
     import torch
 
-    asked = torch.tensor(int(_asked_to_stop), device=local_device(torch))
-    torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-    return bool(asked)
+    stop = torch.tensor(int(_stop_signal_received), device=local_device(torch))
+    torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
+    return bool(stop)

@@ -1,4 +1,4 @@
-"""Ranks and process groups: who this rank is, how it joins and leaves."""
+"""Ranks and process groups: identify this rank, join the groups and leave them."""
 
 import datetime
 import gc
@@ -14,11 +14,11 @@ from retemper.pipeline.schema.model import ModelSetup, ParallelConfig
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place: global rank, and index within each dimension of the parallel layout."""
+    """This rank's global rank and its index in each dimension of the parallel layout."""
 
     rank: int
     world_size: int
-    local_world_size: int  # ranks of this node
+    local_world_size: int  # number of ranks on this node
     tensor_parallel_rank: int
     pipeline_parallel_rank: int
     context_parallel_rank: int
@@ -30,36 +30,48 @@ class Topology:
 
 
 def launched_world_size() -> int | None:
-    """WORLD_SIZE as torchrun or Slurm set it; None outside a launcher."""
+    """Return WORLD_SIZE as set by torchrun or Slurm; None outside a launcher."""
     value = os.environ.get("WORLD_SIZE")
     return int(value) if value else None
 
 
 def is_main_process() -> bool:
-    """Whether this is global rank 0, also before any process group exists."""
+    """Return whether this is global rank 0, even before any process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def trust_extra_state() -> None:
-    """Let Transformer Engine read the state of delayed scaling, which it pickles: for checkpoints that a run of this config wrote."""
+    """Allow Transformer Engine to unpickle its state of delayed scaling.
+
+    Only for checkpoints that a run of this config wrote.
+    """
     os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
 
 
 def check_world_size(config: ModelSetup) -> None:
-    """Refuse, before any process group starts, a launch whose rank count is not the config's. Raises UserError."""
-    needed = config.parallel.world_size
-    got = launched_world_size() or 1
-    if needed != got:
+    """Check, before any process group starts, that the launch has the config's number of ranks.
+
+    Raises:
+        UserError: If it has another number of ranks.
+    """
+    required = config.parallel.world_size
+    launched = launched_world_size() or 1
+    if required != launched:
         sizes = config.parallel
         raise UserError(
-            f"The launch has {got} rank{'s' * (got != 1)}, but the config needs {needed} = tensor {sizes.tensor_parallel_size} × "
-            f"pipeline {sizes.pipeline_parallel_size} × context {sizes.context_parallel_size} × data {sizes.data_parallel_size}. "
-            f"Launch {needed} (torchrun --nproc-per-node …) or change parallel.*_size"
+            f"The launch has {launched} rank{'s' * (launched != 1)}, "
+            f"but the config needs {required} = tensor {sizes.tensor_parallel_size} × "
+            f"pipeline {sizes.pipeline_parallel_size} × "
+            f"context {sizes.context_parallel_size} × data {sizes.data_parallel_size}. "
+            f"Launch {required} (torchrun --nproc-per-node …) or change parallel.*_size"
         )
 
 
 def prepare_megatron() -> None:
-    """Make megatron-core importable here: on CPU where there is no GPU, and without what it says about missing parts."""
+    """Make megatron-core importable: on CPU if there is no GPU.
+
+    Warnings and log messages about missing optional components are silenced.
+    """
     warnings.filterwarnings("ignore", module=r"(megatron|torch|streaming)\.")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     for name in ("torch.utils.cpp_extension", "megatron.core", "torch.distributed"):
@@ -71,7 +83,12 @@ def prepare_megatron() -> None:
 
 
 def start(parallel: ParallelConfig) -> Topology:
-    """Join the process group and build megatron's model- and data-parallel groups. Call `stop` before starting another."""
+    """Join the process group and build megatron's model- and data-parallel groups.
+
+    Call `stop` before starting another layout.
+
+    Collective: every rank must call this.
+    """
     prepare_megatron()
     import torch
     from megatron.core import parallel_state
@@ -79,7 +96,9 @@ def start(parallel: ParallelConfig) -> Topology:
 
     if not torch.distributed.is_initialized():
         _join(torch)
-        gc.freeze()  # what imports made never dies: without this each of megatron-core's collections looks at it anew, 0.4 s of every save
+        # Objects created by imports live forever: without freezing them each of megatron-core's
+        # garbage collections scans them again, which takes 0.4 s of every save.
+        gc.freeze()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
@@ -89,7 +108,7 @@ def start(parallel: ParallelConfig) -> Topology:
         context_parallel_size=parallel.context_parallel_size,
     )
     if torch.cuda.is_available():
-        # Before a layer asks for it: the kind whose states a CUDA graph can draw from.
+        # Before any layer creates the tracker: a CUDA graph can use only this kind of states.
         initialize_rng_tracker(use_cudagraphable_rng=True)
     return Topology(
         rank=torch.distributed.get_rank(),
@@ -107,19 +126,29 @@ def start(parallel: ParallelConfig) -> Topology:
 
 
 def stop(*, leave: bool = True) -> None:
-    """Destroy megatron's groups and, with leave, the process group under them."""
+    """Destroy megatron's groups.
+
+    Args:
+        leave: Also destroy the default process group.
+
+    Collective: every rank must call this.
+    """
     import torch
     from megatron.core import parallel_state
 
-    gc.collect()  # a model that is still there, and its CUDA graph, know their groups: NCCL would wait for the graph's end
-    parallel_state.destroy_model_parallel()  # forgets its groups, but leaves them and their threads running
+    # An unreachable model and its CUDA graph still refer to their groups, and NCCL would wait for
+    # the end of the graph.
+    gc.collect()
+    # This drops megatron's references to the groups; the groups and their threads keep running.
+    parallel_state.destroy_model_parallel()
     if leave:
         torch.distributed.destroy_process_group()
         return
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
-    gc.collect()  # models know their groups: what is left of the one before keeps its threads
+    # Models refer to their groups: the remains of the previous model would keep its threads alive.
+    gc.collect()
 
 
 def _join(torch) -> None:
@@ -135,7 +164,8 @@ def _join(torch) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # CUDA records no graph of the default stream, and autograd works on the stream that a parameter was made on.
+        # CUDA cannot capture a graph on the default stream, and autograd uses the stream on which a
+        # parameter was created.
         torch.cuda.set_stream(torch.cuda.Stream())
         _check_shared_memory(int(os.environ["LOCAL_WORLD_SIZE"]))
     else:
@@ -146,17 +176,23 @@ def _join(torch) -> None:
 
 
 def _check_shared_memory(local_world_size: int, folder: str = "/dev/shm") -> None:
-    """NCCL's ranks of one node talk through shared memory, and a container has 64 MiB of it unless told: a bus error later on."""
-    needed = local_world_size * 64 << 20
+    """Check that the ranks of one node have enough shared memory for NCCL.
+
+    NCCL communicates through it within a node. A container has only 64 MiB by default, which leads
+    to a bus error later on.
+    """
+    required = local_world_size * 64 << 20
     free = shutil.disk_usage(folder).free
-    if local_world_size > 1 and free < needed:
+    if local_world_size > 1 and free < required:
         raise UserError(
-            f"{folder} has {free >> 20} MiB free, {local_world_size} ranks on one node need {needed >> 20}: "
-            "start the container with --ipc=host or --shm-size=8g, or remove what earlier runs left there"
+            f"{folder} has {free >> 20} MiB free, but {local_world_size} ranks on one node need "
+            f"{required >> 20} MiB: start the container with --ipc=host or --shm-size=8g, "
+            "or remove files of earlier runs from it"
         )
 
 
 def local_device(torch):
+    """Return this rank's torch.device: its current CUDA device, or the CPU."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Everything about a run that can be refused before a process group starts."""
+"""All checks of a run that need no process group."""
 
 from typing import Any
 
@@ -10,9 +10,13 @@ from retemper.pipeline.schema.run import Config
 
 
 def preflight(config: Config) -> dict[str, Any]:
-    """Check run folder, trunk, corpora and base. Raises UserError.
+    """Check run folder, trunk, corpora and base before a run starts.
 
-    Returns the fingerprints of data, tokenizer and base.
+    Returns:
+        The fingerprints of data, tokenizer and base.
+
+    Raises:
+        UserError: one of them is missing, was changed, or does not fit the config.
     """
     run_folder.check(config)
     check_trunk(config)

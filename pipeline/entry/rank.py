@@ -1,4 +1,7 @@
-"""What every rank of a launched job does around its work: check the input, join, work, report one clear error."""
+"""The entry point of every rank of a launched job.
+
+It checks the input, joins the process groups, does the work and reports one clear error.
+"""
 
 import os
 import sys
@@ -16,16 +19,23 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.model import ModelSetup
 from retemper.pipeline.schema.run import Config
 
-# What every rank finds, rank 0 says: the launcher ends the others once it has left. What one other rank finds, that
-# rank says after this time.
+# An error that all ranks raise is printed by rank 0 only: the launcher kills the others once rank 0
+# has exited. An error that only another rank raises is printed by that rank after this delay.
 _SECONDS_FOR_RANK_ZERO = 5
 
 
 def run_rank(
     load: Callable[[], Config], work: Callable[[Config, topologies.Topology, dict[str, Any]], None]
 ) -> int:
-    """Load and check the config, start the process groups, call work(config, topology, fingerprints). Returns the exit code."""
+    """Load and check a config, start the process groups and do the work.
 
+    Args:
+        load: returns the config; may raise UserError.
+        work: is called as work(config, topology, fingerprints).
+
+    Returns:
+        The exit code.
+    """
     from retemper.pipeline.model.kernels import check_graph, check_precision
 
     def prepare() -> tuple[Config, dict[str, Any]]:
@@ -44,9 +54,16 @@ def run_prepared[Setup: ModelSetup](
     prepare: Callable[[], tuple[Setup, dict[str, Any]]],
     work: Callable[[Setup, topologies.Topology, dict[str, Any]], None],
 ) -> int:
-    """prepare() checks the input and gives a setup and fingerprints; then work(setup, topology, fingerprints). Returns the exit code.
+    """Call prepare(), start the process groups, call work(setup, topology, fingerprints).
 
-    Whatever the person got wrong is refused before any process group starts, and said once.
+    User errors are detected before any process group starts, and printed once.
+
+    Args:
+        prepare: checks the input and returns a setup and fingerprints.
+        work: gets rank 0's fingerprints.
+
+    Returns:
+        The exit code.
     """
     follow_launcher()
     try:
@@ -55,14 +72,17 @@ def run_prepared[Setup: ModelSetup](
         prepared = _inputs_of_rank_zero(topology.rank, prepared)
         work(setup, topology, prepared)
     except (UserError, OSError) as error:
-        _say(error)
+        _print_error(error)
         return 1
     topologies.stop()
     return 0
 
 
 def leave(code: int) -> NoReturn:
-    """End this process: everything is closed by now, and what native libraries say of themselves at an interpreter's end helps nobody."""
+    """Exit at once, when everything is closed already.
+
+    This skips interpreter teardown: NCCL and CUDA print spurious errors there.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -75,10 +95,16 @@ def _prepare_environment(config: Config) -> None:
 
 
 def _inputs_of_rank_zero(rank: int, fingerprints: dict[str, Any]) -> dict[str, Any]:
-    """Rank 0's fingerprints. Raises UserError where this rank has others.
+    """Return rank 0's fingerprints, after a comparison with those of this rank.
 
-    A path may lead to other files on another node. Of a base that still trains, ranks may have seen
-    different newest checkpoints: rank 0's counts, and every rank that loads it compares its files.
+    The same path may lead to other files on another node. If the base is still being trained, ranks
+    may have seen different newest checkpoints: that of rank 0 is used, and every rank that loads it
+    compares its files.
+
+    Raises:
+        UserError: this rank has other data or another tokenizer.
+
+    Collective: every rank must call this.
     """
     expected = from_rank_zero(fingerprints)
     changes = [
@@ -88,12 +114,12 @@ def _inputs_of_rank_zero(rank: int, fingerprints: dict[str, Any]) -> dict[str, A
         listed = "\n".join(f"  - {change}" for change in changes)
         raise UserError(
             f"rank {rank} has other inputs than rank 0:\n{listed}\n"
-            "Give every node the same data.path and tokenizer"
+            "Provide the same data.path and tokenizer on every node"
         )
     return expected
 
 
-def _say(error: Exception) -> None:
+def _print_error(error: Exception) -> None:
     if not topologies.is_main_process():
         time.sleep(_SECONDS_FOR_RANK_ZERO)
     print(f"error: {error}", file=sys.stderr, flush=True)

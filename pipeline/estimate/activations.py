@@ -1,24 +1,29 @@
-"""Activations that a rank keeps for the backward pass and works with, by arithmetic: those of megatron-core's own layers with our
-attention (model/build.py, model/attention.py), which autograd keeps on CPU. activations_te.py has Transformer Engine's."""
+"""The activation memory of a rank, by arithmetic.
+
+It covers megatron-core's layers with the attention in model/attention.py, as model/build.py builds
+them on CPU: the tensors that autograd saves for the backward pass, and temporary ones.
+activations_te.py covers Transformer Engine's layers.
+"""
 
 from retemper.pipeline.schema.model import ModelSetup
 from retemper.pipeline.schema.run import Config
 
 SHARDED_BY_INPUT = ("o", "down")
-# model/frozen_head.py's: tokens of a piece of the sequence, whose logits are there at once.
+# As in model/frozen_head.py: tokens per piece of the sequence, whose logits exist at the same time.
 PIECE = 1024
 
 
 def bytes_of_element(config: ModelSetup) -> int:
-    """Bytes of a weight, and of an activation, where they are not in FP8."""
+    """Return the bytes of an element of a weight or activation that is not in FP8."""
     return 4 if config.precision == "fp32" else 2
 
 
 class Activations:
-    """What one rank keeps of a micro-batch, and works with, in bytes.
+    """The saved and the temporary activations of one micro-batch on one rank, in bytes.
 
-    Sizes are a rank's: tokens that its matrices see, own tokens (its share under sequence parallelism), and features of the
-    hidden state h, queries q, keys k (as many as values), and the feed-forward layer f.
+    All sizes are per rank: `tokens` of its matrix multiplications, `own` tokens (its share under
+    sequence parallelism), and the numbers of features of the hidden state `h`, queries `q`, keys
+    `k` (as many as values), and the feed-forward layer `f`.
     """
 
     def __init__(self, config: Config, micro_batch_size: int):
@@ -39,17 +44,16 @@ class Activations:
         self.k = model.kv_channels * model.num_query_groups // tp
         targets = self.lora.targets if self.lora else []
         self.adapted = not {"gate", "up"}.isdisjoint(targets)
-        self.reads_product = (
-            self.full or "down" in targets
-        )  # what down reads is kept for the gradient of a weight
-        of_column = {"q": self.q, "k": self.k, "v": self.k, "gate": self.f, "up": self.f}
-        self.features = {target: (self.h, out) for target, out in of_column.items()} | {
+        # Whether the input of down is saved for the gradient of a weight.
+        self.reads_product = self.full or "down" in targets
+        outputs = {"q": self.q, "k": self.k, "v": self.k, "gate": self.f, "up": self.f}
+        self.features = {target: (self.h, out) for target, out in outputs.items()} | {
             "o": (self.q, self.h),
             "down": (self.f, self.h),
         }
 
     def moments(self, stage: int) -> list[tuple[int, int]]:
-        """(kept for the backward pass, temporary) at those moments of a training step that may hold the most."""
+        """Return (saved for the backward pass, temporary) at possible peaks of a training step."""
         parallel = self.config.parallel
         last = stage == self.config.parallel.pipeline_parallel_size - 1
         layers = self.config.model.num_layers // (
@@ -57,12 +61,13 @@ class Activations:
         )
         hidden = self.own * self.h * self.element
         kept, again = self.of_layer(stage)
-        # Each chunk of layers also holds what it gives on: to the pipeline, or to the final norm.
+        # Each chunk of layers also keeps its output, for the pipeline or the final norm.
         chunk = layers * kept + hidden
         in_flight = chunks_in_flight(self.config, stage)
         activations = in_flight * chunk + self.constant(stage)
         if parallel.virtual_pipeline_parallel_size > 1:
-            # The interleaved schedule receives what it works on next, an input and a gradient, and lets go of the gradient it sent then.
+            # The interleaved schedule receives its next input and gradient in advance, and only
+            # then frees the gradient that it has sent.
             activations += 3 * hidden
         if (
             stage == 0
@@ -70,18 +75,18 @@ class Activations:
             and self.lora
             and not {"q", "k", "v", "o"} & set(self.lora.targets)
         ):
-            # Nothing trains before the first feed-forward layer: no gradient passes through what precedes it.
+            # Without trainable parameters before the first feed-forward layer no gradient passes
+            # through what precedes it.
             activations -= (
                 in_flight // parallel.virtual_pipeline_parallel_size * (self.attention() + hidden)
             )
-        # Computed again, a layer's output is there already, and its gradient.
+        # During recomputation the layer's output and its gradient exist already.
         forward = self.forward() + (hidden if again else -hidden)
         moments = [(activations, again + max(self.backward(), forward))]
         if last:
             moments.append((activations, self.loss()))
-        if (
-            stage == 0 and self.full
-        ):  # the gradient of the embedding, when all else of a micro-batch is done
+        if stage == 0 and self.full:
+            # The gradient of the embedding, computed last in a micro-batch.
             moments.append(
                 (
                     (in_flight - 1) * chunk + self.constant(stage),
@@ -91,42 +96,44 @@ class Activations:
         return moments
 
     def of_layer(self, stage: int) -> tuple[int, int]:
-        """(kept of a layer of the stage for the backward pass, computed again in it)"""
+        """Return (saved for the backward pass, recomputed in it) of a layer of the stage."""
         attention = self.attention()
         norm = self.norm("gate", "up")
         ffn = self.feed_forward()
         hidden = self.own * self.h * self.element
         return {
             "none": (attention + norm + ffn, 0),
-            "selective": (
-                attention + norm,
-                ffn,
-            ),  # within a layer, what follows the norm is computed again
-            "full": (hidden, attention + norm + ffn - hidden),  # a layer's input is kept
+            # Within a layer, everything after the norm is recomputed.
+            "selective": (attention + norm, ffn),
+            "full": (hidden, attention + norm + ffn - hidden),  # only a layer's input is saved
         }[self.config.parallel.recompute]
 
     def constant(self, _stage: int) -> int:
-        """What is held beside, however many micro-batches wait: nothing here."""
+        """Return the bytes independent of the number of micro-batches in flight: none here."""
         return 0
 
     def scoring(self, stage: int) -> int:
-        """Of a forward pass that nothing follows: hidden states with logits, or with what a feed-forward layer makes of them."""
+        """Return the bytes of a forward pass without a backward pass.
+
+        They are hidden states and logits, or hidden states and the tensors of a feed-forward layer.
+        """
         last = stage == self.config.parallel.pipeline_parallel_size - 1
-        scored = self.tokens if self.full else self.of_piece()
-        logits = scored * self.vocabulary * (4 if self.element == 4 else 6) if last else 0
-        # gate and up, SiLU's output, up + 0 and their product; or the base's gate and up, what adapters add, and the sum.
+        tokens = self.tokens if self.full else self.of_piece()
+        logits = tokens * self.vocabulary * (4 if self.element == 4 else 6) if last else 0
+        # gate and up, SiLU's output, up + 0 and their product; or gate and up of the base, the
+        # outputs of the adapters, and the sums.
         gates = 6 if self.adapted else 5
         return 4 * self.own * self.h * self.element + max(
             logits, gates * self.tokens * self.f * self.element
         )
 
     def norm(self, *targets: str) -> int:
-        """RMSNorm, of which the linear layers `targets` read."""
+        """Return the bytes that RMSNorm saves; its output is the input of the layers `targets`."""
         elements = self.own * self.h
         # Its input is the residual stream. Composed of smaller operations it works in float32.
         kept = elements * 4 + self.own * 4
         if self.full:
-            kept += elements * 4  # normalised, for the weight's gradient
+            kept += elements * 4  # the normalised input, for the weight's gradient
         return kept + self.input_of(
             targets,
             elements,
@@ -134,21 +141,33 @@ class Activations:
         )
 
     def input_of(self, targets: tuple[str, ...], elements: int, *, read_later: bool = False) -> int:
-        """What a linear layer reads, which it keeps where a weight on it trains, and its adapters' hidden states."""
+        """Return the bytes that a linear layer saves: its input, and its adapters' hidden states.
+
+        Args:
+            targets: the names of its parts.
+            elements: of the input, which is saved where a weight that multiplies it is trainable.
+            read_later: whether recomputation needs the input in any case.
+        """
         adapted = [target for target in targets if self.lora and target in self.lora.targets]
         kept = elements * self.element if read_later or (adapted and not self.lora.dropout) else 0
         if self.full and not read_later:
             in_fp8 = self.config.fp8_recipe and "head" not in targets
-            kept = elements * (
-                1 if in_fp8 else self.element
-            )  # for the weight's gradient, as it was multiplied
+            # For the weight's gradient, in the precision of the multiplication.
+            kept = elements * (1 if in_fp8 else self.element)
         if adapted and self.lora.dropout:
-            kept += elements * 2 * self.element  # what dropout leaves, and its mask
+            kept += elements * 2 * self.element  # the output of dropout, and its mask
         return kept + (self.adapters(adapted, targets) if adapted else 0)
 
     def adapters(self, adapted: list[str], parts: tuple[str, ...]) -> int:
-        """What the adapters of a layer of these parts keep beside its input: hidden states, their factors where they are joined, and
-        what DoRA computes with."""
+        """Return the bytes that the adapters of a layer save besides its input.
+
+        They are hidden states, the adapters' factors where these are concatenated, and for DoRA the
+        outputs of base and adapters.
+
+        Args:
+            adapted: the parts of the layer that have adapters.
+            parts: all parts of the layer.
+        """
         features_in = self.features[adapted[0]][0]
         features_out = sum(self.features[part][1] for part in parts)
         rank = len(adapted) * self.lora.rank * (2 if self.lora.pissa else 1)
@@ -158,50 +177,60 @@ class Activations:
         if self.lora.pissa or not by_input:
             elements += rank * (features_in + features_out)
         if self.lora.dora:
-            elements += 2 * tokens * features_out  # the base's output and the adapters'
+            elements += 2 * tokens * features_out  # the outputs of the base and of the adapters
         return elements * self.element
 
     def attention(self) -> int:
+        """Return the bytes saved from the norm before attention to the output of o."""
         tokens, element = self.tokens, self.element
         kept = self.norm("q", "k", "v")
-        kept += (
-            tokens * (self.q + 2 * self.k) * element
-        )  # q, k, v as the linear layer gives them: v is a view of it
+        # The output of the linear layer for q, k and v: v is a view of it.
+        kept += tokens * (self.q + 2 * self.k) * element
         kept += tokens * (self.q + self.k) * element  # q and k rotated
-        kept += (
-            4 * self.sequence * self.config.model.kv_channels * element
-        )  # cosines and sines for both
+        # Cosines and sines for both.
+        kept += 4 * self.sequence * self.config.model.kv_channels * element
         if self.config.model.qk_norm:
             kept += tokens * (self.q + self.k) * (4 if self.full else 0) + tokens * self.q * element
         if self.context > 1:
             kept += self.in_context()
-        kept += (
-            tokens * self.q * element + tokens * self.heads * 4
-        )  # attention's output, and the logarithms of its sums
+        # The output of attention, and the logarithms of the softmax's sums.
+        kept += tokens * self.q * element + tokens * self.heads * 4
         return kept + self.input_of(
             ("o",), 0 if not (self.lora and self.lora.dropout) else tokens * self.q
         )
 
     def in_context(self) -> int:
-        """Beyond that: keys and values of the whole sequence instead of a part's, and each part of the queries with its mask."""
+        """Return the additional bytes of attention under context parallelism.
+
+        They are keys and values of the whole sequence instead of a part, and each part of the
+        queries with its mask.
+        """
         keys = 2 * self.tokens * self.context * self.k - self.tokens * (self.q + 3 * self.k)
         masks = (2 * self.context + 1) * (self.sequence // 2) ** 2
         return (keys + masks + self.tokens * self.q) * self.element
 
     def feed_forward(self) -> int:
+        """Return the bytes that a feed-forward layer saves."""
         gate = self.tokens * self.f * self.element
-        # gate and up as the linear layer gives them, SiLU's output, megatron-core's up + 0; their product is read by down.
+        # gate and up as output by the linear layer, SiLU's output, megatron-core's up + 0. The
+        # product of the latter two is the input of down.
         return 4 * gate + self.input_of(("down",), self.tokens * self.f)
 
     def forward(self) -> int:
-        """Of adapters on gate and up, beyond what is kept once the layer is done: the base's output and what is added to it, while
-        SiLU's output, up + 0 and down's input are not there yet."""
+        """Return the temporary bytes in the forward pass of adapters on gate and up.
+
+        They exceed what is saved at the end of the layer by the outputs of base and adapters, while
+        SiLU's output, up + 0 and the input of down do not exist yet.
+        """
         later = 3 if self.reads_product else 2
         return (4 - later) * self.tokens * self.f * self.element if self.adapted else 0
 
     def backward(self) -> int:
-        """Of a feed-forward layer, beyond what is kept: the gradients of its output, of the product and of its two factors, less the
-        product where it was kept and is gone; or those of the product and of down's weight."""
+        """Return the temporary bytes in the backward pass of a feed-forward layer.
+
+        They are the gradients of its output, of the product and of its two factors, less the
+        product where it was saved and is freed; or those of the product and of the weight of down.
+        """
         product = self.tokens * self.f * self.element
         weight = self.h * self.f * self.element if self.full else 0
         return self.own * self.h * self.element + max(
@@ -209,26 +238,31 @@ class Activations:
         )
 
     def loss(self) -> int:
-        """Of logits: the float32 softmax in the place of its gradient, and of bf16 the logits or their gradient beside it."""
+        """Return the temporary bytes of the output head and loss.
+
+        They are the float32 softmax, overwritten by its gradient, and for bf16 the logits or their
+        gradient in addition.
+        """
         if not self.full:
             return self.norm("head") - self.own * self.h * self.element + self.loss_by_pieces()
         logits = self.tokens * self.vocabulary
         gradients = (self.tokens * self.h + self.vocabulary * self.h) * self.element
-        final_norm = self.norm("head") - self.own * self.h * self.element  # whose input is kept
+        final_norm = self.norm("head") - self.own * self.h * self.element  # its input is saved
         if self.config.parallel.sequence_parallel:
-            final_norm += (
-                self.tokens * self.h * self.element
-            )  # megatron-core's buffer for the gathered input
+            # megatron-core's buffer for the gathered input.
+            final_norm += self.tokens * self.h * self.element
         if self.element == 4:
             return final_norm + 4 * logits + gradients
         return final_norm + max(6 * logits, 2 * logits + gradients)
 
     def loss_by_pieces(self) -> int:
-        """Of a frozen head (model/frozen_head.py): a piece's logits, or what the backward pass makes of what it kept of all.
+        """Return the temporary bytes of a frozen head and the loss (model/frozen_head.py).
 
-        For each of the piece's logits that and its float32 power, in the same place unless they are in bf16, a byte for
-        whether it is the label's, and in bf16 the softmax. Beside them hidden states, under sequence parallelism gathered,
-        and their gradient. In the backward pass that, the labels' rows of the weight, and in float32 both terms and their sum.
+        In the forward pass they are, for each logit of a piece, the logit and its float32
+        exponential, in the same memory unless the logit is in bf16; one byte for whether it belongs
+        to the label; and in bf16 the softmax. In addition there are the hidden states, gathered
+        under sequence parallelism, and their gradient. In the backward pass they are that gradient,
+        the labels' rows of the weight, and in float32 both terms and their sum.
         """
         hidden = self.tokens * self.h
         own = self.own * self.h
@@ -237,14 +271,15 @@ class Activations:
         return max((states + hidden) * self.element + logits, hidden * (2 * self.element + 3 * 4))
 
     def of_piece(self) -> int:
-        """Tokens of the largest piece."""
+        """Return the number of tokens in the largest piece."""
         return min(PIECE, self.tokens)
 
 
 def chunks_in_flight(config: Config, stage: int) -> int:
-    """Forward passes of this stage's chunks of layers that wait for their backward pass, in megatron-core's 1F1B schedules.
+    """Return how many forward passes of this stage's chunks of layers await their backward pass.
 
-    https://arxiv.org/abs/2104.04473, 2.2; the interleaved one's warm-up is get_pp_rank_microbatches of megatron-core's schedules.py.
+    The schedules are 1F1B of megatron-core (https://arxiv.org/abs/2104.04473, section 2.2); the
+    warm-up of the interleaved one is get_pp_rank_microbatches in megatron-core's schedules.py.
     """
     parallel, train = config.parallel, config.train
     stages, chunks = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size

@@ -1,8 +1,8 @@
-"""Activations of a rank on a GPU: what Transformer Engine's layers keep and work with.
+"""The activation memory of a rank on a GPU, with Transformer Engine's layers.
 
-By arithmetic alone: counted by reading Transformer Engine 2.19 (module/layernorm_linear.py,
-module/linear.py and attention/dot_product_attention/ of its PyTorch code), and held to measured
-peaks by tests/unit/test_memory.py.
+It is computed by arithmetic only, as derived from the PyTorch code of Transformer Engine 2.19
+(module/layernorm_linear.py, module/linear.py and attention/dot_product_attention/), and is tested
+against measured peaks in tests/unit/test_memory.py.
 """
 
 import math
@@ -12,22 +12,26 @@ from retemper.pipeline.schema.model import ModelSetup
 from retemper.pipeline.schema.run import Config
 from retemper.pipeline.schema.shapes import linear_layers
 
-# cuBLAS's on Hopper: 32 MiB of Transformer Engine's (cpp_extensions/gemm.py), as many of torch's.
+# cuBLAS workspaces on Hopper: 32 MiB of Transformer Engine (cpp_extensions/gemm.py), 32 of torch.
 _WORKSPACES = 64 * 2**20
-# Bytes of a number in FP8, its share of a scale included.
+# Bytes per element in FP8, including its share of a scale.
 _FP8_BYTES = {"delayed": 1, "tensorwise": 1, "blockwise": 1 + 4 / 128, "mxfp8": 1 + 1 / 32}
-# model/adapted.py's: below this rank B of several adapters is a copy in blocks.
+# As in model/adapted.py: below this rank, the B of several adapters are copied into one matrix of
+# blocks.
 APART_FROM_RANK = 64
 
 
 def layers_in_bf16(config: ModelSetup, stage: int) -> int:
-    """How many layers of a pipeline stage an 8-bit precision leaves in bf16."""
+    """Return how many layers of a pipeline stage remain in bf16 under an FP8 recipe."""
     last = config.parallel.pipeline_parallel_size - 1
     return config.fp8.bf16_layers * ((stage == 0) + (stage == last))
 
 
 class TransformerEngineActivations(Activations):
-    """What one rank keeps of a micro-batch, and works with, in bytes; sizes as in Activations."""
+    """The saved and the temporary activations of one micro-batch on one rank, in bytes.
+
+    The names of sizes are those of Activations.
+    """
 
     def __init__(self, config: Config, micro_batch_size: int):
         super().__init__(config, micro_batch_size)
@@ -36,45 +40,49 @@ class TransformerEngineActivations(Activations):
         self.fp8 = _FP8_BYTES[config.fp8_recipe] if config.fp8_recipe else None
 
     def of_layer(self, stage: int) -> tuple[int, int]:
-        """(kept of a layer for the backward pass, computed again in it), a mean over the stage."""
+        """Return (saved for the backward pass, recomputed in it) of an average layer of a stage."""
         layers = self.config.model.num_layers // self.config.parallel.pipeline_parallel_size
         in_bf16 = layers_in_bf16(self.config, stage)
-        of_bf16 = TransformerEngineActivations(self.config, self.micro_batch_size)
-        of_bf16.fp8 = None
-        pairs = zip(of_bf16._of_equal_layers(), self._of_equal_layers(), strict=True)
+        bf16 = TransformerEngineActivations(self.config, self.micro_batch_size)
+        bf16.fp8 = None
+        pairs = zip(bf16._uniform_layer(), self._uniform_layer(), strict=True)
         kept, again = ((in_bf16 * a + (layers - in_bf16) * b) // layers for a, b in pairs)
         return kept, again
 
-    def _of_equal_layers(self) -> tuple[int, int]:
+    def _uniform_layer(self) -> tuple[int, int]:
         hidden = self.own * self.h * self.element
         attention = self.attention()
         ffn = self.norm("gate", "up") + self.feed_forward()
-        # The norm is a part of the layer that is computed again, unless it stands apart from it:
-        # then that layer's input is kept beside the norm's.
-        apart = self.fused_adapters and self.adapted
-        from_here = 2 * hidden if apart else hidden
+        # The norm is a part of the layer that is recomputed, unless it is a separate module: then
+        # the input of that layer is saved in addition to that of the norm.
+        separate_norm = self.fused_adapters and self.adapted
+        inputs = 2 * hidden if separate_norm else hidden
         return {
             "none": (attention + ffn, 0),
-            "selective": (attention + from_here, ffn - from_here),
+            "selective": (attention + inputs, ffn - inputs),
             "full": (hidden, attention + ffn - hidden),
         }[self.config.parallel.recompute]
 
     def constant(self, stage: int) -> int:
-        """What is held beside, however many micro-batches wait."""
-        held = _WORKSPACES
+        """Return the bytes that do not depend on the number of micro-batches in flight."""
+        size = _WORKSPACES
         if self.full:
-            # In the place of gradients that are summed in float32 already autograd is given an
-            # unused tensor, one for each shape (module/base.py, get_dummy_wgrad).
-            sizes = linear_layers(self.config.model).values()
+            # Autograd gets an unused tensor, one per shape, instead of those gradients that were
+            # accumulated in float32 already (module/base.py, get_dummy_wgrad).
+            shapes = linear_layers(self.config.model).values()
             tp = self.config.parallel.tensor_parallel_size
-            held += sum(math.prod(size) for size in sizes) // tp * self.element
+            size += sum(math.prod(shape) for shape in shapes) // tp * self.element
         if self.fused_adapters:
             layers = self.config.model.num_layers // self.config.parallel.pipeline_parallel_size
-            held += layers * sum(self._joined(parts) for parts in (("q", "k", "v"), ("gate", "up")))
-        return held
+            layer_parts = (("q", "k", "v"), ("gate", "up"))
+            size += layers * sum(self._joined_factors(parts) for parts in layer_parts)
+        return size
 
-    def _joined(self, parts: tuple[str, ...]) -> int:
-        """Joined copies of a layer's factors, and sums of their gradients (model/adapted.py)."""
+    def _joined_factors(self, parts: tuple[str, ...]) -> int:
+        """Return the bytes of a layer's concatenated LoRA factors and of their summed gradients.
+
+        See model/adapted.py.
+        """
         adapted = [part for part in parts if part in self.lora.targets]
         rank = len(adapted) * self.lora.rank
         elements = rank * self.h
@@ -83,17 +91,20 @@ class TransformerEngineActivations(Activations):
         return elements * (self.element + 4)
 
     def in_fp8(self, elements: int) -> int:
-        """Bytes of a copy in FP8; of none where a layer is not computed in it."""
+        """Return the bytes of an FP8 copy of some elements; 0 where a layer is not in FP8."""
         return round(elements * self.fp8) if self.fp8 else 0
 
     def norm(self, *targets: str) -> int:
-        """RMSNorm, of which the layers `targets` read: its input, a number a token, its output."""
+        """Return the bytes that RMSNorm saves; its output is the input of the layers `targets`.
+
+        They are its input, one number per token, and its output.
+        """
         elements = self.own * self.h
         return elements * self.element + self.own * 4 + self.input_of(targets, elements)
 
     def input_of(self, targets: tuple[str, ...], elements: int) -> int:
-        """What a layer of these parts keeps of what it reads, a layer with adapters theirs too."""
-        if self.full:  # for the weight's gradient, as it was multiplied
+        """Return the bytes that a layer of these parts saves of its input, and for its adapters."""
+        if self.full:  # for the weight's gradient, in the precision of the multiplication
             quantized = self.fp8 and "head" not in targets
             return self.in_fp8(elements) if quantized else elements * self.element
         adapted = [target for target in targets if target in self.lora.targets]
@@ -101,91 +112,98 @@ class TransformerEngineActivations(Activations):
             return 0
         kept = elements * self.element
         if self.lora.dropout:
-            kept += elements  # beside what dropout leaves its mask
+            kept += elements  # the mask of dropout, besides its output
         if not self.fused_adapters and targets[0] not in SHARDED_BY_INPUT:
             kept += self._beside_returned_norm(elements)
         return kept + self.adapters(adapted, targets)
 
     def _beside_returned_norm(self, elements: int) -> int:
-        """What a layer with its norm inside keeps of the norm's output where it gives that out.
+        """Return the bytes that a layer with a fused norm saves if it returns the norm's output.
 
-        A copy in FP8; in bf16 that output itself (layernorm_linear.py, ln_out_to_save), which is
-        the adapters' input too unless dropout makes another.
+        It saves a copy in FP8; in bf16 that output itself (layernorm_linear.py, ln_out_to_save),
+        which is also the adapters' input unless there is dropout.
         """
         if self.fp8:
             return self.in_fp8(elements)
         return elements * self.element if self.lora.dropout else 0
 
     def adapters(self, adapted: list[str], parts: tuple[str, ...]) -> int:
-        """What adapters keep beside a layer's input: fused ones their hidden states alone."""
+        """Return the bytes that adapters save besides a layer's input.
+
+        Fused adapters save only their hidden states.
+        """
         if not self.fused_adapters:
             return super().adapters(adapted, parts)
         tokens = self.own if parts[0] in SHARDED_BY_INPUT else self.tokens
         return tokens * len(adapted) * self.lora.rank * self.element
 
     def attention(self) -> int:
-        """From the norm before it to its output, which o reads."""
+        """Return the bytes saved from the norm before attention to the input of o."""
         kept = self.norm("q", "k", "v") + self._core_attention() + self._input_of_o()
         kept += self.tokens * self.heads * 4  # logarithms of the softmax's sums
-        if self.config.model.qk_norm:  # what these norms read, and a number a head
-            read = self.q + self.k
-            kept += self.tokens * (read * self.element + read // self.config.model.kv_channels * 4)
-        if self.element == 4:  # no fused kernel takes float32: the scores' softmax is kept
+        if self.config.model.qk_norm:  # the inputs of these norms, and a number per head
+            inputs = self.q + self.k
+            heads = inputs // self.config.model.kv_channels
+            kept += self.tokens * (inputs * self.element + heads * 4)
+        if self.element == 4:  # no fused kernel supports float32: the scores' softmax is saved
             kept += self.heads * self.micro_batch_size * self.sequence**2 * 4
         return kept
 
     def _core_attention(self) -> int:
-        """Queries, keys and values, rotated, and the output; in FP8 with fp8.attention.
+        """Return the saved bytes of rotated queries and keys, values and output.
 
-        Of that output, with scales of this step, bf16 is kept (backends.py, FusedAttnFunc).
+        They are in FP8 with fp8.attention, except that with current scaling the output is saved in
+        bf16 (backends.py, FusedAttnFunc).
         """
-        read = self.tokens * (self.q + 2 * self.k)
+        inputs = self.tokens * (self.q + 2 * self.k)
         output = self.tokens * self.q
         if not (self.config.fp8.attention and self.fp8):
-            return (read + output) * self.element
+            return (inputs + output) * self.element
         kept = output * self.element if self._keeps_output() else self.in_fp8(output)
-        return self.in_fp8(read) + kept
+        return self.in_fp8(inputs) + kept
 
     def _keeps_output(self) -> bool:
-        """Whether attention keeps its output as o reads it."""
+        """Return whether attention saves its output in the form that is the input of o."""
         return not (self.config.fp8.attention and self.config.fp8_recipe == "delayed")
 
     def _input_of_o(self) -> int:
-        """What o keeps beyond what attention keeps already."""
+        """Return the bytes that o saves in addition to those that attention saves."""
         elements = self.tokens * self.q
         kept = self.input_of(("o",), elements)
-        of_its_own = self.fp8 if self.full else self.lora.dropout
-        shared = kept and self._keeps_output() and not of_its_own
+        separate_copy = self.fp8 if self.full else self.lora.dropout
+        shared = kept and self._keeps_output() and not separate_copy
         return kept - (elements * self.element if shared else 0)
 
     def feed_forward(self) -> int:
-        """gate and up, from which SwiGLU's backward pass computes, and their product for down."""
+        """Return the bytes saved of gate and up for SwiGLU's backward pass, and of down's input."""
         product = self.tokens * self.f
         return 2 * product * self.element + self.input_of(("down",), product)
 
     def forward(self) -> int:
-        """Of plain adapters on gate and up, beyond what is kept once the layer is done.
+        """Return the temporary bytes in the forward pass of unfused adapters on gate and up.
 
-        The base's output and what is added to it, while their sum's product is not there yet.
+        They exceed what is saved at the end of the layer by the outputs of base and adapters, while
+        the product of gate and up does not exist yet.
         """
         if not self.adapted or self.fused_adapters:
             return 0
         return (3 if self.reads_product else 4) * self.tokens * self.f * self.element
 
     def backward(self) -> int:
-        """Of one layer, beyond what is kept, the most of three moments.
+        """Return the temporary bytes in the backward pass of one layer, the most of three moments.
 
-        In SwiGLU the gradients of its output and of its two factors. In the layer of gate and up
-        the gradients of its input and, in FP8 beside bf16, of its output, with a frozen weight's
-        other order; gate and up are gone. From both what down kept of its input is gone too. In
-        attention the gradients of its output, of queries, keys and values, and a sum of that of
-        queries in float32, when all that the feed-forward layer kept is gone.
+        In SwiGLU they are the gradients of its output and of its two factors. In the layer of gate
+        and up they are the gradients of its input and, in FP8 besides bf16, of its output, with the
+        transpose of a frozen weight; gate and up are freed. In both cases the saved input of down
+        is freed, too. In attention they are the gradients of its output, of queries, keys and
+        values, and a float32 sum of that of queries, when everything that the feed-forward layer
+        saved is freed.
         """
         hidden = self.own * self.h * self.element
         product = self.tokens * self.f
-        gone = self.input_of(("down",), product)
-        swiglu = 3 * product * self.element - gone
-        column = hidden + self._orders_of_gradient() * self.in_fp8(2 * product) - gone
+        freed = self.input_of(("down",), product)
+        swiglu = 3 * product * self.element - freed
+        column = hidden + self._orders_of_gradient() * self.in_fp8(2 * product) - freed
         if not self.full and self.fp8 and not self.config.fp8.keep_transposed:
             column += self.in_fp8(2 * self.h * self.f)
         attention = self.tokens * (2 * (self.q + self.k) * self.element + self.q * 4)
@@ -195,33 +213,37 @@ class TransformerEngineActivations(Activations):
         return hidden + max(swiglu, column, attention)
 
     def _orders_of_gradient(self) -> int:
-        """In how many orders the gradient of gate and up is cast to FP8.
+        """Return the number of FP8 copies of the gradient of gate and up, transposed or not.
 
-        A layer with its norm inside casts to both, whatever trains (layernorm_linear.py).
+        A layer with a fused norm always makes both (layernorm_linear.py).
         """
         return 1 if self.fused_adapters and self.adapted else 2
 
     def _ring(self) -> int:
-        """Other context-parallel ranks' keys and values, and gradients: one sent, one received."""
+        """Return the bytes of other context-parallel ranks' keys and values and their gradients.
+
+        There are two of each: one is sent while one is received.
+        """
         return 4 * self.tokens * 2 * self.k * self.element
 
     def scoring(self, stage: int) -> int:
-        """Of a forward pass that nothing follows.
+        """Return the bytes of a forward pass without a backward pass.
 
-        Hidden states with logits, or with gate, up and their product; of adapters on gate and up
-        the base's output, what is added to it, and the sum.
+        They are hidden states with logits, or with gate, up and their product; with adapters on
+        gate and up, the outputs of base and adapters, and the sums.
         """
         logits = 0
         if stage == self.config.parallel.pipeline_parallel_size - 1:
-            of_all = self.tokens * (4 if self.element == 4 else 6)
-            logits = of_all if self.full else self.of_piece() * self.element
+            all_tokens = self.tokens * (4 if self.element == 4 else 6)
+            logits = all_tokens if self.full else self.of_piece() * self.element
         gates = (6 if self.adapted else 3) * self.tokens * self.f * self.element
         return 4 * self.own * self.h * self.element + max(logits * self.vocabulary, gates)
 
     def loss_by_pieces(self) -> int:
-        """Of a frozen head: a piece's logits and their softmax, with hidden states and their gradient.
+        """Return the temporary bytes of a frozen head and the loss.
 
-        What is in float32 between them stays in the registers of a compiled kernel.
+        They are a piece's logits and their softmax, hidden states and their gradient. The float32
+        values in between stay in the registers of a compiled kernel.
         """
         hidden = self.tokens * self.h
         gathered = hidden if self.config.parallel.sequence_parallel else 0

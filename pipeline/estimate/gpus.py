@@ -1,9 +1,11 @@
-"""Peak arithmetic of GPUs by name."""
+"""Peak FLOP/s of GPUs by name."""
 
-# Dense FLOP/s of a tensor core by the name that CUDA reports, first match first; where NVIDIA prints a figure with sparsity, half of it.
-# https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet (H100: SXM, PCIe, NVL),
-# https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446 (H200),
-# https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf (A100).
+# Dense tensor-core FLOP/s by (part of) the name that CUDA reports; the first match counts. Where
+# NVIDIA states a figure with sparsity, it is half of that. Sources, for H100 (SXM, PCIe, NVL):
+# https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
+# for H200: https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446
+# for A100:
+# https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
 _PEAKS = {
     "H100 PCIe": {"bf16": 756e12, "fp8": 1513e12},
     "H100 NVL": {"bf16": 835e12, "fp8": 1671e12},
@@ -16,9 +18,9 @@ _PEAKS = {
 
 
 def peak_flops(gpu: str | None, precision: str) -> float | None:
-    """FLOP/s that a GPU of this name has at a precision; None where that is not known, or where there is no GPU.
+    """Return the peak FLOP/s of a GPU at a precision, or None if unknown or without a GPU.
 
-    In FP8 those of FP8, though attention and the output head are computed in bf16 there.
+    For FP8 recipes it is the FP8 peak, though attention and the output head are computed in bf16.
     """
     known = next((peaks for name, peaks in _PEAKS.items() if gpu and name in gpu), {})
     return known.get(precision if precision in ("fp32", "bf16") else "fp8")

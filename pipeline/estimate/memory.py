@@ -1,7 +1,7 @@
-"""Parameters and bytes of a run on a rank, by arithmetic alone.
+"""Number of parameters and bytes of a run on a rank, by arithmetic only.
 
-On CPU what it says is held to built models and to measured training steps (tests/multiproc/test_planned.py), on a GPU to peaks
-that were measured (tests/unit/test_memory.py).
+On CPU the results are tested against built models and measured training steps
+(tests/multiproc/test_planned.py), on a GPU against measured peaks (tests/unit/test_memory.py).
 """
 
 import math
@@ -19,7 +19,10 @@ Weights = Counter[tuple[str, bool]]
 
 
 def parameter_counts(setup: ModelSetup) -> tuple[int, int]:
-    """(trainable, frozen) elements of the whole model, the vocabulary's padding among them: model.build's, without building it."""
+    """Return the numbers of (trainable, frozen) parameters of the whole model without building it.
+
+    The padding of the vocabulary is included, as in model.build.
+    """
     layers = _layer_weights(setup)
     model = setup.model
     whole = Counter({kind: count * model.num_layers for kind, count in layers.items()})
@@ -77,7 +80,8 @@ class RankMemory:
     gradients: int
     optimizer: int
     activations: int  # that the forward pass leaves for the backward pass
-    temporary: int  # logits and loss, what the backward pass of one layer works with, or of FP8 weights their values in bf16 at first
+    # Logits and loss, the backward pass of one layer, or the initial bf16 values of FP8 weights.
+    temporary: int
 
     @property
     def total(self) -> int:
@@ -92,9 +96,9 @@ class RankMemory:
 
 
 def worst_rank(config: Config, *, fused: bool = True) -> RankMemory:
-    """Of the pipeline stage that holds the most.
+    """Return the memory of the pipeline stage that needs the most.
 
-    fused: of Transformer Engine's layers, as on a GPU; else of megatron-core's own, as on CPU.
+    fused: for Transformer Engine's layers, as on a GPU; otherwise for megatron-core's, as on CPU.
     """
     stages = range(config.parallel.pipeline_parallel_size)
     return max(
@@ -104,61 +108,74 @@ def worst_rank(config: Config, *, fused: bool = True) -> RankMemory:
 
 
 def rank_memory(config: Config, stage: int, *, fused: bool = True) -> RankMemory:
-    """Of the ranks of one pipeline stage, counted from 0."""
+    """Return the memory of the ranks of one pipeline stage.
+
+    Args:
+        config: of the run.
+        stage: number of the pipeline stage, from 0.
+        fused: see `worst_rank`.
+    """
     parallel = config.parallel
     element = bytes_of_element(config)
-    kind = TransformerEngineActivations if fused else Activations
-    held = _stage_weights(config, stage)
-    trainable, _ = _trainable_and_frozen(config, held)
-    # megatron-core's distributed optimizer: gradients are reduced in float32; float32 moments, and of bf16 weights a float32
-    # copy, are shared among data- and context-parallel ranks. Float32 weights are updated where they are.
+    activations_class = TransformerEngineActivations if fused else Activations
+    elements = _stage_weights(config, stage)
+    trainable, _ = _trainable_and_frozen(config, elements)
+    # megatron-core's distributed optimizer reduces gradients in float32. Its float32 moments, and
+    # for bf16 weights a float32 copy, are sharded over data- and context-parallel ranks. Float32
+    # weights are updated in place.
     state = 4 * moments_of(config) + (0 if config.precision == "fp32" else 4)
-    moments = kind(config, config.train.micro_batch_size).moments(stage)
+    # Points in time that may be the peak, as (activations, temporary).
+    peaks = activations_class(config, config.train.micro_batch_size).moments(stage)
     if config.evals.heldout:
-        scored_together = min(
+        eval_batch = min(
             config.evals.micro_batch_size,
             math.ceil(config.evals.max_samples / parallel.data_parallel_size),
         )
-        scoring = kind(config, scored_together)
-        moments.append((scoring.constant(stage), scoring.scoring(stage)))
+        scoring = activations_class(config, eval_batch)
+        peaks.append((scoring.constant(stage), scoring.scoring(stage)))
     states = {
-        "weights": held["base"] * element + _of_fp8(config, stage),
-        "adapters": (held["adapters"] + held["initial"]) * element,
+        "weights": elements["base"] * element + _fp8_difference(config, stage),
+        "adapters": (elements["adapters"] + elements["initial"]) * element,
         "gradients": trainable * 4,
         "optimizer": trainable
         * state
         // (parallel.data_parallel_size * parallel.context_parallel_size),
     }
     if config.fp8_weights:
-        # While the model is built, and nothing else is there: weights are drawn in bf16 beside those that Transformer Engine
-        # has made in FP8 (model/fp8.py, plain_weights).
-        building = held["base"] * element + _both_orders(config, stage)
-        moments.append((0, building - sum(states.values())))
-    activations, temporary = max(moments, key=sum)
+        # While the model is built, only weights exist: those initialised in bf16, and beside them
+        # those that Transformer Engine has created in FP8 (model/fp8.py, plain_weights).
+        building = elements["base"] * element + _both_orders(config, stage)
+        peaks.append((0, building - sum(states.values())))
+    activations, temporary = max(peaks, key=sum)
     return RankMemory(stage=stage, **states, activations=activations, temporary=temporary)
 
 
 def moments_of(config: Config) -> int:
-    """How many numbers the optimizer keeps of a gradient's history for each trained one."""
+    """Return the number of moments that the optimizer stores per trainable parameter."""
     return {"adamw": 2, "lion": 1}[config.optimizer.name]
 
 
-def _of_fp8(config: ModelSetup, stage: int) -> int:
-    """Bytes of a stage's linear layers in FP8, beyond those they take in bf16; less than none where FP8 alone is kept.
+def _fp8_difference(config: ModelSetup, stage: int) -> int:
+    """Return the bytes of a stage's linear layers in FP8, beyond those in bf16.
 
-    Transformer Engine multiplies both orders of a weight, and keeps both of what trains; of a frozen one with one scale a tensor one
-    (model/fp8.py), unless fp8.keep_transposed asks for both. Scales are one in float32 for 128 × 128 numbers, or a byte for 32.
+    The result is negative where only FP8 weights are stored. Transformer Engine multiplies with a
+    weight and with its transpose. It stores both for a trainable weight; for a frozen weight with
+    one scale per tensor only one (model/fp8.py), unless fp8.keep_transposed is set. Scales are one
+    float32 per 128 × 128 elements, or one byte per 32.
     """
     if config.fp8_recipe is None:
         return 0
     one_scale = config.fp8_recipe in ("delayed", "tensorwise")
     one_order = config.method.name == "lora" and one_scale and not config.fp8.keep_transposed
-    held = _both_orders(config, stage) // (2 if one_order else 1)
-    return held - (2 * _elements_in_fp8(config, stage) if config.fp8_weights else 0)
+    size = _both_orders(config, stage) // (2 if one_order else 1)
+    return size - (2 * _elements_in_fp8(config, stage) if config.fp8_weights else 0)
 
 
 def _both_orders(config: ModelSetup, stage: int) -> int:
-    """Bytes of a stage's linear layers in FP8, both orders of each, with their scales."""
+    """Return the bytes of a stage's linear layers in FP8.
+
+    Each weight, its transpose and their scales are counted.
+    """
     scale = {"delayed": 0, "tensorwise": 0, "blockwise": 4 / 128**2, "mxfp8": 1 / 32}[
         config.fp8_recipe
     ]
@@ -168,18 +185,18 @@ def _both_orders(config: ModelSetup, stage: int) -> int:
 def _elements_in_fp8(config: ModelSetup, stage: int) -> int:
     model, parallel = config.model, config.parallel
     layers = model.num_layers // parallel.pipeline_parallel_size
-    of_layer = sum(math.prod(sizes) for sizes in linear_layers(model).values())
-    return (layers - layers_in_bf16(config, stage)) * of_layer // parallel.tensor_parallel_size
+    per_layer = sum(math.prod(sizes) for sizes in linear_layers(model).values())
+    return (layers - layers_in_bf16(config, stage)) * per_layer // parallel.tensor_parallel_size
 
 
 def _stage_weights(config: ModelSetup, stage: int) -> dict[str, int]:
-    """Elements on one rank by kind."""
+    """Return the number of elements on one rank by kind."""
     model, parallel = config.model, config.parallel
     layers = model.num_layers // parallel.pipeline_parallel_size
     count = Counter({kind: elements * layers for kind, elements in _layer_weights(config).items()})
     first = stage == 0
     last = stage == parallel.pipeline_parallel_size - 1
-    # A last stage that is not the first holds a copy of a tied embedding.
+    # A last stage that is not the first has a copy of a tied embedding.
     matrices = 1 if first and last and model.tie_embeddings else first + last
     count["base", True] += config.padded_vocab_size * model.hidden_size * matrices
     count["base", False] += model.hidden_size * last  # the final norm

@@ -1,4 +1,4 @@
-"""How many nodes a run takes, and how many ranks each holds."""
+"""The number of nodes of a run, and of ranks per node."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from retemper.pipeline.schema.run import Config
 
 @dataclass(frozen=True)
 class Layout:
-    """One rank per GPU."""
+    """The nodes of a job, with one rank per GPU."""
 
     job_name: str
     nodes: int
@@ -16,11 +16,16 @@ class Layout:
 
 
 def layout_of(config: Config, gpus_per_node: int) -> Layout:
-    """Fill nodes of gpus_per_node. Raises UserError where the world size does not fill them."""
+    """Return the layout that fills nodes of gpus_per_node GPUs.
+
+    Raises:
+        UserError: the world size does not fill the nodes.
+    """
     world_size = config.parallel.world_size
     if world_size > gpus_per_node and world_size % gpus_per_node:
         raise UserError(
-            f"{world_size} ranks do not fill nodes of {gpus_per_node} GPUs: change parallel.*_size or --gpus-per-node so that one divides the other"
+            f"{world_size} ranks do not fill nodes of {gpus_per_node} GPUs: "
+            "change parallel.*_size or --gpus-per-node so that one divides the other"
         )
     return Layout(
         f"retemper-{config.study}-{config.name}",

@@ -1,4 +1,7 @@
-"""What a run will take, before it is started: memory of a rank, nodes, time, cost, checkpoints and data. By arithmetic alone."""
+"""Estimate memory, nodes, time, cost, checkpoints and data of a run before it starts.
+
+The estimates are made by arithmetic only.
+"""
 
 import itertools
 import math
@@ -19,21 +22,21 @@ from retemper.pipeline.estimate.nodes import layout_of
 from retemper.pipeline.estimate.rates import nearest
 from retemper.pipeline.schema.run import Config
 
-# Of a GPU's memory, for CUDA's context, NCCL's buffers and what the allocator cannot use: an allowance, not a measurement.
+# Fraction of GPU memory for the CUDA context, NCCL buffers and fragmentation: an assumption.
 _RESERVED = 0.1
-# Of a GPU's peak, where nothing like the run was measured: an assumption.
+# MFU where nothing similar to the run was measured: an assumption.
 _ASSUMED_MFU = 0.4
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the run is planned for."""
+    """The machine that a run is planned for."""
 
     gpu: str
     gpu_memory: float  # GiB
     gpus_per_node: int
-    mfu: float | None  # expected, of the GPU's peak; None: as it was measured
-    price: float | None  # of a GPU for an hour
+    mfu: float | None  # expected MFU; None: the MFU of a measurement
+    price: float | None  # per GPU-hour
 
     @property
     def usable_bytes(self) -> int:
@@ -41,7 +44,12 @@ class Machine:
 
 
 def plan(config: Config, machine: Machine) -> Iterator[str]:
-    """The lines of the plan. Raises UserError after them where the run cannot fit, with the nearest layout that does."""
+    """Yield the lines of the plan.
+
+    Raises:
+        UserError: after the last line, if the run does not fit into memory; the message has the
+            nearest layout that does. Also where a branch does not fit its trunk.
+    """
     memory = worst_rank(config)
     trainable, frozen = parameter_counts(config)
     check_against_trunk(config)
@@ -62,20 +70,24 @@ def _layout(config: Config, machine: Machine) -> Iterator[str]:
     layout = layout_of(config, machine.gpus_per_node)
     tp, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     yield (
-        f"layout: {parallel.world_size} ranks on {layout.nodes} × {layout.ranks_per_node} GPUs: tensor {tp} × pipeline {stages} × "
+        f"layout: {parallel.world_size} ranks on {layout.nodes} × {layout.ranks_per_node} GPUs: "
+        f"tensor {tp} × pipeline {stages} × "
         f"context {parallel.context_parallel_size} × data {parallel.data_parallel_size}"
     )
     # megatron-core numbers ranks by tensor, context, data and pipeline position, the first fastest.
-    of_stage = parallel.world_size // stages
+    ranks_per_stage = parallel.world_size // stages
     for stage in range(stages) if stages > 1 else ():
-        first = stage * of_stage
-        last = (stage + 1) * of_stage - 1
+        first = stage * ranks_per_stage
+        last = (stage + 1) * ranks_per_stage - 1
         nodes = f"{first // layout.ranks_per_node}" + (
             f"-{n}" if (n := last // layout.ranks_per_node) > first // layout.ranks_per_node else ""
         )
         yield f"  stage {stage}: ranks {first}-{last}, node {nodes}"
     if layout.nodes > 1 and layout.ranks_per_node % tp:
-        yield f"  warning: tensor parallelism crosses nodes: {tp} ranks on nodes of {layout.ranks_per_node}; its traffic wants one node's links"
+        yield (
+            f"  warning: tensor parallelism crosses nodes: {tp} ranks on nodes of "
+            f"{layout.ranks_per_node}; it needs the fast links within a node"
+        )
 
 
 def _memory(memory: RankMemory, config: Config, machine: Machine) -> Iterator[str]:
@@ -84,7 +96,10 @@ def _memory(memory: RankMemory, config: Config, machine: Machine) -> Iterator[st
         if config.parallel.pipeline_parallel_size > 1
         else ""
     )
-    yield f"memory: {_size(memory.total)} a GPU{where}; {_size(machine.usable_bytes)} of {machine.gpu_memory:g} GiB can be used"
+    yield (
+        f"memory: {_size(memory.total)} a GPU{where}; "
+        f"{_size(machine.usable_bytes)} of {machine.gpu_memory:g} GiB can be used"
+    )
     for kind in ("weights", "adapters", "gradients", "optimizer", "activations", "temporary"):
         if value := getattr(memory, kind):
             yield f"  {kind:<12}{_size(value):>12}  {value:>16,} bytes"
@@ -93,10 +108,13 @@ def _memory(memory: RankMemory, config: Config, machine: Machine) -> Iterator[st
 def _time(config: Config, machine: Machine) -> Iterator[str]:
     tokens = config.steps * config.tokens_per_step
     flops = flops_per_token(config.model, config.method.lora, config.data.seq_length)
-    yield f"length: {config.steps:,} steps of {config.tokens_per_step:,} tokens, {tokens:,} in all; {flops / 1e9:.3g} GFLOP a token"
+    yield (
+        f"length: {config.steps:,} steps of {config.tokens_per_step:,} tokens, "
+        f"{tokens:,} in all; {flops / 1e9:.3g} GFLOP a token"
+    )
     peak = peak_flops(machine.gpu, config.precision)
     if not peak:
-        yield f"time: not known, for the peak of {machine.gpu} at precision={config.precision} is not"
+        yield f"time: unknown: no peak FLOP/s of {machine.gpu} at precision={config.precision}"
         return
     mfu, source = _mfu(config, machine)
     rate = mfu * peak * config.parallel.world_size / flops
@@ -104,14 +122,15 @@ def _time(config: Config, machine: Machine) -> Iterator[str]:
     gpu_hours = hours * config.parallel.world_size
     cost = f", {gpu_hours * machine.price:,.0f} at {machine.price:g} each" if machine.price else ""
     yield (
-        f"time: {rate:,.0f} tokens/s at MFU {mfu:.3g} of {machine.gpu}'s {peak / 1e12:,.0f} TFLOP/s: {_duration(hours)}, "
+        f"time: {rate:,.0f} tokens/s at MFU {mfu:.3g} of {machine.gpu}'s "
+        f"{peak / 1e12:,.0f} TFLOP/s: {_duration(hours)}, "
         f"{gpu_hours:,.1f} GPU-hours{cost}; saves and evaluations aside"
     )
     yield f"  {source}"
 
 
 def _mfu(config: Config, machine: Machine) -> tuple[float, str]:
-    """Expected share of the peak, and where it is from."""
+    """Return the expected MFU, and a line on its source."""
     if machine.mfu:
         return machine.mfu, "this MFU was asked for"
     measured = nearest(config, machine.gpu)
@@ -132,7 +151,7 @@ def _duration(hours: float) -> str:
 
 
 def _branches(config: Config) -> Iterator[str]:
-    """How a branch ends, and each of a trunk's."""
+    """Yield a line on how a branch ends, and one for each branch of a trunk."""
     if config.branch_of:
         yield f"branch of {config.branch_of}: {ending(config)}"
     for branch in branches_of(config):
@@ -142,11 +161,16 @@ def _branches(config: Config) -> Iterator[str]:
 def _checkpoints(config: Config) -> str:
     count = len(config.saved_steps)
     size = checkpoint_bytes(config)
-    return f"checkpoints: {count} of {_size(size)}{', adapters alone' if config.method.lora else ''}, {_size(count * size)} in all"
+    adapters_only = ", adapters alone" if config.method.lora else ""
+    return f"checkpoints: {count} of {_size(size)}{adapters_only}, {_size(count * size)} in all"
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Tensors of one checkpoint: what trains, as it is computed with, and in float32 with the optimizer's moments."""
+    """Return the bytes of the tensors in one checkpoint.
+
+    They are the trainable parameters in the precision of the model, and in float32 a copy of them
+    and the optimizer's moments.
+    """
     element = 4 if config.precision == "fp32" else 2  # FP8 weights too are saved as bf16
     return parameter_counts(config)[0] * (element + 4 + 4 * moments_of(config))
 
@@ -154,30 +178,35 @@ def checkpoint_bytes(config: Config) -> int:
 def _data(config: Config) -> Iterator[str]:
     needed = config.steps * config.train.global_batch_size
     window = config.data.mixture_window
-    of_window = samples_per_window(config)
+    per_window = samples_per_window(config)
     for name, path in stream_paths(config).items():
-        samples = math.ceil(needed * of_window[name] / window)
+        samples = math.ceil(needed * per_window[name] / window)
         manifest = find_manifest(path)
         if not manifest:
             yield f"data: {name}: {samples:,} samples needed; {path} holds no token corpus yet"
             continue
-        there = manifest["splits"][TRAIN]["samples"]
-        yield f"data: {name}: {samples:,} samples needed, {there:,} in {path}: {samples / there:.2f} epochs"
+        available = manifest["splits"][TRAIN]["samples"]
+        yield (
+            f"data: {name}: {samples:,} samples needed, {available:,} in {path}: "
+            f"{samples / available:.2f} epochs"
+        )
 
 
 def _does_not_fit(config: Config, memory: RankMemory, machine: Machine) -> str:
-    said = f"the run needs {_size(memory.total)} on a GPU, of whose {machine.gpu_memory:g} GiB {_size(machine.usable_bytes)} can be used. "
+    problem = (
+        f"the run needs {_size(memory.total)} on a GPU, of whose {machine.gpu_memory:g} GiB "
+        f"{_size(machine.usable_bytes)} can be used. "
+    )
     nearest = _nearest_that_fits(config, machine)
     if nearest is None:
-        return said + (
-            f"No tensor and pipeline size, recomputation or micro-batch makes it fit on {config.parallel.world_size} GPUs: "
+        return problem + (
+            "No tensor and pipeline size, recomputation or micro-batch makes it fit on "
+            f"{config.parallel.world_size} GPUs: "
             "take more of them (parallel.*_size), a shorter data.seq_length, or method=lora"
         )
     changes, fits = nearest
-    return (
-        said
-        + f"On as many GPUs {_size(fits.total)} do with {' '.join(f'{key}={str(value).lower()}' for key, value in changes.items())}"
-    )
+    overrides = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+    return problem + f"On as many GPUs {_size(fits.total)} do with {overrides}"
 
 
 _RECOMPUTE = ("none", "selective", "full")
@@ -186,9 +215,10 @@ _RECOMPUTE = ("none", "selective", "full")
 def _nearest_that_fits(
     config: Config, machine: Machine
 ) -> tuple[dict[str, object], RankMemory] | None:
-    """Changed keys, and the memory, of the layout that fits with the least changed: doublings of sizes, steps of recomputation.
+    """Return the changed keys and the memory of the nearest layout that fits, or None.
 
-    Of equal ones that with the smallest micro-batch, which costs the least speed.
+    The distance is the number of doublings of sizes and of steps of recomputation. At the same
+    distance the layout with the smallest micro-batch is taken, which costs the least speed.
     """
     micro_batch = config.train.micro_batch_size
     for sizes, smaller in sorted(
@@ -199,7 +229,7 @@ def _nearest_that_fits(
         sections["train"]["micro_batch_size"] = smaller
         try:
             memory = worst_rank(check_config(sections))
-        except UserError:  # a layout that cannot be
+        except UserError:  # an invalid layout
             continue
         if memory.total <= machine.usable_bytes:
             changed = {
@@ -214,7 +244,10 @@ def _nearest_that_fits(
 
 
 def _grid(config: Config, gpus_per_node: int) -> Iterator[tuple[dict[str, object], int]]:
-    """Parallel sizes at the same number of ranks, tensor parallelism within a node, and micro-batches."""
+    """Yield parallel settings for the same number of ranks, each with a micro-batch size.
+
+    Tensor parallelism stays within a node.
+    """
     parallel = config.parallel
     ranks = parallel.world_size // parallel.context_parallel_size
     for tp, pp, recompute, micro_batch in itertools.product(
@@ -229,11 +262,11 @@ def _grid(config: Config, gpus_per_node: int) -> Iterator[tuple[dict[str, object
                 "pipeline_parallel_size": pp,
                 "data_parallel_size": ranks // (tp * pp),
             }
-            of_tensor = {
+            switches = {
                 key: getattr(parallel, key) and tp > 1
                 for key in ("sequence_parallel", "tensor_parallel_overlap")
             }
-            yield sizes | of_tensor | {"recompute": recompute}, micro_batch
+            yield sizes | switches | {"recompute": recompute}, micro_batch
 
 
 def _distance(config: Config, sizes: dict, micro_batch: int) -> tuple[float, int]:

@@ -1,7 +1,7 @@
-"""Training speeds that were measured, from which the time of another run is estimated.
+"""Measured training speeds, from which the time of another run is estimated.
 
-They are from bench/, which an installed package does not have: tests/unit/test_plan.py compares
-both. A measurement with later code replaces that of the same method, precision and micro-batch.
+They are copied from bench/, which an installed package lacks: tests/unit/test_plan.py compares
+both. A newer measurement replaces that of the same method, precision and micro-batch.
 """
 
 import math
@@ -12,7 +12,7 @@ from retemper.pipeline.estimate.gpus import peak_flops
 from retemper.pipeline.schema.model import LoraConfig, ModelConfig
 from retemper.pipeline.schema.run import Config
 
-# What was trained: Llama-2-7B's shape on samples of this length, nothing computed again.
+# All measurements: Llama-2-7B's shape on samples of this length, without recomputation.
 SEQ_LENGTH = 4096
 _MODEL = ModelConfig(
     num_layers=32,
@@ -25,7 +25,7 @@ _MODEL = ModelConfig(
 )
 _LORA = LoraConfig(rank=16, alpha=32, targets="all")
 
-# Cards of one generation, between which a share of the peak is carried over.
+# Cards of one generation, whose MFU is assumed to be the same.
 _ALIKE = ("H100", "H200")
 
 
@@ -41,16 +41,17 @@ class Measurement:
     micro_batch_size: int
     tokens_per_second: float
     commit: str
-    fused_adapters: bool = False  # as ModelSetup has it, and a graph of the passes was replayed
+    # As in ModelSetup; such a measurement also replays a CUDA graph of the passes.
+    fused_adapters: bool = False
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """The number of tokens in a micro-batch."""
         return self.micro_batch_size * SEQ_LENGTH
 
     @property
     def mfu(self) -> float:
-        """Model FLOP/s over the card's peak."""
+        """The model FLOP/s over the card's peak."""
         flops = flops_per_token(_MODEL, _LORA if self.method == "lora" else None, SEQ_LENGTH)
         return self.tokens_per_second * flops / peak_flops(self.gpu, self.precision)
 
@@ -95,30 +96,34 @@ MEASURED = [
 
 
 def nearest(config: Config, gpu: str) -> Measurement | None:
-    """The measurement that is nearest to a run on cards of this name; None where none is near.
+    """Return the measurement nearest to a run on cards of this name, or None if none is near.
 
-    It has the run's method, is of the same generation of cards, and in 8 bits where the run is. Of
-    those the same recipe counts most, then adapters computed in the same way, then the same card,
-    then the tokens of a micro-batch.
+    It must have the run's method and be of the same generation of cards, and in FP8 if and only if
+    the run is. Among those, the same precision counts most, then the same implementation of
+    adapters, then the same card, then the number of tokens in a micro-batch.
     """
     if not any(name in gpu for name in _ALIKE):
         return None
     tokens = config.train.micro_batch_size * config.data.seq_length
     tokens //= config.parallel.context_parallel_size
 
-    def distance(one: Measurement) -> tuple[bool, bool, bool, float]:
-        other_recipe = one.precision != config.precision
-        other_path = one.fused_adapters != config.fused_adapters
-        away = abs(math.log2(tokens / one.tokens))
-        return other_recipe, other_path, one.gpu not in gpu, away
+    def distance(measurement: Measurement) -> tuple[bool, bool, bool, float]:
+        other_precision = measurement.precision != config.precision
+        other_adapters = measurement.fused_adapters != config.fused_adapters
+        doublings = abs(math.log2(tokens / measurement.tokens))
+        return other_precision, other_adapters, measurement.gpu not in gpu, doublings
 
-    near = [one for one in MEASURED if one.method == config.method.name and _as_wide(one, config)]
-    return min(near, key=distance, default=None)
+    candidates = [
+        measurement
+        for measurement in MEASURED
+        if measurement.method == config.method.name and _same_width(measurement, config)
+    ]
+    return min(candidates, key=distance, default=None)
 
 
-def _as_wide(one: Measurement, config: Config) -> bool:
-    """Whether both compute in 8 bits, or both in the same other precision."""
+def _same_width(measurement: Measurement, config: Config) -> bool:
+    """Return whether both compute in FP8, or both in the same other precision."""
     wide = {"bf16", "fp32"}
-    if one.precision in wide or config.precision in wide:
-        return one.precision == config.precision
+    if measurement.precision in wide or config.precision in wide:
+        return measurement.precision == config.precision
     return True

@@ -1,4 +1,4 @@
-"""One rank of `retemper eval`: scores for every committed checkpoint of a run that has none yet.
+"""One rank of `retemper eval`: scores every committed checkpoint that has no scores yet.
 
 `torchrun --nproc-per-node 2 -m retemper.pipeline.evals RUN evals.…=… parallel.…=…`
 """
@@ -13,13 +13,25 @@ from retemper.pipeline.errors import UserError
 
 
 def main(run_dir: str = "", *overrides: str) -> int:
+    """Score a run's checkpoints as one rank, and return the exit code."""
     return run_rank(
         partial(load_run, Path(run_dir), list(overrides), OF_SCORING), score_checkpoints
     )
 
 
 def score_checkpoints(config, topology, fingerprints) -> None:
-    """Load what the run begins with and each checkpoint in turn, and run the hook on it."""
+    """Score the initial model and each committed checkpoint that lacks scores, in step order.
+
+    Args:
+        config: The run's config, in the layout that is to score it.
+        topology: This rank's position in that layout.
+        fingerprints: Hashes of the inputs, as the preflight check returns them.
+
+    Raises:
+        UserError: Some tasks could not be scored; raised after everything else was.
+
+    Collective: every rank must call this.
+    """
     from retemper.pipeline.checkpoint import commit
     from retemper.pipeline.checkpoint.sharded import Checkpointer
     from retemper.pipeline.distributed.collectives import from_rank_zero
@@ -38,13 +50,14 @@ def score_checkpoints(config, topology, fingerprints) -> None:
     runs = from_rank_zero({step: run for step, run in runs.items() if any(unscored(run, step))})
     if start is None and topology.rank == 0:
         print(
-            f"{config.run_dir}: its trunk {config.branch_of} is gone, so that its start cannot be scored"
+            f"{config.run_dir}: the trunk {config.branch_of} was not found, "
+            "so step 0 cannot be scored"
         )
-    # A trunk's own weights, where they are drawn, and its own base.
-    begun = runs.get(0, config)
-    model = build_model(begun, topology)
+    # Step 0 of a branch is the trunk's initial model: drawn from the trunk's seed, or its base.
+    initial = runs.get(0, config)
+    model = build_model(initial, topology)
     if runs.keys() & {0} or config.method.name == "lora":
-        Checkpointer(begun, topology, model, None, fingerprints).begin()
+        Checkpointer(initial, topology, model, None, fingerprints).begin()
     checkpointer = Checkpointer(config, topology, model, None, fingerprints)
     seed_step(config.seed, 0, topology)
     failed = []
@@ -55,19 +68,19 @@ def score_checkpoints(config, topology, fingerprints) -> None:
         if topology.rank == 0:
             print(format_scores(step, scores), flush=True)
             failed += [
-                f"step {step}: {task}" for task, found in scores.tasks.items() if "error" in found
+                f"step {step}: {task}" for task, result in scores.tasks.items() if "error" in result
             ]
     if topology.rank == 0:
         if not runs:
-            print(f"{config.run_dir}: every checkpoint has its scores already")
+            print(f"{config.run_dir}: all checkpoints already have scores")
         for run in {run.run_dir: run for run in (config, *runs.values())}.values():
             mirror_scores(run)
     if failed := from_rank_zero(failed):
-        raise UserError(f"not scored, for the reasons above: {'; '.join(failed)}")
+        raise UserError(f"not scored (the reasons are printed above): {'; '.join(failed)}")
 
 
 def _steps(start, committed: list[int]) -> list[int]:
-    """Of the run: step 0 of a branch is its trunk's, in whose folder it is scored once."""
+    """Return the steps to score. Step 0 of a branch is scored once, in its trunk's folder."""
     return [0, *committed] if start and committed else committed
 
 

@@ -1,6 +1,7 @@
-"""HumanEval and MBPP: from a problem and a completion to the program that bigcode's evaluation harness would run.
+"""HumanEval and MBPP: the programs that bigcode's evaluation harness would run.
 
-https://github.com/bigcode-project/bigcode-evaluation-harness, bigcode_eval/tasks/humaneval.py and mbpp.py.
+https://github.com/bigcode-project/bigcode-evaluation-harness, bigcode_eval/tasks/humaneval.py and
+mbpp.py.
 """
 
 import json
@@ -17,22 +18,22 @@ from retemper.pipeline.schema.run import Config
 
 @dataclass(frozen=True)
 class CodeTask:
-    """A benchmark of programs. A problem is a record of its file, `keys` what the record must hold and of which type."""
+    """A code-generation benchmark. A problem is one record of the benchmark's file."""
 
-    hub: str  # dataset, whose split test it is
-    keys: dict[str, type]
+    hub: str  # the dataset on the hub; its "test" split is used
+    keys: dict[str, type]  # the required keys of a problem, with the type of each value
     stop_words: tuple[str, ...]
     limits: Limits
-    prompt: Callable[[dict], str]  # what the model continues
-    tests: Callable[[dict], str]
+    prompt: Callable[[dict], str]  # problem -> the text that the model continues
+    tests: Callable[[dict], str]  # problem -> the source of its tests
 
     def truncate(self, completion: str) -> str:
-        """The completion before its first stop word."""
-        ends = [place for place in map(completion.find, self.stop_words) if place >= 0]
+        """Cut the completion before its first stop word."""
+        ends = [index for index in map(completion.find, self.stop_words) if index >= 0]
         return completion[: min(ends, default=len(completion))]
 
     def program(self, problem: dict, completion: str) -> Program:
-        """What is run for a completion, which need not have been truncated yet."""
+        """Build the program to run for a completion, which may or may not be truncated already."""
         return Program(self.prompt(problem) + self.truncate(completion), self.tests(problem))
 
 
@@ -45,7 +46,10 @@ def _mbpp_prompt(problem: dict) -> str:
 
 
 def _mbpp_tests(problem: dict) -> str:
-    """With the set-up code, which bigcode's harness leaves out; it uses what the candidate defines (problem 367)."""
+    """Return the tests, preceded by the problem's set-up code.
+
+    bigcode's harness omits that code, which may use what the candidate defines (problem 367).
+    """
     return "\n".join([problem["test_setup_code"], *problem["test_list"]])
 
 
@@ -62,7 +66,7 @@ CODE_TASKS = {
         hub="google-research-datasets/mbpp",
         keys={"task_id": int, "text": str, "test_setup_code": str, "test_list": list},
         stop_words=("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```"),
-        # The benchmark's own solution of problem 123 takes more than the usual 3 s.
+        # The reference solution of problem 123 takes more than the usual 3 s.
         limits=Limits(cpu_seconds=15, wall_seconds=90),
         prompt=_mbpp_prompt,
         tests=_mbpp_tests,
@@ -71,14 +75,20 @@ CODE_TASKS = {
 
 
 def problems_file(config: Config, task: str) -> Path:
-    """The problems of a task of programs: of evals.tasks_dir, or of the hub, kept beside the run's scores. Raises UserError."""
+    """Return the path of a code task's problems.
+
+    They are in evals.tasks_dir where that is set; else they are downloaded from the hub once and
+    stored beside the run's scores. Raises UserError where the file is missing or the download
+    fails.
+    """
     if config.evals.tasks_dir is not None:
-        found = sorted(Path(config.evals.tasks_dir).glob(f"{task}*.jsonl"))
-        if not found:
+        files = sorted(Path(config.evals.tasks_dir).glob(f"{task}*.jsonl"))
+        if not files:
             raise UserError(
-                f"evals.tasks.{task}: evals.tasks_dir={config.evals.tasks_dir} has no file {task}*.jsonl; put it there"
+                f"evals.tasks.{task}: evals.tasks_dir={config.evals.tasks_dir} has no file "
+                f"{task}*.jsonl; put it there"
             )
-        return found[0]
+        return files[0]
     path = config.run_dir / "evals" / f"{task}.jsonl"
     if not path.exists():
         from datasets import load_dataset
@@ -87,8 +97,9 @@ def problems_file(config: Config, task: str) -> Path:
             rows = load_dataset(CODE_TASKS[task].hub, split="test")
         except (OSError, ValueError) as error:
             raise UserError(
-                f"evals.tasks.{task}: {CODE_TASKS[task].hub} cannot be fetched ({str(error).splitlines()[0]}); without the hub, set "
-                "evals.tasks_dir to a folder with its file"
+                f"evals.tasks.{task}: {CODE_TASKS[task].hub} cannot be downloaded "
+                f"({str(error).splitlines()[0]}); if the hub is not reachable, set "
+                "evals.tasks_dir to a folder with the task's file"
             ) from None
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -96,5 +107,5 @@ def problems_file(config: Config, task: str) -> Path:
 
 
 def read_problems(config: Config, task: str) -> list[dict]:
-    """The problems of a task of programs, each with the task's keys. Raises UserError."""
+    """Read a code task's problems. Raises UserError where one lacks a key or has a wrong type."""
     return list(read_records(problems_file(config, task), CODE_TASKS[task].keys))

@@ -1,4 +1,7 @@
-"""Answers of an exported model: by vLLM where it is installed, else by transformers, both behind lm-eval's own classes."""
+"""Generation with an exported model, by vLLM if installed, else transformers.
+
+Both are used through lm-eval's model classes.
+"""
 
 import gc
 import importlib.util
@@ -14,43 +17,50 @@ from retemper.pipeline.evals.tasks import chosen_problems
 from retemper.pipeline.files.records import compress_records
 from retemper.pipeline.schema.run import Config
 
-_LENGTH = 512  # tokens of a program with its prompt: bigcode's harness
+_MAX_TOKENS = 512  # prompt and program together, as in bigcode's harness
 
 
 def language_model(config: Config, folder: Path) -> TemplateLM:
-    """A model in a folder of transformers' format, on all GPUs that there are. Its seed makes answers repeatable on the same machine."""
-    gc.collect()  # the model before this one
+    """Load a model for lm-eval onto all GPUs, or the CPU.
+
+    Its seed makes generation repeatable on the same machine.
+
+    Args:
+        config: The run's config.
+        folder: The exported model, in transformers' format.
+    """
+    gc.collect()  # free the previous model
     torch.manual_seed(config.seed)
     gpus = torch.cuda.device_count()
     if importlib.util.find_spec("vllm"):
         from lm_eval.models.vllm_causallms import VLLM
 
-        shares = math.gcd(max(gpus, 1), config.model.num_attention_heads)
-        settings = {"seed": config.seed, "tensor_parallel_size": shares}
-        return _begun_once(VLLM(pretrained=str(folder), dtype="auto", **settings))
+        tensor_parallel_size = math.gcd(max(gpus, 1), config.model.num_attention_heads)
+        settings = {"seed": config.seed, "tensor_parallel_size": tensor_parallel_size}
+        return _with_single_bos(VLLM(pretrained=str(folder), dtype="auto", **settings))
     from lm_eval.models.huggingface import HFLM
 
     batch_size = config.evals.micro_batch_size
     settings = {"device": "cuda" if gpus else "cpu", "parallelize": gpus > 1}
-    return _begun_once(
+    return _with_single_bos(
         HFLM(pretrained=str(folder), dtype="auto", batch_size=batch_size, **settings)
     )
 
 
-def _begun_once(lm: TemplateLM) -> TemplateLM:
-    """The model, whose rolling scores begin a text with one begin-of-text.
+def _with_single_bos(lm: TemplateLM) -> TemplateLM:
+    """Patch a model so that its rolling log-likelihoods use one begin-of-text token, not two.
 
-    lm-eval puts its own before that of the tokenizer.
+    lm-eval prepends one before the one that the tokenizer adds.
     """
     encode = lm.tok_encode
     score = lm.loglikelihood_rolling
 
-    def text_alone(text: str, **_options) -> list[int]:
+    def encode_without_bos(text: str, **_options) -> list[int]:
         tokens = encode(text, add_special_tokens=False)
         return tokens[1:] if tokens[:1] == [lm.prefix_token_id] else tokens
 
     def rolling(requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        lm.tok_encode = text_alone
+        lm.tok_encode = encode_without_bos
         try:
             return score(requests, disable_tqdm=disable_tqdm)
         finally:
@@ -61,24 +71,36 @@ def _begun_once(lm: TemplateLM) -> TemplateLM:
 
 
 def complete_problems(config: Config, task: str, lm: TemplateLM) -> bytes:
-    """evals.tasks.TASK.repeats completions of every chosen problem, as generations.py keeps them."""
-    asked = config.evals.tasks[task]
+    """Generate evals.tasks.TASK.repeats completions of every selected problem.
+
+    Args:
+        config: The run's config.
+        task: A key of CODE_TASKS.
+        lm: The model, as language_model returns it.
+
+    Returns:
+        Compressed JSON lines, a record (task_id, sample, completion) for each completion.
+
+    Raises:
+        UserError: The file of problems is missing or malformed.
+    """
+    task_config = config.evals.tasks[task]
     code_task = CODE_TASKS[task]
     problems = read_problems(config, task)
-    if chosen := chosen_problems(len(problems), asked.limit):
-        problems = [problems[place] for place in chosen]
+    if chosen := chosen_problems(len(problems), task_config.limit):
+        problems = [problems[index] for index in chosen]
     requests = []
     for problem in problems:
         prompt = code_task.prompt(problem)
-        room = min(_LENGTH, lm.max_length) - len(lm.tok_encode(prompt))
+        max_new_tokens = min(_MAX_TOKENS, lm.max_length) - len(lm.tok_encode(prompt))
         settings = {
-            "max_gen_toks": max(room, 1),
+            "max_gen_toks": max(max_new_tokens, 1),
             "do_sample": False,
             "until": list(code_task.stop_words),
-        } | asked.generation
+        } | task_config.generation
         requests += [
             Instance("generate_until", problem, (prompt, settings), sample)
-            for sample in range(asked.repeats)
+            for sample in range(task_config.repeats)
         ]
     completions = lm.generate_until(requests)
     return compress_records(

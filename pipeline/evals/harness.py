@@ -1,4 +1,4 @@
-"""lm-eval's tasks on any model that it knows, and what is kept of them."""
+"""Run lm-eval's tasks on any lm-eval model; make the scores and per-problem records to store."""
 
 import time
 
@@ -13,18 +13,27 @@ from retemper.pipeline.evals.uncertainty import estimate, scores_by_problem
 from retemper.pipeline.schema.run import Config
 
 BY_TOKEN_LOSS = "acc_token_loss"
-NEW_TOKENS = 256  # of a task that does not say, as lm-eval's own classes have it
+NEW_TOKENS = 256  # if a task sets no limit; the default of lm-eval's model classes
 
 
 def score_task(name: str, config: Config, lm: TemplateLM) -> tuple[dict, list[dict]]:
-    """Run one task of evals.tasks: what evals/<step>/<task>.json holds, and a record for every problem.
+    """Run one task of evals.tasks.
 
-    Raises UserError where the task or its files are not what they must be.
+    Args:
+        name: The task's key in evals.tasks.
+        config: The run's config.
+        lm: The model to score.
+
+    Returns:
+        The content of evals/<step>/<task>.json, and a record for every problem.
+
+    Raises:
+        UserError: lm-eval has no such task, or the task's files are missing or malformed.
     """
     started = time.perf_counter()
     task = load_task(name, config.evals)
-    asked = config.evals.tasks[name]
-    chosen = chosen_problems(len(task.eval_docs), asked.limit)
+    task_config = config.evals.tasks[name]
+    chosen = chosen_problems(len(task.eval_docs), task_config.limit)
     results = evaluate(
         lm,
         {"tasks": {name: task}},
@@ -43,7 +52,7 @@ def score_task(name: str, config: Config, lm: TemplateLM) -> tuple[dict, list[di
         **estimate(list(scores_by_problem(problems, metric).values())).headline(metric),
         "metrics": metrics,
         "cut_prompts": _cut_prompts(problems, lengths, lm),
-        "settings": asked.settings
+        "settings": task_config.settings
         | {"shots": task.config.num_fewshot, "lm_eval": lm_eval.__version__, "seed": config.seed},
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -51,41 +60,47 @@ def score_task(name: str, config: Config, lm: TemplateLM) -> tuple[dict, list[di
 
 
 def _metrics(results: dict) -> dict[str, dict[str, float | None]]:
-    """lm-eval's "metric,filter" keys: metric -> value and stderr; the filter is named where there is one."""
-    named = {
+    """Return metric -> value and stderr, from lm-eval's results with keys "metric,filter".
+
+    A metric is named "metric/filter", or "metric" where the filter is "none".
+    """
+    names = {
         key: key.removesuffix(",none").replace(",", "/")
         for key in results
         if "," in key and "_stderr," not in key
     }
-    errors = {key: results.get(key.replace(",", "_stderr,", 1)) for key in named}
+    errors = {key: results.get(key.replace(",", "_stderr,", 1)) for key in names}
     return {
         name: {"value": results[key], "stderr": errors[key] if errors[key] != "N/A" else None}
-        for key, name in named.items()
+        for key, name in names.items()
     }
 
 
 def _lengths(lm: TemplateLM, *request) -> tuple[int, int]:
-    """Tokens of a prompt, and of the answer that is scored, or that may be generated."""
+    """Return the number of prompt tokens, and of tokens to score or that may be generated."""
     match request:
         case prompt, dict(settings):
             return len(lm.tok_encode(prompt)), normalize_gen_kwargs(settings, NEW_TOKENS)[
                 "max_gen_toks"
             ]
-        case "", answer:  # lm-eval puts one token before it
+        case "", answer:  # lm-eval prepends one token
             return 1, len(lm.tok_encode(answer, add_special_tokens=False)) - 1
         case prompt, answer:
             context, continuation = lm._encode_pair(prompt, answer)
-            return len(context), len(continuation) - 1  # the last is only a label
-    return 0, 0  # a text without a prompt is scored in windows
+            return len(context), len(continuation) - 1  # the last token is only a label
+    return 0, 0  # a text without a prompt is scored in windows, so nothing is cut
 
 
 def _cut_prompts(problems: list[dict], lengths: list[list[tuple[int, int]]], lm: TemplateLM) -> int:
-    """Problems whose prompt is longer than the model takes: all of lm-eval's classes leave its beginning away, the first examples."""
+    """Count the problems whose prompt, with the answer, exceeds the model's maximum length.
+
+    All of lm-eval's model classes cut such a prompt at its beginning: the first solved examples.
+    """
     return len(
         {
             problem["doc_id"]
-            for problem, of_it in zip(problems, lengths, strict=True)
-            if max(map(sum, of_it)) > lm.max_length
+            for problem, problem_lengths in zip(problems, lengths, strict=True)
+            if max(map(sum, problem_lengths)) > lm.max_length
         }
     )
 
@@ -93,12 +108,13 @@ def _cut_prompts(problems: list[dict], lengths: list[list[tuple[int, int]]], lm:
 def _by_token_loss(
     task, problems: list[dict], lengths: list[list[tuple[int, int]]]
 ) -> dict[str, dict[str, float]]:
-    """How often the right choice has the lowest mean loss of a token, as MosaicML's Gauntlet scores: the paper's measure of forgetting.
+    """Return the share of problems whose correct choice has the lowest mean loss per token.
 
-    Marks every problem with it, beside lm-eval's acc and acc_norm.
+    MosaicML's Gauntlet scores so; it is the measure of forgetting in "LoRA Learns Less and Forgets
+    Less". Adds the metric to every problem, next to lm-eval's acc and acc_norm.
     """
-    for problem, of_it in zip(problems, lengths, strict=True):
-        pairs = zip(of_it, problem["resps"], strict=True)
+    for problem, problem_lengths in zip(problems, lengths, strict=True):
+        pairs = zip(problem_lengths, problem["resps"], strict=True)
         means = [(nats / (scored + 1), greedy) for (_prompt, scored), [(nats, greedy)] in pairs]
         problem[BY_TOKEN_LOSS] = task.process_results(problem["doc"], means)["acc"]
     score = estimate([problem[BY_TOKEN_LOSS] for problem in problems])
@@ -106,9 +122,9 @@ def _by_token_loss(
 
 
 def _record(problem: dict) -> dict:
-    """What later comparisons need of a problem: which it was, what was said, what that was worth."""
-    kept = {key: problem[key] for key in ("doc_id", "doc_hash", "filter", "target", "resps")}
-    return kept | {
+    """Return what later comparisons need of a problem: its id, target, responses and metrics."""
+    record = {key: problem[key] for key in ("doc_id", "doc_hash", "filter", "target", "resps")}
+    return record | {
         metric: problem[metric]
         for metric in (*problem["metrics"], BY_TOKEN_LOSS)
         if metric in problem

@@ -1,4 +1,7 @@
-"""Held-out loss in bits per byte, on the live sharded model. Shapes: B micro-batch, T sequence length."""
+"""Held-out loss in bits per byte, on the live sharded model.
+
+Shapes: B micro-batch, N samples, T sequence length.
+"""
 
 import io
 import math
@@ -21,26 +24,38 @@ from retemper.pipeline.evals.uncertainty import ratio
 from retemper.pipeline.model.forward import run_schedule
 from retemper.pipeline.schema.run import Config
 
-_CHOICE = 0  # the seed of the held-out choice: the same samples for every run that compares
+_SUBSET_SEED = 0  # fixed, so that all runs are scored on the same held-out samples
 
 
 @dataclass(frozen=True)
 class Heldout:
-    """scores: bits_per_byte with stderr and interval, loss (nats per token), tokens, bytes and samples. samples: of each its bits and bytes."""
+    """The held-out scores of one domain."""
 
+    # bits_per_byte with stderr and interval, loss (nats per token), tokens, bytes and samples
     scores: dict
-    samples: list[dict]
+    samples: list[dict]  # the number, bits and bytes of each sample
 
 
 @torch.no_grad()
 def heldout_scores(
     config: Config, topology: Topology, model, domains: Iterable[str]
 ) -> dict[str, Heldout]:
-    """Each domain's scores, the same on every rank.
+    """Return each domain's held-out scores, the same on every rank.
 
-    Bits per byte divides the loss of all predicted tokens by the UTF-8 bytes they stand for, so that models with
-    different tokenizers compare; end-of-text, which stands for no bytes, does not count.
-    Raises UserError where a domain's samples have nothing to predict.
+    Bits per byte is the loss of all predicted tokens divided by the UTF-8 bytes they represent, so
+    that models with different tokenizers are comparable. End-of-text represents no bytes and is
+    not counted.
+
+    Args:
+        config: The run's config.
+        topology: This rank's position in the layout.
+        model: The live model; it is left in training mode.
+        domains: Keys of evals.heldout.
+
+    Raises:
+        UserError: A domain's samples have no token to predict.
+
+    Collective: every rank must call this.
     """
     model.eval()
     scores = {domain: _score(config, topology, model, domain) for domain in domains}
@@ -56,54 +71,60 @@ def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
     )
     token_bytes = torch.from_numpy(token_bytes).to(topology.device)
     samples = min(len(shards), config.evals.max_samples)
-    # A fixed random choice: the first samples would be the first few documents by name.
-    chosen = Order((Stream(_CHOICE, shards.shard_sizes, 1),)).batch(0, samples)
-    sums_N3 = np.zeros((samples, 3))  # of each sample: nats, tokens, bytes
-    mine = np.array_split(np.arange(samples), topology.data_parallel_size)[
+    # A fixed random subset: the first samples would all come from the first few documents.
+    chosen = Order((Stream(_SUBSET_SEED, shards.shard_sizes, 1),)).batch(0, samples)
+    sums_N3 = np.zeros((samples, 3))  # nats, tokens and bytes per sample
+    local_indices = np.array_split(np.arange(samples), topology.data_parallel_size)[
         topology.data_parallel_rank
     ]
-    for places in _parts(mine, config.evals.micro_batch_size):
+    for indices in _parts(local_indices, config.evals.micro_batch_size):
         [batch] = make_batches(
-            shards.samples(chosen[places]), len(places), mask_documents=config.data.mask_documents
+            shards.samples(chosen[indices]), len(indices), mask_documents=config.data.mask_documents
         )
         batch = batch.of_context_rank(
             topology.context_parallel_rank, config.parallel.context_parallel_size
         ).to(topology.device)
         for output in run_schedule(model, [batch], forward_only=True):
             bytes_BT = token_bytes[batch.labels_BT] * batch.loss_mask_BT
-            sums_B3 = _sums_of_samples(output["losses_BT"], bytes_BT, len(places))
-            sums_N3[places] = sums_B3.cpu().numpy()
+            sums_B3 = _sums_of_samples(output["losses_BT"], bytes_BT, len(indices))
+            sums_N3[indices] = sums_B3.cpu().numpy()
     nats_N, tokens_N, bytes_N = (
         np.array(from_last_stage(torch.from_numpy(sums_N3.ravel()))).reshape(-1, 3).T
     )
     if not tokens_N.sum():
         raise UserError(
-            f"evals.heldout.{domain}={path}: none of the {samples} held-out samples that are read has a "
-            "token to predict (all of them are prompt, padding or stand for no text), so there is no loss "
-            "to measure. Name a corpus with held-out text, or leave the domain out"
+            f"evals.heldout.{domain}={path}: none of the {samples} held-out samples read has a "
+            "token to predict (all tokens are prompt, padding or without text), so there is no "
+            "loss to measure. Name a corpus with held-out text, or remove the domain"
         )
     bits_N = nats_N / math.log(2)
-    found = ratio(bits_N.tolist(), bytes_N.tolist())
+    estimate = ratio(bits_N.tolist(), bytes_N.tolist())
     scores = {
-        "bits_per_byte": found.value,
-        "stderr": found.stderr,
-        "interval": [found.low, found.high],
+        "bits_per_byte": estimate.value,
+        "stderr": estimate.stderr,
+        "interval": [estimate.low, estimate.high],
         "loss": nats_N.sum() / tokens_N.sum(),
         "tokens": int(tokens_N.sum()),
         "bytes": int(bytes_N.sum()),
         "samples": samples,
     }
-    each = zip(chosen.tolist(), bits_N.tolist(), bytes_N.tolist(), strict=True)
+    rows = zip(chosen.tolist(), bits_N.tolist(), bytes_N.tolist(), strict=True)
     return Heldout(
-        scores, [{"sample": sample, "bits": bits, "bytes": bytes_} for sample, bits, bytes_ in each]
+        scores, [{"sample": sample, "bits": bits, "bytes": bytes_} for sample, bits, bytes_ in rows]
     )
 
 
 def _sums_of_samples(losses_BT: torch.Tensor, bytes_BT: torch.Tensor, samples: int) -> torch.Tensor:
-    """Of each sample the nats of its tokens that stand for bytes, their number, and their bytes.
+    """Sum the losses, tokens and bytes of each sample, over the tokens that represent bytes.
 
-    losses_BT and bytes_BT: nats, and UTF-8 bytes of the labels that count, of each position. Under
-    document masks B is 1, and the samples stand one after the other. Returns float64 (samples, 3).
+    Args:
+        losses_BT: The loss of each position, in nats.
+        bytes_BT: The UTF-8 bytes of each label, 0 where the loss mask excludes it.
+        samples: The number of samples in the batch. With document masks B is 1, and the samples
+            are concatenated along T.
+
+    Returns:
+        Nats, tokens and bytes of each sample, float64 (samples, 3).
     """
     losses_NT = losses_BT.double().reshape(samples, -1)
     bytes_NT = bytes_BT.double().reshape(samples, -1)

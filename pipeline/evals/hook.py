@@ -1,4 +1,4 @@
-"""The inline hook: scores of a step, computed once on the live model."""
+"""The inline evaluation hook: score the live model at a step, once."""
 
 import time
 from dataclasses import dataclass
@@ -14,18 +14,28 @@ from retemper.pipeline.schema.run import Config
 
 @dataclass(frozen=True)
 class Scores:
-    """What a step was newly scored on: heldout by domain; tasks as their files have them, on rank 0 alone."""
+    """The new scores of a step."""
 
-    heldout: dict[str, dict]
+    heldout: dict[str, dict]  # domain -> scores
     heldout_seconds: float
-    tasks: dict[str, dict]
+    tasks: dict[str, dict]  # task -> the content of its file; on rank 0 only
     forgetting: Estimate | None = None
 
 
 def evaluate(config: Config, topology: Topology, model, step: int) -> Scores | None:
-    """Score the model as it stands after `step` steps on the domains and inline tasks that this step has no score of. Every rank calls it.
+    """Score the model on the held-out domains and inline tasks that have no score at a step.
 
-    Returns the new scores; None where there was nothing to score. A task that cannot be scored has its error in their place.
+    Args:
+        config: The run's config.
+        topology: This rank's position in the layout.
+        model: The live model, after `step` steps.
+        step: The step that the scores are stored under.
+
+    Returns:
+        The new scores, or None if nothing was left to score. A task that failed has
+        {"error": …} in place of its scores.
+
+    Collective: every rank must call this.
     """
     missing, tasks = from_rank_zero(unscored(config, step))
     if not (missing or tasks):
@@ -33,13 +43,13 @@ def evaluate(config: Config, topology: Topology, model, step: int) -> Scores | N
     started = time.perf_counter()
     heldout = heldout_scores(config, topology, model, missing) if missing else {}
     seconds = time.perf_counter() - started
-    scores = {domain: found.scores for domain, found in heldout.items()}
+    scores = {domain: result.scores for domain, result in heldout.items()}
     if missing and topology.rank == 0:
         eval_folder.write_heldout(
             config.run_dir,
             step,
             scores,
-            {domain: found.samples for domain, found in heldout.items()},
+            {domain: result.samples for domain, result in heldout.items()},
         )
     scored = _score(config, topology, model, step, tasks) if tasks else {}
     return Scores(
@@ -51,7 +61,7 @@ def evaluate(config: Config, topology: Topology, model, step: int) -> Scores | N
 
 
 def unscored(config: Config, step: int) -> tuple[list[str], list[str]]:
-    """The held-out domains and the inline tasks without scores at a step."""
+    """Return the held-out domains and the inline tasks without scores at a step."""
     domains = eval_folder.read_scores(config.run_dir).get(step, {})
     tasks = eval_folder.read_tasks(config.run_dir, step) if config.evals.inline else {}
     return [name for name in config.evals.heldout if name not in domains], [
@@ -79,7 +89,7 @@ def _score(
 
 
 def format_scores(step: int, scores: Scores) -> str:
-    """Lines for the terminal."""
+    """Format a step's new scores as lines for the terminal."""
     lines = []
     if scores.heldout:
         lines.append(
@@ -100,8 +110,8 @@ def format_scores(step: int, scores: Scores) -> str:
             )
         )
     if scores.forgetting is not None:
-        found = f"{scores.forgetting.value:.4f} ± {scores.forgetting.stderr:.4f}"
-        lines.append(f"forgetting score {found} (mean of {', '.join(eval_folder.FORGOTTEN)})")
+        score = f"{scores.forgetting.value:.4f} ± {scores.forgetting.stderr:.4f}"
+        lines.append(f"forgetting score {score} (mean of {', '.join(eval_folder.FORGOTTEN)})")
     return "\n".join(f"step {step:>6}  {line}" for line in lines)
 
 
@@ -112,7 +122,7 @@ def _format_metrics(scores: dict) -> str:
         for metric, values in scores["metrics"].items()
     ]
     cut = (
-        f", {scores['cut_prompts']} of them cut to the model's length"
+        f", {scores['cut_prompts']} of them cut to the model's maximum length"
         if scores["cut_prompts"]
         else ""
     )

@@ -1,4 +1,7 @@
-"""Tasks on the live model, one after the other: what one of them does wrong is its own matter. Rank 0 alone imports this."""
+"""Score tasks on the live model one after another; a task that fails does not stop the others.
+
+Only rank 0 imports this.
+"""
 
 from collections.abc import Iterator
 
@@ -13,7 +16,19 @@ from retemper.pipeline.schema.run import Config
 def score_tasks(
     config: Config, team: Team, names: list[str]
 ) -> Iterator[tuple[str, dict, list[dict]]]:
-    """For each task its name, its scores or {"error": …}, and a record for each of its problems."""
+    """Score tasks on the live model.
+
+    Args:
+        config: The run's config.
+        team: The ranks of the model; the others must be serving.
+        names: Keys of evals.tasks.
+
+    Yields:
+        A task's name, its scores or {"error": …}, and a record for each of its problems.
+
+    Raises:
+        Exception: A computation on the ranks failed, so that they can no longer be used.
+    """
     for name in names:
         yield name, *_attempt(name, config, team)
 
@@ -21,11 +36,11 @@ def score_tasks(
 def _attempt(name: str, config: Config, team: Team) -> tuple[dict, list[dict]]:
     try:
         return _score(name, config, team)
-    except Exception as error:  # of files, of the hub, of lm-eval: the run goes on
+    except Exception as error:  # from files, the hub or lm-eval: training continues
         if team.in_flight:
-            raise  # the other ranks are in the midst of computing
-        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return {"error": said}, []
+            raise  # the other ranks are in the middle of a computation
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return {"error": message}, []
 
 
 def _score(name: str, config: Config, team: Team) -> tuple[dict, list[dict]]:

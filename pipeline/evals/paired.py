@@ -1,10 +1,10 @@
-"""Two scored models beside each other: differences over the samples and problems they share."""
+"""Paired differences of two scored models, over the samples and problems they share."""
 
 import math
 from dataclasses import dataclass
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.evals.score_code import problem_scores as scores_of_programs
+from retemper.pipeline.evals.score_code import problem_scores as code_problem_scores
 from retemper.pipeline.evals.score_code import verdicts_path
 from retemper.pipeline.evals.uncertainty import (
     Estimate,
@@ -20,59 +20,92 @@ from retemper.pipeline.schema.run import Config
 
 @dataclass(frozen=True)
 class Scored:
-    """A model with scores: that of a run after a step."""
+    """A model with scores: the model of a run after a step."""
 
     config: Config
     step: int
 
     @property
     def start(self) -> "Scored":
-        """What its run began with."""
+        """The initial model of the same run."""
         return Scored(self.config, 0)
 
 
 def heldout_difference(first: Scored, second: Scored, domain: str) -> Estimate:
-    """Of bits per byte, second minus first. Raises UserError where they have other samples."""
+    """Return the paired difference of two models' bits per byte, second minus first.
+
+    Args:
+        first: One model.
+        second: The other.
+        domain: A key of evals.heldout.
+
+    Raises:
+        UserError: They were scored on different samples, or the record of samples is missing.
+    """
     return _contrast([(1, second), (-1, first)], domain)
 
 
 def gain_difference(first: Scored, second: Scored, domain: str) -> Estimate:
-    """Of the bits per byte gained since each one's start, second minus first. Raises UserError."""
+    """Return the paired difference of two models' gains in bits per byte, second minus first.
+
+    Args:
+        first: One model. Its gain is the bits per byte of its run's initial model less its own.
+        second: The other.
+        domain: A key of evals.heldout.
+
+    Raises:
+        UserError: They or their initial models were scored on different samples, or a record of
+            samples is missing.
+    """
     gains = [(1, second.start), (-1, second), (-1, first.start), (1, first)]
     return _contrast(gains, domain)
 
 
 def _contrast(signed: list[tuple[int, Scored]], domain: str) -> Estimate:
-    """A signed sum of models' bits per byte, sample by sample."""
-    scored = [(sign, _samples(each, domain)) for sign, each in signed]
+    """Return a signed sum of models' bits per byte, paired by sample."""
+    scored = [(sign, _samples(model, domain)) for sign, model in signed]
     sizes = [_sizes(samples) for _, samples in scored]
     if any(other != sizes[0] for other in sizes):
         raise UserError("scored on other samples")
-    # Summed exactly: equal models differ by nothing, and not by what rounding leaves.
-    bits = [math.fsum(sign * each[key]["bits"] for sign, each in scored) for key in sizes[0]]
+    # Exact summation, so that the difference of equal models is zero, without rounding errors.
+    bits = [math.fsum(sign * samples[key]["bits"] for sign, samples in scored) for key in sizes[0]]
     return ratio(bits, list(sizes[0].values()))
 
 
 def task_difference(first: Scored, second: Scored, task: str) -> Estimate:
-    """Of a task's score, second minus first. Raises UserError where they do not compare."""
-    scores = [_scores(each, task) for each in (first, second)]
+    """Return the paired difference of two models' scores on a task, second minus first.
+
+    Args:
+        first: One model.
+        second: The other.
+        task: A key of evals.tasks.
+
+    Raises:
+        UserError: They were scored with another metric, other settings or on other problems, or
+            a record of problems is missing.
+    """
+    scores = [_scores(model, task) for model in (first, second)]
     if any(scores[0][key] != scores[1][key] for key in ("metric", "settings")):
         raise UserError("scored with other settings")
     metric = scores[0]["metric"]
-    return paired_difference(*(_problems(each, task, metric) for each in (first, second)))
+    return paired_difference(*(_problems(model, task, metric) for model in (first, second)))
 
 
 def forgetting(tasks: dict[str, dict]) -> Estimate | None:
-    """The forgetting score of a step's tasks with its interval; None where a task is missing."""
+    """Return the forgetting score of a step's tasks with its interval; None if a task is missing.
+
+    Args:
+        tasks: Task -> its scores, as evals/<step>/<task>.json holds them.
+    """
     if eval_folder.forgetting(tasks) is None:
         return None
     return mean([_estimate(tasks[name]) for name in eval_folder.FORGOTTEN])
 
 
 def forgetting_difference(first: Scored, second: Scored) -> Estimate:
-    """Of the forgetting score, second minus first, over the problems of its tasks.
+    """Return the paired difference of two forgetting scores, second minus first.
 
-    Raises UserError where they do not compare.
+    It is the mean of the differences of the tasks. Raises UserError as task_difference does.
     """
     return mean([task_difference(first, second, name) for name in eval_folder.FORGOTTEN])
 
@@ -86,7 +119,7 @@ def _scores(scored: Scored, task: str) -> dict:
 
 
 def _samples(scored: Scored, domain: str) -> dict[int, dict]:
-    """Sample -> its bits and bytes."""
+    """Return sample number -> its bits and bytes."""
     name = eval_folder.heldout_name(domain)
     homes = eval_folder.homes(scored.config, scored.step)
     paths = [eval_folder.samples_path(home, scored.step, name) for home in homes]
@@ -100,12 +133,12 @@ def _sizes(samples: dict[int, dict]) -> dict[int, float]:
 
 
 def _problems(scored: Scored, task: str, metric: str) -> dict:
-    """Problem -> its score."""
+    """Return problem -> its score."""
     homes = eval_folder.homes(scored.config, scored.step)
-    held = (home for home in homes if task in eval_folder.read_tasks(home, scored.step))
-    home = next(held, homes[0])
+    scored_homes = (home for home in homes if task in eval_folder.read_tasks(home, scored.step))
+    home = next(scored_homes, homes[0])
     verdicts = verdicts_path(eval_folder.generations_path(home, scored.step, task))
     if verdicts.exists():
-        return scores_of_programs(verdicts)
+        return code_problem_scores(verdicts)
     path = eval_folder.samples_path(home, scored.step, task)
     return scores_by_problem(read_records(path, {"doc_id": int, "filter": str}), metric)

@@ -1,4 +1,4 @@
-"""The tokenizer that a model is evaluated with."""
+"""Load the tokenizer for evaluating a run's models."""
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -9,24 +9,30 @@ from retemper.pipeline.schema.run import Config
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerFast:
-    """The run's. Raises UserError where it is not the one that the corpus was made with, or larger than the model."""
-    ours = Tokenizer(config.data.tokenizer)
+    """Load the run's tokenizer as transformers' class.
+
+    Raises UserError where it differs from the tokenizer of the run's corpus, has more tokens than
+    the model's vocabulary, or has no end-of-text token.
+    """
+    named = Tokenizer(config.data.tokenizer)
     corpus = read_manifest(config.data.path)
-    if ours.sha256 != corpus["tokenizer_sha256"]:
+    if named.sha256 != corpus["tokenizer_sha256"]:
         raise UserError(
-            f"data.tokenizer={config.data.tokenizer} is another tokenizer than that of the corpus {config.data.path}, which the model "
-            "was trained on: name that one"
+            f"data.tokenizer={config.data.tokenizer} is another tokenizer than that of the corpus "
+            f"{config.data.path}, which the model was trained on: set data.tokenizer to that one"
         )
     tokenizer = AutoTokenizer.from_pretrained(
-        ours.folder, local_files_only=True, trust_remote_code=False
+        named.folder, local_files_only=True, trust_remote_code=False
     )
     if len(tokenizer) > config.model.vocab_size:
         raise UserError(
-            f"data.tokenizer={config.data.tokenizer} has {len(tokenizer)} tokens, model.vocab_size is only {config.model.vocab_size}: "
-            "it is not this model's"
+            f"data.tokenizer={config.data.tokenizer} has {len(tokenizer)} tokens, "
+            f"model.vocab_size is only {config.model.vocab_size}: "
+            "the tokenizer does not belong to this model"
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"data.tokenizer={config.data.tokenizer} names no end-of-text: give its tokenizer_config.json an eos_token"
+            f"data.tokenizer={config.data.tokenizer} has no end-of-text token: "
+            "set eos_token in its tokenizer_config.json"
         )
     return tokenizer

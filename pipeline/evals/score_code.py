@@ -1,4 +1,7 @@
-"""Scores of a file of generated programs: runs them, writes the verdicts beside them. Needs no model and no GPU."""
+"""Score a file of generated programs: run them and write the verdicts next to the file.
+
+Needs no model and no GPU.
+"""
 
 import json
 from collections import Counter, defaultdict
@@ -15,7 +18,7 @@ from retemper.pipeline.evals.uncertainty import estimate, pass_at_k
 from retemper.pipeline.files.atomic import replace_file
 from retemper.pipeline.files.records import read_records
 
-_KEYS = {"task_id": (str, int), "sample": int, "completion": str}  # of a generation
+_KEYS = {"task_id": (str, int), "sample": int, "completion": str}  # required in a generation
 
 
 def score_generations(
@@ -25,18 +28,32 @@ def score_generations(
     ks: Sequence[int] = (1,),
     unsafe_code: bool = False,
 ) -> dict:
-    """Scores of a task's generations by its problems (jsonl); only one rank may call it.
+    """Run a code task's generated programs and score them. Only one rank may call this.
 
-    Returns pass@k for each k with its standard error and interval, problems, samples (of each problem), why programs failed, and
-    the sandbox's layers; writes <generations>.verdicts.jsonl, a record for each generation, in their order. Raises UserError, before
-    anything runs, for a malformed record, a problem or sample that is there twice or not at all, and where no program may run.
+    Writes <generations>.verdicts.jsonl, a record for each generation, in the order of the file.
+
+    Args:
+        task: A key of CODE_TASKS.
+        problems: The task's problems (jsonl).
+        generations: The programs (jsonl or jsonl.zst), records with task_id, sample, completion.
+        ks: The k of each pass@k to compute.
+        unsafe_code: Run the programs even where this machine cannot isolate them.
+
+    Returns:
+        pass@k for each k with its standard error and interval; the number of problems and of
+        samples per problem; the failures by kind; the sandbox's layers.
+
+    Raises:
+        UserError: A record is malformed, a problem or sample is duplicated or missing, or no
+            program may run on this machine. Raised before any program runs.
     """
     by_id = _problems(task, problems)
     records = list(read_records(generations, _KEYS))
     samples = _samples(records, by_id, generations, problems)
     if not 1 <= min(ks) <= max(ks) <= samples:
         raise UserError(
-            f"{generations} has {samples} samples of each problem: pass@{max(ks)} needs {max(ks)}; generate more or set a smaller k"
+            f"{generations} has {samples} samples of each problem: pass@{max(ks)} needs {max(ks)}; "
+            "generate more or set a smaller k"
         )
     layers = find_layers(unsafe_code)
     code_task = CODE_TASKS[task]
@@ -56,14 +73,18 @@ def score_generations(
 
 
 def verdicts_path(generations: Path) -> Path:
-    """Beside humaneval.jsonl.zst: humaneval.verdicts.jsonl."""
+    """Return the path of the verdicts: humaneval.verdicts.jsonl next to humaneval.jsonl.zst."""
     return generations.with_name(
         generations.name.removesuffix(".zst").removesuffix(".jsonl") + ".verdicts.jsonl"
     )
 
 
 def problem_scores(verdicts: Path, k: int = 1) -> dict[str | int, float]:
-    """Problem -> pass@k, from a file of verdicts, for uncertainty.paired_difference. Raises UserError."""
+    """Return problem -> pass@k from a file of verdicts, as paired_difference takes them.
+
+    Raises UserError where the file is missing or malformed, or has fewer than k samples of a
+    problem.
+    """
     outcomes = defaultdict(list)
     for record in read_records(verdicts, {"task_id": (str, int), "passed": bool}):
         outcomes[record["task_id"]].append(record["passed"])
@@ -71,44 +92,50 @@ def problem_scores(verdicts: Path, k: int = 1) -> dict[str | int, float]:
 
 
 def _problems(task: str, path: Path) -> dict[str | int, dict]:
-    """task_id -> problem."""
+    """Read the problems as task_id -> problem. Raises UserError for duplicates and broken tests."""
     by_id = {}
     for problem in read_records(path, CODE_TASKS[task].keys):
         name = problem["task_id"]
         if name in by_id:
-            raise UserError(f"{path} has problem {name} twice: leave one")
+            raise UserError(f"{path} has problem {name} twice: remove one")
         try:
             unpassable(CODE_TASKS[task].program(problem, "").tests)
         except (SyntaxError, TypeError, IndexError) as error:
             raise UserError(
-                f"{path}: the tests of problem {name} cannot be run ({error}): correct or replace the file"
+                f"{path}: the tests of problem {name} cannot be run ({error}): "
+                "correct or replace the file"
             ) from None
         by_id[name] = problem
     return by_id
 
 
 def _samples(records: list[dict], problems: dict, generations: Path, problems_path: Path) -> int:
-    """How many samples there are of each problem. Raises UserError where a record is unknown, double or missing."""
+    """Return the number of samples per problem.
+
+    Raises UserError where a record is of an unknown problem, duplicated or missing.
+    """
     seen = defaultdict(set)
     for record in records:
         name = record["task_id"]
         sample = record["sample"]
         if name not in problems:
             raise UserError(
-                f"{generations}: problem {name} is not in {problems_path}: give the problems these were generated for"
+                f"{generations}: problem {name} is not in {problems_path}: "
+                "use the problems that the programs were generated for"
             )
         if sample in seen[name]:
             raise UserError(
-                f"{generations} has sample {sample} of problem {name} twice: generate it anew"
+                f"{generations} has sample {sample} of problem {name} twice: generate it again"
             )
         seen[name].add(sample)
     if not seen:
-        raise UserError(f"{generations} holds no record: generate it anew")
+        raise UserError(f"{generations} has no records: generate it again")
     most = max(map(len, seen.values()))
     for name, numbers in seen.items():
         if len(numbers) < most:
             raise UserError(
-                f"{generations} has {len(numbers)} samples of problem {name} and {most} of others: generate it anew"
+                f"{generations} has {len(numbers)} samples of problem {name} and {most} of others: "
+                "generate it again"
             )
     return most
 
@@ -122,6 +149,6 @@ def _verdict_lines(records: list[dict], verdicts: list[Verdict]) -> str:
 
 
 def _failures(verdicts: list[Verdict]) -> dict[str, int]:
-    """The kinds of reasons, the most frequent first."""
+    """Count the failures by kind, the most frequent first."""
     kinds = Counter(verdict.reason.partition(":")[0] for verdict in verdicts if not verdict.passed)
     return dict(kinds.most_common())

@@ -1,4 +1,7 @@
-"""lm-eval's view of the live sharded model. Rank 0 alone imports this; the others serve it (team.py)."""
+"""The live sharded model as an lm-eval model.
+
+Only rank 0 imports this; the other ranks serve its requests (team.py).
+"""
 
 import numpy as np
 from lm_eval import utils
@@ -20,10 +23,20 @@ _SAMPLING_KEYS = {"do_sample", "temperature", "top_p"}
 
 
 class ShardedLM(TemplateLM):
-    """One process to lm-eval, whatever the layout. Tokens are made, cut and scored as lm-eval's `hf` class does."""
+    """A model that looks like a single process to lm-eval, whatever the layout.
+
+    Text is tokenized, cut and scored as lm-eval's `hf` class does.
+    """
 
     def __init__(self, team: Team, tokenizer: PreTrainedTokenizerFast, seed: int, label: str):
-        """seed: of what is drawn in generation. label: of the progress bar."""
+        """Wrap the ranks of a model.
+
+        Args:
+            team: The ranks of the model.
+            tokenizer: The model's tokenizer, with an end-of-text token.
+            seed: The seed of sampling in generation.
+            label: The label of the progress bar.
+        """
         super().__init__()
         self.team = team
         self.tokenizer = tokenizer
@@ -53,7 +66,7 @@ class ShardedLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, **_options) -> list[tuple[float, bool]]:
-        # One token more than the model takes, for the last is only a label.
+        # One token more than the maximum length, because the last is only a label.
         sequences = [
             np.array((context + continuation)[-self.max_length - 1 :], np.int32)
             for _, context, continuation in requests
@@ -61,12 +74,13 @@ class ShardedLM(TemplateLM):
         lengths = [len(continuation) for _, _, continuation in requests]
         if max(lengths) > self.max_length:
             raise UserError(
-                f"the task has an answer of {max(lengths)} tokens, model.max_sequence_length is only {self.max_length}"
+                f"the task has an answer of {max(lengths)} tokens, "
+                f"model.max_sequence_length is only {self.max_length}"
             )
         scores_N2 = self.team.ask(
             "log_likelihoods", sequences=sequences, lengths=lengths, label=self.label
         )
-        return [(nats, missed == 0) for nats, missed in scores_N2.tolist()]
+        return [(nats, mismatches == 0) for nats, mismatches in scores_N2.tolist()]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -85,8 +99,8 @@ class ShardedLM(TemplateLM):
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
         tokens = self.tok_encode(text, add_special_tokens=False)
-        # lm-eval puts the first token before the text itself; its `hf` class lets the tokenizer
-        # put another there.
+        # get_rolling_token_windows prepends the prefix token, so drop the one that the tokenizer
+        # adds; lm-eval's `hf` class keeps both.
         if tokens[:1] == [self.prefix_token_id]:
             tokens = tokens[1:]
         windows = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
@@ -95,13 +109,13 @@ class ShardedLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         answers: list[str] = [""] * len(requests)
         settings = [normalize_gen_kwargs(request.args[1], NEW_TOKENS) for request in requests]
-        for chosen in {repr(each): each for each in settings}.values():
-            places = [place for place, each in enumerate(settings) if each == chosen]
-            answers_of_these = self._generate(
-                [requests[place].args[0] for place in places], dict(chosen)
+        for group_settings in {repr(each): each for each in settings}.values():
+            indices = [index for index, each in enumerate(settings) if each == group_settings]
+            group_answers = self._generate(
+                [requests[index].args[0] for index in indices], dict(group_settings)
             )
-            for place, answer in zip(places, answers_of_these, strict=True):
-                answers[place] = answer
+            for index, answer in zip(indices, group_answers, strict=True):
+                answers[index] = answer
         return answers
 
     def _generate(self, contexts: list[str], settings: dict) -> list[str]:
@@ -115,25 +129,36 @@ class ShardedLM(TemplateLM):
         )
         if unknown := settings.keys() - _SAMPLING_KEYS:
             raise UserError(
-                f"the task asks for the generation settings {', '.join(sorted(unknown))}, which there are not here"
+                "the task uses generation settings that are not supported on the live model: "
+                f"{', '.join(sorted(unknown))}"
             )
         if self.team.config.parallel.context_parallel_size > 1:
             raise UserError(
-                "tasks that generate text do not go with parallel.context_parallel_size > 1: leave them to another layout"
+                "tasks that generate text do not work with parallel.context_parallel_size > 1: "
+                "score them in another layout"
             )
-        room = self.max_length - sampling.max_new_tokens
-        if room < 1:
+        max_prompt_tokens = self.max_length - sampling.max_new_tokens
+        if max_prompt_tokens < 1:
             raise UserError(
-                f"the task may generate {sampling.max_new_tokens} tokens, model.max_sequence_length={self.max_length} leaves no room for its "
-                "prompt: set max_new_tokens of the task"
+                f"the task may generate {sampling.max_new_tokens} tokens, model.max_sequence_length"
+                f"={self.max_length} leaves no room for its prompt: set max_new_tokens of the task"
             )
-        new = self.team.ask(
-            "generate", prompts=[np.array(self.tok_encode(context)[-room:], np.int32) for context in contexts], sampling=sampling,
-            stops=stops, tokenizer=self.tokenizer, eos_id=self.eot_token_id, seed=self.seed, label=self.label,
-        )  # fmt: skip
+        generated = self.team.ask(
+            "generate",
+            prompts=[
+                np.array(self.tok_encode(context)[-max_prompt_tokens:], np.int32)
+                for context in contexts
+            ],
+            sampling=sampling,
+            stops=stops,
+            tokenizer=self.tokenizer,
+            eos_id=self.eot_token_id,
+            seed=self.seed,
+            label=self.label,
+        )
         return [
             postprocess_generated_text(
                 self.tokenizer.decode(tokens, skip_special_tokens=True), stops, None
             )
-            for tokens in new
+            for tokens in generated
         ]

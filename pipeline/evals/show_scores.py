@@ -1,4 +1,4 @@
-"""What the steps of a run were scored, and how far each is from the model that the run began from."""
+"""Show the scores of a run's steps, and the difference of each from the run's initial model."""
 
 from collections.abc import Callable, Iterator
 
@@ -18,10 +18,14 @@ COLUMNS = ("step", "task", "metric", "n", "score", "95% interval", "from step 0"
 
 
 def table(config: Config) -> Iterator[str]:
-    """A line for each domain and task of each step."""
+    """Yield the lines of a table with the scores of each domain and task at each step.
+
+    Raises UserError where the run has no scores.
+    """
     if not (steps := eval_folder.steps_of(config)):
         raise UserError(
-            f"{config.run_dir} has no scores yet: `retemper eval {config.run_dir}` and `retemper evals worker {config.run_dir}` make them"
+            f"{config.run_dir} has no scores yet: run `retemper eval {config.run_dir}` or "
+            f"`retemper evals worker {config.run_dir}`"
         )
     heldout = eval_folder.heldout_of(config)
     for row in [
@@ -36,19 +40,24 @@ def table(config: Config) -> Iterator[str]:
 
 
 def task_rows(config: Config, step: int) -> Iterator[tuple[str, ...]]:
-    """COLUMNS of each task of a step. The difference is of the same problems, with its standard error and 95% interval."""
+    """Yield a row, as in COLUMNS, for each task of a step.
+
+    The difference from step 0 is paired by problem, with its standard error and 95% interval.
+    """
     base, tasks = (eval_folder.tasks_of(config, at) for at in (0, step))
     pair = Scored(config, 0), Scored(config, step)
     for task, scores in tasks.items():
-        difference = _said(task_difference, *pair, task) if step and task in base else ""
+        difference = (
+            _format_difference(task_difference, *pair, task) if step and task in base else ""
+        )
         yield _row(
             step, task, scores["metric"], scores, "  ".join([difference, *_warnings(scores)])
         )
-    if (found := forgetting(tasks)) is not None:
+    if (score := forgetting(tasks)) is not None:
         metric = f"mean of {len(eval_folder.FORGOTTEN)}"
         compared = step and eval_folder.forgetting(base) is not None
-        difference = _said(forgetting_difference, *pair) if compared else ""
-        yield _row(step, "forgetting score", metric, found.headline(metric), difference)
+        difference = _format_difference(forgetting_difference, *pair) if compared else ""
+        yield _row(step, "forgetting score", metric, score.headline(metric), difference)
     for home in eval_folder.homes(config, step):
         for task, error in eval_folder.read_errors(home, step).items():
             if task not in tasks:
@@ -61,7 +70,7 @@ def _heldout_rows(
     pair = Scored(config, 0), Scored(config, step)
     for domain, scores in heldout.get(step, {}).items():
         difference = (
-            _said(heldout_difference, *pair, domain)
+            _format_difference(heldout_difference, *pair, domain)
             if step and domain in heldout.get(0, {})
             else ""
         )
@@ -84,19 +93,30 @@ def _row(step: int, name: str, metric: str, scores: dict, difference: str) -> tu
 
 
 def _warnings(scores: dict) -> Iterator[str]:
-    """What a score is to be read with: which training streams may hold the task's problems, and how many prompts lost their beginning."""
+    """Yield caveats of a score.
+
+    They are the training streams that may contain the task's problems, and the number of prompts
+    that were cut.
+    """
     if streams := [name for name, clean in scores["decontaminated"].items() if not clean]:
         yield f"not decontaminated in {', '.join(streams)}"
     if cut := scores.get("cut_prompts"):
-        yield f"{cut} prompts cut to the model's length"
+        yield f"{cut} prompts cut to the model's maximum length"
 
 
-def _said(difference: Callable[..., Estimate], *of) -> str:
-    """A paired difference, or why there is none: the scores stand, whatever became of the files beside them."""
+def _format_difference(difference: Callable[..., Estimate], *arguments) -> str:
+    """Format a paired difference, or the reason why it cannot be computed.
+
+    The scores are shown even where the records next to them are missing.
+    """
     try:
-        found = difference(*of)
+        estimate = difference(*arguments)
     except UserError as error:
-        return f"not to be compared: {error}"
-    if found.stderr == 0:
-        return f"{found.value:+.4f} on each of {found.problems}"  # which is no certainty of others
-    return f"{found.value:+.4f} ± {found.stderr:.4f} ({found.low:+.4f} to {found.high:+.4f})"
+        return f"not comparable: {error}"
+    if estimate.stderr == 0:
+        # No interval: it would have no width, which says nothing about other problems.
+        return f"{estimate.value:+.4f} on each of {estimate.problems}"
+    return (
+        f"{estimate.value:+.4f} ± {estimate.stderr:.4f} "
+        f"({estimate.low:+.4f} to {estimate.high:+.4f})"
+    )

@@ -1,4 +1,4 @@
-"""The tasks: lm-eval's own definitions, over its hub datasets or over local files in their place."""
+"""Load tasks: lm-eval's own definitions, with their datasets from the hub or from local files."""
 
 import json
 from collections.abc import Callable
@@ -17,25 +17,26 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.evals import EvalsConfig
 
 _DEFINITIONS = Path(lm_eval.__file__).parent / "tasks"
-_SHOTS_SEED = 1234  # of which solved examples stand before a problem; lm-eval's own
+_SHOTS_SEED = 1234  # selects the few-shot examples; lm-eval's default
 
 
 @dataclass(frozen=True)
 class _Local:
-    """Files that stand for a hub dataset, one record a line."""
+    """Local files that replace a hub dataset, one record per line."""
 
-    folder: str  # of the task's definition in lm-eval
-    files: dict[str, str]  # split -> name, which may be a pattern
-    form: str  # what a record looks like
+    folder: str  # the folder of the task's definition in lm-eval
+    files: dict[str, str]  # split -> file name or pattern
+    form: str  # the format of a record, for error messages
     is_sound: Callable[[dict], bool]
-    changes: dict[str, Any] = field(default_factory=dict)  # to the definition
+    changes: dict[str, Any] = field(default_factory=dict)  # changed keys of the definition
 
 
 LOCAL_TASKS = {
     "hellaswag": _Local(
         "hellaswag",
         {"validation": "hellaswag_validation*.jsonl"},
-        '{"query": text, "choices": [texts], "gold": the place of the right one}, as lm-eval makes them of its dataset',
+        '{"query": text, "choices": [texts], "gold": the index of the correct choice}, '
+        "as lm-eval converts its dataset",
         lambda record: (
             isinstance(record["query"], str) and isinstance(record["choices"][record["gold"]], str)
         ),
@@ -73,37 +74,44 @@ LOCAL_TASKS = {
 
 
 def load_task(name: str, evals: EvalsConfig) -> Task:
-    """The task as evals.tasks and evals.tasks_dir ask for it. Raises UserError."""
+    """Load a task as evals.tasks and evals.tasks_dir configure it.
+
+    Raises UserError where lm-eval has no such task or cannot load it, or where its local files are
+    missing or malformed.
+    """
     lm_eval_speed.patch()
-    asked = evals.tasks[name]
-    changes: dict[str, Any] = {"task": name, "repeats": asked.repeats}
-    if asked.shots is not None:
-        changes["num_fewshot"] = asked.shots
+    task_config = evals.tasks[name]
+    changes: dict[str, Any] = {"task": name, "repeats": task_config.repeats}
+    if task_config.shots is not None:
+        changes["num_fewshot"] = task_config.shots
     if evals.tasks_dir is not None:
         changes |= _from_files(name, Path(evals.tasks_dir))
     manager = _manager(name)
     if name not in manager.all_tasks:
         raise UserError(
-            f"evals.tasks.{name}: lm-eval {lm_eval.__version__} has no task of that name"
+            f"evals.tasks.{name}: lm-eval {lm_eval.__version__} has no task with that name"
         )
     try:
-        # A task alone would be read as a definition of its own; within a group its keys are changes to lm-eval's.
+        # Given alone, the task would be a new definition; in a group its keys override lm-eval's.
         (task,) = manager.load({"group": "retemper", "task": [changes]})["tasks"].values()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"evals.tasks.{name}: lm-eval cannot load it ({str(error).splitlines()[0]}); without the hub, set evals.tasks_dir to a folder "
-            "with its files"
+            f"evals.tasks.{name}: lm-eval cannot load it ({str(error).splitlines()[0]}); "
+            "if the hub is not reachable, set evals.tasks_dir to a folder with the task's files"
         ) from None
     if task.config.num_fewshot is None:
         task.set_config("num_fewshot", 0)
     if task.OUTPUT_TYPE == "generate_until":
-        task.set_config("generation_kwargs", asked.generation, update=True)
+        task.set_config("generation_kwargs", task_config.generation, update=True)
     task.set_fewshot_seed(_SHOTS_SEED)
     return task
 
 
 def chosen_problems(problems: int, limit: int | None) -> list[int] | None:
-    """A fixed random choice: the first problems would be those of one kind. None stands for all."""
+    """Return the sorted indices of a fixed random subset of `limit` problems; None means all.
+
+    The first problems would not do: they may all be of one kind.
+    """
     if limit is None or limit >= problems:
         return None
     return sorted(np.random.default_rng(0).permutation(problems)[:limit].tolist())
@@ -111,30 +119,31 @@ def chosen_problems(problems: int, limit: int | None) -> list[int] | None:
 
 def _manager(name: str) -> TaskManager:
     if name not in LOCAL_TASKS:
-        return TaskManager()  # reads some 15,000 files, for half a minute
+        return TaskManager()  # reads about 15,000 files, which takes half a minute
     return TaskManager(
         include_path=str(_DEFINITIONS / LOCAL_TASKS[name].folder), include_defaults=False
     )
 
 
 def _from_files(name: str, folder: Path) -> dict[str, Any]:
-    """The changes to a definition by which it reads local files."""
+    """Return the changes to a task's definition that make it read local files."""
     local = LOCAL_TASKS[name]
     splits = {
         split: _records(_file(name, folder, pattern), local)
         for split, pattern in local.files.items()
     }
-    made = datasets.DatasetDict(
+    dataset = datasets.DatasetDict(
         {split: datasets.Dataset.from_list(records) for split, records in splits.items()}
     )
-    return local.changes | {"custom_dataset": lambda **_metadata: made}
+    return local.changes | {"custom_dataset": lambda **_metadata: dataset}
 
 
 def _file(name: str, folder: Path, pattern: str) -> Path:
-    if found := sorted(folder.glob(pattern)):
-        return found[0]
+    if files := sorted(folder.glob(pattern)):
+        return files[0]
     raise UserError(
-        f"evals.tasks.{name}: evals.tasks_dir={folder} has no file {pattern}; put it there, or leave evals.tasks_dir out to fetch the dataset"
+        f"evals.tasks.{name}: evals.tasks_dir={folder} has no file {pattern}; put it there, "
+        "or do not set evals.tasks_dir, to download the dataset"
     )
 
 
@@ -148,7 +157,8 @@ def _records(path: Path, local: _Local) -> list[dict]:
             sound = False
         if not sound:
             raise UserError(
-                f"{path}, line {number}: no record of the form {local.form}; mend it, or download the file again"
+                f"{path}, line {number}: not a record of the form {local.form}; correct it, "
+                "or download the file again"
             )
         records.append(record)
     if not records:

@@ -1,6 +1,7 @@
-"""The ranks of a model as one answerer: rank 0 asks, every rank computes its part, rank 0 has the answer.
+"""Call the sharded model from rank 0: every rank computes its part, rank 0 returns the result.
 
-Only rank 0 knows tasks, files and metrics; what goes wrong with those can therefore never leave the ranks waiting for each other.
+Only rank 0 handles tasks, files and metrics, so an error in those can never leave the other ranks
+blocked in a collective.
 """
 
 import math
@@ -20,49 +21,69 @@ from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model.inference import Sampling, generate, log_likelihoods
 from retemper.pipeline.schema.run import Config
 
-_IN_FLIGHT = 2  # micro-batches for each stage of a pipeline that it works on at once, all padded to the longest of them
+# Micro-batches per pipeline stage that are processed together, all padded to the longest.
+_IN_FLIGHT = 2
 
 
 class Team:
-    """A live sharded model. Rank 0 calls ask, and dismiss at the end; the other ranks serve."""
+    """A live sharded model, called from rank 0.
+
+    Rank 0 calls `ask`, and `dismiss` at the end; all other ranks call `serve`.
+    """
 
     def __init__(self, config: Config, topology: Topology, model: torch.nn.ModuleList):
         self.config = config
         self.topology = topology
         self.model = model
-        self.in_flight = False  # after an error: whether the other ranks are in the midst of it
+        self.in_flight = False  # after an error: whether the other ranks may still be computing
 
     def ask(self, what: str, **arguments):
-        """Call a method of this object on every rank, and return what it gives here."""
+        """Call the method named `what` on every rank, and return this rank's result.
+
+        Only rank 0 calls this, while all other ranks are in `serve`.
+        """
         self.in_flight = True
         from_rank_zero((what, arguments))
-        answer = getattr(self, what)(**arguments)
+        result = getattr(self, what)(**arguments)
         self.in_flight = False
-        return answer
+        return result
 
     def serve(self) -> None:
-        """Do what rank 0 asks until it dismisses."""
+        """Execute the calls of rank 0 until it calls `dismiss`. All ranks but 0 call this."""
         while request := from_rank_zero(None):
             what, arguments = request
             getattr(self, what)(**arguments)
 
     def dismiss(self) -> None:
+        """Let the other ranks return from `serve`. Only rank 0 calls this."""
         from_rank_zero(None)
 
     def log_likelihoods(
         self, sequences: list[np.ndarray], lengths: list[int], label: str
     ) -> np.ndarray:
-        """Of the last lengths[n] tokens of each sequence: log-likelihood in nats, and how many of them were not the likeliest, (N, 2)."""
+        """Score the last tokens of each sequence.
+
+        Args:
+            sequences: Token ids.
+            lengths: The number of tokens to score at the end of each sequence.
+            label: The label of the progress bar.
+
+        Returns:
+            For each sequence the log-likelihood in nats, and the number of scored tokens that were
+            not the most likely one, (N, 2).
+
+        Collective: every rank must call this.
+        """
         scores_N2 = np.zeros((len(sequences), 2))
         size = self.config.evals.micro_batch_size
         parallel = self.config.parallel
-        together = size * (
+        group_size = size * (
             _IN_FLIGHT * parallel.pipeline_parallel_size
             if parallel.pipeline_parallel_size > 1
             else 1
         )
         for ids in self._parts(
-            np.array([len(sequence) for sequence in sequences]), together, label
+            np.array([len(sequence) for sequence in sequences]), group_size, label
         ):
             batches = self._batches([sequences[id] for id in ids], [lengths[id] for id in ids])
             scored = log_likelihoods(self.model, batches)
@@ -80,69 +101,89 @@ class Team:
         seed: int,
         label: str,
     ) -> list[list[int]]:
-        """Continue each prompt until a stop string or end-of-text. A prompt's place in the list and the seed decide what is drawn."""
+        """Continue each prompt until a stop string, end-of-text or the maximum number of tokens.
 
-        # A token has a byte or more of text; the first of a decoded tail may have lost its leading space.
+        Args:
+            prompts: Token ids.
+            sampling: How each next token is chosen.
+            stops: The strings that end a text.
+            tokenizer: Decodes tokens, to find the stop strings.
+            eos_id: The end-of-text token.
+            seed: The seed of sampling. What is drawn depends only on it and on a prompt's index.
+            label: The label of the progress bar.
+
+        Returns:
+            The generated token ids of each prompt.
+
+        Collective: every rank must call this.
+        """
+
+        # A token has at least one byte of text; the first token of a decoded tail may lose its
+        # leading space.
         tail = 1 + max((len(stop.encode()) for stop in stops), default=0)
 
         def ended(new: list[int]) -> bool:
             text = tokenizer.decode(new[-tail:])
             return new[-1] == eos_id or any(stop in text for stop in stops)
 
-        mine = {}
+        generated = {}
         multiple = fp8_token_multiple(self.config)
         for ids in self._parts(
             np.array([len(prompt) for prompt in prompts]), self.config.evals.micro_batch_size, label
         ):
-            rows = np.resize(
-                ids, -(-len(ids) // multiple) * multiple
-            )  # some twice, where kernels ask for more
+            # Some prompts are repeated where kernels need a multiple of rows.
+            rows = np.resize(ids, -(-len(ids) // multiple) * multiple)
             draws = np.stack(
                 [np.random.default_rng([seed, id]).random(sampling.max_new_tokens) for id in rows]
             )
-            mine |= zip(
+            generated |= zip(
                 rows,
                 generate(
                     self.model, self.topology, [prompts[id] for id in rows], draws, sampling, ended
                 ),
                 strict=True,
             )
-        answers = {id: new for part in from_each_replica(mine) for id, new in part.items()}
-        return [answers[id] for id in range(len(prompts))]
+        gathered = {id: new for part in from_each_replica(generated) for id, new in part.items()}
+        return [gathered[id] for id in range(len(prompts))]
 
     def _parts(self, lengths: np.ndarray, size: int, label: str):
-        """This replica's share of sequences, as ids of like length, the longest first: what does not fit into memory fails at once."""
+        """Yield this replica's share of the sequences, in groups of ids of similar length.
+
+        The longest come first, so that a size which does not fit into memory fails at once.
+        """
         by_length = np.argsort(-lengths, kind="stable")
-        mine = by_length[self.topology.data_parallel_rank :: self.topology.data_parallel_size]
+        local_ids = by_length[self.topology.data_parallel_rank :: self.topology.data_parallel_size]
         with tqdm(
-            total=len(mine),
+            total=len(local_ids),
             desc=label,
             leave=False,
             dynamic_ncols=True,
             disable=True if self.topology.rank else None,
         ) as bar:
-            for start in range(0, len(mine), size):
-                yield (ids := mine[start : start + size])
+            for start in range(0, len(local_ids), size):
+                yield (ids := local_ids[start : start + size])
                 bar.update(len(ids))
 
     def _batches(self, sequences: list[np.ndarray], lengths: list[int]) -> list[Batch]:
-        """Micro-batches of one size, padded on the right; the last is filled up with repetitions."""
+        """Make micro-batches of equal size, padded on the right; the last repeats sequences."""
         size = min(self.config.evals.micro_batch_size, len(sequences))
         parallel = self.config.parallel
-        parts = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
-        parts = math.lcm(parts, parallel.context_parallel_size * fp8_token_multiple(self.config))
-        longest = -(-(max(map(len, sequences)) - 1) // parts) * parts
-        filled = -(-len(sequences) // size) * size
-        tokens_NT = np.zeros((filled, longest + 1), np.int64)
-        mask_NT = np.zeros((filled, longest), np.float32)
-        for row in range(filled):
+        multiple = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+        multiple = math.lcm(
+            multiple, parallel.context_parallel_size * fp8_token_multiple(self.config)
+        )
+        padded_length = -(-(max(map(len, sequences)) - 1) // multiple) * multiple
+        rows = -(-len(sequences) // size) * size
+        tokens_NT = np.zeros((rows, padded_length + 1), np.int64)
+        mask_NT = np.zeros((rows, padded_length), np.float32)
+        for row in range(rows):
             sequence = sequences[row % len(sequences)]
             length = lengths[row % len(sequences)]
             tokens_NT[row, : len(sequence)] = sequence
             mask_NT[row, len(sequence) - 1 - length : len(sequence) - 1] = 1
         return [
             self._batch(tokens_NT[start : start + size], mask_NT[start : start + size])
-            for start in range(0, filled, size)
+            for start in range(0, rows, size)
         ]
 
     def _batch(self, tokens_BT: np.ndarray, mask_BT: np.ndarray) -> Batch:

@@ -1,7 +1,7 @@
-"""How far a score may be off: standard errors, 95% intervals, and the difference between two checkpoints on the same problems.
+"""Standard errors and 95% intervals of scores, and of paired differences of two checkpoints.
 
-A problem is the unit that varies: its score is 0 or 1, or, of many samples, its pass@k. So samples of one problem are never
-counted as independent.
+The unit of observation is a problem: its score is 0 or 1, or with several samples its pass@k. So
+samples of one problem are never counted as independent.
 """
 
 import math
@@ -16,16 +16,16 @@ _Z = NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score over `problems` problems, or samples of text, with its standard error and 95% interval, in the units of the score."""
+    """A score with its standard error and 95% interval, in the units of the score."""
 
     value: float
     stderr: float
     low: float
     high: float
-    problems: int
+    problems: int  # the number of problems, or of samples of text
 
     def headline(self, metric: str) -> dict:
-        """A task's one number, and how far it may be off, as evals/<step>/<task>.json has them."""
+        """Return the main score and its uncertainty with the keys of evals/<step>/<task>.json."""
         return {
             "metric": metric,
             "score": self.value,
@@ -36,23 +36,38 @@ class Estimate:
 
 
 def scores_by_problem(problems: Iterable[dict], metric: str) -> dict[int, float]:
-    """Each problem's part in a metric of lm-eval's, which may name the filter that it is of, as exact_match/strict-match."""
-    name, _, of_filter = metric.partition("/")
+    """Return problem id -> its score in a metric of lm-eval.
+
+    Args:
+        problems: lm-eval's records, one for each problem and filter.
+        metric: "metric" or "metric/filter", such as exact_match/strict-match.
+    """
+    name, _, filter_name = metric.partition("/")
     return {
         problem["doc_id"]: float(problem[name])
         for problem in problems
-        if not of_filter or problem["filter"] == of_filter
+        if not filter_name or problem["filter"] == filter_name
     }
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that one of k samples drawn from these passes: 1 - C(n - c, k) / C(n, k), unbiased for every n >= k.
+    """Return the probability that at least one of k samples drawn from the given ones passes.
 
-    As a product, as in Chen et al. 2021 (arXiv 2107.03374, figure 3): the binomials do not fit into floats.
+    It is 1 - C(n - c, k) / C(n, k), unbiased for every n >= k, computed as a product as in Chen et
+    al. 2021 (arXiv 2107.03374, figure 3), because the binomials do not fit into floats.
+
+    Args:
+        samples: The number n of samples.
+        passed: The number c of samples that passed.
+        k: The number of samples drawn.
+
+    Raises:
+        UserError: The numbers do not fit together, as with k > samples.
     """
     if not 0 <= passed <= samples or not 1 <= k <= samples:
         raise UserError(
-            f"pass@{k} of {samples} samples of which {passed} passed: k must be from 1 to the number of samples"
+            f"pass@{k} of {samples} samples of which {passed} passed: "
+            "k must be from 1 to the number of samples"
         )
     if samples - passed < k:
         return 1.0
@@ -60,12 +75,17 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 
 
 def estimate(scores: Sequence[float]) -> Estimate:
-    """Of the mean of problems' scores between 0 and 1.
+    """Estimate the mean of problems' scores, which are between 0 and 1.
 
-    Standard error s / sqrt(n) over problems: Miller 2024, "Adding Error Bars to Evals" (arXiv 2411.00640), section 2.1, and, as a
-    problem's score is the mean of its samples, 2.2. Interval: Wilson's (1927), which keeps within 0 and 1 and is no point when
-    all scores are equal; for fractions with the effective number of problems p(1 - p) / variance of the mean in place
-    of n (Korn and Graubard 1998; for Wilson's, Franco et al. 2019), which for zeros and ones is n.
+    The standard error is s / sqrt(n) over problems: Miller 2024, "Adding Error Bars to Evals"
+    (arXiv 2411.00640), section 2.1, and, as a problem's score is the mean of its samples, 2.2.
+
+    The interval is Wilson's (1927), which stays within 0 and 1 and has a width even when all scores
+    are equal. For fractional scores n is replaced by the effective number of problems,
+    p(1 - p) / variance of the mean (Korn and Graubard 1998; for Wilson's interval, Franco et al.
+    2019), which for zeros and ones is n.
+
+    Raises UserError where there are no scores.
     """
     n = _count(scores)
     mean = fmean(scores)
@@ -89,15 +109,24 @@ def estimate(scores: Sequence[float]) -> Estimate:
 def paired_difference(
     first: Mapping[Hashable, float], second: Mapping[Hashable, float]
 ) -> Estimate:
-    """Of second minus first, each problem -> score, on the same problems.
+    """Estimate the mean difference of two checkpoints on the same problems, second minus first.
 
-    The standard error of the mean of the problems' differences: Miller 2024 (arXiv 2411.00640), section 4.2. What makes a problem hard
-    for both cancels, so it is smaller than that of two means. Normal interval. Raises UserError where the problems differ.
+    The standard error is that of the mean of the problems' differences: Miller 2024 (arXiv
+    2411.00640), section 4.2. It is smaller than that of two independent means, because a problem's
+    difficulty, which both share, cancels. The interval is normal.
+
+    Args:
+        first: Problem -> score.
+        second: Problem -> score.
+
+    Raises:
+        UserError: The problems differ, or there are none.
     """
     if first.keys() != second.keys():
-        apart = sorted(map(str, first.keys() ^ second.keys()))
+        unpaired = sorted(map(str, first.keys() ^ second.keys()))
         raise UserError(
-            f"only checkpoints scored on the same problems compare: {len(apart)} are in one alone, {apart[0]} among them"
+            "only checkpoints scored on the same problems are comparable: "
+            f"{len(unpaired)} problems are in only one of them, such as {unpaired[0]}"
         )
     differences = [second[problem] - first[problem] for problem in first]
     n = _count(differences)
@@ -107,27 +136,33 @@ def paired_difference(
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Of a sum over a sum, as bits over bytes; a sample, with its part of both, is the unit that varies.
+    """Estimate the ratio of two sums, such as bits per byte.
 
-    Standard error from the residuals numerator - ratio * denominator: Cochran 1977, "Sampling Techniques", section 6.4. Normal interval.
-    With the differences of two checkpoints on the same samples as numerators it is of their paired difference.
+    The unit of observation is a sample, which has a numerator and a denominator. The standard error
+    comes from the residuals numerator - ratio * denominator: Cochran 1977, "Sampling Techniques",
+    section 6.4. The interval is normal. If the numerators are differences of two checkpoints on the
+    same samples, this estimates their paired difference.
+
+    Raises UserError where there are no samples.
     """
     n = _count(numerators)
-    whole = math.fsum(denominators)
-    value = math.fsum(numerators) / whole
+    total = math.fsum(denominators)
+    value = math.fsum(numerators) / total
     squares = math.fsum(
         (part - value * size) ** 2 for part, size in zip(numerators, denominators, strict=True)
     )
-    error = _standard_error(squares, n) * n / whole
+    error = _standard_error(squares, n) * n / total
     return Estimate(value, error, value - _Z * error, value + _Z * error, n)
 
 
 def mean(parts: Sequence[Estimate]) -> Estimate:
-    """Of the mean of independent estimates, as of several tasks or domains.
+    """Estimate the mean of independent estimates, such as those of several tasks or domains.
 
-    Interval: the parts' distances to their limits, squared and summed, which keeps their shapes
-    (Zou and Donner 2008, "Construction of confidence limits about effect measures"); for normal
-    intervals it is the normal one of the mean.
+    The interval adds the squared distances from each value to its limits, which keeps asymmetric
+    intervals asymmetric (Zou and Donner 2008, "Construction of confidence limits about effect
+    measures"). For normal intervals it is the normal interval of the mean.
+
+    Raises UserError where there are no estimates.
     """
     n = _count(parts)
     value = fmean(part.value for part in parts)
@@ -138,24 +173,25 @@ def mean(parts: Sequence[Estimate]) -> Estimate:
     return Estimate(value, error, value - below, value + above, problems)
 
 
-def student(found: Estimate) -> Estimate:
-    """The same with Student's interval in place of the normal one.
+def student(normal: Estimate) -> Estimate:
+    """Replace an estimate's normal interval by Student's t interval.
 
-    With few samples the normal one leaves out more than 5%: of ten, 8%.
+    With few samples the normal interval misses the true value in more than 5% of cases: with ten
+    samples, in 8%.
     """
-    from scipy.stats import t  # a second to import, and only reports compare
+    from scipy.stats import t  # takes a second to import, and only reports need it
 
-    # Without a degree of freedom it is nan.
-    reach = float(t.ppf(0.975, found.problems - 1)) * found.stderr
-    return replace(found, low=found.value - reach, high=found.value + reach)
+    # With a single sample there is no degree of freedom, and the interval is nan.
+    half_width = float(t.ppf(0.975, normal.problems - 1)) * normal.stderr
+    return replace(normal, low=normal.value - half_width, high=normal.value + half_width)
 
 
 def _standard_error(squares: float, n: int) -> float:
-    """Of a mean, from the sum of squared deviations; of a single value nothing is known."""
+    """Return the standard error of a mean from the sum of squared deviations; nan for one value."""
     return math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan
 
 
 def _count(scores: Sequence[float]) -> int:
     if not scores:
-        raise UserError("there is no problem to score")
+        raise UserError("there are no problems to score")
     return len(scores)

@@ -1,7 +1,8 @@
-"""Evaluations beside a run: any number of workers share its committed checkpoints, and each result counts once.
+"""Evaluation workers: any number of them share a run's checkpoints; each result is written once.
 
-Two parts, which may run on different machines. generate: a checkpoint is exported, adapters merged, and its answers are written, by
-vLLM where it is installed, else by transformers. score: generated programs are run in the sandbox. Both are jobs of a step, under leases.
+The work has two parts, which may run on different machines. generate: export a checkpoint with
+merged adapters and generate with it, by vLLM if installed, else transformers. score: run the
+generated programs in the sandbox. Each part of each step is a job that a worker takes by a lease.
 """
 
 import contextlib
@@ -29,43 +30,52 @@ from retemper.pipeline.runs.track import mirror_scores
 from retemper.pipeline.schema.run import Config
 
 PARTS = ("generate", "score")
-_KS = (1, 10, 100)  # of pass@k, where there are as many samples
+_KS = (1, 10, 100)  # the k of pass@k, as far as there are enough samples
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One of a run's workers."""
+    """An evaluation worker of a run."""
 
     config: Config
-    parts: tuple[str, ...]
-    lease_seconds: float
-    failed: dict[tuple[int, str], str] = field(default_factory=dict)  # step and task -> why
+    parts: tuple[str, ...]  # the PARTS that this worker does
+    lease_seconds: float  # a lease expires if it is not renewed for this time
+    failed: dict[tuple[int, str], str] = field(default_factory=dict)  # step and task -> reason
 
     def work(self, poll_seconds: float | None) -> None:
-        """Evaluate what is there, and, unless poll_seconds is None, what is still to come until the run's last step has all its scores.
+        """Evaluate the run's milestones.
 
-        Raises UserError at the beginning where a task cannot be evaluated at all, and at the end where something was not evaluated.
+        Args:
+            poll_seconds: Seconds between checks for new checkpoints, until the run's last step has
+                all its scores. None: evaluate the existing checkpoints, then return.
+
+        Raises:
+            UserError: At the beginning, a task's files, tokenizer or settings are wrong; at the
+                end, some tasks could not be evaluated.
         """
         self._check()
-        said = None
+        last_message = None
         while True:
-            self._note_vanished()
+            self._record_removed_checkpoints()
             done = [self._attempt(step, part) for step in self._steps() for part in self.parts]
             if not any(done):
                 self._mirror()
                 if poll_seconds is None or self._is_over():
                     break
-                if (waiting := self._waiting()) != said:
-                    print(said := waiting, flush=True)
+                if (message := self._waiting_message()) != last_message:
+                    print(last_message := message, flush=True)
                 time.sleep(poll_seconds)
         if self.failed:
-            listed = "\n".join(
-                f"  - step {step}, {task}: {why}" for (step, task), why in self.failed.items()
+            problems = "\n".join(
+                f"  - step {step}, {task}: {reason}" for (step, task), reason in self.failed.items()
             )
-            raise UserError(f"{self.config.run_dir} is not evaluated whole:\n{listed}")
+            raise UserError(f"{self.config.run_dir}: some evaluations failed:\n{problems}")
 
     def _check(self) -> None:
-        """Refuse files and tokenizers that are not what they must be, and settings that change, before a model is exported."""
+        """Check the tasks' files, the tokenizer and the settings before any model is exported.
+
+        Raises UserError where one is wrong, or where settings differ from those of earlier scores.
+        """
         eval_folder.check_settings(self.config, self.config.evals.of_workers)
         for task in self.config.evals.of_workers:
             if task in CODE_TASKS:
@@ -80,59 +90,64 @@ class Worker:
                     load_task(task, self.config.evals)
 
     def _steps(self) -> list[int]:
-        """Milestones with a checkpoint, or with programs of one; before the first step the model that the run began from.
+        """Return the milestones with a checkpoint or with programs generated from one.
 
-        A branch's is its trunk's, whose scores stand in the trunk's folder: whoever comes first scores it, and nobody again.
+        Step 0, the initial model, is among them where the run has a base. That of a branch is its
+        trunk's: it is scored only once, and the scores are in the trunk's folder.
         """
-        there = {
+        existing = {
             *commit.committed_steps(self.config.run_dir),
             *eval_folder.scored_steps(self.config.run_dir),
         }
         start = eval_folder.start_of(self.config)
-        begun = [0] if start and start.init_from else []
-        return begun + [step for step in self.config.milestone_steps if step in there]
+        initial = [0] if start and start.init_from else []
+        return initial + [step for step in self.config.milestone_steps if step in existing]
 
     def _mirror(self) -> None:
         start = eval_folder.start_of(self.config) if self.config.branch_of else None
         for config in filter(None, (self.config, start)):
             mirror_scores(config)
 
-    def _note_vanished(self) -> None:
-        """Checkpoints are saved in their order: a milestone without one, before one that is there, has none any more."""
+    def _record_removed_checkpoints(self) -> None:
+        """Record as failed the milestones whose checkpoint was removed before its evaluation.
+
+        Checkpoints are saved in order, so a milestone that lacks one although a later checkpoint
+        exists will not get one.
+        """
         committed = commit.committed_steps(self.config.run_dir)
         for step in self.config.milestone_steps:
             if step not in committed and step < max(committed, default=0):
-                with self._noting(step, self._missing(step, "generate")):
-                    raise UserError(
-                        f"{commit.folder_of(self.config.run_dir, step)} was removed before it was evaluated"
-                    )
+                folder = commit.folder_of(self.config.run_dir, step)
+                with self._record_failures(step, self._missing(step, "generate")):
+                    raise UserError(f"{folder} was removed before it was evaluated")
 
     def _is_over(self) -> bool:
         complete = self.config.steps in commit.committed_steps(self.config.run_dir)
-        parts = PARTS if self.parts == ("score",) else self.parts  # programs come from others
+        # A worker that only scores depends on programs that others generate.
+        parts = PARTS if self.parts == ("score",) else self.parts
         return complete and not any(
             self._missing(step, part) for step in self._steps() for part in parts
         )
 
-    def _waiting(self) -> str:
-        if to_come := [
+    def _waiting_message(self) -> str:
+        if upcoming := [
             step for step in self.config.milestone_steps if step > max(self._steps(), default=0)
         ]:
-            return f"waiting for the checkpoint of step {to_come[0]}"
-        return "waiting for what other workers have begun"
+            return f"waiting for the checkpoint of step {upcoming[0]}"
+        return "waiting for jobs that other workers have started"
 
     def _attempt(self, step: int, part: str) -> bool:
-        """Do one job, where there is something to do and nobody else does it. Returns whether it did."""
+        """Do one job unless it is done or another worker has it. Returns whether work was done."""
         if not self._missing(step, part):
             return False
-        with lease(_folder(self.config, step), part, self.lease_seconds) as taken:
-            tasks = self._missing(step, part) if taken else []
+        with lease(_folder(self.config, step), part, self.lease_seconds) as acquired:
+            tasks = self._missing(step, part) if acquired else []
             if tasks:
                 {"generate": self._generate, "score": self._score}[part](step, tasks)
         return bool(tasks)
 
     def _missing(self, step: int, part: str) -> list[str]:
-        """Tasks of which this part of the work is to be done at a step."""
+        """Return the tasks for which this part of the work is still to be done at a step."""
         scored = eval_folder.tasks_of(self.config, step)
         tasks = [
             task
@@ -147,28 +162,33 @@ class Worker:
         return generated if part == "score" else [task for task in tasks if task not in generated]
 
     @contextlib.contextmanager
-    def _noting(self, step: int, tasks: list[str]) -> Iterator[None]:
-        """Note what goes wrong with these tasks of a step; the others are evaluated all the same."""
+    def _record_failures(self, step: int, tasks: list[str]) -> Iterator[None]:
+        """Record an error as the failure of these tasks at a step, so that the others continue."""
         try:
             yield
-        except Exception as error:  # of files, of the hub, of lm-eval, of vLLM
-            said = (
+        except Exception as error:  # from files, the hub, lm-eval or vLLM
+            reason = (
                 str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             )
             for task in tasks:
-                self.failed[step, task] = said
-                print(f"step {step:>6}  {task} was not scored: {said}", file=sys.stderr, flush=True)
+                self.failed[step, task] = reason
+                print(
+                    f"step {step:>6}  {task} was not scored: {reason}", file=sys.stderr, flush=True
+                )
 
     def _generate(self, step: int, tasks: list[str]) -> None:
         from retemper.pipeline.evals.generate import complete_problems, language_model
         from retemper.pipeline.evals.harness import score_task
 
-        with tempfile.TemporaryDirectory(prefix="retemper-") as name, self._noting(step, tasks):
+        with (
+            tempfile.TemporaryDirectory(prefix="retemper-") as name,
+            self._record_failures(step, tasks),
+        ):
             print(f"step {step:>6}  exporting", flush=True)
             export(self.config, step, folder := Path(name, "model"))
             lm = language_model(self.config, folder)
             for task in tasks:
-                with self._noting(step, [task]):
+                with self._record_failures(step, [task]):
                     print(f"step {step:>6}  {task}: generating", flush=True)
                     if task in CODE_TASKS:
                         write_once(
@@ -180,48 +200,71 @@ class Worker:
 
     def _score(self, step: int, tasks: list[str]) -> None:
         for task in tasks:
-            with self._noting(step, [task]):
+            with self._record_failures(step, [task]):
                 print(f"step {step:>6}  {task}: running programs", flush=True)
                 self._commit(step, task, score_programs(self.config, step, task), [])
 
     def _commit(self, step: int, task: str, scores: dict, problems: list[dict]) -> None:
-        # Not written where this lease had expired, and its successor was faster.
+        # Not written if this worker's lease expired and another worker wrote the result first.
         if eval_folder.write_result(
             eval_folder.homes(self.config, step)[0], step, task, scores, problems
         ):
             print(
-                f"step {step:>6}  {task}: {scores['metric']} {scores['score']:.4f} ± {scores['stderr']:.4f}",
+                f"step {step:>6}  {task}: {scores['metric']} {scores['score']:.4f} "
+                f"± {scores['stderr']:.4f}",
                 flush=True,
             )
 
 
 def score_programs(config: Config, step: int, task: str) -> dict:
-    """Run the programs that were generated at a step; what evals/<step>/<task>.json holds. Raises UserError."""
-    asked = config.evals.tasks[task]
-    ks = [k for k in _KS if k <= asked.repeats]
-    scored = score_generations(
+    """Run and score the programs that were generated at a step.
+
+    Args:
+        config: The run's config.
+        step: The step of the checkpoint.
+        task: A key of CODE_TASKS.
+
+    Returns:
+        The content of evals/<step>/<task>.json.
+
+    Raises:
+        UserError: The problems or programs are missing or malformed, or this machine cannot
+            isolate them.
+    """
+    task_config = config.evals.tasks[task]
+    ks = [k for k in _KS if k <= task_config.repeats]
+    results = score_generations(
         task,
         problems_file(config, task),
         generations_path(config, step, task),
         ks,
         config.evals.unsafe_code,
     )
-    estimates = {f"pass@{k}": Estimate(**scored.pop(f"pass@{k}")) for k in ks}
+    estimates = {f"pass@{k}": Estimate(**results.pop(f"pass@{k}")) for k in ks}
     return estimates["pass@1"].headline("pass@1") | {
         "decontaminated": decontaminated(config, task),
         "metrics": {
             name: {"value": estimate.value, "stderr": estimate.stderr}
             for name, estimate in estimates.items()
         },
-        "programs": scored,
-        "settings": asked.settings | {"seed": config.seed},
+        "programs": results,
+        "settings": task_config.settings | {"seed": config.seed},
     }
 
 
 def export_options(config: Config, step: int, folder: Path) -> dict[str, Any]:
-    """The options that `retemper export` takes for a step of a run, where step 0 is its base.
+    """Return the options of the export of a step.
 
-    Raises UserError where the base is gone or was changed.
+    Args:
+        config: The run's config.
+        step: The step of the checkpoint; 0 for the base of the run.
+        folder: Where the model is to be written.
+
+    Returns:
+        The options of `python -m retemper.pipeline.huggingface export`.
+
+    Raises:
+        UserError: The base is missing or was changed.
     """
     run = config.run_dir
     if not step:
@@ -233,24 +276,38 @@ def export_options(config: Config, step: int, folder: Path) -> dict[str, Any]:
 
 
 def export(config: Config, step: int, folder: Path) -> None:
-    """Write a run's checkpoint, or with step 0 the model that it began from, for transformers. Raises UserError."""
+    """Write a run's checkpoint in transformers' format, with adapters merged.
+
+    Args:
+        config: The run's config.
+        step: The step of the checkpoint; 0 for the base of the run.
+        folder: The folder to write.
+
+    Raises:
+        UserError: The export failed; the message is the export's.
+    """
     options = json.dumps(export_options(config, step, folder))
     command = [sys.executable, "-m", "retemper.pipeline.huggingface", "export", options]
-    done = subprocess.run(
-        command, capture_output=True, text=True
-    )  # a process of its own: what it held is free afterwards
+    # In a separate process, so that all of its memory is freed afterwards.
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines()
+        lines = done.stderr.strip().splitlines()
         raise UserError(
             next(
-                (line.removeprefix("error: ") for line in said if line.startswith("error: ")),
-                "\n".join(said[-5:]),
+                (line.removeprefix("error: ") for line in lines if line.startswith("error: ")),
+                "\n".join(lines[-5:]),
             )
         )
 
 
 def generations_path(config: Config, step: int, task: str) -> Path:
-    """Where the programs of a step stand; their verdicts come beside it."""
+    """Return the path of the programs generated at a step; their verdicts are stored next to it.
+
+    Args:
+        config: The run's config.
+        step: The step of the checkpoint.
+        task: A key of CODE_TASKS.
+    """
     return eval_folder.generations_path(eval_folder.homes(config, step)[0], step, task)
 
 

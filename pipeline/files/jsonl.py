@@ -1,4 +1,4 @@
-"""Files of one JSON record a line that a run appends to."""
+"""JSON-lines files that a run appends to."""
 
 import json
 from collections.abc import Iterator
@@ -6,14 +6,17 @@ from pathlib import Path
 
 
 def append_line(path: Path, record: dict) -> None:
-    """Add one line to a file of one record a line."""
+    """Append a record to a JSON-lines file; create the file and its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_lines(path: Path) -> Iterator[dict]:
-    """The records of a file; a line that a kill cut short is left out."""
+    """Yield the records of a JSON-lines file.
+
+    A line that is incomplete because the writer was killed is skipped; a missing file is empty.
+    """
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             yield json.loads(line)

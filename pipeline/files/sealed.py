@@ -1,20 +1,18 @@
-"""JSON files that hold a hash of all else in them, so that a change is noticed."""
+"""JSON files that contain a hash of their other content, so that a change is detected."""
 
 import hashlib
 import json
 
 
 def seal(manifest: dict) -> str:
-    """The text of manifest.json: a hash over all else comes last."""
+    """Return a manifest as JSON text whose last key is a hash over the other content."""
     return json.dumps(manifest | {"sha256": _hash_of(manifest)}, indent=2)
 
 
 def is_intact(sealed: dict) -> bool:
-    """Whether the hash in what `seal` wrote is that of all else in it, whatever the order of its
-    keys.
-    """
-    kept = {key: value for key, value in sealed.items() if key != "sha256"}
-    return sealed.get("sha256") == _hash_of(kept)
+    """Return whether the hash that `seal` wrote matches the other content, in any order of keys."""
+    content = {key: value for key, value in sealed.items() if key != "sha256"}
+    return sealed.get("sha256") == _hash_of(content)
 
 
 def _hash_of(manifest: dict) -> str:

@@ -1,4 +1,4 @@
-"""Files of a corpus, local or remote, read whole; a remote store gets time to recover."""
+"""Whole-file reads from local disk or a remote store, with retries while the store recovers."""
 
 import random
 import time
@@ -8,22 +8,30 @@ from fsspec.core import url_to_fs
 
 from retemper.pipeline.errors import UserError
 
-# A store that fails or hangs is asked again for this long, waiting 1, 2, 4, … seconds, and then the run stops.
+# Reads from a store that fails or hangs are retried for this long, with waits of 1, 2, 4, …
+# seconds; then the run stops.
 _PATIENCE_SECONDS = 40
-# Of the s3 client, whose own retries would multiply with these.
+# Options of the s3 client: without its own retries, which would multiply with these.
 _S3_OPTIONS = {"connect_timeout": 5, "read_timeout": 10, "retries": {"max_attempts": 0}}
 
 
 class Missing(UserError):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 def is_remote(path: str) -> bool:
+    """Return whether a path is the URL of a remote store."""
     return "://" in path
 
 
 def read(path: str) -> bytes:
-    """The content of a file. Raises UserError that names it where it is missing or the store does not give it."""
+    """Return the content of a file.
+
+    Raises:
+        Missing: The file does not exist.
+        UserError: Permission is denied, or the file cannot be read: local files get one attempt,
+            remote ones are retried. The message names the file.
+    """
     fs, name = _open_store(path)
     began = time.monotonic()
     wait = 1
@@ -34,17 +42,17 @@ def read(path: str) -> bytes:
             raise Missing(f"{path} is missing") from None
         except PermissionError:
             raise UserError(
-                f"{path} may not be read: check its permissions, or the store's credentials"
+                f"no permission to read {path}: check its permissions, or the store's credentials"
             ) from None
-        except Exception as error:  # each store has its own
+        except Exception as error:  # each store raises exceptions of its own
             if not is_remote(path) or time.monotonic() - began + wait > _PATIENCE_SECONDS:
                 raise UserError(
-                    f"{path} could not be read for {time.monotonic() - began:.0f} s ({type(error).__name__}: {error}); "
-                    "when the store is well again, the same command goes on from the last checkpoint"
+                    f"{path} could not be read for {time.monotonic() - began:.0f} s "
+                    f"({type(error).__name__}: {error}); when the store is available again, "
+                    "the same command goes on from the last checkpoint"
                 ) from None
-        time.sleep(
-            wait * random.uniform(0.5, 1)
-        )  # ranks that failed together do not ask again together
+        # The random factor keeps ranks that failed together from retrying at the same time.
+        time.sleep(wait * random.uniform(0.5, 1))
         wait *= 2
 
 

@@ -1,4 +1,7 @@
-"""One rank of `retemper import` or `retemper export`: `python -m retemper.pipeline.huggingface import '{"folder": …}'`."""
+"""One rank of `retemper import` or `retemper export`.
+
+Started as `python -m retemper.pipeline.huggingface import '{"folder": …}'`.
+"""
 
 import contextlib
 import json
@@ -25,9 +28,14 @@ def main(verb: str, options: dict[str, Any]) -> int:
 def importing(
     folder: str, run: str, trust: str | None, overrides: list[str], name: str | None = None
 ):
-    """What run_prepared needs to make a transformers folder the base of runs.
+    """Return the functions (prepare, work) for `run_prepared` to import a transformers folder.
 
-    name: of the model on the hub, where it came from there.
+    Args:
+        folder: of transformers.
+        run: folder of the run to create, from which other runs can start.
+        trust: the name of the folder, if Python code in it may be ignored.
+        overrides: of parallel.*.
+        name: of the model on the hub, where it came from there.
     """
     import torch
 
@@ -56,7 +64,8 @@ def importing(
         tokenizer = Tokenizer(source)
         if tokenizer.vocab_size > weights.model.vocab_size:
             raise UserError(
-                f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, its config.json a vocab_size of only {weights.model.vocab_size}: "
+                f"{source}: its tokenizer has {tokenizer.vocab_size} tokens, "
+                f"its config.json a vocab_size of only {weights.model.vocab_size}: "
                 "they are not of the same model"
             )
         return setup, {"tokenizer": tokenizer.sha256}
@@ -75,7 +84,8 @@ def importing(
                 verify(streamed, source, None, partial / ORIGIN, rounded=False)
         if topology.rank == 0:
             print(
-                f"{target}: {weights.model.num_layers} layers from {source}, for init_from={target}\n{summary(target / ORIGIN)}"
+                f"{target}: {weights.model.num_layers} layers from {source}, "
+                f"for init_from={target}\n{summary(target / ORIGIN)}"
             )
 
     return prepare, work
@@ -84,7 +94,16 @@ def importing(
 def exporting(
     run: str, folder: str, step: int | None, adapter: bool, base: str | None, tokenizer: str | None
 ):
-    """What run_prepared needs to write a checkpoint for transformers or peft."""
+    """Return the functions (prepare, work) for `run_prepared` to export a checkpoint.
+
+    Args:
+        run: folder of the run.
+        folder: to create.
+        step: of the checkpoint; None for the newest.
+        adapter: write adapters for peft instead of a whole model for transformers.
+        base: see `export.base_of`.
+        tokenizer: see `export.tokenizer_of`.
+    """
     run_dir = Path(run)
     target = Path(folder)
 
@@ -92,7 +111,8 @@ def exporting(
         chosen = commit.folder_of(run_dir, step) if step is not None else commit.newest(run_dir)
         if not (chosen / commit.META).is_file():
             raise UserError(
-                f"{chosen} is no checkpoint; {run_dir} has those after the steps {commit.committed_steps(run_dir)}"
+                f"{chosen} is no checkpoint; "
+                f"{run_dir} has those after the steps {commit.committed_steps(run_dir)}"
             )
         meta = commit.sealed_meta(chosen)
         if not adapter:
@@ -114,20 +134,23 @@ def exporting(
                 name, reference = export.base_of(streamed, base)
                 export.export_adapter(streamed, partial, name)
                 verify(streamed, reference, partial, partial, rounded=False)
-                what = f"as a peft adapter of {name}"
+                description = f"as a peft adapter of {name}"
             else:
                 chosen = export.tokenizer_of(streamed.folder, streamed.meta, tokenizer)
                 rounding = export.export_model(streamed, partial, chosen)
                 verify(streamed, partial, None, partial, rounded=bool(rounding.rounded))
-                what = f"for transformers; {rounding}"
-        print(f"{target}: {streamed.folder} {what}\n{summary(target)}")
+                description = f"for transformers; {rounding}"
+        print(f"{target}: {streamed.folder} {description}\n{summary(target)}")
 
     return prepare, work
 
 
 @contextlib.contextmanager
 def _whole_or_nothing(target: Path, topology: topologies.Topology) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` at the end; after an error nothing is left of it."""
+    """Yield a folder to write into, which is renamed to `target` at the end.
+
+    After an error it is removed.
+    """
     partial = target.with_name(target.name + ".partial")
     if topology.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)

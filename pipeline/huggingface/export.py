@@ -1,4 +1,7 @@
-"""A checkpoint as files that stock transformers and peft load. Tensors pass through memory one output file at a time."""
+"""Export a checkpoint as files that unmodified transformers and peft can load.
+
+Only the tensors of one output file are in memory at a time.
+"""
 
 import json
 import math
@@ -29,7 +32,7 @@ from retemper.pipeline.huggingface.source_config import (
 from retemper.pipeline.huggingface.streamed import StreamedModel
 from retemper.pipeline.model.adapter import is_adapter, joined_factors, scale_of
 
-_FILE_BYTES = 5 * 10**9  # as transformers cuts its shards
+_FILE_BYTES = 5 * 10**9  # the default shard size of transformers
 
 
 README = "README.md"
@@ -37,11 +40,11 @@ README = "README.md"
 
 @dataclass(frozen=True)
 class Rounding:
-    """How many of a model's tensors lost bits in an export, by the type they were rounded to."""
+    """The number of a model's tensors that lost bits in an export."""
 
     tensors: int
-    rounded: dict[str, int]
-    reason: str  # whose type it is
+    rounded: dict[str, int]  # by the type that they were rounded to
+    reason: str  # why they have this type
 
     def __str__(self) -> str:
         if not self.rounded:
@@ -54,10 +57,15 @@ class Rounding:
 
 
 def export_model(streamed: StreamedModel, target: Path, tokenizer: Tokenizer) -> Rounding:
-    """Write the whole model, with LoRA the adapters merged into it in fp32.
+    """Write the whole model; LoRA adapters are merged into it in fp32.
 
-    Returns which weights had to be rounded.
-    target: an empty folder. tokenizer: what tokenizer_of gives.
+    Args:
+        streamed: the checkpoint.
+        target: an empty folder.
+        tokenizer: from `tokenizer_of`.
+
+    Returns:
+        Which weights had to be rounded.
     """
     origin = origin_of(streamed.folder, streamed.meta)
     source = json.loads((origin / SOURCE).read_text()) if origin else {}
@@ -91,11 +99,17 @@ def export_model(streamed: StreamedModel, target: Path, tokenizer: Tokenizer) ->
 
 
 def tokenizer_of(folder: Path, meta: dict[str, Any], named: str | None) -> Tokenizer:
-    """The tokenizer that a model is exported with.
+    """Return the tokenizer that a model is exported with.
 
-    It is that of the model it descends from, else the one named, else the run's.
-    folder, meta: of the checkpoint. Raises UserError where it is not here, or not the one that the
-    model was trained with.
+    It is that of the imported model it descends from, else the one named, else the run's.
+
+    Args:
+        folder: of the checkpoint.
+        meta: its meta.json.
+        named: by the user, with --tokenizer.
+
+    Raises:
+        UserError: it is missing, or not the one that the model was trained with.
     """
     origin = origin_of(folder, meta)
     name = str(origin) if origin else named or meta["config"]["data"]["tokenizer"]
@@ -128,7 +142,13 @@ def _write_readme(streamed: StreamedModel, target: Path, what: str) -> None:
 
 
 def export_adapter(streamed: StreamedModel, target: Path, base: str) -> None:
-    """Write the adapters alone, as peft has them. base: the name or folder of the model they belong to."""
+    """Write only the adapters, in peft's format.
+
+    Args:
+        streamed: the checkpoint.
+        target: an empty folder.
+        base: the name or folder of the model that the adapters belong to.
+    """
     base_name, _, revision = base.partition("@") if is_hub_name(base) else (base, "", "")
     lora = streamed.setup.method.lora
     tensors = {}
@@ -161,11 +181,17 @@ def export_adapter(streamed: StreamedModel, target: Path, base: str) -> None:
 
 
 def base_of(streamed: StreamedModel, base: str | None) -> tuple[str, Path]:
-    """The name that adapters give their base, and its transformers folder on this machine.
+    """Return the name of the adapters' base in peft's config, and its transformers folder.
 
-    base: a folder, or a name on the hub; by default what the base was imported as. A folder is
-    named by its absolute path.
-    Raises UserError where no folder of it is known, or it holds another model.
+    Args:
+        streamed: the checkpoint.
+        base: a folder, or a name on the hub; by default what the base was imported as.
+
+    Returns:
+        The name, which for a folder is its absolute path, and the folder on this machine.
+
+    Raises:
+        UserError: no folder of the base is known, or it holds another model.
     """
     if streamed.setup.method.name != "lora":
         raise UserError(
@@ -183,16 +209,17 @@ def base_of(streamed: StreamedModel, base: str | None) -> tuple[str, Path]:
     if not _is_model(folder) or not (origin or base):
         raise UserError(
             f"{folder} is no transformers folder that is here: name that of the adapters' base, "
-            f"{streamed.base}, with --base FOLDER, or make one: retemper export {streamed.base.path} FOLDER --step {streamed.base.step}"
+            f"{streamed.base}, with --base FOLDER, or make one: "
+            f"retemper export {streamed.base.path} FOLDER --step {streamed.base.step}"
         )
-    wanted = tensor_shapes(streamed.setup.model)
-    there = tensor_shapes(model_of(read_config(folder), folder))
-    if other := sorted(
-        name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)
+    expected = tensor_shapes(streamed.setup.model)
+    actual = tensor_shapes(model_of(read_config(folder), folder))
+    if differing := sorted(
+        name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)
     ):
         raise UserError(
             f"{folder} is not the adapters' base {streamed.base}: "
-            f"{len(other)} tensors are others, {other[0]} among them"
+            f"{len(differing)} tensors are others, {differing[0]} among them"
         )
     return name or str(folder.resolve()), folder.resolve()
 
@@ -202,9 +229,14 @@ def _is_model(folder: Path) -> bool:
 
 
 def origin_of(folder: Path, meta: dict[str, Any]) -> Path | None:
-    """What an import kept of the transformers folder that a model descends from.
+    """Return the folder with the files that an import kept of the model's transformers folder.
 
-    None where it descends from none. folder, meta: of the checkpoint.
+    Args:
+        folder: of the checkpoint.
+        meta: its meta.json.
+
+    Returns:
+        The folder, or None where the model does not descend from an imported one.
     """
     while not (folder.parent.parent / ORIGIN / SOURCE).is_file():
         base = base_of_checkpoint(folder, meta)
@@ -216,7 +248,7 @@ def origin_of(folder: Path, meta: dict[str, Any]) -> Path | None:
 
 
 def _tensors(streamed: StreamedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """(transformers' name, tensor in fp32) of the whole model, layer by layer."""
+    """Yield (transformers' name, tensor in fp32) of the whole model, layer by layer."""
     shard = Shard(streamed.setup.model)
     shapes = tensor_shapes(streamed.setup.model)
     layers: dict[str, list[str]] = {}
@@ -247,7 +279,7 @@ def _merged(weight: torch.Tensor, adapter: dict[str, torch.Tensor], scale: float
 
 
 def _adapters(loaded: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """transformers' linear module -> the parameters of its adapter."""
+    """Return {transformers' linear module: the parameters of its adapter}."""
     adapters: dict[str, dict[str, torch.Tensor]] = {}
     for name in filter(is_adapter, loaded):
         _, _, layer, *_, target, parameter = name.split(".")
@@ -258,21 +290,25 @@ def _adapters(loaded: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tens
 def _write_tensors(
     tensors: Iterator[tuple[str, torch.Tensor]], target: Path
 ) -> list[dict[str, Any]]:
-    """Numbered files of at most _FILE_BYTES, or of one tensor that is larger; returns name -> bytes of each."""
+    """Write numbered files of at most _FILE_BYTES, or of a single tensor that is larger.
+
+    Returns:
+        Of each file, {name: bytes} of its tensors.
+    """
     files = []
-    held = {}
+    pending = {}
     size = 0
 
     def write() -> None:
-        _save(held, target / f"{len(files):05d}.safetensors")
-        files.append({name: tensor.nbytes for name, tensor in held.items()})
+        _save(pending, target / f"{len(files):05d}.safetensors")
+        files.append({name: tensor.nbytes for name, tensor in pending.items()})
 
     for name, tensor in tensors:
-        if held and size + tensor.nbytes > _FILE_BYTES:
+        if pending and size + tensor.nbytes > _FILE_BYTES:
             write()
-            held = {}
+            pending = {}
             size = 0
-        held[name] = tensor.contiguous()
+        pending[name] = tensor.contiguous()
         size += tensor.nbytes
     write()
     return files
@@ -286,7 +322,7 @@ def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def _write_index(files: list[dict[str, int]], target: Path) -> None:
-    """Give the files the names that transformers expects."""
+    """Rename the files to the names that transformers expects, and write their index."""
     if len(files) == 1:
         (target / "00000.safetensors").rename(target / "model.safetensors")
         return

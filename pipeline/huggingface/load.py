@@ -1,4 +1,7 @@
-"""Weights of a transformers folder into a model on its ranks, each reading what its shard holds; and the checkpoint they become."""
+"""Load the weights of a transformers folder into a model, and commit them as a checkpoint.
+
+Each rank reads only the blocks of its shard.
+"""
 
 import json
 import re
@@ -19,7 +22,8 @@ from retemper.pipeline.huggingface.source_folder import Weights
 from retemper.pipeline.model.build import build_layers
 from retemper.pipeline.schema.model import ModelSetup
 
-# What an import keeps of the folder it came from, for exports: the files beside the weights, and of each tensor its type.
+# The folder in which an import keeps the small files of its source for later exports, and the file
+# with the type of each tensor.
 ORIGIN, SOURCE = "huggingface", "source.json"
 
 
@@ -31,10 +35,18 @@ def import_weights(
     tokenizer_sha256: str,
     target: Path,
 ) -> None:
-    """Commit the weights as the checkpoint of a run of zero steps, which any run can begin from.
+    """Commit the weights as the checkpoint of a run of zero steps, which any run can start from.
 
-    Every rank calls it.
-    name: of the model on the hub, where it was given; adapters trained on it will name it.
+    Args:
+        weights: of the transformers folder.
+        name: of the model on the hub, where it came from there; adapters trained on it will name
+            it as their base.
+        setup: model, layout and precision.
+        topology: of this rank.
+        tokenizer_sha256: of the model's tokenizer.
+        target: folder of the run.
+
+    Collective: every rank must call this.
     """
     stages = build_layers(setup, topology)
     for stage in stages:
@@ -45,9 +57,8 @@ def import_weights(
         )
     if topology.rank == 0:
         _keep_origin(weights, name, target / ORIGIN)
-        replace_file(
-            target / "config.json", json.dumps(setup.model_dump(), indent=2)
-        )  # runs that begin here take its model
+        # Runs that start from this checkpoint take their model from this file.
+        replace_file(target / "config.json", json.dumps(setup.model_dump(), indent=2))
     meta = {
         "train_state": TrainState().to_dict(),
         "fingerprints": {"tokenizer": tokenizer_sha256},
@@ -65,7 +76,13 @@ def import_weights(
 
 @torch.no_grad()
 def fill(model: torch.nn.Module, weights: Weights, shard: Shard) -> None:
-    """Fill every parameter of this rank; rows of padding are zeros."""
+    """Fill every parameter of this rank; padding rows become zeros.
+
+    Args:
+        model: a pipeline stage.
+        weights: to read from.
+        shard: the tensor-parallel part of this rank.
+    """
     for name, parameter in _global_names(model):
         parameter.zero_()
         for block in shard.blocks(name, parameter.shape):
@@ -73,11 +90,11 @@ def fill(model: torch.nn.Module, weights: Weights, shard: Shard) -> None:
 
 
 def _global_names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters with the number of their layer counted from the start of the model, whatever stage this is."""
+    """Yield names and parameters, with layers numbered from the start of the model."""
     for name, parameter in model.named_parameters():
-        if found := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
+        if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
             name = (
-                f"decoder.layers.{model.decoder.layers[int(found[1])].layer_number - 1}.{found[2]}"
+                f"decoder.layers.{model.decoder.layers[int(match[1])].layer_number - 1}.{match[2]}"
             )
         yield name, parameter
 

@@ -1,6 +1,7 @@
-"""Which block of which transformers tensor a megatron parameter is made of: one table for import, export and adapters.
+"""Map megatron parameters to blocks of transformers tensors, for import, export and adapters.
 
-Blocks are equal as they stand: nothing is transposed or permuted, megatron-core and transformers rotate positions alike.
+Blocks are copied unchanged, without transposition or permutation: megatron-core and transformers
+apply rotary embeddings in the same way.
 """
 
 import re
@@ -13,7 +14,7 @@ from retemper.pipeline.schema.model import ModelConfig
 
 Region = tuple[slice, ...]
 
-# Of a layer, megatron's name -> transformers' name.
+# Within a layer: megatron's name -> transformers' name.
 _WHOLE = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
@@ -25,7 +26,7 @@ _ROW_PARALLEL = {
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
 
-# The linear layers that adapters stand on, by target.
+# The linear layers that can have adapters, by target.
 LINEAR = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -40,7 +41,7 @@ EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "mo
 
 @dataclass(frozen=True)
 class Block:
-    """parameter[here] == tensor `name`[there]"""
+    """A block that a parameter and a tensor share: parameter[here] == tensor `name`[there]."""
 
     name: str
     there: Region
@@ -49,16 +50,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Shard:
-    """Which tensor-parallel part of a model's parameters is meant."""
+    """The tensor-parallel part `rank` of `size` of a model's parameters."""
 
     model: ModelConfig
     rank: int = 0
     size: int = 1
 
     def blocks(self, parameter: str, shape: torch.Size) -> list[Block]:
-        """What a parameter of this shape is made of; the layer in its name counts from the start of the model.
+        """Return the blocks of a parameter; padding rows of the vocabulary are in none.
 
-        Rows of the vocabulary that are padding stand in no block.
+        Args:
+            parameter: name, with a layer number that counts from the start of the model.
+            shape: of the parameter on this rank.
         """
         if parameter in ("embedding.word_embeddings.weight", "output_layer.weight"):
             is_embedding = parameter.startswith("embedding") or self.model.tie_embeddings
@@ -84,11 +87,16 @@ class Shard:
 
     def _vocabulary(self, name: str, rows: int) -> list[Block]:
         first = self.rank * rows
-        held = min(rows, self.model.vocab_size - first)
-        return [Block(name, (slice(first, first + held),), (slice(0, held),))] if held > 0 else []
+        count = min(rows, self.model.vocab_size - first)
+        if count <= 0:
+            return []
+        return [Block(name, (slice(first, first + count),), (slice(0, count),))]
 
     def _qkv(self, prefix: str, kind: str) -> Iterator[Block]:
-        """megatron interleaves by query group: (group, [its queries, one key, one value], head size)."""
+        """Yield the blocks of the joint projection of queries, keys and values.
+
+        megatron interleaves by query group: (group, [its queries, one key, one value], head size).
+        """
         groups = self.model.num_query_groups // self.size
         heads = (
             self.model.num_attention_heads // self.model.num_query_groups * self.model.kv_channels
@@ -118,7 +126,7 @@ class Shard:
 
 
 def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor of a transformers folder, in its order."""
+    """Return {name: shape} of every tensor of a transformers folder, in its order."""
     hidden, ffn, head = model.hidden_size, model.ffn_hidden_size, model.kv_channels
     q = model.num_attention_heads * head
     kv = model.num_query_groups * head

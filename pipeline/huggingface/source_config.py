@@ -1,4 +1,7 @@
-"""config.json of a transformers folder, and the model it stands for. What it asks for and this house has not is refused by name."""
+"""Convert between config.json of a transformers folder and the model config.
+
+Every unsupported option in config.json is refused and named.
+"""
 
 import json
 from pathlib import Path
@@ -8,7 +11,7 @@ from retemper.pipeline.corpus.tokenizer import fetched, is_hub_name
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.model import ModelConfig, RopeScaling
 
-# Architecture -> what of its keys it fixes.
+# Architecture -> the options of ModelConfig that it implies.
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
     "MistralForCausalLM": {},
@@ -16,15 +19,17 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen3ForCausalLM": {"qk_norm": True},
 }
 
-# Keys that change nothing of what training computes; folder.py refuses the code that auto_map names.
+# Keys without effect on training; source_folder.py refuses the code that auto_map names.
 _HARMLESS = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "max_window_layers", "model_type",
-    "pad_token_id", "pretraining_tp", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id",
+    "initializer_range", "max_window_layers", "model_type", "pad_token_id", "pretraining_tp",
+    "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
 }  # fmt: skip
-# Keys that are read, and those that must have one value.
+# Keys that are read, and below keys of which a single value is supported.
 _READ = {
-    "head_dim", "hidden_size", "intermediate_size", "layer_types", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
-    "num_key_value_heads", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings",
+    "head_dim", "hidden_size", "intermediate_size", "layer_types", "max_position_embeddings",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
+    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings",
     "use_sliding_window", "vocab_size",
 }  # fmt: skip
 _FIXED: dict[str, Any] = {
@@ -36,7 +41,7 @@ _FIXED: dict[str, Any] = {
 }
 
 
-# What is fetched of a hub repository; the second where it has none of the first.
+# The weights to download from a hub repository; the second if it has none of the first.
 _SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (
@@ -49,22 +54,27 @@ TOKENIZER_FILES = (
 
 
 def transformers_folder(name: str, given: str) -> Path:
-    """A folder as it is; a hub name as the folder that its files were fetched to.
+    """Return a folder unchanged, or for a hub name the folder of its downloaded files.
 
-    A hub name is owner/name or owner/name@revision.
-    given: the name as the person gave it, for the message of UserError.
+    Args:
+        name: a folder, or a hub name: owner/name or owner/name@revision.
+        given: the name as the user wrote it, for the message of UserError.
     """
     if Path(name).exists() or not is_hub_name(name):
         return Path(name)
-    beside = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-    folder = fetched(name, (*beside, *_SAFETENSORS), given)
+    small_files = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    folder = fetched(name, (*small_files, *_SAFETENSORS), given)
     if not any(folder.glob("*.safetensors")):
-        folder = fetched(name, (*beside, *_PICKLED), given)
+        folder = fetched(name, (*small_files, *_PICKLED), given)
     return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json. Raises UserError where there is none or it is damaged."""
+    """Return config.json of a folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -78,11 +88,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_of(config: dict[str, Any], source: Path) -> ModelConfig:
-    """The model that config.json describes. Raises UserError for every architecture and option that is not supported."""
+    """Return the model that config.json describes.
+
+    Raises:
+        UserError: the architecture or an option is not supported, or a key is missing or invalid.
+    """
     (architecture,) = config.get("architectures") or ["none named"]
     if architecture not in _ARCHITECTURES:
         raise UserError(
-            f"{source}/config.json: the architecture {architecture} is not supported; there are {', '.join(_ARCHITECTURES)}"
+            f"{source}/config.json: the architecture {architecture} is not supported; "
+            f"there are {', '.join(_ARCHITECTURES)}"
         )
     problems = [
         f"{key}={config[key]!r}, where {value!r} alone is supported"
@@ -126,24 +141,30 @@ def model_of(config: dict[str, Any], source: Path) -> ModelConfig:
 def config_of(
     model: ModelConfig, dtype: str, special_ids: dict[str, int] | None = None
 ) -> dict[str, Any]:
-    """config.json for a model that was never imported.
+    """Return config.json for a model that was never imported.
 
-    special_ids: bos_token_id and eos_token_id, where the tokenizer names them; generation stops at
-    the latter.
+    Args:
+        model: its shape.
+        dtype: of the weights, as torch_dtype.
+        special_ids: bos_token_id and eos_token_id, where the tokenizer names them; generation
+            stops at the latter.
+
+    Raises:
+        UserError: transformers has no such architecture.
     """
-    fixed = {"qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm}
-    found = [
+    options = {"qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm}
+    architectures = [
         name
-        for name, fixes in _ARCHITECTURES.items()
-        if {"qkv_bias": False, "qk_norm": False} | fixes == fixed
+        for name, implied in _ARCHITECTURES.items()
+        if {"qkv_bias": False, "qk_norm": False} | implied == options
     ]
-    if not found:
+    if not architectures:
         raise UserError(
             "transformers has no architecture with both model.qkv_bias and model.qk_norm"
         )
     config = {
-        "architectures": found[:1],
-        "model_type": found[0].removesuffix("ForCausalLM").lower(),
+        "architectures": architectures[:1],
+        "model_type": architectures[0].removesuffix("ForCausalLM").lower(),
         "hidden_act": "silu",
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -170,7 +191,11 @@ def config_of(
 
 
 def _longest(config: dict[str, Any]) -> int:
-    """Tokens of a sequence; within a sliding window attention is plain causal attention, beyond it is not supported."""
+    """Return the maximum sequence length.
+
+    It ends at a sliding window: within the window attention is plain causal attention, longer
+    sequences are not supported.
+    """
     longest = config["max_position_embeddings"]
     window = config.get("sliding_window")
     return min(longest, window) if window and config.get("use_sliding_window", True) else longest

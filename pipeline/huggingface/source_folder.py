@@ -1,4 +1,7 @@
-"""The weights of a transformers folder, read block by block; what is not whole, or not weights, is refused before it is used."""
+"""The weights of a transformers folder, read block by block.
+
+Incomplete folders and files that contain anything but weights are refused before use.
+"""
 
 import hashlib
 import json
@@ -14,20 +17,28 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.huggingface.names import EMBEDDING, HEAD, Region, tensor_shapes
 from retemper.pipeline.huggingface.source_config import model_of, read_config
 
-# Buffers that old versions of transformers saved, and that every model makes anew.
+# Buffers that old versions of transformers saved, and that every model computes itself.
 _BUFFERS = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq"
 )
-_ROWS = 1 << 14  # of two matrices that are compared at a time
+_ROWS = 1 << 14  # the number of rows of two matrices that are compared at a time
 
 
 class Weights:
-    """The tensors of one folder by name. Nothing in it is run: pickles are read as tensors or not at all."""
+    """The tensors of one folder by name.
+
+    No code in the folder is run: pickles are read as tensors or not at all.
+    """
 
     def __init__(self, folder: Path, *, trusted: bool = False):
-        """Opens and checks the folder. trusted: files of Python code in it are left aside instead of refused.
+        """Open and check the folder.
 
-        Raises UserError with what is unsupported, missing, of another shape, damaged, or code.
+        Args:
+            folder: with config.json and weights.
+            trusted: ignore Python code in the folder instead of refusing it.
+
+        Raises:
+            UserError: something is unsupported, missing, of another shape, damaged, or code.
         """
         self.folder = folder
         self.config = read_config(folder)
@@ -40,12 +51,12 @@ class Weights:
 
     @property
     def names(self) -> list[str]:
-        """Tensors of the model, in the order of tensor_shapes."""
+        """The names of the model's tensors, in the order of tensor_shapes."""
         return list(tensor_shapes(self.model))
 
     @property
     def sha256(self) -> str:
-        """Of the weights' files and of the model that config.json says they are."""
+        """The hash of the weights' files and of the model that config.json describes."""
         files = {
             file: commit.sha256(self.folder / file) for file in sorted(set(self._file_of.values()))
         }
@@ -54,17 +65,22 @@ class Weights:
         ).hexdigest()
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return the type of a tensor without reading its elements."""
         return self.read(name, tuple(slice(0, 0) for _ in self._shape(name))).dtype
 
     def read(self, name: str, region: Region) -> torch.Tensor:
-        """A block of a tensor; of the file only this is read."""
-        held = self._file(self._file_of[name])
-        return held[name][region] if isinstance(held, dict) else held.get_slice(name)[region]
+        """Return a block of a tensor; only this block is read from the file."""
+        tensors = self._file(self._file_of[name])
+        if isinstance(tensors, dict):
+            return tensors[name][region]
+        return tensors.get_slice(name)[region]
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        held = self._file(self._file_of[name])
+        tensors = self._file(self._file_of[name])
         return tuple(
-            held[name].shape if isinstance(held, dict) else held.get_slice(name).get_shape()
+            tensors[name].shape
+            if isinstance(tensors, dict)
+            else tensors.get_slice(name).get_shape()
         )
 
     def _file(self, file: str):
@@ -75,22 +91,21 @@ class Weights:
     def _check_shapes(self) -> None:
         expected = tensor_shapes(self.model)
         problems = [f"{name} is missing" for name in expected.keys() - self._file_of.keys()]
-        spare = (
-            {HEAD} if self.model.tie_embeddings else set()
-        )  # written beside the embedding that it is
+        # A tied head may be stored in addition to the embedding.
+        tied = {HEAD} if self.model.tie_embeddings else set()
         extra = [
             name
-            for name in self._file_of.keys() - expected.keys() - spare
+            for name in self._file_of.keys() - expected.keys() - tied
             if not _BUFFERS.fullmatch(name)
         ]
         problems += [f"{name} belongs to no part of this architecture" for name in extra]
         for name, shape in expected.items():
-            if name in self._file_of and (found := self._try_shape(name, problems)) not in (
+            if name in self._file_of and (actual := self._try_shape(name, problems)) not in (
                 None,
                 shape,
             ):
-                problems.append(f"{name} has the shape {found}, config.json asks for {shape}")
-        if not problems and spare & self._file_of.keys():
+                problems.append(f"{name} has the shape {actual}, config.json asks for {shape}")
+        if not problems and tied & self._file_of.keys():
             problems += self._untied()
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in sorted(problems)[:20])
@@ -100,12 +115,12 @@ class Weights:
             )
 
     def _untied(self) -> list[str]:
-        """What is wrong where the head that config.json ties to the embedding is another matrix."""
+        """Return a problem if the head that config.json ties to the embedding is another matrix."""
         problems: list[str] = []
         shape = self._shape(EMBEDDING)
-        found = self._try_shape(HEAD, problems)
+        head_shape = self._try_shape(HEAD, problems)
         blocks = [slice(row, row + _ROWS) for row in range(0, shape[0], _ROWS)]
-        if found and (found != shape or not all(map(self._is_tied, blocks))):
+        if head_shape and (head_shape != shape or not all(map(self._is_tied, blocks))):
             problems.append(
                 f"{HEAD} is not the same matrix as {EMBEDDING}, although config.json ties them: "
                 "set tie_word_embeddings to false there to keep both, "
@@ -131,37 +146,40 @@ def _refuse_code(folder: Path, config: dict[str, Any]) -> None:
         code.append("auto_map in config.json")
     if code:
         raise UserError(
-            f"{folder} brings code of its own ({', '.join(code)}), which is never run here. If its weights are those of the plain "
-            f"architecture and you trust where it comes from, say so by its name: --trust {folder.resolve().name}"
+            f"{folder} brings code of its own ({', '.join(code)}), which is never run here. If its "
+            "weights are those of the plain architecture and you trust where it comes from, "
+            f"say so by its name: --trust {folder.resolve().name}"
         )
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """tensor -> file. safetensors where there are any, else torch's own format."""
+    """Return {tensor: file}; safetensors files are preferred to torch's format."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            return _of_index(index)
+            return _indexed_files(index)
         if (folder / stem).is_file():
-            held = _open(folder / stem)
-            return dict.fromkeys(held if isinstance(held, dict) else held.keys(), stem)
+            tensors = _open(folder / stem)
+            return dict.fromkeys(tensors if isinstance(tensors, dict) else tensors.keys(), stem)
     raise UserError(
-        f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor an index of them"
+        f"{folder} has no weights: "
+        "neither model.safetensors nor pytorch_model.bin, nor an index of them"
     )
 
 
-def _of_index(index: Path) -> dict[str, str]:
+def _indexed_files(index: Path) -> dict[str, str]:
+    """Return {tensor: file} from an index. Raises UserError where it is damaged or files lack."""
     try:
         file_of = json.loads(index.read_text())["weight_map"]
-        strange = [
+        unsafe = [
             file
             for file in file_of.values()
             if not isinstance(file, str) or Path(file).name != file
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged ({error!r}); download it again") from None
-    if strange:
-        raise UserError(f"{index} names the file {strange[0]!r}: do not trust this folder")
+    if unsafe:
+        raise UserError(f"{index} names the file {unsafe[0]!r}: do not trust this folder")
     if missing := sorted(
         {file for file in file_of.values() if not (index.parent / file).is_file()}
     ):
@@ -172,22 +190,22 @@ def _of_index(index: Path) -> dict[str, str]:
 
 
 def _open(path: Path):
-    """A dictionary of tensors, or an open safetensors file."""
+    """Return a dictionary of tensors, or an open safetensors file."""
     if path.suffix == ".safetensors":
         try:
             return safe_open(path, "pt")
         except SafetensorError as error:
             raise UserError(f"{path} is damaged or cut off ({error}); download it again") from None
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        Exception
-    ) as error:  # torch raises by what is wrong: UnpicklingError, RuntimeError, EOFError, …
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # torch raises errors of many types: UnpicklingError, RuntimeError, EOFError, …
+    except Exception as error:
         raise UserError(
-            f"{path} holds more than tensors, or is damaged ({str(error).splitlines()[0]}); take the safetensors of this model"
+            f"{path} holds more than tensors, or is damaged ({str(error).splitlines()[0]}); "
+            "take the safetensors of this model"
         ) from None
-    if not isinstance(held, dict) or not all(
-        isinstance(value, torch.Tensor) for value in held.values()
+    if not isinstance(tensors, dict) or not all(
+        isinstance(value, torch.Tensor) for value in tensors.values()
     ):
         raise UserError(f"{path} holds no dictionary of tensors")
-    return held
+    return tensors

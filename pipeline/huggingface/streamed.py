@@ -1,4 +1,7 @@
-"""The model of a committed checkpoint on one rank, whatever its topology was: weights come from disk when they are needed."""
+"""The model of a committed checkpoint on one rank, whatever the topology of its training was.
+
+Weights are read from disk when they are needed.
+"""
 
 import contextlib
 import re
@@ -25,17 +28,31 @@ from retemper.pipeline.schema.model import ModelSetup, ParallelConfig
 
 
 class StreamedModel:
-    """A checkpoint, and with LoRA the base under it, as parameters to load by name and as a model to run layer by layer."""
+    """A checkpoint whose parameters can be loaded by name, and whose model can run layer by layer.
+
+    For a LoRA checkpoint it includes the base.
+    """
 
     def __init__(self, run_dir: Path, step: int | None, topology: Topology):
-        """step: of the checkpoint, by default the newest. Raises UserError where it, or its base, is missing, damaged or another."""
+        """Open and verify a checkpoint.
+
+        Args:
+            run_dir: folder of the run.
+            step: of the checkpoint; None for the newest.
+            topology: of this rank.
+
+        Raises:
+            UserError: the checkpoint or its base is missing, damaged or not the expected one.
+
+        Collective: every rank must call this.
+        """
         folder = commit.folder_of(run_dir, step) if step is not None else commit.newest(run_dir)
         self.folder = folder
         self.meta = verified_meta(folder)
         self.device = topology.device
         parallel = ParallelConfig(data_parallel_size=topology.data_parallel_size)
         self.setup = ModelSetup.of(self.meta["config"], parallel, precision="fp32")
-        self.base = None  # under adapters
+        self.base = None  # of the adapters
         if self.setup.method.name == "lora":
             self.base = base_of_checkpoint(folder, self.meta)
             on_rank_zero(self.base.read_meta)  # which checks its files
@@ -46,18 +63,17 @@ class StreamedModel:
 
     @property
     def names(self) -> list[str]:
-        """The parameters, in the order in which a forward pass meets them."""
+        """The names of the parameters, in the order of a forward pass."""
         return [name for name, _ in self.model.named_parameters()]
 
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Parameters in fp32 on the CPU."""
-        loaded = {
-            name: torch.zeros(self.model.get_parameter(name).shape) for name in names
-        }  # what stands in no file is padding
+        """Return {name: parameter in fp32 on the CPU}."""
+        # Elements that are in no file are padding.
+        loaded = {name: torch.zeros(self.model.get_parameter(name).shape) for name in names}
         base = self.base.folder if self.base else self.folder
-        for folder, of_adapters in ((base, False), (self.folder, True)):
+        for folder, adapters in ((base, False), (self.folder, True)):
             wanted = {
-                name: tensor for name, tensor in loaded.items() if is_adapter(name) == of_adapters
+                name: tensor for name, tensor in loaded.items() if is_adapter(name) == adapters
             }
             _read(
                 folder,
@@ -66,7 +82,10 @@ class StreamedModel:
         return loaded
 
     def _shards(self, name: str, into: torch.Tensor) -> list[tuple[ShardedTensor, torch.Tensor]]:
-        """How the checkpoint knows a parameter, and the part of it that each shard is: megatron-core stores gate and up as two."""
+        """Return a parameter's sharded tensors in the checkpoint, each with its part of `into`.
+
+        There may be several: megatron-core stores gate and up as two tensors.
+        """
         state = {name: self._sharded[name]}
         apply_factories(state)
         sharded = state[name] if isinstance(state[name], list) else [state[name]]
@@ -74,7 +93,10 @@ class StreamedModel:
 
     @torch.no_grad()
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Logits of the vocabulary without its padding, (B, T, V) on the CPU, with one layer in memory at a time."""
+        """Return logits (B, T, V) on the CPU, without the vocabulary's padding.
+
+        Only one layer is in memory at a time.
+        """
         with _loaded_on_demand(self):
             tokens_BT = tokens_BT.to(self.device)
             positions = torch.arange(tokens_BT.shape[1], device=self.device).expand_as(tokens_BT)
@@ -84,7 +106,11 @@ class StreamedModel:
 
 
 def _read(folder: Path, shards: list[tuple[ShardedTensor, torch.Tensor]]) -> None:
-    """Fill tensors from a checkpoint. megatron-core loads all of a stacked tensor's layers or none: this is torch's reader under it."""
+    """Fill tensors from a checkpoint.
+
+    This uses torch's reader directly, because megatron-core can only load all layers of a stacked
+    tensor or none.
+    """
     reader = FileSystemReader(folder)
     tensors = {}
     items = []
@@ -102,7 +128,7 @@ def _read(folder: Path, shards: list[tuple[ShardedTensor, torch.Tensor]]) -> Non
 
 
 class _Into(DefaultLoadPlanner):
-    """Where torch's reader puts what it reads."""
+    """The planner that tells torch's reader into which tensors to read."""
 
     def __init__(self, tensors: dict[tuple[str, torch.Size], torch.Tensor]):
         super().__init__()
@@ -118,7 +144,7 @@ class _Into(DefaultLoadPlanner):
 
 @contextlib.contextmanager
 def _loaded_on_demand(streamed: StreamedModel) -> Iterator[None]:
-    """Within it, the parts of a model that has no memory are loaded when they run, and forgotten after."""
+    """Load the modules of a model on the meta device before they run, and free them afterwards."""
     model = streamed.model
     hooks = []
 
@@ -127,7 +153,7 @@ def _loaded_on_demand(streamed: StreamedModel) -> Iterator[None]:
         for name, value in streamed.load(names).items():
             part.get_parameter(names[name]).copy_(value)
 
-    def forget(part, *_) -> None:
+    def free(part, *_) -> None:
         part.to("meta")
 
     for name, part in model.named_modules():
@@ -140,7 +166,7 @@ def _loaded_on_demand(streamed: StreamedModel) -> Iterator[None]:
             continue  # the head of tied embeddings
         hooks.append(part.register_forward_pre_hook(lambda part, _, names=names: load(part, names)))
         if name != "embedding" or not streamed.setup.model.tie_embeddings:
-            hooks.append(part.register_forward_hook(forget))
+            hooks.append(part.register_forward_hook(free))
     try:
         yield
     finally:

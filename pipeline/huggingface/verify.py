@@ -1,4 +1,7 @@
-"""The proof beside an import or an export: logits of stock transformers and peft against the megatron model's, on real text."""
+"""Verify an import or export on real text.
+
+The logits of unmodified transformers and peft are compared with those of the megatron model.
+"""
 
 import heapq
 import json
@@ -14,20 +17,27 @@ from retemper.pipeline.huggingface.source_folder import Weights
 from retemper.pipeline.huggingface.streamed import StreamedModel
 
 PROOF = "verified.json"
-_TEXT = Path(heapq.__file__)  # English and Python, there wherever Python is
+_TEXT = Path(heapq.__file__)  # English and Python, available in every installation
 _POSITIONS = 512
-_TOLERANCE = 1e-4  # of the largest logit, fp32 on both sides
-_ROUNDED_TOLERANCE = (
-    0.05  # RMS over RMS, where weights were rounded to fewer bits than the run computed with
-)
+_TOLERANCE = 1e-4  # relative to the largest logit, with fp32 on both sides
+# Relative RMS, where weights were rounded to fewer bits than the run computed with.
+_ROUNDED_TOLERANCE = 0.05
 
 
 def verify(
     streamed: StreamedModel, folder: Path, adapter: Path | None, proof: Path, *, rounded: bool
 ) -> None:
-    """Compare, and write the figures into `proof`. One rank calls it.
+    """Compare the logits, and write the figures into a file. Called by a single rank.
 
-    rounded: the folder holds fewer bits of the weights than the checkpoint. Raises UserError where the logits differ.
+    Args:
+        streamed: the checkpoint.
+        folder: of the model for transformers, or of the adapters' base.
+        adapter: folder of the adapters for peft; None for a whole model.
+        proof: folder for the file with the figures.
+        rounded: whether the exported weights have fewer bits than those in the checkpoint.
+
+    Raises:
+        UserError: the logits differ.
     """
     tokens_BT = _tokens(folder, streamed.setup.model.max_sequence_length)
     ours = streamed.logits(tokens_BT).float()
@@ -37,17 +47,21 @@ def verify(
     (proof / PROOF).write_text(json.dumps(figures, indent=2))
     if not figures["equal"]:
         raise UserError(
-            f"{adapter or folder} and {streamed.folder} are not the same model: logits differ by up to {figures['max_abs_difference']:.2g} "
-            f"at a largest logit of {figures['largest_logit']:.3g}. {proof / PROOF} has the figures; please report it with config.json"
+            f"{adapter or folder} and {streamed.folder} are not the same model: "
+            f"logits differ by up to {figures['max_abs_difference']:.2g} "
+            f"at a largest logit of {figures['largest_logit']:.3g}. "
+            f"{proof / PROOF} has the figures; please report it with config.json"
         )
 
 
 def summary(proof: Path) -> str:
-    """One line of the figures."""
+    """Return one line with the figures that `verify` wrote into a folder."""
     figures = json.loads((proof / PROOF).read_text())
     return (
-        f"verified against transformers {figures['transformers']}: logits of {figures['positions']} positions differ by at most "
-        f"{figures['max_abs_difference']:.1e}, the largest is {figures['largest_logit']:.1f}; the same next token at {figures['same_argmax']:.1%}"
+        f"verified against transformers {figures['transformers']}: "
+        f"logits of {figures['positions']} positions differ by at most "
+        f"{figures['max_abs_difference']:.1e}, the largest is {figures['largest_logit']:.1f}; "
+        f"the same next token at {figures['same_argmax']:.1%}"
     )
 
 
@@ -88,16 +102,19 @@ def _tokens(folder: Path, max_sequence_length: int) -> torch.Tensor:
 
 
 def _reference(folder: Path, adapter: Path | None):
-    """Stock transformers' model on the CPU, or peft's; layers that do not fit in half of the free memory are read from disk as they run."""
+    """Return the model of unmodified transformers, or of peft, on the CPU.
+
+    Layers that do not fit into half of the free memory are read from disk when they run.
+    """
     import psutil
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    room = {"cpu": psutil.virtual_memory().available // 2}
+    max_memory = {"cpu": psutil.virtual_memory().available // 2}
     settings = {
         "dtype": torch.float32,
         "device_map": "auto",
-        "max_memory": room,
+        "max_memory": max_memory,
         "offload_folder": tempfile.mkdtemp(),
     }
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -113,9 +130,10 @@ def _reference(folder: Path, adapter: Path | None):
 
 
 def _adapted_from_disk(folder: Path, adapter: Path):
-    """peft's model with its adapters, each weight of the base read when it is needed.
+    """Return peft's model with its adapters; each weight of the base is read when it is needed.
 
-    peft puts no adapter on a model that transformers reads from disk itself, and would write the base's files anew.
+    peft cannot add adapters to a model that transformers itself reads from disk, and would write
+    the base's files again.
     """
     import accelerate
     import peft
@@ -139,16 +157,17 @@ def _adapted_from_disk(folder: Path, adapter: Path):
 
 
 def _read_when_needed(module: torch.nn.Module, names: dict[str, str], weights: Weights) -> None:
-    """Give a module its weights while it runs, and before and after that numbers of their shape that take no memory.
+    """Load a module's weights before it runs, and replace them by empty placeholders afterwards.
 
-    names: parameter -> what the weights know it as.
+    The placeholders have the shape of the weights, but take no memory.
+    names: parameter -> its name among the weights.
     """
-    blank = {
+    placeholders = {
         name: torch.zeros(()).expand(parameter.shape)
         for name, parameter in module.named_parameters(recurse=False)
     }
 
-    def hold(tensors: dict[str, torch.Tensor]) -> None:
+    def assign(tensors: dict[str, torch.Tensor]) -> None:
         module._parameters.update(
             {
                 name: torch.nn.Parameter(tensor, requires_grad=False)
@@ -157,8 +176,10 @@ def _read_when_needed(module: torch.nn.Module, names: dict[str, str], weights: W
         )
 
     def read(*_) -> None:
-        hold({name: weights.read(stored, (slice(None),)).float() for name, stored in names.items()})
+        assign(
+            {name: weights.read(stored, (slice(None),)).float() for name, stored in names.items()}
+        )
 
-    hold(blank)
+    assign(placeholders)
     module.register_forward_pre_hook(read)
-    module.register_forward_hook(lambda *_: hold(blank))
+    module.register_forward_hook(lambda *_: assign(placeholders))

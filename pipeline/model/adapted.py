@@ -1,14 +1,15 @@
-"""A frozen linear layer and its adapters as one differentiable function.
+"""A frozen linear layer and its adapters as one autograd function.
 
-Written as separate operations (lora.py), an adapted layer launches about three times as many kernels as it has matrix
-products: sums of whole outputs, scalings, copies of gradients. Here the adapters' product is written first and the frozen
-weight's product is accumulated onto it; the gradient of the input is made in the same way; gradients of A and B go into
-the buffers that megatron-core reduces (`main_grad`) without a copy. Nothing is kept of the frozen weight's input beyond
-what A's gradient needs.
+Written as separate operations (lora.py), an adapted layer launches about three times as many
+kernels as it has matrix products: sums of whole outputs, scalings, copies of gradients. Here the
+adapters' product is written first and the frozen weight's product is accumulated onto it. The
+gradient of the input is computed in the same way. Gradients of A and B are added to the buffers
+that megatron-core reduces (`main_grad`) without a copy. Of the layer's input only what A's gradient
+needs is stored.
 
-Shapes: T tokens (sequence x batch) that a rank's matrices see, R the ranks of a layer's adapters together, I and O the
-features in and out on this rank. Under sequence parallelism a column-parallel layer's input and a row-parallel layer's
-output hold this rank's share of the tokens.
+Shapes: T tokens (sequence x batch) that a rank's matrices see, R the ranks of a layer's adapters
+together, I and O the features in and out on this rank. Under sequence parallelism a column-parallel
+layer's input and a row-parallel layer's output have this rank's share of the tokens.
 """
 
 from collections.abc import Iterator
@@ -22,27 +23,34 @@ from megatron.core.tensor_parallel import (
 
 from retemper.pipeline.model.adapter import Adapter
 
-# From this rank on a product with each part's own B is cheaper than one with all of them in blocks, which multiplies zeros.
+# From this rank on separate products with each part's B are cheaper than one block-diagonal
+# product, which multiplies zeros.
 _APART_FROM_RANK = 64
 
 
 class TorchProducts:
-    """The products of a frozen layer's weight by torch. A layer with other kernels replaces them (lora_te.py)."""
+    """The products with a frozen layer's weight, computed by torch.
+
+    A layer with other kernels overrides them (lora_te.py).
+    """
 
     def add_output(self, output_TO: torch.Tensor, x_TI: torch.Tensor) -> object:
-        """Add the frozen weight's output for x. Returns what add_input_gradient is given as its context; None here."""
+        """Add the frozen weight's output for x.
+
+        Returns the context that add_input_gradient receives; None here.
+        """
         output_TO.addmm_(x_TI, self.weight.t())
 
     def add_input_gradient(
         self, gradient_TI: torch.Tensor, gradient_TO: torch.Tensor, _context
     ) -> None:
-        """Add the gradient that reaches the input through the frozen weight."""
+        """Add the gradient of the input through the frozen weight."""
         gradient_TI.addmm_(gradient_TO, self.weight)
 
     def add_weight_gradient(
         self, main_grad: torch.Tensor, left_TX: torch.Tensor, right_TY: torch.Tensor
     ) -> None:
-        """Add left^T right, a factor's gradient, to the float32 buffer (X, Y) where gradients are summed."""
+        """Add left^T right, a factor's gradient, to the float32 gradient buffer (X, Y)."""
         if main_grad.dtype == left_TX.dtype:
             main_grad.addmm_(left_TX.t(), right_TY)
         else:
@@ -50,11 +58,12 @@ class TorchProducts:
 
 
 class Factors:
-    """The factors of a layer's adapters, in the form in which its function multiplies by them.
+    """The factors of a layer's adapters, in the form that the layer's function multiplies by.
 
-    One adapter's A and B are used as they are. Of several, A stands joined, so that the input is read once, and B in blocks
-    of one matrix as wide as the layer, unless their rank is large: then each part of the output has a product of its own.
-    What is joined is a copy: `refresh` brings it up to date, and `hand_out` gives each parameter its part of the gradients.
+    A single adapter's A and B are used directly. Several adapters' A are concatenated, so that the
+    input is read once, and their B are blocks of one matrix as wide as the layer, unless their rank
+    is large: then each part of the output has a separate product. The concatenated factors are
+    copies: `refresh` updates them, and `hand_out` adds their gradients to those of the parameters.
     """
 
     def __init__(self, layer: torch.nn.Module):
@@ -81,7 +90,10 @@ class Factors:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the parameters, which an optimizer or a checkpoint may have changed, into what is joined of them."""
+        """Copy the parameters into the concatenated factors.
+
+        An optimizer or a checkpoint may have changed them.
+        """
         if not self.joined:
             return
         for name, adapter in self.adapters.items():
@@ -92,7 +104,7 @@ class Factors:
 
     @torch.no_grad()
     def hand_out(self) -> None:
-        """Add what has been summed of joined factors' gradients to each parameter's, and begin at zero again."""
+        """Add the concatenated factors' gradients to those of the parameters, then zero them."""
         if not self.joined:
             return
         for name, adapter in self.adapters.items():
@@ -103,7 +115,7 @@ class Factors:
         self.forget_gradients()
 
     def forget_gradients(self) -> None:
-        """Begin the sums of joined factors' gradients at zero."""
+        """Zero the gradients of the concatenated factors."""
         if self.joined:
             self.grad_A_RI.zero_()
         if self.in_blocks:
@@ -115,7 +127,10 @@ class Factors:
             yield adapter, views[name][..., self.rows[name]]
 
     def output(self, hidden_TR: torch.Tensor) -> torch.Tensor:
-        """hidden · B^T over the whole width of the layer, (T, O); zero where a part of it has no adapter."""
+        """Return hidden · B^T over the whole width of the layer, (T, O).
+
+        It is zero for parts without an adapter.
+        """
         if not self.joined:
             (adapter,) = self.adapters.values()
             return hidden_TR @ adapter.lora_B.t()
@@ -133,7 +148,10 @@ class Factors:
         return output_TO
 
     def hidden_gradient(self, gradient_TO: torch.Tensor, scale: float) -> torch.Tensor:
-        """scale · gradient · B, (T, R): of a column-parallel layer this rank's part of a sum."""
+        """Return scale · gradient · B, (T, R).
+
+        For a column-parallel layer this is this rank's contribution to a sum.
+        """
         if not self.joined:
             (adapter,) = self.adapters.values()
             return _scaled_product(gradient_TO, adapter.lora_B, scale)
@@ -149,7 +167,7 @@ class Factors:
         )
 
     def add_B_gradient(self, gradient_TO: torch.Tensor, hidden_TR: torch.Tensor) -> None:
-        """Add gradient^T · hidden, where hidden is scaled already."""
+        """Add gradient^T · hidden to the gradient of B; hidden must already be scaled."""
         add = self.layer.add_weight_gradient
         if not self.joined:
             (adapter,) = self.adapters.values()
@@ -164,13 +182,13 @@ class Factors:
                 add(adapter.lora_B.main_grad, part_TO, hidden)
 
     def add_A_gradient(self, hidden_gradient_TR: torch.Tensor, x_TI: torch.Tensor) -> None:
-        """Add hidden_gradient^T · x."""
+        """Add hidden_gradient^T · x to the gradient of A."""
         main_grad = self.grad_A_RI if self.joined else self.A_RI.main_grad
         self.layer.add_weight_gradient(main_grad, hidden_gradient_TR, x_TI)
 
 
 def join_factors(stages: list[torch.nn.Module]) -> None:
-    """Bring what layers hold of joined adapters up to date: at the start of each pass over micro-batches."""
+    """Update the concatenated factors. Must be called before each pass over micro-batches."""
     for layer in _adapted_layers(stages):
         if layer.factors is None:
             layer.factors = Factors(layer)
@@ -178,13 +196,19 @@ def join_factors(stages: list[torch.nn.Module]) -> None:
 
 
 def hand_out_gradients(stages: list[torch.nn.Module]) -> None:
-    """Give each adapter its gradients of all micro-batches, before they are reduced over ranks."""
+    """Add the gradients of all micro-batches to those of each adapter.
+
+    Must be called before gradients are reduced over ranks.
+    """
     for layer in _adapted_layers(stages):
         layer.factors.hand_out()
 
 
 def forget_gradients(stages: list[torch.nn.Module]) -> None:
-    """Let gradients of passes that do not count go, beside those in megatron-core's buffers."""
+    """Zero the concatenated factors' gradients, for passes that do not count.
+
+    The gradients in megatron-core's buffers are not affected.
+    """
     for layer in _adapted_layers(stages):
         layer.factors.forget_gradients()
 
@@ -195,17 +219,20 @@ def _adapted_layers(stages: list[torch.nn.Module]) -> Iterator[torch.nn.Module]:
 
 
 def adapted_column(layer: torch.nn.Module, x_SBI: torch.Tensor) -> torch.Tensor:
-    """A column-parallel layer's output, (S, B, O), its adapters' and its bias in it."""
+    """Return a column-parallel layer's output, (S, B, O), including adapters and bias."""
     return _AdaptedColumn.apply(x_SBI, _anchor(layer), layer)
 
 
 def adapted_row(layer: torch.nn.Module, x_SBI: torch.Tensor) -> torch.Tensor:
-    """A row-parallel layer's output, (S, B, O), its adapter's in it."""
+    """Return a row-parallel layer's output, (S, B, O), including its adapter."""
     return _AdaptedRow.apply(x_SBI, _anchor(layer), layer)
 
 
 def _anchor(layer: torch.nn.Module) -> torch.nn.Parameter:
-    """Something that asks for a gradient: the first layer's input asks for none, and the factors' gradients go another way."""
+    """Return a parameter that requires a gradient, so that autograd calls the backward pass.
+
+    The first layer's input may not require one, and the factors' gradients bypass autograd.
+    """
     return next(iter(layer.adapters.values())).lora_A
 
 
@@ -238,7 +265,7 @@ class _AdaptedColumn(torch.autograd.Function):
         gradient_TO = gradient_SBO.flatten(0, 1).contiguous()
         hidden_gradient_TR = factors.hidden_gradient(gradient_TO, layer.scale)
         factors.add_B_gradient(gradient_TO, hidden_TR)
-        # Each rank's part of the output features gives a part of both sums.
+        # Both gradients are sums over ranks, each of which has a part of the output features.
         reduce = (
             reduce_scatter_to_sequence_parallel_region
             if ctx.split
@@ -258,7 +285,8 @@ class _AdaptedRow(torch.autograd.Function):
         ctx.split = layer.config.sequence_parallel
         x_TI = x_SBI.flatten(0, 1)
         hidden_TR = _scaled_product(x_TI, factors.A_RI.t(), layer.scale)
-        # B is the same on every rank: the sum over ranks of what it makes of parts is what it makes of their sum.
+        # B is the same on every rank, so the sum of the products over ranks equals the product of B
+        # with the sum of hidden over ranks.
         output_TO = factors.output(hidden_TR)
         ctx.base = layer.add_output(output_TO, x_TI)
         reduce = (
@@ -296,7 +324,10 @@ class _AdaptedRow(torch.autograd.Function):
 def _input_gradient(
     ctx, hidden_gradient_TR: torch.Tensor, gradient_TO: torch.Tensor
 ) -> torch.Tensor | None:
-    """The gradient of a layer's input, (T, I), through adapters and frozen weight; None where nothing before it trains."""
+    """Return the gradient of a layer's input, (T, I), through adapters and frozen weight.
+
+    It is None if nothing before the layer is trainable.
+    """
     if not ctx.needs_input_grad[0]:
         return None
     gradient_TI = hidden_gradient_TR @ ctx.layer.factors.A_RI
@@ -305,6 +336,9 @@ def _input_gradient(
 
 
 def _scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale · left · right in one kernel: with beta = 0 what stands in the output is not read."""
+    """Return scale · left · right, computed in one kernel.
+
+    With beta = 0 the contents of the output are not read.
+    """
     output = left.new_empty(left.shape[0], right.shape[1])
     return torch.addmm(output, left, right, beta=0, alpha=scale, out=output)

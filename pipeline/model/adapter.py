@@ -1,7 +1,7 @@
-"""One low-rank adapter: its parameters, and what they stand for. Nothing here knows a layer.
+"""One low-rank adapter, independent of the layer: its parameters and the update they define.
 
-Shapes: S sequence (this rank's part under sequence parallelism), B batch, R rank of the adapter, I and O the
-features in and out (this rank's part where the layer shards them).
+Shapes: S sequence (this rank's part under sequence parallelism), B batch, R rank of the adapter, I
+and O the features in and out (this rank's part where the layer shards them).
 """
 
 import contextlib
@@ -14,20 +14,23 @@ from retemper.pipeline.schema.model import LoraConfig
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter or checkpoint key belongs to an adapter."""
+    """Return whether a parameter or checkpoint key belongs to an adapter."""
     return name.rpartition(".")[2].startswith("lora_")
 
 
 def scale_of(lora: LoraConfig) -> float:
-    """What an update B·A is multiplied by; rsLoRA (arXiv 2312.03732) divides by the root of the rank."""
+    """Return the factor of the update B·A.
+
+    It is alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732).
+    """
     return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
 class Adapter(torch.nn.Module):
-    """lora_A (R, I) and lora_B (O, R) of one linear layer.
+    """The parameters lora_A (R, I) and lora_B (O, R) of one linear layer.
 
-    With DoRA lora_magnitude (O,); with PiSSA the factors at the start, frozen: they are taken off again, so that the base's
-    weights stay as they are.
+    With DoRA there is also lora_magnitude (O,). With PiSSA there are also the initial factors,
+    which are frozen and subtracted from the update, so that the base weights stay unchanged.
     """
 
     def __init__(self, in_features: int, out_features: int, lora: LoraConfig, config):
@@ -47,7 +50,10 @@ class Adapter(torch.nn.Module):
     def sharded_axes(
         self, *, of_A: int | None = None, of_B: int | None = None, of_magnitude: int | None = None
     ) -> dict[str, int]:
-        """parameter -> the axis that tensor parallelism cuts, of those that it cuts."""
+        """Return the axis along which tensor parallelism shards each sharded parameter.
+
+        Parameters without an axis, and those that this adapter does not have, are omitted.
+        """
         axes = {
             "lora_A": of_A,
             "lora_A_initial": of_A,
@@ -60,11 +66,15 @@ class Adapter(torch.nn.Module):
         }
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of the whole update, in PiSSA's case of twice the rank. By a call, before which megatron-core waits for weights
-        that are still being gathered."""
+        """Return A and B of the whole update, for PiSSA of twice the rank.
+
+        It must be reached by calling the module: megatron-core's hooks then wait for parameters
+        that are still being gathered.
+        """
         return joined_factors(self._parameters)
 
     def begin(self, A_RI: torch.Tensor, B_OR: torch.Tensor) -> None:
+        """Initialise the factors, and PiSSA's frozen initial factors, with these values."""
         for parameter, value in zip(
             (self.lora_A, self.lora_A_initial, self.lora_B, self.lora_B_initial),
             (A_RI, A_RI, B_OR, B_OR),
@@ -74,7 +84,10 @@ class Adapter(torch.nn.Module):
 
 
 def joined_factors(parameters: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (R, I) and B (O, R) of the update that an adapter's parameters stand for."""
+    """Return A (R, I) and B (O, R) of the update that an adapter's parameters define.
+
+    For PiSSA the initial factors are concatenated with a negative sign, and R is twice the rank.
+    """
     A_RI = parameters["lora_A"]
     B_OR = parameters["lora_B"]
     if "lora_A_initial" not in parameters:
@@ -87,36 +100,53 @@ def joined_factors(parameters: dict[str, torch.Tensor]) -> tuple[torch.Tensor, t
 def principal_factors(
     weight_OI: torch.Tensor, rank: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PiSSA (arXiv 2404.02948): A and B with scale · B·A the best approximation of the weight at that rank."""
+    """Return PiSSA's initial factors A and B of a weight (arXiv 2404.02948).
+
+    scale · B·A is the best approximation of the weight at that rank.
+
+    Args:
+        weight_OI: The whole weight, not a shard.
+        rank: The rank of the factors.
+        scale: The factor of the update.
+    """
     U, S, Vh = torch.linalg.svd(weight_OI.float(), full_matrices=False)
-    signs = torch.where(
-        Vh[:rank].gather(1, Vh[:rank].abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0
-    )  # an SVD's signs are arbitrary
+    # The signs of an SVD are arbitrary: make the largest element of each row of A positive.
+    signs = torch.where(Vh[:rank].gather(1, Vh[:rank].abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
     root = (S[:rank] / scale).sqrt()
     return root[:, None] * Vh[:rank] * signs, U[:, :rank] * root * signs.T
 
 
 @torch.no_grad()
 def row_norms(weight_OI, A_RI, B_OR, scale: float, total=lambda part: part) -> torch.Tensor:
-    """Norm of each row of W + scale · B·A, (O,), as DoRA divides by (arXiv 2402.09353), without making that matrix.
+    """Return the norm of each row of W + scale · B·A, (O,), without computing that matrix.
 
-    total: sums over the ranks that hold parts of the input features.
+    DoRA (arXiv 2402.09353) divides by these norms.
+
+    Args:
+        weight_OI: The weight W.
+        A_RI: The factor A.
+        B_OR: The factor B.
+        scale: The factor of the update.
+        total: Sums a tensor over the ranks that have parts of the input features.
     """
     weight_OI = weight_OI.float()
     A_RI = A_RI.float()
     B_OR = B_OR.float()
     squares = total(weight_OI.square().sum(1))
-    crossed = total(weight_OI @ A_RI.T)
+    cross = total(weight_OI @ A_RI.T)
     gram = total(A_RI @ A_RI.T)
     return (
-        (squares + 2 * scale * (crossed * B_OR).sum(1) + scale**2 * ((B_OR @ gram) * B_OR).sum(1))
+        (squares + 2 * scale * (cross * B_OR).sum(1) + scale**2 * ((B_OR @ gram) * B_OR).sum(1))
         .clamp_min(0)
         .sqrt()
     )
 
 
 class Dropout(torch.nn.Module):
-    """Dropout of an adapter's input: equal masks on ranks that hold the same activation, different ones where it is sharded."""
+    """Dropout of an adapter's input.
+
+    The masks are equal on ranks that have the same activation, and differ where it is sharded.
+    """
 
     def __init__(self, probability: float, sharded_input: bool):
         super().__init__()
@@ -131,17 +161,31 @@ class Dropout(torch.nn.Module):
 
 
 def gains_of(adapter: Adapter, norms_O: torch.Tensor) -> torch.Tensor:
-    """DoRA: what gives each row of the updated weight, of these norms, the magnitude learned for it; (O,)."""
+    """Return DoRA's gain of each row of the updated weight, (O,).
+
+    It is the trainable magnitude divided by the row's norm.
+    """
     return (adapter.lora_magnitude / norms_O).to(adapter.lora_B.dtype)
 
 
 def turned(gain_O: torch.Tensor, plain_SBO: torch.Tensor, delta_SBO: torch.Tensor) -> torch.Tensor:
-    """DoRA: what must be added to the base's output, so that each row of the updated weight is `gain` times what it was."""
+    """Return the output that DoRA adds to the base layer's output.
+
+    With it each row of the updated weight is multiplied by its gain.
+
+    Args:
+        gain_O: The gains of the rows.
+        plain_SBO: The base layer's output without bias.
+        delta_SBO: The output of the update scale · B·A.
+    """
     return (gain_O - 1) * plain_SBO + gain_O * delta_SBO
 
 
 def mark(adapter: Adapter, axes: dict[str, int]) -> None:
-    """Tell megatron-core which parameters tensor parallelism cuts: their squares are summed over ranks in the gradient norm."""
+    """Mark the parameters that tensor parallelism shards.
+
+    megatron-core then sums their squares over ranks in the gradient norm.
+    """
     for name, axis in axes.items():
         parameter = getattr(adapter, name)
         parameter.tensor_model_parallel = True

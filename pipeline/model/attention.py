@@ -1,6 +1,6 @@
 """Causal attention through torch's fused kernel, for layers without Transformer Engine.
 
-megatron-core's own DotProductAttention materialises the score matrix; NOTES.md has what that costs.
+megatron-core's DotProductAttention materialises the score matrix; NOTES.md lists its cost.
 """
 
 import torch
@@ -10,10 +10,12 @@ from megatron.core.transformer import TransformerConfig
 
 
 class SdpaAttention(torch.nn.Module):
-    """megatron-core's core attention by scaled_dot_product_attention. Causal, within each sample or each packed document.
+    """Core attention of megatron-core's layers by torch's scaled_dot_product_attention.
 
-    Shapes: S sequence (this rank's part under context parallelism), B batch, H query heads and G key/value heads of this rank, D
-    head size.
+    It is causal within each sample, or within each packed document.
+
+    Shapes: S sequence (this rank's part under context parallelism), B batch, H query heads and G
+    key/value heads of this rank, D head size.
     """
 
     def __init__(
@@ -39,7 +41,10 @@ class SdpaAttention(torch.nn.Module):
         packed_seq_params=None,
         **_masks,
     ):
-        """Returns (S, B, H·D); of packed documents, which come without B, (S, H·D)."""
+        """Return the attention output, (S, B, H·D).
+
+        For packed documents, whose inputs have no B dimension, it is (S, H·D).
+        """
         assert attention_mask is None
         if packed_seq_params is not None:
             lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
@@ -56,16 +61,19 @@ class SdpaAttention(torch.nn.Module):
         return self._attend(query_SBHD, key_SBGD, value_SBGD)
 
     def _attend_in_context(self, query_SBHD, key_SBGD, value_SBGD):
-        """Keys and values of the whole sequence are gathered; this rank's two parts of the queries (Batch.of_context_rank) look back
-        from where they stand."""
+        """Attend from this rank's two chunks of queries to the keys before them.
+
+        The keys and values of the whole sequence are gathered. Batch.of_context_rank defines which
+        chunks of the sequence a rank has.
+        """
         rank = self.context_group.rank()
         size = self.context_group.size()
-        in_order = [
+        chunk_order = [
             2 * part if part < size else 2 * (2 * size - 1 - part) + 1 for part in range(2 * size)
         ]
         keys, values = (
             gather_from_sequence_parallel_region(tensor, group=self.context_group)
-            .unflatten(0, (2 * size, -1))[in_order]
+            .unflatten(0, (2 * size, -1))[chunk_order]
             .flatten(0, 1)
             for tensor in (key_SBGD, value_SBGD)
         )
@@ -74,17 +82,20 @@ class SdpaAttention(torch.nn.Module):
         return torch.cat([self._attend(query, keys[:end], values[:end]) for query, end in ends])
 
     def _attend(self, query_SBHD, key_SBGD, value_SBGD):
-        """The last query stands where the last key does."""
+        """Return the attention output, (S, B, H·D), for queries at the end of the keys' range.
+
+        The last query has the position of the last key.
+        """
         queries = len(query_SBHD)
         keys = len(key_SBGD)
-        square = queries == keys
+        is_square = queries == keys
         output_BHSD = torch.nn.functional.scaled_dot_product_attention(
             *(tensor.permute(1, 2, 0, 3) for tensor in (query_SBHD, key_SBGD, value_SBGD)),
             attn_mask=None
-            if square
+            if is_square
             else query_SBHD.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries),
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=square,
+            is_causal=is_square,
             scale=self.softmax_scale,
             enable_gqa=True,
         )

@@ -1,4 +1,7 @@
-"""A config becomes a megatron-core model on this rank. The only module that chooses between layer implementations."""
+"""Construction of the megatron-core model on this rank from a config.
+
+Only this module chooses between layer implementations.
+"""
 
 import math
 from functools import partial
@@ -33,9 +36,9 @@ from retemper.pipeline.schema.model import ModelSetup, RopeScaling
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, whose weight tells megatron-core to sum its gradient over a sequence-parallel group.
+    """torch's RMSNorm, marked for megatron-core's gradient sum over a sequence-parallel group.
 
-    megatron-core's own torch wrapper refuses sequence parallelism.
+    megatron-core's own wrapper of torch's RMSNorm does not support sequence parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
@@ -44,9 +47,12 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def build_model(config: ModelSetup, topology: Topology) -> torch.nn.ModuleList:
-    """This rank's stages and shards, initialised, on its device, with only the method's parameters trainable.
+    """Return this rank's part of the model, initialised and on its device.
 
-    One DistributedDataParallel for each of parallel.virtual_pipeline_parallel_size stages.
+    Only the method's parameters are trainable. The list has one DistributedDataParallel for each of
+    parallel.virtual_pipeline_parallel_size stages.
+
+    Collective: every rank must call this.
     """
     local = not (HAVE_TE and topology.device.type == "cuda")
     if config.parallel.tensor_parallel_overlap:
@@ -61,8 +67,10 @@ def build_model(config: ModelSetup, topology: Topology) -> torch.nn.ModuleList:
     )
     if config.parallel.overlap:
         # Gradients are reduced once a step, during the last micro-batch's backward pass.
-        without_reducing = [stage.no_sync for stage in stages]
-        stages[0].config.no_sync_func = without_reducing if len(stages) > 1 else without_reducing[0]
+        no_sync_functions = [stage.no_sync for stage in stages]
+        stages[0].config.no_sync_func = (
+            no_sync_functions if len(stages) > 1 else no_sync_functions[0]
+        )
     return stages
 
 
@@ -93,9 +101,14 @@ def _trainable(model: GPTModel, config: ModelSetup, topology: Topology) -> Distr
 
 
 def build_layers(config: ModelSetup, topology: Topology, *, local: bool = True) -> list[GPTModel]:
-    """This rank's stages and shards, their parameters as memory had them; on the device of torch.device's context.
+    """Return this rank's stages with uninitialised parameters.
 
-    local: of megatron-core's own layers, else of Transformer Engine's. Checkpoints know no difference.
+    They are on the device of the current torch.device context.
+
+    Args:
+        config: The model and its parallel layout.
+        topology: This rank's position in the layout.
+        local: Use megatron-core's own layers, else Transformer Engine's. Checkpoints are the same.
     """
     stages = config.parallel.virtual_pipeline_parallel_size
     return [
@@ -104,7 +117,10 @@ def build_layers(config: ModelSetup, topology: Topology, *, local: bool = True) 
 
 
 def _stage(config: ModelSetup, topology: Topology, number: int | None, local: bool) -> GPTModel:
-    """number: among the virtual stages of this rank."""
+    """Return one stage of this rank.
+
+    number: Its index among the virtual stages of this rank; None if there is only one.
+    """
     transformer = transformer_config(config, local=local)
     last = config.parallel.virtual_pipeline_parallel_size - 1
     model = GPTModel(
@@ -119,57 +135,66 @@ def _stage(config: ModelSetup, topology: Topology, number: int | None, local: bo
         position_embedding_type="rope",
         rotary_base=config.model.rotary_base,
     )
-    model.rotary_pos_emb.inv_freq = _scaled(
+    model.rotary_pos_emb.inv_freq = _scale_rope(
         model.rotary_pos_emb.inv_freq, config.model.rope_scaling
     )
     if not local:
         for layer in model.modules():
-            if hasattr(
-                layer, "fuse_wgrad_accumulation"
-            ):  # Transformer Engine's own, whatever sums the output layer's
+            # Transformer Engine's layers have their own fused kernel, without apex.
+            if hasattr(layer, "fuse_wgrad_accumulation"):
                 layer.fuse_wgrad_accumulation = True
     if model.post_process:
-        _silence_padding(model.output_layer, config.model.vocab_size, topology.tensor_parallel_rank)
+        _mask_padded_logits(
+            model.output_layer, config.model.vocab_size, topology.tensor_parallel_rank
+        )
     return model
 
 
-def _silence_padding(
+def _mask_padded_logits(
     output_layer: torch.nn.Module, vocab_size: int, tensor_parallel_rank: int
 ) -> None:
-    """Take the vocabulary's padding out of the softmax: with megatron-core alone each row of it adds e^0 to every denominator."""
+    """Exclude the vocabulary's padding from the softmax.
+
+    Otherwise megatron-core adds e^0 to every denominator for each padded row.
+    """
     rows = output_layer.output_size_per_partition
-    held = min(rows, max(0, vocab_size - tensor_parallel_rank * rows))
+    valid_rows = min(rows, max(0, vocab_size - tensor_parallel_rank * rows))
 
-    @torch.no_grad()  # its gradient is zero by the softmax: to note what is written here would copy the gradient of all logits
-    def silence(_layer, _inputs, output):
+    # The softmax makes the gradient of these logits zero, and recording the write in autograd would
+    # copy the gradient of all logits.
+    @torch.no_grad()
+    def mask(_layer, _inputs, output):
         logits_SBV, _bias = output
-        logits_SBV[..., held:] = -math.inf
+        logits_SBV[..., valid_rows:] = -math.inf
 
-    if held < rows:
-        output_layer.register_forward_hook(silence)
+    if valid_rows < rows:
+        output_layer.register_forward_hook(mask)
 
 
-def _scaled(inv_freq: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor:
-    """Rotary frequencies as transformers' modeling_rope_utils scales them; megatron-core has Llama 3.1's constants alone."""
+def _scale_rope(inv_freq: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor:
+    """Return rotary frequencies scaled as by transformers' modeling_rope_utils.
+
+    megatron-core supports only Llama 3.1's constants.
+    """
     if scaling is None:
         return inv_freq
-    stretched = inv_freq / scaling.factor
+    scaled = inv_freq / scaling.factor
     if scaling.kind == "linear":
-        return stretched
+        return scaled
     wavelength = 2 * math.pi / inv_freq
     context, low, high = (
         scaling.original_max_sequence_length,
         scaling.low_freq_factor,
         scaling.high_freq_factor,
     )
-    kept = ((context / wavelength - low) / (high - low)).clamp(
-        0, 1
-    )  # 1 for the fast ones, 0 for the slow ones
-    return (1 - kept) * stretched + kept * inv_freq
+    # 1 for high frequencies, which are not scaled; 0 for low ones.
+    unscaled_share = ((context / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - unscaled_share) * scaled + unscaled_share * inv_freq
 
 
-# Attention's own activations are not kept anyway by fused kernels: of the rest, the feed-forward layers' are the larger half.
-_RECOMPUTED = {
+# Fused attention kernels store no activations in any case; of the remaining ones, those of the
+# feed-forward layers are the larger half.
+_RECOMPUTE_OPTIONS = {
     "none": {},
     "selective": {"recompute_modules": ["mlp"]},
     "full": {"recompute_method": "uniform", "recompute_num_layers": 1},
@@ -177,7 +202,10 @@ _RECOMPUTED = {
 
 
 def transformer_config(config: ModelSetup, *, local: bool = True) -> TransformerConfig:
-    """megatron-core's view of the run. local: its layers are megatron-core's own, else Transformer Engine's."""
+    """Return megatron-core's configuration of the run.
+
+    local: Whether the layers are megatron-core's own, else Transformer Engine's.
+    """
     model = config.model
     parallel = config.parallel
     kernels = kernels_here()
@@ -199,8 +227,8 @@ def transformer_config(config: ModelSetup, *, local: bool = True) -> Transformer
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        perform_initialization=False,  # init_weights does it, the same at every topology
-        # Else megatron-core allocates on the GPU, whatever torch.device's context says.
+        perform_initialization=False,  # done by init_weights, the same for every topology
+        # Otherwise megatron-core allocates on the GPU, regardless of torch.device's context.
         use_cpu_initialization=not torch.cuda.is_available()
         or torch.get_default_device().type == "meta",
         tensor_model_parallel_size=parallel.tensor_parallel_size,
@@ -209,49 +237,53 @@ def transformer_config(config: ModelSetup, *, local: bool = True) -> Transformer
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
-        **_RECOMPUTED[parallel.recompute],
+        **_RECOMPUTE_OPTIONS[parallel.recompute],
         overlap_p2p_comm=parallel.overlap and virtual > 1,
         batch_p2p_comm=not (parallel.overlap and virtual > 1),
         tp_comm_overlap=parallel.tensor_parallel_overlap,
-        # Transformer Engine finishes these within the weight's own gradient, and a frozen one has none.
+        # Transformer Engine completes these in the weight's gradient, which frozen weights lack.
         tp_comm_bulk_wgrad=config.method.name == "full",
         tp_comm_bulk_dgrad=config.method.name == "full",
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
-        # Means over all tokens of the global batch, right also when loss masks differ between ranks.
+        # Average over all tokens of the global batch, which is right even if loss masks differ
+        # between ranks.
         calculate_per_token_loss=True,
         finalize_model_grads_func=_finalize_gradients,
         gradient_accumulation_fusion=kernels.apex,
         bias_activation_fusion=bool(kernels.gpu) and local,
         use_te_activation_func=not local,
-        # Where a norm is a module of its own, its backward pass adds the residual stream's gradient.
+        # If a norm is a separate module, its backward pass adds the residual stream's gradient.
         fused_residual_rmsnorm=not local and config.fused_adapters,
         apply_rope_fusion=bool(kernels.transformer_engine),
-        # Of a frozen head the loss has a way of its own (frozen_head.py).
+        # The loss of a frozen output layer is computed by frozen_head.py instead.
         cross_entropy_loss_fusion=bool(kernels.gpu) and config.method.name == "full",
         cross_entropy_fusion_impl="native",
-        masked_softmax_fusion=False,  # attention is Transformer Engine's or torch's, fused as a whole
+        masked_softmax_fusion=False,  # all of attention is fused, by Transformer Engine or torch
         **_fp8(config),
     )
 
 
 def _finalize_gradients(stages: list[torch.nn.Module], *args, **kwargs) -> None:
-    """megatron-core's reduction of gradients over ranks, after the last micro-batch of a step."""
+    """Reduce gradients over ranks after the last micro-batch of a step.
+
+    Collective: every rank must call this.
+    """
     hand_out_gradients(stages)
     finalize_model_grads(stages, *args, **kwargs)
 
 
 def _fp8(config: ModelSetup) -> dict[str, object]:
-    """megatron-core's options of an 8-bit precision."""
+    """Return megatron-core's options for an FP8 precision."""
     if config.fp8_recipe is None:
         return {}
     return {
-        # Gradients want the wider exponent of E5M2 unless each block has a scale of its own.
+        # Gradients need the wider exponent of E5M2 unless each block has a separate scale.
         "fp8": "hybrid" if config.fp8_recipe in ("delayed", "tensorwise") else "e4m3",
         "fp8_recipe": config.fp8_recipe,
         "fp8_param": config.fp8_weights,
-        # Transformer Engine's own defaults: the largest of the last 1024 steps.
+        # Transformer Engine's defaults: the maximum over the last 1024 steps.
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
         "fp8_dot_product_attention": config.fp8.attention,
@@ -262,13 +294,18 @@ def _fp8(config: ModelSetup) -> dict[str, object]:
 
 
 def parameter_counts(model: torch.nn.ModuleList, tensor_parallel_size: int) -> tuple[int, int]:
-    """(trainable, frozen) elements of the whole model, the vocabulary's padding among them. Every rank calls it."""
+    """Return the (trainable, frozen) number of elements of the whole model.
+
+    The vocabulary's padding is included.
+
+    Collective: every rank must call this.
+    """
     counts = {True: 0, False: 0}
     for name, parameter in (
         pair for stage in unwrap_model(list(model)) for pair in stage.named_parameters()
     ):
         if name == "output_layer.weight" and getattr(parameter, "shared_embedding", False):
-            continue  # the last stage's copy of the first's embedding
+            continue  # the last stage's copy of the first stage's embedding
         parts = tensor_parallel_size if getattr(parameter, "tensor_model_parallel", False) else 1
         counts[parameter.requires_grad] += parameter.numel() * parts
     return tuple(sum_over_stages([counts[True], counts[False]]))
@@ -306,7 +343,7 @@ def _local_layer(config: ModelSetup) -> TransformerLayerSubmodules:
 
 
 def _use_adapters(layer: TransformerLayerSubmodules, config: ModelSetup, local: bool) -> None:
-    """Let a layer spec build its targeted linear layers with adapters."""
+    """Replace the targeted linear layers of a layer spec by layers with adapters."""
     attention = layer.self_attention.submodules
     mlp = layer.mlp.keywords["submodules"]
     settings = config.method.lora

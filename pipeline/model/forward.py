@@ -1,4 +1,7 @@
-"""Micro-batches through a sharded model, by megatron-core's pipeline schedules. Shapes: B micro-batch, T sequence length."""
+"""Forward and backward passes over micro-batches, by megatron-core's pipeline schedules.
+
+Shapes: B micro-batch, T sequence length.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -15,10 +18,19 @@ from retemper.pipeline.model.adapted import join_factors
 def run_schedule(
     model: torch.nn.ModuleList, batches: list[Batch], *, forward_only: bool
 ) -> list[dict[str, torch.Tensor]]:
-    """Forward, and unless forward_only backward, over micro-batches of one size.
+    """Run the forward and, unless forward_only, the backward passes of micro-batches.
 
-    Returns for each micro-batch, on the last pipeline stage alone: loss (sum of nats), tokens (labels that count) and
-    losses_BT (nats of every position), of what this context-parallel rank holds of the sequences.
+    Args:
+        model: The virtual stages of this rank.
+        batches: Micro-batches of equal size.
+        forward_only: Skip the backward passes.
+
+    Returns:
+        A dictionary for each micro-batch, on the last pipeline stage only: loss (sum in nats),
+        tokens (number of labels in the loss mask) and losses_BT (nats of every position). Each
+        context-parallel rank returns the values of its part of the sequences.
+
+    Collective: every rank must call this.
     """
     if model.training:
         join_factors(list(model))
@@ -28,18 +40,31 @@ def run_schedule(
 def through_stages(
     model: torch.nn.ModuleList, batches: list[Batch], forward_step: Callable, *, forward_only: bool
 ) -> list:
-    """megatron-core's schedule over micro-batches of one size; what the loss function of forward_step reports of each, on the last
-    pipeline stage alone."""
+    """Run megatron-core's schedule over micro-batches.
+
+    Args:
+        model: The virtual stages of this rank.
+        batches: Micro-batches of equal size.
+        forward_step: Computes the output of a micro-batch, and returns it with its loss function.
+        forward_only: Skip the backward passes.
+
+    Returns:
+        What that loss function reports for each micro-batch, on the last pipeline stage only.
+
+    Collective: every rank of a model replica must call this.
+    """
     stages = list(model)
-    # Interleaved schedules take as many micro-batches at a time as the pipeline has ranks.
+    # Interleaved schedules process micro-batches in groups of as many as the pipeline has ranks.
     group = stages[0].config.pipeline_model_parallel_size if len(stages) > 1 else 1
-    filled = batches + batches[-1:] * (-len(batches) % group)
-    assert forward_only or len(filled) == len(batches)
+    padded_batches = batches + batches[-1:] * (-len(batches) % group)
+    assert forward_only or len(padded_batches) == len(batches)
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(filled) for _ in stages] if len(stages) > 1 else iter(filled),
+        data_iterator=[iter(padded_batches) for _ in stages]
+        if len(stages) > 1
+        else iter(padded_batches),
         model=stages,
-        num_microbatches=len(filled),
+        num_microbatches=len(padded_batches),
         seq_length=batches[0].shape[1],
         micro_batch_size=batches[0].shape[0],
         forward_only=forward_only,
@@ -48,7 +73,10 @@ def through_stages(
 
 
 def forward_step(batches: Iterator[Batch], model):
-    """The step that megatron-core's schedules take for each micro-batch: the model's output, and the function of its loss."""
+    """Return the model's output for the next micro-batch, and its loss function.
+
+    megatron-core's schedules call this for each micro-batch.
+    """
     batch = next(batches)
     output_BT = model(
         batch.tokens_BT,
@@ -64,7 +92,7 @@ def forward_step(batches: Iterator[Batch], model):
 def _loss(losses_BT: torch.Tensor, batch: Batch):
     loss = (losses_BT.float() * batch.loss_mask_BT).sum()
     tokens = batch.loss_mask_BT.sum().int()
-    # The schedule divides what it is given in place: what is reported is a copy.
+    # The schedule divides the loss and the number of tokens in place, so copies are reported.
     return (
         loss,
         tokens,

@@ -1,4 +1,4 @@
-"""Weights that Transformer Engine holds in FP8. Nothing here does anything to a model without them."""
+"""FP8 storage of weights by Transformer Engine. No effect on models without FP8 weights."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,52 +9,59 @@ from megatron.core.fp8_utils import is_float8tensor
 
 @contextlib.contextmanager
 def plain_weights(model: torch.nn.Module, *, trained: bool) -> Iterator[None]:
-    """Within it, what is held in FP8 is plain, with values yet to be set; they are rounded to FP8 at the end.
+    """Replace FP8 weights by plain ones with undefined values; quantize them when the context ends.
 
-    trained: the optimizer, which is built next, is to begin at the values as they were set.
+    Args:
+        model: The model whose weights are to be set within the context.
+        trained: Whether the optimizer, which is built next, starts from the exact values set within
+            the context.
     """
-    quantised = [
+    quantized_weights = [
         (layer, layer.weight)
         for layer in model.modules()
         if is_float8tensor(getattr(layer, "weight", None))
     ]
-    for layer, weight in quantised:
+    for layer, weight in quantized_weights:
         layer._parameters["weight"] = torch.nn.Parameter(
             torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         )
     yield
-    for layer, weight in quantised:
+    for layer, weight in quantized_weights:
         with torch.no_grad():
             weight.copy_(layer.weight)
-            # What Transformer Engine keeps on the host of a weight's origin is uninitialised memory here.
+            # The initial value that Transformer Engine stored on the host is uninitialised memory.
             if trained:
                 weight._high_precision_init_val = layer.weight.cpu()
             else:
-                _forget_origin(weight)
+                _drop_high_precision_init(weight)
         layer._parameters["weight"] = weight
 
 
 def hold_in_fp8_alone(model: torch.nn.Module, *, keep_transposed: bool) -> None:
-    """Of frozen weights keep one byte a number: no bf16 copy, and no transposed one between backward passes.
+    """Keep only the FP8 values of frozen weights, one byte per element.
 
-    On Hopper, whose FP8 multiplication takes one order of its operands alone, Transformer Engine keeps from a backward pass on the
-    transposed weight too: as many bytes again. With scales by block both orders stay, for one is not to be had from the other
-    without rounding anew.
+    This drops the bf16 copy, and the transposed copy between backward passes. On Hopper, whose FP8
+    multiplication accepts only one order of its operands, Transformer Engine otherwise keeps the
+    transposed weight from the first backward pass on: as many bytes again. With block-wise scales
+    both orders are kept, because one cannot be derived from the other without rounding again.
 
-    keep_transposed: let it, for a backward pass that does not transpose.
+    Args:
+        model: The model, after its weights have been set.
+        keep_transposed: Keep the transposed copy between backward passes, which saves the
+            transposition in each of them.
     """
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
-        if is_float8tensor(weight) and hasattr(
-            weight, "_transpose"
-        ):  # the kind of one scale a tensor
+        # Only tensors with one scale have this attribute.
+        if is_float8tensor(weight) and hasattr(weight, "_transpose"):
             weight._quantizer.set_usage(columnwise=False)
             weight.update_usage(columnwise_usage=False)
             if not keep_transposed:
-                layer.register_forward_pre_hook(_forgetting_transposed(weight))
+                layer.register_forward_pre_hook(_free_transpose_hook(weight))
 
 
-def _forget_origin(weight: torch.nn.Parameter) -> None:
+def _drop_high_precision_init(weight: torch.nn.Parameter) -> None:
+    """Remove the high-precision initial value that Transformer Engine stores with a weight."""
     for name in (
         "_high_precision_init_val",
         "get_high_precision_init_val",
@@ -64,22 +71,30 @@ def _forget_origin(weight: torch.nn.Parameter) -> None:
 
 
 def forget_scales() -> None:
-    """Let go of the layers of a model before, whose history Transformer Engine would go on reducing between ranks."""
+    """Reset Transformer Engine's FP8 state, the amax history of a previous model's layers.
+
+    Otherwise Transformer Engine would continue to reduce that history between ranks.
+    """
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
     FP8GlobalStateManager.reset()
 
 
-def _forgetting_transposed(weight: torch.nn.Parameter):
+def _free_transpose_hook(weight: torch.nn.Parameter):
+    """Return a forward pre-hook that frees the transposed weight after the backward pass."""
+
     def before_forward(_layer, inputs):
         x, *others = inputs
-        return _AfterBackward.apply(x, weight), *others
+        return _FreeTransposeAfterBackward.apply(x, weight), *others
 
     return before_forward
 
 
-class _AfterBackward(torch.autograd.Function):
-    """Nothing but a place after a layer's backward pass: its input's gradient is there, its transposed weight done with."""
+class _FreeTransposeAfterBackward(torch.autograd.Function):
+    """An identity whose backward pass frees the transposed weight of the layer after it.
+
+    At that time the gradient of the layer's input has been computed.
+    """
 
     @staticmethod
     def forward(ctx, x, weight):

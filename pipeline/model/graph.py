@@ -1,8 +1,9 @@
-"""The passes of a step's micro-batches, on a GPU recorded once as a CUDA graph and replayed.
+"""The passes over a step's micro-batches, on a GPU optionally captured once as a CUDA graph.
 
-A layer launches a hundred small kernels, and the host takes longer to launch them than the GPU to run them. A graph is
-launched whole. What it reads and writes stays where it was when it was recorded: one micro-batch's tensors, into which the
-next is copied, the weights, and the buffers in which gradients are summed.
+A layer launches about a hundred small kernels, and the host takes longer to launch them than the
+GPU to run them. A graph is launched as a whole. The memory that it reads and writes is fixed when
+it is captured: the tensors of one micro-batch, into which the next one is copied, the weights, and
+the buffers in which gradients are accumulated.
 """
 
 import contextlib
@@ -19,12 +20,16 @@ from retemper.pipeline.model.adapted import forget_gradients, join_factors
 from retemper.pipeline.model.forward import forward_step, run_schedule, through_stages
 from retemper.pipeline.schema.run import Config
 
-# Before it is recorded a pass runs as it is: libraries choose kernels, compile and allocate what they keep.
+# Plain passes before the capture, in which libraries choose kernels, compile, and allocate memory
+# that they keep.
 _WARM_UP_PASSES = 3
 
 
 class Passes:
-    """Forward and backward passes over the micro-batches of a step, for one model. A context manager, which frees the graph."""
+    """Forward and backward passes over the micro-batches of a step, for one model.
+
+    It is a context manager that frees the CUDA graph at the end.
+    """
 
     def __init__(self, config: Config, model: torch.nn.ModuleList):
         self.model = model
@@ -39,10 +44,13 @@ class Passes:
         self._replays.clear()
 
     def __call__(self, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
-        """Add the micro-batches' gradients to the buffers, and reduce those over ranks.
+        """Add the micro-batches' gradients to the buffers, and reduce these over ranks.
 
-        Returns dictionaries with loss (sum of nats) and tokens (labels that count), on the last pipeline stage alone: one
-        of each micro-batch, or of all of them together.
+        Returns:
+            Dictionaries with loss (sum in nats) and tokens (number of labels in the loss mask), on
+            the last pipeline stage only: one for each micro-batch, or one for all of them together.
+
+        Collective: every rank must call this.
         """
         if not self.recorded:
             return run_schedule(self.model, batches, forward_only=False)
@@ -59,7 +67,10 @@ class Passes:
         return [{"loss": self._loss.clone(), "tokens": self._tokens.clone()}]
 
     def _record(self, batch: Batch) -> None:
-        """Record a pass over a micro-batch of this shape, and leave gradients and random states as they were at a step's start."""
+        """Capture a pass over a micro-batch of this shape.
+
+        Afterwards gradients and random states are as they were at the start of the step.
+        """
         tensors = {
             name: value.clone()
             for name, value in vars(batch).items()
@@ -73,8 +84,9 @@ class Passes:
                 self._pass()
             self._replays.append(record(self._pass))
             if self._quantises_weights:
-                # The first pass of a step makes FP8 weights of the new ones, and writes gradients where the others add.
-                with _weights_unchanged(self.model[0]):
+                # Only the first pass of a step quantizes the new weights to FP8, and overwrites
+                # gradients instead of adding to them.
+                with _without_weight_quantization(self.model[0]):
                     self._pass()
                     self._replays.append(record(self._pass))
         for stage in self.model:
@@ -87,34 +99,33 @@ class Passes:
                 value.copy_(getattr(batch, name), non_blocking=True)
 
     def _pass(self) -> None:
-        with _gradients_left_alone(self.model[0]):
+        with _without_gradient_reduction(self.model[0]):
             [output] = through_stages(self.model, [self._batch], forward_step, forward_only=False)
         self._loss += output["loss"]
         self._tokens += output["tokens"]
 
 
 def is_recorded(config: Config) -> bool:
-    """Whether this run's passes are replayed from a graph."""
+    """Return whether this run's passes are replayed from a CUDA graph."""
     if config.train.cuda_graph == "auto":
-        return (
-            torch.cuda.is_available() and not any(graph_conflicts(config)) and _was_compared(config)
-        )
+        return torch.cuda.is_available() and not any(graph_conflicts(config)) and _is_tested(config)
     return config.train.cuda_graph == "on"
 
 
-def _was_compared(config: Config) -> bool:
-    """Whether a graph of such a run was compared with its passes as they are, on a GPU (tests/gpu/test_runs.py).
+def _is_tested(config: Config) -> bool:
+    """Return whether CUDA graphs of such runs are tested on a GPU (tests/gpu/test_runs.py).
 
-    Full training waits little for the host, so that it wins nothing.
+    The tests compare the graph with the plain passes. Full training is excluded: it rarely waits
+    for the host, so that a graph does not make it faster.
     """
     lora = config.method.lora
     parallel = config.parallel
-    alone = (
+    simple_layout = (
         parallel.tensor_parallel_size == parallel.context_parallel_size == 1
         and parallel.recompute == "none"
     )
     return (
-        alone
+        simple_layout
         and lora is not None
         and not lora.dropout
         and config.precision in ("bf16", "fp8_tensorwise")
@@ -122,9 +133,12 @@ def _was_compared(config: Config) -> bool:
 
 
 def record(function: Callable[[], None]) -> Callable[[], None]:
-    """The kernels that a function launches on the current stream, to be launched again by a call."""
+    """Capture the kernels that a function launches on the current stream.
+
+    Returns a function that launches them again.
+    """
     graph = torch.cuda.CUDAGraph()
-    # Other threads read data, and NCCL's watchdog asks for events: what they call is not recorded.
+    # Calls of other threads are not captured: they read data, and NCCL's watchdog queries events.
     with torch.cuda.graph(
         graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
     ):
@@ -133,8 +147,8 @@ def record(function: Callable[[], None]) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _gradients_left_alone(stage: torch.nn.Module) -> Iterator[None]:
-    """Within it megatron-core's schedule does not reduce gradients at the end of its micro-batches."""
+def _without_gradient_reduction(stage: torch.nn.Module) -> Iterator[None]:
+    """Prevent megatron-core's schedule from reducing gradients within the context."""
     config = get_model_config(stage)
     finalize = config.finalize_model_grads_func
     config.finalize_model_grads_func = None
@@ -145,8 +159,11 @@ def _gradients_left_alone(stage: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _weights_unchanged(stage: torch.nn.Module) -> Iterator[None]:
-    """Within it a pass is not the first after a step of the optimizer: FP8 copies of weights are used as they are."""
+def _without_weight_quantization(stage: torch.nn.Module) -> Iterator[None]:
+    """Use existing FP8 copies of the weights within the context.
+
+    A pass is then not the first one after a step of the optimizer.
+    """
     stage.set_is_first_microbatch = lambda: None
     try:
         yield

@@ -1,10 +1,11 @@
-"""What a sharded model says of text: log-likelihoods of continuations, and continuations of its own. Every rank of a model calls both.
+"""Inference with a sharded model: log-likelihoods of continuations, and text generation.
 
-The vocabulary stays in its shards: log-likelihoods come from sums over them, and of the logits only those of the next token are
-gathered. Keys and values are kept by megatron-core's static inference context, in which all rows of a batch stand at the same place.
+The vocabulary stays sharded: log-likelihoods are computed from sums over the shards, and only the
+logits of the next token are gathered. Keys and values are kept in megatron-core's static inference
+context, in which all rows of a batch have the same position.
 
-Shapes: B batch, T sequence length, S sequence as layers see it, H hidden size, N chosen positions, V vocabulary (this rank's shard
-where said).
+Shapes: B batch, T sequence length, S sequence as layers see it, H hidden size, N selected
+positions, V vocabulary (this rank's shard unless stated otherwise).
 """
 
 import contextlib
@@ -24,10 +25,18 @@ from retemper.pipeline.model.forward import through_stages
 
 @torch.no_grad()
 def log_likelihoods(model: torch.nn.ModuleList, batches: list[Batch]) -> list[torch.Tensor]:
-    """Of each micro-batch, on the last pipeline stage alone, (B, 2) float64: the log-likelihood in nats of each row's labels that count,
-    and how many of them are not what the model holds most likely. Of what this context-parallel rank holds of the sequences.
+    """Return the log-likelihood of each row's labels where the loss mask is set.
 
-    The micro-batches are of one size.
+    Args:
+        model: The virtual stages of this rank.
+        batches: Micro-batches of equal size.
+
+    Returns:
+        One float64 tensor (B, 2) for each micro-batch, on the last pipeline stage only: the
+        log-likelihood in nats of a row's labels, and how many of them are not the model's most
+        likely token. Each context-parallel rank returns the values of its part of the sequences.
+
+    Collective: every rank of a model replica must call this.
     """
     with _for_inference(model):
         return through_stages(model, batches, _scoring_step, forward_only=True)
@@ -46,35 +55,45 @@ def _score(
     *, hidden_states, output_layer, output_weight, batch: Batch, group, **_rest
 ) -> torch.Tensor:
     counts_BT = batch.loss_mask_BT > 0
-    # Logits of what counts alone: of a question with its examples that is one token in a hundred.
+    # Compute logits only where the loss mask is set: for a question with few-shot examples that is
+    # one token in a hundred.
     logits_NV = output_layer(
         hidden_states.transpose(0, 1)[counts_BT].unsqueeze(0), weight=output_weight
     )[0][0].float()
-    nats_N, missed_N = _of_labels(logits_NV, batch.labels_BT[counts_BT], group)
+    nats_N, missed_N = _label_log_probabilities(logits_NV, batch.labels_BT[counts_BT], group)
     rows_N = counts_BT.nonzero()[:, 0]
     scores_B2 = torch.zeros(len(counts_BT), 2, dtype=torch.float64, device=logits_NV.device)
     return scores_B2.index_add_(0, rows_N, torch.stack([nats_N.double(), missed_N.double()], dim=1))
 
 
-def _of_labels(
+def _label_log_probabilities(
     logits_NV: torch.Tensor, labels_N: torch.Tensor, group
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each label, and whether another token has a larger one; V is this rank's shard."""
+    """Return each label's log-probability, and whether another token has a higher one.
+
+    V is this rank's shard; the results, (N,), are the same on all tensor-parallel ranks.
+    """
     size = logits_NV.shape[1]
     local_N = labels_N - group.rank() * size
-    here_N = (local_N >= 0) & (local_N < size)
+    is_local_N = (local_N >= 0) & (local_N < size)
     largest_N = logits_NV.amax(1)
     torch.distributed.all_reduce(largest_N, torch.distributed.ReduceOp.MAX, group=group)
-    own_N = torch.where(here_N, logits_NV.gather(1, local_N.clamp(0, size - 1)[:, None])[:, 0], 0)
-    sums_2N = torch.stack([(logits_NV - largest_N[:, None]).exp().sum(1), own_N])
+    label_N = torch.where(
+        is_local_N, logits_NV.gather(1, local_N.clamp(0, size - 1)[:, None])[:, 0], 0
+    )
+    sums_2N = torch.stack([(logits_NV - largest_N[:, None]).exp().sum(1), label_N])
     torch.distributed.all_reduce(sums_2N, group=group)
-    total_N, own_N = sums_2N
-    return own_N - largest_N - total_N.log(), own_N < largest_N
+    total_N, label_N = sums_2N
+    return label_N - largest_N - total_N.log(), label_N < largest_N
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the likeliest at temperature 0, else one drawn from the least set of tokens that holds top_p."""
+    """How the next token is chosen.
+
+    At temperature 0 it is the most likely token, otherwise a random one from the smallest set of
+    tokens whose probabilities sum to at least top_p.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -90,34 +109,53 @@ def generate(
     sampling: Sampling,
     ended: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """Continue a batch of prompts, token ids each, until `ended` says so of the new tokens or there are max_new_tokens of them.
+    """Continue a batch of prompts.
 
-    draws: (B, max_new_tokens) from [0, 1), what each new token is drawn with; the same on every rank of the model, as prompts are.
-    Prompts of unlike length are read together as far as the shortest goes, and from there a token at a time: sort them.
+    Prompts of different lengths are processed together up to the shortest length, and from there
+    one token at a time, so they should be sorted by length.
+
+    Args:
+        model: The virtual stages of this rank.
+        topology: This rank's position in the parallel layout.
+        prompts: Token ids of each prompt, the same on every rank of the model.
+        draws: Uniform random numbers from [0, 1), (B, max_new_tokens), one for each new token; the
+            same on every rank of the model.
+        sampling: How tokens are chosen, and how many at most.
+        ended: Returns whether a row with these new tokens ends before max_new_tokens.
+
+    Returns:
+        The new tokens of each prompt, on every rank of the model.
+
+    Collective: every rank of a model replica must call this.
     """
     lengths = [len(prompt) for prompt in prompts]
     tokens_BT = np.zeros((len(prompts), max(lengths) + sampling.max_new_tokens), np.int64)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
-    new: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
-    read = min(lengths)
+    generated: list[list[int]] = [[] for _ in prompts]
+    active_rows = set(range(len(prompts)))
+    context_length = min(lengths)
     context = StaticInferenceContext(*tokens_BT.shape)
-    fresh_BT = tokens_BT[:, :read]
+    input_BT = tokens_BT[:, :context_length]
     with _for_inference(model):
-        while open_rows:
-            places = [min(len(row), sampling.max_new_tokens - 1) for row in new]
+        while active_rows:
+            token_indices = [min(len(row), sampling.max_new_tokens - 1) for row in generated]
             chosen_B = _next_tokens(
-                model, topology, fresh_BT, context, draws[np.arange(len(draws)), places], sampling
+                model,
+                topology,
+                input_BT,
+                context,
+                draws[np.arange(len(draws)), token_indices],
+                sampling,
             )
-            for row in [row for row in open_rows if lengths[row] <= read]:
-                tokens_BT[row, read] = chosen_B[row]
-                new[row].append(int(chosen_B[row]))
-                if len(new[row]) == sampling.max_new_tokens or ended(new[row]):
-                    open_rows.remove(row)
-            fresh_BT = tokens_BT[:, read : read + 1]
-            read = read + 1
-    return new
+            for row in [row for row in active_rows if lengths[row] <= context_length]:
+                tokens_BT[row, context_length] = chosen_B[row]
+                generated[row].append(int(chosen_B[row]))
+                if len(generated[row]) == sampling.max_new_tokens or ended(generated[row]):
+                    active_rows.remove(row)
+            input_BT = tokens_BT[:, context_length : context_length + 1]
+            context_length = context_length + 1
+    return generated
 
 
 def _next_tokens(
@@ -125,18 +163,20 @@ def _next_tokens(
     topology: Topology,
     tokens_BT: np.ndarray,
     context,
-    draws_B: np.ndarray,
+    uniforms_B: np.ndarray,
     sampling: Sampling,
 ) -> np.ndarray:
-    """Read tokens behind those that the context holds; what comes next, (B,) on every rank."""
+    """Append tokens to the context and return the next token of each row, (B,), on every rank."""
     group = unwrap_model(model[0]).pg_collection.pp
-    logits_BV = _through_ring(
+    logits_BV = _pipeline_forward(
         model, topology, torch.from_numpy(tokens_BT).to(topology.device), context, group
     )
     context.sequence_len_offset += tokens_BT.shape[1]
     chosen_B = torch.empty(len(tokens_BT), dtype=torch.int64, device=topology.device)
     if logits_BV is not None:
-        chosen_B = _choose(logits_BV, torch.from_numpy(draws_B).to(topology.device), sampling)
+        chosen_B = _sample_tokens(
+            logits_BV, torch.from_numpy(uniforms_B).to(topology.device), sampling
+        )
     if group.size() > 1:
         torch.distributed.broadcast(
             chosen_B, torch.distributed.get_process_group_ranks(group)[-1], group=group
@@ -144,10 +184,13 @@ def _next_tokens(
     return chosen_B.cpu().numpy()
 
 
-def _through_ring(
+def _pipeline_forward(
     model, topology: Topology, tokens_BT: torch.Tensor, context, group
 ) -> torch.Tensor | None:
-    """One batch through the pipeline's stages, which virtual ones go round more than once. The next token's logits, on the last."""
+    """Run one batch through all pipeline stages, including virtual ones.
+
+    Returns the logits of the next token, (B, V) over the whole vocabulary, on the last stage only.
+    """
     ranks = torch.distributed.get_process_group_ranks(group)
     before, after = (ranks[(group.rank() + step) % len(ranks)] for step in (-1, 1))
     positions_BT = context.sequence_len_offset + torch.arange(
@@ -174,60 +217,70 @@ def _through_ring(
 
 
 def _last_logits(*, hidden_states, output_layer, output_weight, **_rest) -> torch.Tensor:
-    """The next token's logits over the whole vocabulary, (B, V)."""
+    """Return the next token's logits over the whole vocabulary, (B, V)."""
     logits_BV = output_layer(hidden_states[-1:], weight=output_weight)[0][0].float().contiguous()
     parts = [torch.empty_like(logits_BV) for _ in range(output_layer.tp_group.size())]
     torch.distributed.all_gather(parts, logits_BV, group=output_layer.tp_group)
     return torch.cat(parts, dim=1)
 
 
-def _choose(logits_BV: torch.Tensor, draws_B: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def _sample_tokens(
+    logits_BV: torch.Tensor, uniforms_B: torch.Tensor, sampling: Sampling
+) -> torch.Tensor:
+    """Return the next token of each row, (B,), by the sampling settings."""
     if not sampling.temperature:
         return logits_BV.argmax(1)
-    shares_BV = (logits_BV.double() / sampling.temperature).softmax(1)
-    sorted_BV, order_BV = shares_BV.sort(1, descending=True)
-    beyond_BV = sorted_BV.cumsum(1) - sorted_BV >= sampling.top_p
-    # Drawn in the vocabulary's order: that of the shares changes with the last bits, which change with the layout.
-    kept_BV = shares_BV.masked_fill(beyond_BV.scatter(1, order_BV, beyond_BV), 0)
-    reached_BV = kept_BV.cumsum(1)
-    return torch.searchsorted(reached_BV, draws_B[:, None] * reached_BV[:, -1:], right=True)[:, 0]
+    probabilities_BV = (logits_BV.double() / sampling.temperature).softmax(1)
+    sorted_BV, order_BV = probabilities_BV.sort(1, descending=True)
+    excluded_BV = sorted_BV.cumsum(1) - sorted_BV >= sampling.top_p
+    # Sample in vocabulary order: the order of the probabilities depends on their last bits, which
+    # depend on the parallel layout.
+    kept_BV = probabilities_BV.masked_fill(excluded_BV.scatter(1, order_BV, excluded_BV), 0)
+    cumulative_BV = kept_BV.cumsum(1)
+    return torch.searchsorted(
+        cumulative_BV, uniforms_B[:, None] * cumulative_BV[:, -1:], right=True
+    )[:, 0]
 
 
-_SHARED_SEQUENCE = (
+# Attributes of modules and configs that enable sequence parallelism.
+_SEQUENCE_PARALLEL_FLAGS = (
     "sequence_parallel",
     "scatter_to_sequence_parallel",
     "reduce_scatter_embeddings",
 )
-_SHARED_SEQUENCE += (
+# Transformer Engine's attributes, for sequence parallelism that overlaps with matrix products.
+_SEQUENCE_PARALLEL_FLAGS += (
     "ub_overlap_ag_fprop",
     "ub_overlap_rs_fprop",
-)  # Transformer Engine's, when it hides that behind multiplications
+)
 
 
 @contextlib.contextmanager
 def _for_inference(model: torch.nn.ModuleList) -> Iterator[None]:
-    """Within it nothing is dropped out, and tensor-parallel ranks do not share the sequence: a single next token cannot be parted.
+    """Disable dropout and sequence parallelism within the context.
 
-    megatron-core's own switch remembers models by their address, which the next model may have.
+    The latter is necessary because a single next token cannot be split over tensor-parallel ranks.
+    megatron-core's own switch identifies models by their address, which a later model may reuse.
     """
     parts = [
         part for stage in unwrap_model(list(model)) for part in (stage.config, *stage.modules())
     ]
-    switched = [
+    disabled = [
         (part, name)
         for part in parts
-        for name in _SHARED_SEQUENCE
+        for name in _SEQUENCE_PARALLEL_FLAGS
         if getattr(part, name, False) is True
     ]
     training = model.training
     model.eval()
     for stage in model:
-        stage.set_is_first_microbatch()  # weights have changed since Transformer Engine last made FP8 ones of them
+        # Weights have changed since Transformer Engine last quantized them.
+        stage.set_is_first_microbatch()
     try:
-        for part, name in switched:
+        for part, name in disabled:
             setattr(part, name, False)
         yield
     finally:
-        for part, name in switched:
+        for part, name in disabled:
             setattr(part, name, True)
         model.train(training)

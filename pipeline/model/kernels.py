@@ -1,4 +1,4 @@
-"""Which kernels a run has here: Transformer Engine's and apex's where they are installed, torch's elsewhere."""
+"""The kernels available to a run: Transformer Engine's and apex's if installed, else torch's."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -9,95 +9,121 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.model import ModelSetup
 from retemper.pipeline.schema.run import Config
 
-# Since this version FP8 scales can be taken by block, and recipes say themselves whether a GPU can do them.
+# The first version with block-wise FP8 scales and with functions that report whether a GPU supports
+# a recipe.
 _OLDEST_TRANSFORMER_ENGINE = (2, 9)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What is at hand."""
+    """The accelerated kernels available on a rank."""
 
-    gpu: str | None  # as CUDA names it
-    transformer_engine: str | None  # its version, on a GPU
-    apex: bool  # on a GPU, and NVIDIA's: with its kernel that adds weight gradients where they are summed
+    gpu: str | None  # device name reported by CUDA
+    transformer_engine: str | None  # version; None without a GPU
+    # Whether NVIDIA's apex is installed, with its kernel for weight-gradient accumulation; False
+    # without a GPU.
+    apex: bool
 
     @property
     def fused_weight_gradients(self) -> bool:
-        """The output layer is megatron-core's own, whose weight gradient takes apex's kernel or none of the layers takes a fused one."""
+        """Return whether weight gradients are accumulated by fused kernels.
+
+        This requires apex: the output layer is megatron-core's own, and without apex's kernel for
+        it no layer uses a fused one.
+        """
         return self.apex
 
     def __str__(self) -> str:
         if not self.gpu:
-            return "torch's on CPU"
+            return "torch on CPU"
         used = []
-        lacking = []
+        missing = []
         if self.transformer_engine:
             used.append(
-                f"Transformer Engine {self.transformer_engine} (linear layers with their norms, attention, rotations, optimizer)"
+                f"Transformer Engine {self.transformer_engine} "
+                "(linear layers with their norms, attention, rotary embeddings, optimizer)"
             )
         else:
-            lacking.append(
-                "Transformer Engine: no FP8, and linear layers, norms, attention and optimizer are torch's (pip install 'retemper[gpu]')"
+            missing.append(
+                "Transformer Engine not found: no FP8, and linear layers, norms, attention and "
+                "optimizer are torch's (pip install 'retemper[gpu]')"
             )
         if self.apex:
-            used.append("apex (sums of weight gradients)")
+            used.append("apex (weight-gradient accumulation)")
         else:
-            lacking.append(
-                "apex: sums of weight gradients are a kernel of their own (NVIDIA's image has it)"
+            missing.append(
+                "apex not found: weight-gradient accumulation is not fused (NVIDIA's image has it)"
             )
         return "; ".join(
             [
-                f"{', '.join(used) or 'torch alone'} on {self.gpu}",
-                *(f"without {part}" for part in lacking),
+                f"{', '.join(used) or 'torch only'} on {self.gpu}",
+                *missing,
             ]
         )
 
 
 def kernels_here() -> Kernels:
-    """Of this rank."""
+    """Return the accelerated kernels available on this rank."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
     return Kernels(gpu, gpu and _transformer_engine_version(), bool(gpu and apex))
 
 
 def check_precision(setup: ModelSetup) -> None:
-    """Refuse what this rank's hardware or its libraries cannot compute, before any process group starts. Raises UserError."""
+    """Check, before any process group starts, that this rank can compute what the setup requires.
+
+    Raises:
+        UserError: If its GPU or libraries do not support the FP8 recipe or the tensor-parallel
+            overlap.
+    """
     if setup.fp8_recipe is None and not setup.parallel.tensor_parallel_overlap:
         return
     kernels = kernels_here()
-    asked = (
+    setting = (
         f"precision={setup.precision}"
         if setup.fp8_recipe
         else "parallel.tensor_parallel_overlap=true"
     )
-    instead = "precision=bf16 runs everywhere" if setup.fp8_recipe else "set it to false"
+    alternative = "precision=bf16 runs everywhere" if setup.fp8_recipe else "set it to false"
     if not kernels.gpu:
-        raise UserError(f"{asked} needs an NVIDIA GPU, and torch finds none here; {instead}")
+        raise UserError(f"{setting} needs an NVIDIA GPU, and torch finds none here; {alternative}")
     if not kernels.transformer_engine:
         raise UserError(
-            f"{asked} needs Transformer Engine, which is not installed (pip install 'retemper[gpu]'); {instead}"
+            f"{setting} needs Transformer Engine, which is not installed "
+            f"(pip install 'retemper[gpu]'); {alternative}"
         )
     if tuple(map(int, kernels.transformer_engine.split(".")[:2])) < _OLDEST_TRANSFORMER_ENGINE:
         oldest = ".".join(map(str, _OLDEST_TRANSFORMER_ENGINE))
         raise UserError(
-            f"{asked} needs Transformer Engine {oldest} or newer, here is {kernels.transformer_engine}; {instead}"
+            f"{setting} needs Transformer Engine {oldest} or newer, but "
+            f"{kernels.transformer_engine} is installed; {alternative}"
         )
     if setup.fp8_recipe:
-        can, why_not = _can(setup.fp8_recipe)
-        if not can:
-            raise UserError(f"{asked} cannot run on {kernels.gpu}: {why_not} {instead}")
+        supported, reason = _recipe_support(setup.fp8_recipe)
+        if not supported:
+            raise UserError(f"{setting} cannot run on {kernels.gpu}: {reason} {alternative}")
 
 
 def check_graph(config: Config) -> None:
-    """Refuse a CUDA graph where there is no GPU, before any process group starts. Raises UserError."""
+    """Check, before any process group starts, that there is a GPU if a CUDA graph is required.
+
+    Raises:
+        UserError: If train.cuda_graph=on and there is no GPU.
+    """
     if config.train.cuda_graph == "on" and not kernels_here().gpu:
         raise UserError(
-            "train.cuda_graph=on needs an NVIDIA GPU, and torch finds none here; auto runs everywhere"
+            "train.cuda_graph=on needs an NVIDIA GPU, and torch finds none here; "
+            "train.cuda_graph=auto runs everywhere"
         )
 
 
 def start_tensor_parallel_overlap(config: Config) -> None:
-    """Reserve Transformer Engine's buffers for it, which have the shape of a micro-batch. Before the layers are built."""
+    """Allocate Transformer Engine's communication buffers for the overlap.
+
+    Must be called before the layers are built. The buffers have the shape of a micro-batch.
+
+    Collective: every rank must call this.
+    """
     from transformer_engine import pytorch as te
     from transformer_engine.pytorch.module import UserBufferQuantizationMode as Mode
 
@@ -109,7 +135,7 @@ def start_tensor_parallel_overlap(config: Config) -> None:
         * config.data.seq_length
         // config.parallel.context_parallel_size
     )
-    te.destroy_ub()  # those of a model before
+    te.destroy_ub()  # buffers of a previous model
     te.initialize_ub(
         [tokens, config.model.hidden_size],
         config.parallel.tensor_parallel_size,
@@ -118,13 +144,15 @@ def start_tensor_parallel_overlap(config: Config) -> None:
     )
 
 
-def _can(recipe: str) -> tuple[bool, str]:
+def _recipe_support(recipe: str) -> tuple[bool, str]:
+    """Return whether this GPU supports an FP8 recipe, and if not, the reason."""
     from transformer_engine import pytorch as te
 
-    asks = {"mxfp8": te.is_mxfp8_available, "blockwise": te.is_fp8_block_scaling_available}.get(
-        recipe, te.is_fp8_available
-    )
-    return asks(return_reason=True)
+    is_available = {
+        "mxfp8": te.is_mxfp8_available,
+        "blockwise": te.is_fp8_block_scaling_available,
+    }.get(recipe, te.is_fp8_available)
+    return is_available(return_reason=True)
 
 
 def _transformer_engine_version() -> str | None:

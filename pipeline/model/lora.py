@@ -1,11 +1,11 @@
-"""Canonical LoRA on megatron-core's sharded linear layers: one A and one B each for q, k, v, o, gate, up and down.
+"""LoRA on megatron-core's sharded linear layers: one A and B each for q, k, v, o, gate, up, down.
 
-megatron fuses q, k, v into one layer and gate, up into another; the adapters stay separate, as peft has them.
-Each adapted layer is a subclass of megatron's own, so the base weights keep their names in checkpoints; lora_te.py has
-Transformer Engine's.
+megatron fuses q, k, v into one layer and gate, up into another; the adapters stay separate, as in
+peft. Each adapted layer is a subclass of megatron's layer, so that the base weights keep their
+names in checkpoints. lora_te.py contains the same for Transformer Engine's layers.
 
-Shapes: S sequence (this rank's part under sequence parallelism), B batch, R rank of the adapter, I and O the
-features in and out (this rank's part where the layer shards them).
+Shapes: S sequence (this rank's part under sequence parallelism), B batch, R rank of the adapter, I
+and O the features in and out (this rank's part where the layer shards them).
 """
 
 import torch
@@ -35,52 +35,79 @@ from retemper.pipeline.schema.model import LoraConfig
 
 
 def freeze_base(model: torch.nn.Module) -> None:
-    """Leave only adapter parameters trainable: the rest gets no gradient, no buffer and no optimizer state."""
+    """Leave only adapter parameters trainable.
+
+    The other parameters have no gradient, no gradient buffer and no optimizer state.
+    """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name) and not name.endswith("_initial"))
 
 
 def open_to_gradients(embedding: torch.nn.Module) -> None:
-    """Let what is recomputed take part in the backward pass: it does where its input asks for a gradient, and a frozen embedding's
-    output does not by itself. Without recomputation nothing is asked of the first layer's input."""
+    """Let the embedding's output require gradients.
+
+    Recomputed layers take part in the backward pass only if their input requires a gradient, which
+    a frozen embedding's output does not by itself. Without recomputation this is not needed.
+    """
     embedding.register_forward_hook(lambda _embedding, _inputs, output: output.requires_grad_())
 
 
 def check_what_trains(trainable: dict[str, bool], lora: LoraConfig | None) -> None:
-    """Refuse a model of which something else trains than its method says: LoRA never becomes full training, nor the reverse.
+    """Check that exactly the method's parameters are trainable.
 
-    trainable: parameter -> whether it trains, of layers that every target stands on.
+    LoRA never becomes full training, nor the reverse.
+
+    Args:
+        trainable: Parameter name -> whether it is trainable, of layers that include every target.
+        lora: The LoRA settings; None for full training.
+
+    Raises:
+        AssertionError: If other parameters are trainable, or a target has no adapter.
     """
     if lora is None:
         assert all(trainable.values()), (
-            f"full training, but frozen: {[name for name in trainable if not trainable[name]]}"
+            f"method=full, but frozen: {[name for name in trainable if not trainable[name]]}"
         )
         return
     training = {name for name, trains in trainable.items() if trains}
     assert all(map(is_adapter, training)), (
-        f"LoRA, but not of adapters alone: {sorted(name for name in training if not is_adapter(name))}"
+        "method=lora, but other parameters than adapters are trainable: "
+        f"{sorted(name for name in training if not is_adapter(name))}"
     )
     missing = set(lora.targets) - {name.split(".")[-2] for name in training}
-    assert not missing, f"the targets {sorted(missing)} stand on no layer"
+    assert not missing, f"no layer has an adapter for the targets {sorted(missing)}"
 
 
 @torch.no_grad()
 def begin_at_base(model: torch.nn.Module) -> None:
-    """Set what of the adapters begins as a function of the base's weights, once those are loaded."""
+    """Initialise the adapter parameters that depend on the base weights, once those are loaded.
+
+    These are PiSSA's factors and DoRA's magnitudes.
+
+    Collective: every rank must call this.
+    """
     for layer in model.modules():
         if isinstance(layer, ColumnAdapters | RowAdapter):
             layer.begin_at_base()
 
 
 class ColumnAdapters:
-    """Adapters of a column-parallel layer: A on every rank, B sharded by output features as the base weight is."""
+    """Adapters of a column-parallel layer.
+
+    A is replicated on every rank; B is sharded by output features, as the base weight is.
+    """
 
     def add_adapters(
         self, lora: LoraConfig, targets: list[str], in_features: int, group, *, fused: bool
     ) -> None:
-        """Give the layer its adapters, once it is built.
+        """Add the adapters to the layer, after its construction.
 
-        group: the tensor-parallel one. fused: layer and adapters are one function in training (adapted.py).
+        Args:
+            lora: The LoRA settings.
+            targets: The parts of the layer to adapt.
+            in_features: The features in.
+            group: The tensor-parallel group.
+            fused: Whether layer and adapters are one autograd function in training (adapted.py).
         """
         self.lora = lora
         self.scale = scale_of(lora)
@@ -93,27 +120,35 @@ class ColumnAdapters:
             {name: Adapter(in_features, sizes[name], lora, self.config) for name in targets}
         )
         for adapter in self.adapters.values():
-            # Each rank sees its part of the sequence: megatron sums these gradients over the tensor-parallel group.
+            # Each rank has a part of the sequence, so megatron sums these gradients over the
+            # tensor-parallel group.
             adapter.lora_A.sequence_parallel = self.config.sequence_parallel
             mark(adapter, adapter.sharded_axes(of_B=0, of_magnitude=0))
 
     def output_sizes(self) -> dict[str, int]:
-        """Output features on this rank of each part of the layer, adapted or not."""
-        raise AssertionError("set by the layer")
+        """Return the output features on this rank of each part, adapted or not."""
+        raise AssertionError("implemented by the layer class")
 
     def fuse(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(O, ...) in the fused layer's order, of what each part of it has along its output features."""
-        raise AssertionError("set by the layer")
+        """Concatenate tensors of all parts along their output features, in the fused layer's order.
+
+        Returns a tensor (O, ...).
+        """
+        raise AssertionError("implemented by the layer class")
 
     def views(self, fused: torch.Tensor, dim: int) -> dict[str, torch.Tensor]:
-        """Each part's view of a tensor whose dimension `dim` has the output features in the fused layer's order.
+        """Return a view of each part of a tensor in the fused layer's order.
 
-        Where a part's features do not stand together that dimension becomes two.
+        Where a part's features are not contiguous, dimension `dim` becomes two dimensions.
+
+        Args:
+            fused: A tensor whose dimension `dim` has the layer's output features.
+            dim: That dimension.
         """
-        raise AssertionError("set by the layer")
+        raise AssertionError("implemented by the layer class")
 
     def split(self, fused: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What fuse put together."""
+        """Return the parts that `fuse` concatenated."""
         sizes = self.output_sizes()
         return {
             name: part.reshape(sizes[name], *fused.shape[1:])
@@ -121,11 +156,15 @@ class ColumnAdapters:
         }
 
     def with_adapters(self, output_SBO: torch.Tensor, x_SBI: torch.Tensor) -> torch.Tensor:
-        """The base layer's output for x, and the adapters' on top: one A and one B of all of them, whose ranks do not touch, for a product
-        and a sum of the fused layer's width are what an adapter costs."""
+        """Return the base layer's output plus the adapters' outputs for x.
+
+        All adapters are computed as one, with a block-diagonal B: the cost of an adapter is a
+        product and a sum of the fused layer's width, and these are then done once.
+        """
         A_RI, B_OR = self._joined({name: adapter() for name, adapter in self.adapters.items()})
         hidden_SBR = torch.nn.functional.linear(self.dropout(x_SBI), A_RI)
-        # The gradient of hidden is a sum over the ranks that hold a part of B: R numbers a token, not I.
+        # The gradient of hidden is a sum over the ranks, which have parts of B: R numbers per
+        # token, not I.
         if self.config.sequence_parallel:
             hidden_SBR = gather_from_sequence_parallel_region(hidden_SBR, group=self.adapter_group)
         else:
@@ -141,7 +180,10 @@ class ColumnAdapters:
     def _joined(
         self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of all adapters, R their ranks' sum: B in blocks, of a part without an adapter zero."""
+        """Return A and B of all adapters together; R is the sum of their ranks.
+
+        B is block-diagonal, with zeros for parts without an adapter.
+        """
         A_RI = torch.cat([A_RI for A_RI, _B in factors.values()])
         sizes = self.output_sizes()
         blocks = torch.block_diag(
@@ -166,6 +208,7 @@ class ColumnAdapters:
         )
 
     def begin_at_base(self) -> None:
+        """Initialise PiSSA's factors and DoRA's magnitudes from the base weight."""
         for name, adapter in self.adapters.items():
             if self.lora.pissa:
                 weight_OI = _gather(self.split(self.weight)[name], 0, self.adapter_group)
@@ -191,7 +234,10 @@ class ColumnAdapters:
 
 
 class QkvOutputs:
-    """q, k, v: megatron interleaves them by query group, (group, [heads of q, k, v], head size)."""
+    """The parts q, k and v of a fused layer.
+
+    megatron interleaves them by query group: (group, [heads of q, k, v], head size).
+    """
 
     def output_sizes(self) -> dict[str, int]:
         tensor_parallel_size = self.config.tensor_model_parallel_size
@@ -218,7 +264,7 @@ class QkvOutputs:
 
 
 class GateUpOutputs:
-    """gate and up: each rank holds its part of gate, then its part of up."""
+    """The parts gate and up of a fused layer: each rank has its part of gate, then of up."""
 
     def output_sizes(self) -> dict[str, int]:
         return dict.fromkeys(
@@ -233,7 +279,10 @@ class GateUpOutputs:
 
 
 class RowAdapter:
-    """The adapter of a row-parallel layer: A sharded by input features as the base weight is, B on every rank."""
+    """The adapter of a row-parallel layer.
+
+    A is sharded by input features, as the base weight is; B is replicated on every rank.
+    """
 
     def add_adapter(
         self,
@@ -245,10 +294,15 @@ class RowAdapter:
         *,
         fused: bool,
     ) -> None:
-        """Give the layer its adapter, once it is built.
+        """Add the adapter to the layer, after its construction.
 
-        in_features: of this rank. group: the tensor-parallel one. fused: layer and adapter are one function in training
-        (adapted.py).
+        Args:
+            lora: The LoRA settings.
+            target: The name of the layer's only part.
+            in_features: The features in on this rank.
+            out_features: The features out.
+            group: The tensor-parallel group.
+            fused: Whether layer and adapter are one autograd function in training (adapted.py).
         """
         self.lora = lora
         self.scale = scale_of(lora)
@@ -263,11 +317,11 @@ class RowAdapter:
         self.adapters = torch.nn.ModuleDict({target: adapter})
 
     def output_sizes(self) -> dict[str, int]:
-        """Output features of the one part that the layer has."""
+        """Return the output features of the layer's only part."""
         return {name: adapter.lora_B.shape[0] for name, adapter in self.adapters.items()}
 
     def with_adapter(self, output_SBO: torch.Tensor, x_SBI: torch.Tensor) -> torch.Tensor:
-        """The base layer's output for x, and the adapter's on top."""
+        """Return the base layer's output plus the adapter's output for x."""
         (adapter,) = self.adapters.values()
         A_RI, B_OR = adapter()
         hidden_SBR = torch.nn.functional.linear(self.dropout(x_SBI), A_RI)
@@ -285,6 +339,7 @@ class RowAdapter:
         return output_SBO + delta_SBO
 
     def begin_at_base(self) -> None:
+        """Initialise PiSSA's factors and DoRA's magnitudes from the base weights."""
         (adapter,) = self.adapters.values()
         if self.lora.pissa:
             A_RI, B_OR = principal_factors(
@@ -325,15 +380,15 @@ class _LocalColumn(ColumnAdapters, TorchProducts, ColumnParallelLinear):
 
 
 class LoraQkvLinear(QkvOutputs, _LocalColumn):
-    """q, k and v of megatron-core's own layers."""
+    """megatron-core's column-parallel layer with adapters for q, k and v."""
 
 
 class LoraGateUpLinear(GateUpOutputs, _LocalColumn):
-    """gate and up of megatron-core's own layers."""
+    """megatron-core's column-parallel layer with adapters for gate and up."""
 
 
 class LoraRowLinear(RowAdapter, TorchProducts, RowParallelLinear):
-    """o, or down, of megatron-core's own layers."""
+    """megatron-core's row-parallel layer with an adapter for o or down."""
 
     def __init__(self, *args, lora: LoraConfig, targets: list[str], fused: bool, **kwargs):
         super().__init__(*args, **kwargs)
@@ -356,7 +411,10 @@ def _named_axes(adapters: torch.nn.ModuleDict, **axes: int) -> dict[str, int]:
 
 
 def _gather(part: torch.Tensor, dim: int, group) -> torch.Tensor:
-    """The whole of a tensor that the ranks of a group hold in parts along an axis."""
+    """Return the whole tensor of which the ranks of a group have parts along dimension `dim`.
+
+    Collective: every rank of the group must call this.
+    """
     parts = [
         torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())
     ]

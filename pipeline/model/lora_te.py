@@ -1,7 +1,7 @@
-"""LoRA on Transformer Engine's layers. Imported where it is installed.
+"""LoRA on Transformer Engine's layers. Can be imported only if Transformer Engine is installed.
 
-Written against Transformer Engine 2.19: the products of adapted layers call what its `Linear` calls, with an output to
-accumulate onto.
+Written for Transformer Engine 2.19: the products of adapted layers call what its `Linear` calls,
+with an output to accumulate onto.
 
 Shapes as in lora.py and adapted.py.
 """
@@ -21,7 +21,8 @@ from retemper.pipeline.model.adapted import TorchProducts, adapted_column, adapt
 from retemper.pipeline.model.lora import ColumnAdapters, GateUpOutputs, QkvOutputs, RowAdapter
 from retemper.pipeline.schema.model import LoraConfig
 
-# The norm before each column-parallel layer, and what checkpoints call its weight, where it is a part of that layer.
+# The norm before each column-parallel layer, and the prefix of its weight in checkpoints, which
+# store it as a part of that layer.
 NORMS = {
     "linear_qkv": ("input_layernorm", "self_attention.linear_qkv.layer_norm_"),
     "linear_fc1": ("pre_mlp_layernorm", "mlp.linear_fc1.layer_norm_"),
@@ -29,17 +30,17 @@ NORMS = {
 
 
 def layers(*, fused: bool) -> tuple[type, type, type]:
-    """The classes of q-k-v, gate-up and row-parallel layers with adapters."""
+    """Return the adapted layer classes for q-k-v, gate-up and row-parallel layers."""
     if fused:
         return TEAdaptedQkvLinear, TEAdaptedGateUpLinear, TELoraRowLinear
     return TELoraQkvLinear, TELoraGateUpLinear, TELoraRowLinear
 
 
 def set_norm_apart(layer: TransformerLayerSubmodules, name: str) -> None:
-    """Give a layer spec the norm before the column-parallel layer `name` as a module of its own.
+    """Make the norm before the column-parallel layer `name` a separate module of a layer spec.
 
-    A LayerNormLinear whose normalised output is asked for keeps an FP8 copy of it that a frozen weight never reads, and
-    casts its gradient twice.
+    A LayerNormLinear that also returns its normalised output keeps an FP8 copy of it, which a
+    frozen weight never reads, and casts its gradient twice.
     """
     norm, stored = NORMS[name]
     setattr(layer, norm, TESpecProvider().layer_norm(has_residual=True))
@@ -47,7 +48,7 @@ def set_norm_apart(layer: TransformerLayerSubmodules, name: str) -> None:
 
 
 class TEProducts(TorchProducts):
-    """The products of a frozen layer's weight, bf16 or FP8, and float32 sums of bf16 products."""
+    """The products with a frozen layer's weight, bf16 or FP8, and float32 sums of bf16 products."""
 
     def add_output(self, output_TO, x_TI):
         x_TI = self.prepare_forward(x_TI)
@@ -57,12 +58,14 @@ class TEProducts(TorchProducts):
                 output_TO.addmm_(x_TI, weight.t())
                 return None
             quantizers = self._get_quantizers(False, False, True)
-            of_input = quantizers[0]
-            of_gradient = quantizers[-1]
-            of_input.set_usage(rowwise=True, columnwise=False)
+            input_quantizer = quantizers[0]
+            gradient_quantizer = quantizers[-1]
+            input_quantizer.set_usage(rowwise=True, columnwise=False)
             recipe = FP8GlobalStateManager.get_fp8_recipe()
-            _add_fp8_product(weight, of_input(x_TI), output_TO, recipe.fp8_gemm_fprop, layout="TN")
-            return of_gradient, recipe.fp8_gemm_dgrad
+            _add_fp8_product(
+                weight, input_quantizer(x_TI), output_TO, recipe.fp8_gemm_fprop, layout="TN"
+            )
+            return gradient_quantizer, recipe.fp8_gemm_dgrad
         finally:
             self.end_forward()
 
@@ -70,10 +73,12 @@ class TEProducts(TorchProducts):
         if context is None:
             gradient_TI.addmm_(gradient_TO, self.weight)
             return
-        of_gradient, precision = context
-        of_gradient.set_usage(rowwise=True, columnwise=False)
+        gradient_quantizer, precision = context
+        gradient_quantizer.set_usage(rowwise=True, columnwise=False)
         self.weight.update_usage(columnwise_usage=True)
-        _add_fp8_product(self.weight, of_gradient(gradient_TO), gradient_TI, precision, layout="NN")
+        _add_fp8_product(
+            self.weight, gradient_quantizer(gradient_TO), gradient_TI, precision, layout="NN"
+        )
 
     def add_weight_gradient(self, main_grad, left_TX, right_TY):
         if main_grad.dtype == left_TX.dtype:
@@ -91,7 +96,10 @@ class TEProducts(TorchProducts):
 
 
 def _add_fp8_product(weight, quantized, output: torch.Tensor, precision, *, layout: str) -> None:
-    """Add a product with a weight in FP8 to a bf16 tensor. precision: how a recipe accumulates this product."""
+    """Add a product with an FP8 weight to a bf16 tensor.
+
+    precision: The recipe's accumulation settings for this product.
+    """
     general_gemm(
         weight,
         quantized,
@@ -105,7 +113,10 @@ def _add_fp8_product(weight, quantized, output: torch.Tensor, precision, *, layo
 
 
 class _TEAdaptedColumn(ColumnAdapters, TEProducts, TEColumnParallelLinear):
-    """A column-parallel layer whose input was normalised before it; one function with its adapters in training."""
+    """A column-parallel layer whose input is already normalised.
+
+    In training it is one autograd function with its adapters.
+    """
 
     def __init__(self, *args, lora: LoraConfig, targets: list[str], fused: bool, **kwargs):
         super().__init__(*args, **kwargs)
@@ -119,19 +130,19 @@ class _TEAdaptedColumn(ColumnAdapters, TEProducts, TEColumnParallelLinear):
 
 
 class TEAdaptedQkvLinear(QkvOutputs, _TEAdaptedColumn):
-    """q, k and v."""
+    """The layer with adapters for q, k and v."""
 
 
 class TEAdaptedGateUpLinear(GateUpOutputs, _TEAdaptedColumn):
-    """gate and up."""
+    """The layer with adapters for gate and up."""
 
 
 class _TEColumn(ColumnAdapters, TELayerNormColumnParallelLinear):
-    """A column-parallel layer that normalises its input itself, its adapters computed beside it."""
+    """A column-parallel layer that normalises its own input, with separately computed adapters."""
 
     def __init__(self, *args, lora: LoraConfig, targets: list[str], fused: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        # What the adapters take in is the normalised input, this rank's part of it under sequence parallelism.
+        # The adapters' input is the normalised input, under sequence parallelism this rank's part.
         self.return_layernorm_output = True
         self.return_layernorm_output_gathered = False
         self.add_adapters(lora, targets, self.in_features, self._tp_group, fused=fused)
@@ -142,15 +153,15 @@ class _TEColumn(ColumnAdapters, TELayerNormColumnParallelLinear):
 
 
 class TELoraQkvLinear(QkvOutputs, _TEColumn):
-    """Norm, q, k and v."""
+    """The norm and the layer with adapters for q, k and v."""
 
 
 class TELoraGateUpLinear(GateUpOutputs, _TEColumn):
-    """Norm, gate and up."""
+    """The norm and the layer with adapters for gate and up."""
 
 
 class TELoraRowLinear(RowAdapter, TEProducts, TERowParallelLinear):
-    """o, or down."""
+    """The row-parallel layer with an adapter for o or down."""
 
     def __init__(self, *args, lora: LoraConfig, targets: list[str], fused: bool, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The figures of a report, as matplotlib draws them."""
+"""The figures of a report, drawn by matplotlib."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import matplotlib.pyplot as plt
 
 from retemper.pipeline.report.results import RunResult
 
-# Okabe and Ito's palette, distinguishable with any colour vision: full runs in warm colours, LoRA in cool ones.
+# Okabe and Ito's palette, distinguishable with any colour vision: warm colours for full runs, cool
+# ones for LoRA.
 _COLOURS = {
     "base": ["#555555"],
     "full": ["#D55E00", "#E69F00", "#CC79A7"],
@@ -33,7 +34,10 @@ def _styles(runs: list[RunResult]) -> dict[str, dict]:
 
 
 def learning_forgetting(runs: list[RunResult]):
-    """Held-out loss on the new and the old domain over tokens, and one against the other; a point is a milestone."""
+    """Draw held-out loss on new and old domains over tokens, and learned against forgotten.
+
+    Each point is a milestone.
+    """
     style = _styles(runs)
     continued = [run for run in runs if run.gains()]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
@@ -60,7 +64,7 @@ def learning_forgetting(runs: list[RunResult]):
 
 
 def training_loss(runs: list[RunResult]):
-    """Training loss and throughput of every run."""
+    """Draw the training loss and throughput of every run."""
     style = _styles(runs)
     figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
     for run in runs:

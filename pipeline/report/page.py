@@ -14,22 +14,36 @@ from retemper.pipeline.files.atomic import replace_file
 from retemper.pipeline.report.results import RunResult, comparison, read_study, table
 from retemper.pipeline.runs import eval_folder
 
+# A backslash continues a line.
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } .finding { font-size: 1.15rem; border-left: 4px solid #D55E00; padding-left: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1100px; \
+margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } \
+.finding { font-size: 1.15rem; border-left: 4px solid #D55E00; padding-left: 1rem; }
 figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; } figcaption { color: #555; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; } pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 13px; }
+.scroll { overflow-x: auto; } \
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd; \
+white-space: nowrap; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; } \
+pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 13px; }
 """
 _CAPTIONS = {
-    "learning_forgetting": "Each point is a milestone's checkpoint, scored on documents that no run trained on.",
+    "learning_forgetting": "Each point is a milestone's checkpoint, "
+    "scored on documents that no run trained on.",
     "training_loss": "Training loss of each logged step, and tokens per second between them.",
 }
 
 
 def write_report(study: Path) -> Path:
-    """Write study/report.html and study/figures/*.png from the runs below; return the page's path. Raises UserError."""
+    """Write study/report.html and study/figures/*.png for the runs of a study.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: the study has no run.
+    """
     from retemper.pipeline.report.figures import FIGURES
 
     runs = read_study(study)
@@ -53,14 +67,18 @@ def _page(title: str, runs: list[RunResult], drawings: dict[str, str]) -> str:
         for name, svg in drawings.items()
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)} – retemper</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}: what was learned, what was forgotten</h1>
 {"".join(f'<p class="finding">{html.escape(sentence)}</p>' for sentence in comparison(runs))}
 {figures}
 <h2>Every evaluated step</h2>
-<p>Bits per byte on held-out documents, lower is better. Learned: bits per byte gained since the start
-of the run on the domains it trained on, their mean. Forgotten: bits per byte lost on the others, their mean. A point of a trunk was scored at a rate that had not been cooled
+<p>Bits per byte on held-out documents, lower is better. \
+Learned: bits per byte gained since the start
+of the run on the domains it trained on, their mean. \
+Forgotten: bits per byte lost on the others, their mean. \
+A point of a trunk was scored at a rate that had not been cooled
 down; runs are compared at equal tokens and points of one kind.</p>
 <div class="scroll">{_table(table(runs))}</div>
 {_corpora(runs)}
@@ -73,7 +91,7 @@ down; runs are compared at equal tokens and points of one kind.</p>
 
 
 def _corpora(runs: list[RunResult]) -> str:
-    """Of each training corpus with held-out text, how much of that it has near-duplicates of."""
+    """Return a section on near-duplicates of held-out text in each training corpus."""
     paths = sorted({path for run in runs for path in stream_paths(run.config).values()})
     lines = [line for path in paths for line in _near_duplicates(path)]
     if not lines:
@@ -83,7 +101,7 @@ def _corpora(runs: list[RunResult]) -> str:
 
 
 def _near_duplicates(path: str) -> list[str]:
-    """A line on one corpus; none where it has no held-out text, or cannot be read from here."""
+    """Return a line on one corpus, or none if it has no held-out text or cannot be read here."""
     try:
         manifest = find_manifest(path)
     except UserError:
@@ -111,19 +129,26 @@ def _tasks(runs: list[RunResult]) -> str:
     ]
     if not rows:
         return ""
-    said = "Scores of lm-eval's tasks, and their paired difference from the model that the run, or its trunk, began from, with its standard error and 95% interval."
-    return f'<h2>Tasks</h2>\n<p>{said}</p>\n<div class="scroll">{_table([["run", *show_scores.COLUMNS], *rows])}</div>'
+    caption = (
+        "Scores of lm-eval's tasks, and their paired difference from the model that the run, "
+        "or its trunk, began from, with its standard error and 95% interval."
+    )
+    scores = _table([["run", *show_scores.COLUMNS], *rows])
+    return f'<h2>Tasks</h2>\n<p>{caption}</p>\n<div class="scroll">{scores}</div>'
 
 
 def _table(rows: list[list[str]]) -> str:
     def line(cells, tag):
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return f"<table><thead>{line(rows[0], 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows[1:])}</tbody></table>"
+    body = "".join(line(row, "td") for row in rows[1:])
+    return f"<table><thead>{line(rows[0], 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def _config(run: RunResult) -> str:
-    return f"<details><summary>{html.escape(run.config.name)}</summary><pre>{html.escape(to_yaml(run.config))}</pre></details>"
+    name = html.escape(run.config.name)
+    config = html.escape(to_yaml(run.config))
+    return f"<details><summary>{name}</summary><pre>{config}</pre></details>"
 
 
 def _versions() -> str:

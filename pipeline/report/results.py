@@ -1,4 +1,4 @@
-"""What the runs of a study measured, read from their folders."""
+"""The results of a study's runs, read from their folders, and their comparison."""
 
 import os
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from retemper.pipeline.report import verdicts
 from retemper.pipeline.runs import eval_folder, run_folder
 from retemper.pipeline.schema.run import Config
 
-# The kinds of points: where on its schedule of the learning rate a run was scored.
+# The kinds of points: where on its learning-rate schedule a run was scored.
 START, TRUNK, COOLING = "start", "trunk", "cooling down"
 COOLED, WARMING = "cooled down", "ended in the warm-up"
 _ANNEALED = (COOLED, WARMING)  # the ends of milestones, which a study is about
@@ -23,15 +23,13 @@ _ANNEALED = (COOLED, WARMING)  # the ends of milestones, which a study is about
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run: its config, its logged steps, and its held-out bits per byte as domain -> tokens -> value.
-
-    start: the run whose step 0 it began with, itself or its trunk, which its curves have at 0;
-    None where its trunk is gone.
-    """
+    """The results of one run."""
 
     config: Config
-    metrics: list[dict]
-    curves: dict[str, dict[int, float]]
+    metrics: list[dict]  # the logged steps
+    curves: dict[str, dict[int, float]]  # held-out bits per byte as {domain: {tokens: value}}
+    # The run whose step 0 is the initial model, and in `curves` the point at 0 tokens: the run
+    # itself or its trunk. None where the trunk is missing.
     start: Config | None
 
     @property
@@ -41,12 +39,12 @@ class RunResult:
 
     @property
     def old_domains(self) -> list[str]:
-        """The other scored domains: what a continued run may forget."""
+        """The other scored domains, which a continued run may forget."""
         return domains_of(self.config, self._followed).old
 
     @property
     def measures_both(self) -> bool:
-        """Whether it was scored on what a continued run learns and on what it may forget."""
+        """Whether it is a continued run that was scored on both learned and old domains."""
         return bool(self.is_continued and self.learned_domains and self.old_domains)
 
     @property
@@ -65,11 +63,11 @@ class RunResult:
 
     @property
     def family(self) -> Path:
-        """What it shares with its trunk and the other branches of that."""
+        """A key that a trunk and all of its branches share."""
         return self.start.run_dir if self.start else Path(os.path.abspath(self.config.branch_of))
 
     def kind(self, tokens: int) -> str:
-        """Where on the schedule it was: START, TRUNK, COOLING, COOLED or WARMING."""
+        """Return the kind of the point after `tokens`: START, TRUNK, COOLING, COOLED or WARMING."""
         config = self.config
         cosine = config.schedule.name == "cosine"
         if not tokens:
@@ -85,10 +83,11 @@ class RunResult:
         return COOLING if tokens > decays_after else TRUNK
 
     def gains(self) -> dict[int, tuple[float, float]]:
-        """tokens -> (learned, forgotten), where all of its domains were scored there and at the start; else empty.
+        """Return {tokens: (learned, forgotten)} of points where all domains were scored.
 
-        Learned: the mean of the bits per byte gained on the learned domains since the start.
-        Forgotten: the mean of those lost on the old ones.
+        Learned is the mean of the bits per byte gained on the learned domains since the start,
+        forgotten the mean of those lost on the old domains. The result is empty where the start was
+        not scored on all domains.
         """
         if not self.measures_both:
             return {}
@@ -104,22 +103,27 @@ class RunResult:
         }
 
     def gained(self, domains: list[str], tokens: int) -> float:
-        """The mean over domains of the bits per byte gained since the start."""
+        """Return the bits per byte gained since the start, as a mean over domains."""
         curves = [self.curves[domain] for domain in domains]
         return fmean(curve[0] - curve[tokens] for curve in curves)
 
     def tokens_per_second(self) -> float:
-        """Median over the logged intervals; 0 before the first."""
+        """Return the median over the logged intervals; 0 before the first."""
         rates = sorted(record["tokens_per_second"] for record in self.metrics)
         return rates[len(rates) // 2] if rates else 0.0
 
 
 def read_study(folder: Path) -> list[RunResult]:
-    """All runs below a study's folder, base runs first. Raises UserError where there is none."""
+    """Return all runs in a study's folder, base runs first.
+
+    Raises:
+        UserError: there is none.
+    """
     runs = [_read_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
     if not runs:
         raise UserError(
-            f"{folder} holds no run (a folder with config.json): name the folder of a study, as runs/demo"
+            f"{folder} holds no run (a folder with config.json): "
+            "name the folder of a study, as runs/demo"
         )
     return sorted(runs, key=lambda run: (run.is_continued, run.config.method.name, run.config.name))
 
@@ -136,7 +140,7 @@ def _read_run(folder: Path) -> RunResult:
 
 @dataclass(frozen=True)
 class _Point:
-    """A run after some tokens, at which its learned and forgotten are known."""
+    """A run after some tokens, where learned and forgotten are known."""
 
     run: RunResult
     tokens: int
@@ -154,12 +158,12 @@ class _Point:
 
 
 def comparison(runs: list[RunResult]) -> list[str]:
-    """For every LoRA run beside every full run of the same data: did it learn less and forget less?
+    """Return sentences on whether each LoRA run learned and forgot less than each full run.
 
-    Compared at equal tokens and points of one kind, a trunk together with its branches: at every
-    milestone whose rate was cooled down, or which ended in the warm-up; where there is none, at the
-    last point of another kind. The longest first.
-    Says what was measured, whichever way it fell, and which runs have nothing to compare.
+    Runs on the same data are compared at equal tokens and points of one kind, a trunk together with
+    its branches: at every milestone whose learning rate was cooled down, or which ended in the
+    warm-up; where there is none, at the last point of another kind. The longest come first.
+    Sentences on runs without anything to compare follow.
     """
     families: dict[Path, list[_Point]] = {}
     for run in runs:
@@ -167,9 +171,9 @@ def comparison(runs: list[RunResult]) -> list[str]:
             families.setdefault(run.family, []).append(_Point(run, tokens))
     pairs = product(_of_method("lora", families), _of_method("full", families))
     alike = [pair for pair in pairs if _share_domains(*(points[0].run for points in pair))]
-    said = [sentence for pair in alike for sentence in _compare(*pair)]
-    said = said or ["The study has no pair of a full and a LoRA run to compare."]
-    return said + [sentence for run in runs for sentence in _blank(run)]
+    sentences = [sentence for pair in alike for sentence in _compare(*pair)]
+    sentences = sentences or ["The study has no pair of a full and a LoRA run to compare."]
+    return sentences + [sentence for run in runs for sentence in _missing_start(run)]
 
 
 def _of_method(name: str, families: dict[Path, list[_Point]]) -> list[list[_Point]]:
@@ -177,7 +181,7 @@ def _of_method(name: str, families: dict[Path, list[_Point]]) -> list[list[_Poin
 
 
 def _share_domains(one: RunResult, other: RunResult) -> bool:
-    """Whether both learned the same, and were scored on an old domain that is the same."""
+    """Return whether both have the same learned domains and a common old domain."""
     old = set(one.old_domains) & set(other.old_domains)
     return set(one.learned_domains) == set(other.learned_domains) and bool(old)
 
@@ -195,11 +199,12 @@ def _compare(lora: list[_Point], full: list[_Point]) -> list[str]:
     one, other = max(both, key=lambda pair: pair[0].tokens)
     return [
         f"{_names(one, other)}: not compared, for they have no points of equal tokens and equal "
-        f"kind: after {one.tokens:,} tokens {one.run.config.name} is {_of_kind(one)}, {other.run.config.name} {_of_kind(other)}."
+        f"kind: after {one.tokens:,} tokens {one.run.config.name} is {_kind_words(one)}, "
+        f"{other.run.config.name} {_kind_words(other)}."
     ]
 
 
-def _of_kind(point: _Point) -> str:
+def _kind_words(point: _Point) -> str:
     return "a point of a trunk" if point.kind == TRUNK else point.kind
 
 
@@ -208,25 +213,25 @@ def _names(lora: _Point, full: _Point) -> str:
 
 
 def _verdict(lora: _Point, full: _Point) -> str:
-    # Means over other domains would not compare.
+    # Means over different domains would not be comparable.
     old = [domain for domain in lora.run.old_domains if domain in full.run.old_domains]
     learned = lora.run.learned_domains
     gains = tuple(point.gained(learned) for point in (lora, full))
     losses = tuple(0.0 - point.gained(old) for point in (lora, full))
     scored = lora.scored, full.scored
-    learned_said, learned_clause = verdicts.learned(*scored, learned, gains)
-    forgot_said, forgot_clause = verdicts.forgot(*scored, old, losses)
+    learned_verdict, learned_clause = verdicts.learned(*scored, learned, gains)
+    forgot_verdict, forgot_clause = verdicts.forgot(*scored, old, losses)
     clauses = [learned_clause, forgot_clause, *filter(None, [verdicts.kept(*scored)])]
     kind = "" if lora.kind == COOLED else f" ({lora.kind})"
     return (
         f"{_names(lora, full)}, after {lora.tokens:,} tokens{kind}: {'; '.join(clauses)}. "
         "One seed; interval over held-out samples. "
-        + verdicts.conclusion(learned_said, forgot_said, losses)
+        + verdicts.conclusion(learned_verdict, forgot_verdict, losses)
     )
 
 
-def _blank(run: RunResult) -> list[str]:
-    """Why a run that was scored has no learned and forgotten, where its start is the reason."""
+def _missing_start(run: RunResult) -> list[str]:
+    """Return a sentence if a scored run has no learned and forgotten for lack of its start."""
     if run.gains() or not run.measures_both:
         return []
     begins = f"{run.config.name}: nothing to compare with, for "
@@ -235,15 +240,18 @@ def _blank(run: RunResult) -> list[str]:
         return [f"{begins}its trunk {trunk} is gone, and its start with it."]
     if missing := [domain for domain, curve in run.curves.items() if 0 not in curve]:
         unknown = [domain for domain in missing if domain not in run.config.evals.heldout]
-        given = [f"evals.heldout.{domain}=FOLDER" for domain in unknown]
-        command = " ".join(["retemper eval", str(run.config.run_dir), *given])
+        overrides = [f"evals.heldout.{domain}=FOLDER" for domain in unknown]
+        command = " ".join(["retemper eval", str(run.config.run_dir), *overrides])
         listed = ", ".join(missing)
         return [f"{begins}its start was not scored on {listed}: `{command}` does it."]
     return []
 
 
 def table(runs: list[RunResult]) -> list[list[str]]:
-    """Rows for the terminal and the page, the header first: every evaluated step of every run; what was not scored is blank."""
+    """Return rows for the terminal and the page, the header first.
+
+    There is a row for every evaluated step of every run; cells without a score are blank.
+    """
     domains = sorted({domain for run in runs for domain in run.curves})
     rows = [
         [
@@ -291,7 +299,7 @@ def _kind_cell(run: RunResult, tokens: int) -> str:
 
 
 def format_table(rows: list[list[str]]) -> str:
-    """The rows as aligned text."""
+    """Return the rows as aligned text."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     align = [str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2)]
     lines = [

@@ -1,4 +1,7 @@
-"""What evals/<step>/ holds of a step, written once whoever scored it, and which of its figures W&B has."""
+"""The scores in evals/<step>/, each written once by whichever process computed it.
+
+Also records which of these figures W&B has.
+"""
 
 import json
 import os
@@ -12,18 +15,19 @@ from retemper.pipeline.files.records import compress_records
 from retemper.pipeline.schema.evals import TaskConfig
 from retemper.pipeline.schema.run import Config
 
-# Whose mean is the forgetting score of "LoRA Learns Less and Forgets Less" (arXiv 2405.09673).
+# The mean over these tasks is the forgetting score of "LoRA Learns Less and Forgets Less"
+# (arXiv 2405.09673).
 FORGOTTEN = ("hellaswag", "arc_challenge", "winogrande")
-_MIRRORED = "mirrored.txt"  # in a step's folder: the names of its figures that W&B has, one a line
+_MIRRORED = "mirrored.txt"  # in a step's folder: names of its figures that W&B has, one per line
 
 
 def scores_path(run_dir: Path, step: int) -> Path:
-    """Where the held-out scores of one step stand."""
+    """Return the path of the held-out scores of one step."""
     return run_dir / "evals" / f"{step:08d}" / "heldout.json"
 
 
 def read_scores(run_dir: Path) -> dict[int, dict]:
-    """step -> domain -> scores, ascending."""
+    """Return the held-out scores of a run as {step: {domain: scores}}, ascending by step."""
     return {
         int(path.parent.name): json.loads(path.read_text())
         for path in sorted((run_dir / "evals").glob("*/heldout.json"))
@@ -33,7 +37,14 @@ def read_scores(run_dir: Path) -> dict[int, dict]:
 def write_heldout(
     run_dir: Path, step: int, scores: dict[str, dict], samples: dict[str, list[dict]]
 ) -> None:
-    """Add domains' scores to those of a step, and beside them a record for each sample."""
+    """Add the scores of held-out domains to those of a step, and write one record per sample.
+
+    Args:
+        run_dir: folder of the run.
+        step: that was scored.
+        scores: {domain: scores}.
+        samples: {domain: one record per sample}.
+    """
     for domain, records in samples.items():
         replace_bytes(samples_path(run_dir, step, heldout_name(domain)), compress_records(records))
     replace_file(
@@ -43,37 +54,42 @@ def write_heldout(
 
 
 def heldout_name(domain: str) -> str:
-    """Of a domain's scores among those of tasks."""
+    """Return the name that a held-out domain has among the names of tasks."""
     return f"heldout-{domain}"
 
 
 def start_of(config: Config) -> Config | None:
-    """The run whose step 0 is what this run began with: itself, or the trunk that it branches off.
+    """Return the config of the run whose step 0 is the initial model of this run.
 
-    A trunk's config has this run's evaluations and layout. None where the trunk's folder is gone.
+    It is this run itself, or the trunk that it branches off. The returned config of a trunk has
+    this run's evaluations and layout. The result is None where the trunk's folder is missing.
     """
     start = config
-    passed = set()
+    visited = set()
     while start.branch_of:
-        passed.add(start.run_dir)
+        visited.add(start.run_dir)
         folder = _trunk_folder(start)
-        if folder is None or folder in passed:
+        if folder is None or folder in visited:
             return None
         trunk = read_config(folder)
-        place = {"runs_dir": str(folder.parent.parent), "study": folder.parent.name}
-        place["name"] = folder.name
-        began = {key: trunk.get(key) for key in ("init_from", "branch_of", "seed")}
-        if began["init_from"] and start.init_from:
-            began["init_from"] = start.init_from  # where the trunk's base is now
-        start = start.model_copy(update=place | began)
+        location = {"runs_dir": str(folder.parent.parent), "study": folder.parent.name}
+        location["name"] = folder.name
+        origin = {key: trunk.get(key) for key in ("init_from", "branch_of", "seed")}
+        if origin["init_from"] and start.init_from:
+            origin["init_from"] = start.init_from  # where the trunk's base is now
+        start = start.model_copy(update=location | origin)
     return start
 
 
 def _trunk_folder(branch: Config) -> Path | None:
-    """The folder in branch_of; beside the branch's own where a study was moved."""
+    """Return the folder that branch_of names, or where a study was moved the branch's sibling.
+
+    The result is None where neither is the folder of a run.
+    """
     named = Path(os.path.abspath(branch.branch_of))
-    beside = Path(os.path.abspath(branch.run_dir.parent / named.name))
-    folders = [beside, named] if beside.exists() and _is_same(named, beside) else [named, beside]
+    sibling = Path(os.path.abspath(branch.run_dir.parent / named.name))
+    same = sibling.exists() and _is_same(named, sibling)
+    folders = [sibling, named] if same else [named, sibling]
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
@@ -82,53 +98,56 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def homes(config: Config, step: int) -> list[Path]:
-    """The run folders that may hold scores of a step; new ones are written into the first.
+    """Return the run folders that may contain scores of a step; new scores go into the first.
 
-    A branch's step 0 is its trunk's: it is scored once, for the trunk and all of its branches.
+    Step 0 of a branch is that of its trunk: it is scored once, for the trunk and all its branches.
     """
     start = None if step or not config.branch_of else start_of(config)
     return [start.run_dir, config.run_dir] if start else [config.run_dir]
 
 
 def heldout_of(config: Config) -> dict[int, dict]:
-    """step -> domain -> scores, ascending, a branch's start among them."""
+    """Return held-out scores as {step: {domain: scores}}, in ascending order of steps.
+
+    Step 0 of a branch is included.
+    """
     scores = read_scores(config.run_dir)
-    started = {}
+    start_scores = {}
     for home in reversed(homes(config, 0)):
-        started |= read_scores(home).get(0, {})
+        start_scores |= read_scores(home).get(0, {})
     return (
-        {0: started} | {step: found for step, found in scores.items() if step}
-        if started
+        {0: start_scores} | {step: domains for step, domains in scores.items() if step}
+        if start_scores
         else scores
     )
 
 
 def tasks_of(config: Config, step: int) -> dict[str, dict]:
-    """task -> its scores at one step, of a branch's start too; what failed is left out."""
-    found = {}
+    """Return {task: scores} of one step, also for step 0 of a branch, without failed tasks."""
+    scores = {}
     for home in reversed(homes(config, step)):
-        found |= read_tasks(home, step)
-    return found
+        scores |= read_tasks(home, step)
+    return scores
 
 
 def steps_of(config: Config) -> list[int]:
-    """Steps of which anything was scored, ascending, a branch's start among them."""
-    begun = [0] if any(0 in scored_steps(home) for home in homes(config, 0)) else []
-    return sorted({*begun, *scored_steps(config.run_dir)})
+    """Return all steps with any scores in ascending order; step 0 of a branch is included."""
+    start = [0] if any(0 in scored_steps(home) for home in homes(config, 0)) else []
+    return sorted({*start, *scored_steps(config.run_dir)})
 
 
 def task_path(run_dir: Path, step: int, task: str) -> Path:
-    """Where the scores of one task at one step stand; beside it, as .samples.jsonl.zst, what was said to each problem."""
+    """Return the path of the scores of one task at one step."""
     return run_dir / "evals" / f"{step:08d}" / f"{task}.json"
 
 
 def read_tasks(run_dir: Path, step: int) -> dict[str, dict]:
-    """task -> its scores at one step; what failed is left out."""
+    """Return {task: scores} of one step, without failed tasks."""
     return {task: scores for task, scores in _read(run_dir, step) if "error" not in scores}
 
 
 def read_errors(run_dir: Path, step: int) -> dict[str, str]:
-    """task -> why it was not scored at one step."""
+    """Return {task: error message} of the tasks that failed at one step."""
     return {task: scores["error"] for task, scores in _read(run_dir, step) if "error" in scores}
 
 
@@ -139,9 +158,12 @@ def _read(run_dir: Path, step: int) -> Iterator[tuple[str, dict]]:
 
 
 def check_settings(config: Config, names: list[str]) -> None:
-    """Refuse to go on with other settings of these tasks than those of scores that are there, a branch's start among them.
+    """Check that existing scores of some tasks were made with the settings of a config.
 
-    Raises UserError that names them.
+    Step 0 of a branch is checked, too.
+
+    Raises:
+        UserError: settings differ; the message lists the scores and the settings.
     """
     tasks = {name: config.evals.tasks[name] for name in names}
     problems = []
@@ -153,26 +175,36 @@ def check_settings(config: Config, names: list[str]) -> None:
                     problems.append(f"  - {task_path(home, step, task)}: {', '.join(changes)}")
     if problems:
         raise UserError(
-            "\n".join(["These were scored with other settings than are asked for:", *problems])
-            + "\nAsk as they were scored, or move them away to score anew"
+            "\n".join(["These scores were made with other settings than requested:", *problems])
+            + "\nRequest the same settings, or move the files away to evaluate again"
         )
 
 
-def _changes(was: dict, asked: TaskConfig) -> list[str]:
-    settings = asked.settings
+def _changes(old: dict, task: TaskConfig) -> list[str]:
+    settings = task.settings
     if settings["shots"] is None:
-        del settings["shots"]  # the task's own
+        del settings["shots"]  # the default of the task
     return [
-        f"{key} {was.get(key)}, now {value}"
+        f"{key} {old.get(key)}, now {value}"
         for key, value in settings.items()
-        if was.get(key) != value
+        if old.get(key) != value
     ]
 
 
 def write_result(run_dir: Path, step: int, task: str, scores: dict, problems: list[dict]) -> bool:
-    """Write what a task was scored, or {"error": …}, and beside it a record for each problem.
+    """Write the scores of a task, and a file with one record per problem beside them.
 
-    Returns whether that is the result now: one that is there already stays, an error is replaced.
+    Existing scores are kept; an existing error is replaced.
+
+    Args:
+        run_dir: folder of the run.
+        step: that was scored.
+        task: name of the task.
+        scores: of the task, or {"error": message}.
+        problems: one record per problem; may be empty.
+
+    Returns:
+        Whether these scores were written.
     """
     path = task_path(run_dir, step, task)
     if task in read_tasks(run_dir, step):
@@ -184,17 +216,20 @@ def write_result(run_dir: Path, step: int, task: str, scores: dict, problems: li
 
 
 def samples_path(run_dir: Path, step: int, task: str) -> Path:
-    """Where it stands what was said to each problem of a task, or what each sample of a held-out domain was worth."""
+    """Return the path of the records per problem of a task, or per sample of a held-out domain."""
     return task_path(run_dir, step, task).with_suffix(".samples.jsonl.zst")
 
 
 def generations_path(run_dir: Path, step: int, task: str) -> Path:
-    """Where the programs of a step stand; their verdicts come beside it."""
+    """Return the path of the programs that were generated at a step.
+
+    Their verdicts are written beside it.
+    """
     return task_path(run_dir, step, task).with_suffix(".generations.jsonl.zst")
 
 
 def forgetting(tasks: dict[str, dict]) -> float | None:
-    """The mean of the scores of FORGOTTEN, where all of them are there."""
+    """Return the mean score of the tasks in FORGOTTEN, or None where one of them is missing."""
     return (
         sum(tasks[name]["score"] for name in FORGOTTEN) / len(FORGOTTEN)
         if tasks.keys() >= set(FORGOTTEN)
@@ -203,25 +238,25 @@ def forgetting(tasks: dict[str, dict]) -> float | None:
 
 
 def scored_steps(run_dir: Path) -> list[int]:
-    """Steps of which anything was scored, ascending."""
+    """Return all steps with any scores in a run's own folder, in ascending order."""
     return sorted(int(path.name) for path in (run_dir / "evals").glob("[0-9]*"))
 
 
 def unmirrored(run_dir: Path) -> dict[int, dict[str, float]]:
-    """step -> figures by their names in W&B, of those that it does not have yet."""
-    found = {}
+    """Return {step: {name in W&B: value}} of the figures that W&B does not have yet."""
+    missing = {}
     for step in scored_steps(run_dir):
         path = _mirrored_path(run_dir, step)
         mirrored = path.read_text().splitlines() if path.is_file() else []
         if figures := {
             name: value for name, value in _figures(run_dir, step).items() if name not in mirrored
         }:
-            found[step] = figures
-    return found
+            missing[step] = figures
+    return missing
 
 
 def mark_mirrored(run_dir: Path, step: int, names: Iterable[str]) -> None:
-    """Note that W&B has these figures of a step."""
+    """Record that W&B has these figures of a step."""
     with open(_mirrored_path(run_dir, step), "a") as file:
         file.write("".join(f"{name}\n" for name in names))
 

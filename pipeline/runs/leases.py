@@ -1,8 +1,10 @@
-"""Who does what, among processes that share nothing but a folder: leases that expire, and files that are written once.
+"""Leases that expire, for processes that share only a folder.
 
-A lease is a file NAME.lease.N, made by whoever is first and touched while its holder lives; the holder is that of the highest N. Nobody
-removes another's, so that of two who find it expired only one makes the next. A holder that was stopped for longer than its lease
-and goes on may work beside its successor: what makes a result count once is `write_once`.
+A lease is a file NAME.lease.N. The first process to create it holds the lease, and touches the file
+for as long as it lives; the valid lease is the one with the highest N. No process removes the lease
+of another, so that only one of two processes that find it expired can create the next. A holder
+that was suspended for longer than its lease may resume and work beside its successor: it is
+`write_once` that makes a result count only once.
 """
 
 import contextlib
@@ -17,9 +19,16 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def lease(folder: Path, name: str, seconds: float, *, take_over: bool = False) -> Iterator[bool]:
-    """Whether the lease was taken; within it is renewed, by a thread, and after it given back.
+    """Try to acquire a lease; a thread renews it inside the context, and it is released at the end.
 
-    seconds: how long after its holder's last sign of life it expires. take_over: do not wait for that.
+    Args:
+        folder: that the processes share; created if missing.
+        name: of the lease.
+        seconds: after which a lease that was not renewed expires.
+        take_over: acquire the lease even if another one has not expired.
+
+    Yields:
+        Whether the lease was acquired.
     """
     path = _take(folder, name, seconds, take_over)
     if path is None:
@@ -37,7 +46,7 @@ def lease(folder: Path, name: str, seconds: float, *, take_over: bool = False) -
 
 
 def is_held(folder: Path, name: str, seconds: float) -> bool:
-    """Whether a lease has a holder who lives."""
+    """Return whether a lease exists and has been renewed within the last `seconds`."""
     newest = _newest(folder, name)
     return newest is not None and not _expired(newest, seconds)
 
@@ -65,12 +74,12 @@ def _take(folder: Path, name: str, seconds: float, take_over: bool) -> Path | No
 
 
 def _expired(path: Path, seconds: float) -> bool:
-    """By the clock of the file system, which all hosts share."""
+    """Return whether a lease has expired, by the file system's clock, which all hosts share."""
     probe = path.with_name(f".now-{secrets.token_hex(8)}")
     try:
         probe.touch()
         return probe.stat().st_mtime - path.stat().st_mtime > seconds
-    except FileNotFoundError:  # given back meanwhile: free at the next look
+    except FileNotFoundError:  # released meanwhile: available at the next attempt
         return False
     finally:
         probe.unlink(missing_ok=True)
@@ -78,7 +87,6 @@ def _expired(path: Path, seconds: float) -> bool:
 
 def _renew(path: Path, every: float, done: threading.Event) -> None:
     while not done.wait(every):
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # a restart of the run took its later scores back
+        # A restart of the run may have removed the folder together with later scores.
+        with contextlib.suppress(FileNotFoundError):
             os.utime(path)

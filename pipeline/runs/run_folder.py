@@ -1,6 +1,6 @@
-"""What a run leaves on disk, in runs_dir/study/name.
+"""The files of a run, in runs_dir/study/name.
 
-That is config.json, base.json, metrics.jsonl, checkpoints/ and evals/<step>/.
+They are config.json, base.json, metrics.jsonl, checkpoints/ and evals/<step>/.
 """
 
 import json
@@ -16,15 +16,13 @@ from retemper.pipeline.files.atomic import replace_file
 from retemper.pipeline.files.jsonl import read_lines
 from retemper.pipeline.schema.run import Config
 
-METRICS, LEDGER, SKIPPED = (
-    "metrics.jsonl",
-    "ledger",
-    "skipped",
-)  # one line a step; the latter two are folders of a file a rank
-LEFT_OUT = "left_out.jsonl"  # one line a batch that a rollback left out
+# One line per step; the latter two are folders with one file per rank.
+METRICS, LEDGER, SKIPPED = ("metrics.jsonl", "ledger", "skipped")
+LEFT_OUT = "left_out.jsonl"  # one line per batch that is skipped after a rollback
 PROFILE = "profile"
 
-# What a restart may change: where and how the run computes, and what is watched, but not what it computes.
+# The keys that a restart may change: where and how the run computes, and what is recorded, but not
+# what it computes.
 MAY_CHANGE = (
     "parallel.",
     "checkpoint.",
@@ -33,7 +31,7 @@ MAY_CHANGE = (
     "evals.",
     "track.",
     "runs_dir:",
-    "init_from:",  # to where the base is now; which one it is, base.json says
+    "init_from:",  # to where the base is now; base.json records which one it is
     "branch_of:",
     "train.branches:",
     "train.micro_batch_size:",
@@ -41,7 +39,7 @@ MAY_CHANGE = (
     "train.cuda_graph:",
     "method.lora.kernel:",
     "fp8.keep_transposed:",
-    # The checkpoint's fingerprints guard the content of these.
+    # The contents behind these keys are checked by the checkpoint's fingerprints.
     "data.path:",
     "data.tokenizer:",
     "data.tasks:",
@@ -57,7 +55,11 @@ MAY_CHANGE = (
 
 
 def check(config: Config) -> None:
-    """Refuse a folder that belongs to another config, before anything starts. Raises UserError with the keys that differ."""
+    """Check before anything starts that the run's folder does not belong to another config.
+
+    Raises:
+        UserError: keys differ that a restart may not change; the message lists them.
+    """
     path = config.run_dir / "config.json"
     if not path.is_file():
         return
@@ -89,20 +91,29 @@ def check(config: Config) -> None:
 
 
 def _with_new_keys(stored: dict) -> dict:
-    """A stored config with the defaults of keys that came after it was written: such a run had those values."""
+    """Return a stored config, completed by the defaults of keys that were introduced later.
+
+    A run from before such a key behaved as its default does.
+    """
     try:
         return json.loads(Config.model_validate(stored).to_json())
     except ValidationError:
-        return stored  # of another schema: the difference says so
+        return stored  # of another schema: the comparison will list the keys
 
 
 def is_of_data(change: str) -> bool:
-    """Whether data.allow_change covers it; samples of another length would change what a step is."""
+    """Return whether data.allow_change covers a changed key.
+
+    It does not cover data.seq_length: samples of another length would change the meaning of a step.
+    """
     return change.startswith("data.") and not change.startswith("data.seq_length:")
 
 
 def claim(config: Config, step: int) -> None:
-    """Write config.json, and drop what was noted after `step`, which the resumed run will note again. Rank 0 only."""
+    """Write config.json, and remove all records after `step`. Rank 0 only.
+
+    The resumed run will write these records again.
+    """
     config.run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(config.run_dir / "config.json", config.to_json())
     for path in (
@@ -116,16 +127,16 @@ def claim(config: Config, step: int) -> None:
                 json.dumps(record) + "\n" for record in read_lines(path) if record["step"] <= step
             ),
         )
-    for scored in (config.run_dir / "evals").glob("[0-9]*"):
-        if int(scored.name) > step:
-            shutil.rmtree(scored)
+    for folder in (config.run_dir / "evals").glob("[0-9]*"):
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
 
 
 def noted(run_dir: Path, name: str) -> list[Path]:
-    """The files of all ranks in LEDGER or SKIPPED."""
+    """Return the files of all ranks in the folder LEDGER or SKIPPED."""
     return sorted((run_dir / name).glob("rank-*.jsonl"))
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict]:
-    """The records of metrics.jsonl."""
+    """Yield the records of metrics.jsonl."""
     return read_lines(run_dir / METRICS)

@@ -1,7 +1,10 @@
-"""W&B as a mirror of metrics.jsonl and evals/. The only module that imports wandb; its failures are said once and never stop a run.
+"""W&B as a mirror of metrics.jsonl and evals/.
 
-W&B lets a second writer of a run overwrite the first one's history (wandb/wandb#10349), in its shared mode too (#12269). One process
-at a time writes here: the training, and while it does not live whoever evaluates. What others score meanwhile, the training mirrors.
+This is the only module that imports wandb; its failures are printed once and never stop a run.
+
+W&B lets a second writer of a run overwrite the first one's history (wandb/wandb#10349), even in its
+shared mode (#12269). Therefore only one process at a time writes: the training, or, while no
+training is alive, an evaluation. The training mirrors the scores that others write meanwhile.
 """
 
 import contextlib
@@ -15,7 +18,9 @@ from retemper.pipeline.runs.eval_folder import mark_mirrored, unmirrored
 from retemper.pipeline.runs.leases import is_held, lease
 from retemper.pipeline.schema.run import Config
 
-_AXIS = "step"  # of all figures. W&B's own step never goes back to a checkpoint that was scored late, and drops what is given with a smaller one
+# The axis of all figures. W&B's own step never decreases, and values logged with a smaller one,
+# like those of a checkpoint that is scored late, are dropped.
+_AXIS = "step"
 _TRAINING, _MIRRORING = "training", "mirroring"  # leases
 _LEASE_SECONDS = 120
 _SECONDS_BETWEEN_SCORES = 60
@@ -36,7 +41,7 @@ class Tracker:
             self._guard(lambda: self._run.log(record))
 
     def scores(self) -> None:
-        """Add what was scored, here or elsewhere."""
+        """Log the scores that W&B does not have yet, of this process or of others."""
         if self._run is not None:
             self._guard(self._add_scores)
 
@@ -52,7 +57,8 @@ class Tracker:
         mode = config.track.wandb
         if mode == "online" and not wandb.login(prompt=False):
             print(
-                "W&B: nobody is logged in (`wandb login`); recording offline, `wandb sync` uploads it later",
+                "W&B: not logged in (see `wandb login`); recording offline, "
+                "`wandb sync` uploads the run later",
                 file=sys.stderr,
             )
             mode = "offline"
@@ -84,23 +90,23 @@ class Tracker:
     def _guard(self, call) -> None:
         try:
             call()
-        except Exception as error:  # whatever the network or the service does, training goes on
+        except Exception as error:  # no failure of the network or the service may stop training
             print(
-                f"W&B is left out from here on ({error}); metrics.jsonl has every record",
+                f"W&B logging disabled after an error ({error}); metrics.jsonl is complete",
                 file=sys.stderr,
             )
             self._run = None
 
 
 class TrainingTracker(Tracker):
-    """The tracker of the process that trains: of all that write to its W&B run, it comes first."""
+    """The tracker of the training process, which has precedence over all other writers."""
 
     def __init__(self, config: Config):
         self._leases = contextlib.ExitStack()
         self._scores_due = 0.0
         if config.track.wandb != "off":
             folder = _leases_of(config)
-            # A lease that is there is of the same training, which was killed.
+            # An existing lease belongs to the same training, which was killed.
             self._leases.enter_context(lease(folder, _TRAINING, _LEASE_SECONDS, take_over=True))
             deadline = time.monotonic() + _LEASE_SECONDS
             while is_held(folder, _MIRRORING, _LEASE_SECONDS) and time.monotonic() < deadline:
@@ -108,21 +114,21 @@ class TrainingTracker(Tracker):
         super().__init__(config)
 
     def log(self, record: dict) -> None:
-        """Mirror one record of metrics.jsonl, and every minute what was scored elsewhere."""
+        """Mirror one record of metrics.jsonl, and every minute the scores of other processes."""
         super().log(record)
         if time.monotonic() > self._scores_due:
             self.scores()
             self._scores_due = time.monotonic() + _SECONDS_BETWEEN_SCORES
 
     def close(self) -> None:
-        """Finish the W&B run, and leave it to others."""
+        """Finish the W&B run, and release its lease for other writers."""
         self.scores()
         super().close()
         self._leases.close()
 
 
 def mirror_scores(config: Config) -> None:
-    """Add to W&B what it does not have of evals/, unless another process is to."""
+    """Log to W&B the scores in evals/ that it lacks, unless another process will do so."""
     if config.track.wandb == "off" or not unmirrored(config.run_dir):
         return
     folder = _leases_of(config)

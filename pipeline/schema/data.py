@@ -1,4 +1,4 @@
-"""The keys of a corpus, and of what a run reads of it."""
+"""The config keys of a corpus, and of how a run reads corpora."""
 
 from typing import Annotated, Literal
 
@@ -8,160 +8,242 @@ from retemper.pipeline.schema.section import Name, PositiveInt, Section, Tokens
 
 
 class SourceConfig(Section):
-    """Where documents come from."""
+    """The source of the documents."""
 
     kind: Literal["rows", "text", "docstrings"] = Field(
-        description="rows: one document a row of jsonl (plain, .gz, .zst) or parquet; text: one a file; docstrings: one a Python module"
+        description=(
+            "rows: one document per row of jsonl (plain, .gz, .zst) or parquet; "
+            "text: one per file; docstrings: one per Python module."
+        )
     )
     path: str = Field(
-        description="a folder or file, also s3://, gs://, hf://datasets/OWNER/NAME/FOLDER; stdlib: this Python's standard library; package:NAME an installed package"
+        description=(
+            "Folder or file, also s3://, gs:// and hf://datasets/OWNER/NAME/FOLDER; "
+            "stdlib: the standard library of this Python; package:NAME: an installed package."
+        )
     )
     revision: str = Field(
         "main",
-        description="of a hub source: branch, tag or commit; the commit it stands for is pinned and recorded",
+        description=(
+            "Branch, tag or commit of a source on the Hugging Face hub. "
+            "The commit that it resolves to is pinned and recorded."
+        ),
     )
     glob: str | None = Field(
-        None, description="which files below a folder; by default what the kind's name says"
+        None,
+        description=(
+            "Pattern of the files to read in a folder. By default all files, "
+            "for kind=docstrings all Python files."
+        ),
     )
-    exclude: list[str] = Field(default=[], description="names of files and folders left out")
-    text_key: str = Field("text", description="the column of rows that is trained on")
+    exclude: list[str] = Field(default=[], description="Names of files and folders to exclude.")
+    text_key: str = Field("text", description="Column of the rows that contains the text.")
     prompt: str | None = Field(
         None,
-        description="instruction pairs: what stands before the text, without loss; {column} is replaced by that column of the row",
+        description=(
+            "Prompt of instruction pairs, put before the text and excluded from the loss. "
+            "{column} is replaced by that column of the row."
+        ),
     )
     metadata_keys: list[str] = Field(
-        default=[], description="columns that reports quote beside a document"
+        default=[], description="Columns that reports show beside a document."
     )
 
 
 class CleanConfig(Section):
-    """What is left out of a corpus; every rule counts what it dropped."""
+    """The filters of a corpus. Each filter counts the documents that it dropped."""
 
     min_chars: Annotated[int, Field(ge=1)] = Field(
-        1, description="shorter documents, surrounding whitespace aside, are dropped"
+        1,
+        description=(
+            "Minimum number of characters, without surrounding whitespace; "
+            "shorter documents are dropped."
+        ),
     )
     max_chars: PositiveInt | None = Field(
-        None, description="longer documents are dropped; null keeps any length"
+        None,
+        description=(
+            "Maximum number of characters; longer documents are dropped. null keeps any length."
+        ),
     )
-    nul_bytes: bool = Field(True, description="drop documents with NUL characters")
+    nul_bytes: bool = Field(True, description="Drop documents that contain NUL characters.")
     generated: bool = Field(
-        False, description="drop code that says in its first lines that a program wrote it"
+        False, description="Drop code whose first lines state that a program generated it."
     )
     minified: bool = Field(
-        False, description="drop code with lines longer than 1000 characters, or 100 on average"
+        False, description="Drop code with lines longer than 1000 characters, or 100 on average."
     )
-    duplicates: bool = Field(True, description="keep one of the documents with the same content")
+    duplicates: bool = Field(True, description="Keep one of the documents with the same content.")
     invalid_utf8: Literal["drop", "replace"] = Field(
-        "drop", description="replace puts U+FFFD where bytes are no UTF-8"
+        "drop",
+        description=(
+            "On invalid UTF-8: drop the document, or replace the invalid bytes by U+FFFD."
+        ),
     )
 
 
 class DecontaminateConfig(Section):
-    """Which evaluation problems must not be in the corpus: documents that share an n-gram of words with one are dropped."""
+    """The evaluation problems that must not be in the corpus.
+
+    Documents that share an n-gram of words with one of them are dropped.
+    """
 
     tasks: dict[str, str] = Field(
         min_length=1,
-        description="task name -> file or folder of its problems, jsonl or parquet, local or remote",
+        description=(
+            "Task name -> file or folder of its problems, jsonl or parquet, local or remote."
+        ),
     )
     ngram: Annotated[int, Field(ge=4, le=64)] = Field(
-        13, description="words, in lower case and without punctuation"
+        13, description="Number of words per n-gram, in lower case and without punctuation."
     )
 
 
 class SlurmConfig(Section):
-    """What sbatch is told."""
+    """The options of sbatch for tokenization jobs."""
 
-    partition: str
-    time: str = Field("24:00:00", description="limit of one job of the array")
-    mem_per_cpu_gb: PositiveInt = 4
+    partition: str = Field(description="Slurm partition of the jobs.")
+    time: str = Field("24:00:00", description="Time limit of one job of the array.")
+    mem_per_cpu_gb: PositiveInt = Field(4, description="Memory per CPU in GB.")
     sbatch_args: dict[str, str] = Field(
-        default={}, description="further options, as account: physics"
+        default={}, description="Further options of sbatch, e.g. {account: physics}."
     )
 
 
 class CorpusConfig(Section):
-    """One corpus: the documents it is made of and the folder of token shards it becomes."""
+    """One corpus: its documents and the folder of token shards that it is written to."""
 
-    name: Name
+    name: Name = Field(description="Name of the corpus.")
     path: str = Field(
-        description="folder of the token shards, also s3:// and gs://: written by `retemper tokenize`, read by training"
+        description=(
+            "Folder of the token shards, also s3:// and gs://: "
+            "written by `retemper tokenize`, read by training."
+        )
     )
     work_dir: str | None = Field(
         None,
-        description="where the folder NAME.partial of intermediate files stands until the end; by default beside path, for a remote path here",
+        description=(
+            "Location of the folder NAME.partial with intermediate files, which is removed at the "
+            "end. By default beside path; the current folder where path is remote."
+        ),
     )
     tokenizer: str = Field(
-        description="folder of a transformers fast tokenizer, or its hub name, as owner/name@revision"
+        description=(
+            "Folder of a transformers fast tokenizer, or its name on the hub, "
+            "e.g. owner/name@revision."
+        )
     )
-    bos: bool = Field(False, description="begin each document with the tokenizer's begin-of-text")
-    eos: bool = Field(True, description="end each document with the tokenizer's end-of-text")
-    seq_length: PositiveInt = Field(description="tokens per sample")
+    bos: bool = Field(
+        False, description="Begin each document with the tokenizer's begin-of-text token."
+    )
+    eos: bool = Field(True, description="End each document with the tokenizer's end-of-text token.")
+    seq_length: PositiveInt = Field(description="Tokens per sample.")
     packing: Literal["concat", "best_fit"] = Field(
         "concat",
-        description="concat: documents joined and cut at seq_length; best_fit: padded, no document cut unless it is longer",
+        description=(
+            "concat: documents are concatenated and cut at seq_length; "
+            "best_fit: samples are padded, and only documents longer than seq_length are cut."
+        ),
     )
     tokens: Tokens | None = Field(
-        None, description="training tokens, rounded down to whole samples; null takes all documents"
+        None,
+        description=(
+            "Number of training tokens, rounded down to whole samples. null uses all documents."
+        ),
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        17, description="of the order of documents, and so of the choice for `tokens`"
+        17,
+        description=(
+            "Seed of the order of documents, and so of the selection of documents for `tokens`."
+        ),
     )
-    source: SourceConfig
-    clean: CleanConfig = CleanConfig()
-    decontaminate: DecontaminateConfig | None = None
+    source: SourceConfig = Field(description="Source of the documents.")
+    clean: CleanConfig = Field(CleanConfig(), description="Filters for documents.")
+    decontaminate: DecontaminateConfig | None = Field(
+        None,
+        description=(
+            "Evaluation problems whose text is removed from the corpus. null removes nothing."
+        ),
+    )
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.02, description="documents kept out of training, chosen by content hash"
+        0.02,
+        description="Fraction of the documents held out from training, selected by content hash.",
     )
     near_duplicates: Literal["count", "drop", "keep"] = Field(
         "count",
-        description="training documents that are near-duplicates of held-out ones: "
-        "counted and named, dropped, or not looked for",
+        description=(
+            "Training documents that are near-duplicates of held-out ones: "
+            "count and list them, drop them, or keep them without a search."
+        ),
     )
-    compression: Literal["zstd"] | None = Field(None, description="of the shards")
+    compression: Literal["zstd"] | None = Field(
+        None, description="Compression of the shards. null stores them uncompressed."
+    )
     allow_broken_files: bool = Field(
-        False, description="keep what could be read of damaged files instead of stopping at the end"
+        False,
+        description=(
+            "Keep the readable part of damaged files, instead of failing after all files are read."
+        ),
     )
-    executor: Literal["local", "slurm", "ray"] = "local"
+    executor: Literal["local", "slurm", "ray"] = Field(
+        "local", description="Tokenize in local processes, in a Slurm job array, or on Ray."
+    )
     tasks: PositiveInt | None = Field(
-        None, description="processes that tokenize at once; null takes every core"
+        None, description="Number of parallel tokenization processes. null uses every core."
     )
-    slurm: SlurmConfig | None = None
+    slurm: SlurmConfig | None = Field(
+        None, description="Options of Slurm, required with executor=slurm."
+    )
 
 
 class StreamConfig(Section):
-    """A corpus mixed into the run's own."""
+    """A corpus that is mixed into the run's own corpus."""
 
-    path: str = Field(description="folder of its token shards, also s3:// and gs://")
-    fraction: float = Field(gt=0, lt=1, description="of all training samples")
+    path: str = Field(description="Folder of its token shards, also s3:// and gs://.")
+    fraction: float = Field(gt=0, lt=1, description="Fraction of all training samples.")
 
 
 class DataConfig(CorpusConfig):
-    """The corpus of a run, what is mixed into it, and how training reads them."""
+    """The corpus of a run, the corpora mixed into it, and how training reads them."""
 
     mixture: dict[Name, StreamConfig] = Field(
-        default={}, description="further corpora by name; the run's own corpus takes the rest"
+        default={},
+        description=(
+            "Further corpora by name; the run's own corpus makes up the rest of the samples."
+        ),
     )
     replay: StreamConfig | None = Field(
-        None, description="a corpus like what the base model knew, against forgetting"
+        None, description="Pretraining-like corpus to mix in, to reduce forgetting."
     )
     mixture_window: PositiveInt = Field(
-        100, description="samples over which every corpus comes exactly at its fraction"
+        100,
+        description="Window, in samples, in which every corpus occurs exactly at its fraction.",
     )
     mask_documents: bool = Field(
-        False, description="attention stays within a document, and positions begin anew in each"
+        False,
+        description=(
+            "Restrict attention to the tokens of the same document, "
+            "and restart positions at each document."
+        ),
     )
     cache_dir: str | None = Field(
         None,
-        description="folder of each node's own disk for shards fetched or unpacked, kept after the run; by default the run's folder",
+        description=(
+            "Folder on a local disk of each node for shards that are downloaded or decompressed; "
+            "they are kept after the run. By default in the run's folder."
+        ),
     )
     bad_shards: Literal["stop", "skip"] = Field(
         "stop",
-        description="what a shard means that is damaged at its source: the end of the run, or its samples left out and recorded",
+        description=(
+            "On a corrupt shard: stop the run, or skip its samples and record them. "
+            "A shard counts as corrupt if it is damaged at its source."
+        ),
     )
     allow_change: bool = Field(
         False,
-        description="let a run go on with other data than it began with; the switch is recorded",
+        description=("Allow an existing run to resume with other data; the change is recorded."),
     )
     ledger: bool = Field(
-        False, description="record the samples of every step, for `retemper data verify`"
+        False, description="Record the samples of every step, for `retemper data verify`."
     )

@@ -1,4 +1,4 @@
-"""The keys of what is measured at each milestone."""
+"""The config keys of the evaluations at each milestone."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,6 +6,7 @@ from pydantic import Field
 
 from retemper.pipeline.schema.section import Name, PositiveInt, Section
 
+# Tasks that can be read from evals.tasks_dir.
 TASKS_WITH_FILES = (
     "hellaswag",
     "arc_challenge",
@@ -13,39 +14,52 @@ TASKS_WITH_FILES = (
     "gsm8k",
     "humaneval",
     "mbpp",
-)  # that can be read from evals.tasks_dir
+)
 
 
 class TaskConfig(Section):
-    """How a task of lm-eval is run; what is null is as the task itself has it."""
+    """The settings of one lm-eval task; where a value is null, the task's default applies."""
 
     where: Literal["inline", "worker"] = Field(
         "inline",
-        description="inline: by the run itself, at its milestones; worker: by others, from committed checkpoints",
+        description=(
+            "inline: evaluated by the run itself at its milestones; "
+            "worker: evaluated by separate worker processes from committed checkpoints."
+        ),
     )
     shots: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="solved examples before each problem"
+        None, description="Number of solved examples before each problem."
     )
     limit: PositiveInt | None = Field(
-        None, description="problems, a choice that is the same for every run; null: all of them"
+        None,
+        description=(
+            "Number of problems; the selection is the same for every run. null uses all problems."
+        ),
     )
-    repeats: PositiveInt = Field(1, description="answers to each problem")
+    repeats: PositiveInt = Field(1, description="Number of answers generated per problem.")
     temperature: float | None = Field(
-        None, ge=0, description="of generated text; 0 takes the likeliest token"
+        None, ge=0, description="Sampling temperature; 0 is greedy decoding."
     )
     top_p: float | None = Field(
-        None, gt=0, le=1, description="tokens are drawn from the least set that holds this share"
+        None,
+        gt=0,
+        le=1,
+        description=(
+            "Nucleus sampling: sample from the smallest set of tokens with this total probability."
+        ),
     )
-    max_new_tokens: PositiveInt | None = Field(None, description="of one answer")
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="Maximum number of tokens of one answer."
+    )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What scores depend on."""
+        """The settings on which scores depend."""
         return self.model_dump(mode="json", exclude={"where"})
 
     @property
     def generation(self) -> dict[str, Any]:
-        """The settings of generation that are not the task's own, as lm-eval names them."""
+        """The generation settings that override the task's defaults, by lm-eval's names."""
         settings = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -56,34 +70,46 @@ class TaskConfig(Section):
 
 
 class EvalsConfig(Section):
-    """What is measured at each milestone."""
+    """The evaluations at each milestone."""
 
     heldout: dict[Name, str] = Field(
-        default={}, description="domain name -> token-shard folder, for bits per byte"
+        default={},
+        description="Domain name -> folder of token shards, on which bits per byte are measured.",
     )
     learned: list[Name] | None = Field(
         None,
-        description="the domains on which learning is measured, the others measure forgetting; "
-        "by default those of data.name and data.mixture, known by folder or name",
+        description=(
+            "Domains on which learning is measured; all others measure forgetting. By default the "
+            "domains of data.name and data.mixture, matched by folder or name."
+        ),
     )
-    max_samples: PositiveInt = Field(512, description="held-out samples read per domain")
-    micro_batch_size: PositiveInt = 16
-    tasks: dict[Name, TaskConfig] = Field(default={}, description="tasks by lm-eval's names")
+    max_samples: PositiveInt = Field(
+        512, description="Maximum number of held-out samples read per domain."
+    )
+    micro_batch_size: PositiveInt = Field(
+        16, description="Samples per forward pass of one rank during evaluation."
+    )
+    tasks: dict[Name, TaskConfig] = Field(
+        default={}, description="Tasks to evaluate, by their names in lm-eval."
+    )
     tasks_dir: str | None = Field(
-        None, description="folder of the tasks' files, read instead of the hub's datasets"
+        None, description="Folder with the tasks' files, read instead of the hub's datasets."
     )
 
     unsafe_code: bool = Field(
         False,
-        description="run generated programs where no sandbox can be had, with all that this user may do",
+        description=(
+            "Where no sandbox is available, run generated programs without one, "
+            "with all permissions of this user."
+        ),
     )
 
     @property
     def inline(self) -> list[str]:
-        """The tasks that the run itself scores."""
+        """The tasks that the run itself evaluates."""
         return [name for name, task in self.tasks.items() if task.where == "inline"]
 
     @property
     def of_workers(self) -> list[str]:
-        """The tasks that workers score."""
+        """The tasks that workers evaluate."""
         return [name for name, task in self.tasks.items() if task.where == "worker"]

@@ -1,4 +1,4 @@
-"""The keys of a model on its ranks: its shape, its method, its layout, its precision."""
+"""The config keys of a model on its ranks: shape, method, parallel layout and precision."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -9,112 +9,156 @@ from retemper.pipeline.schema.section import PositiveInt, Section
 
 
 class RopeScaling(Section):
-    """How rotary frequencies are stretched for longer sequences than the model was first trained on."""
+    """The scaling of rotary frequencies for sequences longer than in the first pretraining."""
 
     kind: Literal["linear", "llama3"] = Field(
-        description="linear: all divided by factor; llama3: the slow ones, as Llama 3.1 does"
+        description=(
+            "linear: all frequencies are divided by factor; "
+            "llama3: only the low ones, as in Llama 3.1."
+        )
     )
-    factor: float = Field(gt=0)
-    low_freq_factor: float = Field(1.0, gt=0)
-    high_freq_factor: float = Field(4.0, gt=0)
-    original_max_sequence_length: PositiveInt = 8192
+    factor: float = Field(gt=0, description="Divisor of the frequencies.")
+    low_freq_factor: float = Field(
+        1.0,
+        gt=0,
+        description=(
+            "llama3: frequencies with a wavelength longer than original_max_sequence_length "
+            "divided by this number are divided by factor."
+        ),
+    )
+    high_freq_factor: float = Field(
+        4.0,
+        gt=0,
+        description=(
+            "llama3: frequencies with a wavelength shorter than original_max_sequence_length "
+            "divided by this number stay as they are; those between are interpolated."
+        ),
+    )
+    original_max_sequence_length: PositiveInt = Field(
+        8192, description="llama3: the sequence length of the first pretraining."
+    )
 
 
 class ModelConfig(Section):
-    """A Llama-shaped decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention."""
+    """A Llama-style decoder: RMSNorm, SwiGLU, rotary embeddings, grouped-query attention."""
 
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    ffn_hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
+    num_layers: PositiveInt = Field(description="Number of transformer layers.")
+    hidden_size: PositiveInt = Field(description="Features of the hidden state.")
+    ffn_hidden_size: PositiveInt = Field(description="Features inside the feed-forward layers.")
+    num_attention_heads: PositiveInt = Field(description="Number of query heads.")
     num_query_groups: PositiveInt = Field(
-        description="key/value heads; equal to num_attention_heads without GQA"
+        description="Number of key/value heads; equal to num_attention_heads without GQA."
     )
     vocab_size: PositiveInt = Field(
-        description="of the tokenizer; padding for tensor parallelism is added on top"
+        description=(
+            "Vocabulary size of the tokenizer; padding for tensor parallelism is added to it."
+        )
     )
-    max_sequence_length: PositiveInt
+    max_sequence_length: PositiveInt = Field(description="Maximum number of tokens of a sequence.")
     head_size: PositiveInt | None = Field(
-        None, description="by default hidden_size / num_attention_heads"
+        None,
+        description="Features of one attention head. By default hidden_size / num_attention_heads.",
     )
     qkv_bias: bool = Field(
-        False, description="of the query, key and value projections, as Qwen 2 has it"
+        False, description="Add biases to the query, key and value projections, as in Qwen 2."
     )
     qk_norm: bool = Field(
-        False, description="RMSNorm of each head's query and key, as Qwen 3 has it"
+        False, description="Apply RMSNorm to the query and key of each head, as in Qwen 3."
     )
-    rotary_base: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    norm_epsilon: float = 1e-5
+    rotary_base: float = Field(10000.0, description="Base of the rotary embeddings (theta).")
+    rope_scaling: RopeScaling | None = Field(
+        None, description="Scaling of the rotary frequencies. null applies none."
+    )
+    norm_epsilon: float = Field(1e-5, description="Epsilon of RMSNorm.")
     init_std: float = Field(
         0.02,
-        description="of the normal initialisation; output projections get 1/sqrt(2 layers) of it",
+        description=(
+            "Standard deviation of the normal initialization; "
+            "that of output projections is divided by sqrt(2 × num_layers)."
+        ),
     )
-    tie_embeddings: bool = False
+    tie_embeddings: bool = Field(
+        False, description="Share the weights of the input embedding and the output layer."
+    )
 
     @property
     def kv_channels(self) -> int:
-        """Features of one head."""
+        """The number of features of one attention head."""
         return self.head_size or self.hidden_size // self.num_attention_heads
 
 
 LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
-_TARGETS: dict[str, list[LoraTarget]] = {
+_TARGET_GROUPS: dict[str, list[LoraTarget]] = {
     "attention": ["q", "k", "v", "o"],
     "mlp": ["gate", "up", "down"],
 }
 
 
-_TARGETS["all"] = _TARGETS["attention"] + _TARGETS["mlp"]
+_TARGET_GROUPS["all"] = _TARGET_GROUPS["attention"] + _TARGET_GROUPS["mlp"]
 
 
-def _listed(targets: Any) -> Any:
-    """all, attention and mlp as the layers that they are."""
+def _expand_targets(targets: Any) -> Any:
+    """Expand all, attention and mlp to the lists of layers that they stand for."""
     if isinstance(targets, str):
-        if targets not in _TARGETS:
+        if targets not in _TARGET_GROUPS:
             raise ValueError(
-                f"targets are all, attention, mlp, or a list as [q,v]; got {targets!r}"
+                f"targets must be all, attention, mlp, or a list as [q,v]; got {targets!r}"
             )
-        return _TARGETS[targets]
+        return _TARGET_GROUPS[targets]
     return targets
 
 
 class LoraConfig(Section):
-    """Canonical low-rank adapters, one A and B for each linear layer, as peft has them."""
+    """Low-rank adapters as in peft: one A and one B for each linear layer."""
 
-    rank: PositiveInt
+    rank: PositiveInt = Field(description="Rank of the adapters.")
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="the update is scaled by alpha / rank; left out, alpha is 2 × rank, as in the "
-        "paper, but with rslora it must be given",
+        description=(
+            "The update is scaled by alpha / rank. By default alpha is 2 × rank, as in the paper; "
+            "with rslora it is required."
+        ),
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Dropout probability of the adapters' input."
+    )
+    rslora: bool = Field(False, description="Scale the update by alpha / sqrt(rank) instead.")
     dora: bool = Field(
-        False, description="train the norm of each weight row apart from its direction"
+        False,
+        description="Train the norm of each weight row separately from its direction (DoRA).",
     )
     pissa: bool = Field(
-        False, description="begin with the principal part of each weight instead of zero"
+        False,
+        description=(
+            "Initialize the adapters from the principal components of each weight "
+            "instead of zero (PiSSA)."
+        ),
     )
     lr_ratio: float = Field(
-        1.0, ge=1, description="learning rate of B over that of A, as LoRA+ has it"
+        1.0, ge=1, description="Learning rate of B divided by that of A, as in LoRA+."
     )
-    targets: Annotated[list[LoraTarget], BeforeValidator(_listed)] = Field(
+    targets: Annotated[list[LoraTarget], BeforeValidator(_expand_targets)] = Field(
         min_length=1,
-        description="all, attention (q, k, v, o), mlp (gate, up, down), or a list of them, as [q,v]",
+        description=(
+            "Layers with adapters: all, attention (q, k, v, o), mlp (gate, up, down), "
+            "or a list of them, e.g. [q,v]."
+        ),
     )
     kernel: Literal["fused", "plain"] = Field(
         "fused",
-        description="fused: a frozen layer with its adapters is one function that adds the base's product onto theirs; plain: "
-        "each product and sum is an operation of its own. dropout, dora, pissa and parallel.overlap are always computed plainly",
+        description=(
+            "fused: a frozen layer and its adapters are one function, which adds the product of "
+            "the base to theirs; plain: each product and sum is a separate operation. "
+            "dropout, dora, pissa and parallel.overlap always use plain."
+        ),
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _alpha_of_rank(cls, values: Any) -> Any:
-        """Written down is the number, which stays what it was should the usual one change."""
+    def _default_alpha(cls, values: Any) -> Any:
+        """Set the default of alpha, so that stored configs keep it if the default changes later."""
         if not isinstance(values, dict) or values.get("alpha") is not None or values.get("rslora"):
             return values
         rank = values.get("rank")
@@ -122,104 +166,148 @@ class LoraConfig(Section):
 
 
 class MethodConfig(Section):
-    """Which weights train."""
+    """The method of training: full training or LoRA."""
 
-    name: Literal["full", "lora"]
-    lora: LoraConfig | None = None
+    name: Literal["full", "lora"] = Field(
+        description="full: train all weights; lora: train adapters on a frozen base."
+    )
+    lora: LoraConfig | None = Field(
+        None, description="Adapters, required with method.name=lora. null for full training."
+    )
 
 
 class ParallelConfig(Section):
-    """How one model and one batch are spread over ranks; world size is the product of the four sizes."""
+    """The distribution of a model and its batches over ranks.
 
-    tensor_parallel_size: PositiveInt = 1
-    pipeline_parallel_size: PositiveInt = 1
+    The world size is the product of the tensor, pipeline, context and data-parallel sizes.
+    """
+
+    tensor_parallel_size: PositiveInt = Field(
+        1, description="Number of ranks that share the weights of every layer."
+    )
+    pipeline_parallel_size: PositiveInt = Field(
+        1, description="Number of ranks over which the layers are distributed in stages."
+    )
     virtual_pipeline_parallel_size: PositiveInt = Field(
-        1, description="stages that each pipeline rank holds, interleaved for a shorter bubble"
+        1,
+        description=(
+            "Number of stages per pipeline rank, interleaved to reduce the pipeline bubble."
+        ),
     )
     context_parallel_size: PositiveInt = Field(
-        1, description="ranks that share the tokens of every sequence"
+        1, description="Number of ranks that share the tokens of every sequence."
     )
-    data_parallel_size: PositiveInt = 1
+    data_parallel_size: PositiveInt = Field(
+        1, description="Number of model replicas that share the samples of every batch."
+    )
     sequence_parallel: bool = Field(
         False,
-        description="tensor-parallel ranks share the tokens where they would repeat work: norms, residuals",
+        description=(
+            "Distribute tokens over tensor-parallel ranks where these would repeat work: "
+            "norms and residuals."
+        ),
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="activations computed again in the backward pass instead of kept: selective those of feed-forward layers, full all",
+        description=(
+            "Activations that are recomputed in the backward pass instead of stored. "
+            "selective: those of feed-forward layers; full: all."
+        ),
     )
     overlap: bool = Field(
         False,
-        description="gradients are reduced during the backward pass, weights gathered during the forward pass and, with virtual stages, "
-        "activations sent beside computation",
+        description=(
+            "Overlap communication with computation: reduce gradients during the backward pass, "
+            "gather weights during the forward pass and, with virtual stages, send activations "
+            "during computation."
+        ),
     )
     tensor_parallel_overlap: bool = Field(
         False,
-        description="tensor-parallel communication beside matrix multiplications; Transformer Engine's, with sequence_parallel",
+        description=(
+            "Overlap tensor-parallel communication with matrix multiplications. Requires "
+            "Transformer Engine and sequence_parallel."
+        ),
     )
 
     @property
     def model_parallel_size(self) -> int:
+        """The number of ranks that one replica of the model is distributed over."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
     @property
     def world_size(self) -> int:
+        """The number of ranks of the run."""
         return self.model_parallel_size * self.data_parallel_size
 
 
 class Fp8Config(Section):
-    """Of precisions in 8 bits, beside the recipe."""
+    """The settings of FP8 precisions, in addition to the recipe."""
 
     param_gather: bool = Field(
         False,
-        description="full training keeps and gathers its weights in FP8, beside float32 ones of the optimizer; a frozen base is always in FP8",
+        description=(
+            "In full training, store and gather weights in FP8, beside float32 weights in the "
+            "optimizer. A frozen base is always stored in FP8."
+        ),
     )
     bf16_layers: Annotated[int, Field(ge=0)] = Field(
-        0, description="of the first layers, and as many of the last, that stay in bf16"
+        0,
+        description=("Number of layers at the start, and as many at the end, that stay in bf16."),
     )
     keep_transposed: bool = Field(
         False,
-        description="with method=lora keep the transposed copy of each frozen weight, one more byte a weight, "
-        "instead of making it anew in every backward pass",
+        description=(
+            "With method=lora, store the transpose of each frozen weight, one more byte per "
+            "weight, instead of computing it in every backward pass."
+        ),
     )
     attention: bool = Field(
         False,
-        description="compute attention in FP8 too, with precision=fp8_tensorwise or fp8_delayed",
+        description=(
+            "Compute attention in FP8, too, with precision=fp8_tensorwise or fp8_delayed."
+        ),
     )
 
 
 class ModelSetup(Section):
-    """A model on its ranks: all that building it needs to know."""
+    """All settings that building a model on its ranks needs."""
 
-    model: ModelConfig
-    method: MethodConfig
-    parallel: ParallelConfig
+    model: ModelConfig = Field(description="Shape of the model.")
+    method: MethodConfig = Field(description="Training method.")
+    parallel: ParallelConfig = Field(description="Distribution over ranks.")
     precision: Literal[
         "fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "mxfp8"
     ] = Field(
         "bf16",
-        description="of computation; the 8-bit ones are Transformer Engine's recipes for the linear layers, the rest is bf16 there",
+        description=(
+            "Precision of computation. The 8-bit precisions are Transformer Engine's recipes for "
+            "the linear layers; everything else is then computed in bf16."
+        ),
     )
-    fp8: Fp8Config = Fp8Config()
+    fp8: Fp8Config = Field(Fp8Config(), description="Settings of the 8-bit precisions.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        17, description="of initial weights, data order and dropout"
+        17, description="Seed of initial weights, data order and dropout."
     )
 
     @property
     def fp8_recipe(self) -> Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None:
-        """How FP8 numbers are scaled, where they are computed with."""
+        """The scaling recipe of FP8 computation, or None for other precisions."""
         return (
             self.precision.removeprefix("fp8_") if self.precision not in ("fp32", "bf16") else None
         )
 
     @property
     def fp8_weights(self) -> bool:
-        """Whether weights of linear layers are held in FP8, and not in bf16."""
+        """Whether the weights of linear layers are stored in FP8 instead of bf16."""
         return self.fp8_recipe is not None and (self.fp8.param_gather or self.method.name == "lora")
 
     @property
     def fused_adapters(self) -> bool:
-        """Whether a frozen layer and its adapters are one function in training (model/adapted.py)."""
+        """Whether training computes a frozen layer and its adapters as one function.
+
+        The function is in model/adapted.py.
+        """
         lora = self.method.lora
         parallel = self.parallel
         if lora is None or lora.kernel == "plain":
@@ -229,15 +317,23 @@ class ModelSetup(Section):
 
     @property
     def padded_vocab_size(self) -> int:
-        """The vocabulary rounded up so that every rank's shard is equal: to a multiple of 128 wherever that suffices, so
-        that weights have one shape at every usual tensor-parallel size."""
+        """The vocabulary size, rounded up so that all ranks have shards of equal size.
+
+        It is a multiple of 128 wherever that suffices, so that weights have the same shape at
+        every usual tensor-parallel size.
+        """
         multiple = math.lcm(128, self.parallel.tensor_parallel_size)
         return math.ceil(self.model.vocab_size / multiple) * multiple
 
     @classmethod
     def of(cls, config: dict[str, Any], parallel: ParallelConfig, **changes: Any) -> "ModelSetup":
-        """The model of a dumped config in another layout."""
-        kept = {
-            name: config[name] for name in ModelSetup.model_fields if name in config
-        }  # fp8 came later than others
-        return cls(**kept | {"parallel": parallel} | changes)
+        """Return the setup of a dumped config's model in another parallel layout.
+
+        Args:
+            config: the dumped config.
+            parallel: the other layout.
+            **changes: further fields to replace.
+        """
+        # Configs from before fp8 was added do not have that key.
+        fields = {name: config[name] for name in ModelSetup.model_fields if name in config}
+        return cls(**fields | {"parallel": parallel} | changes)

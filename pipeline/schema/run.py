@@ -1,4 +1,4 @@
-"""The keys of a run: one strict schema, each field with what it means."""
+"""The config keys of a run: one strict schema, with a description of each field."""
 
 import json
 import math
@@ -22,70 +22,92 @@ from retemper.pipeline.schema.train import (
 
 
 class TrackConfig(Section):
-    """Where metrics are mirrored; runs/<study>/<name>/metrics.jsonl is always written."""
+    """The tracker that metrics are mirrored to.
 
-    wandb: Literal["offline", "online", "off"] = "offline"
-    project: str = "retemper"
+    The file runs/<study>/<name>/metrics.jsonl is always written.
+    """
+
+    wandb: Literal["offline", "online", "off"] = Field(
+        "offline",
+        description=(
+            "W&B mode. offline: record to the run's folder, to be uploaded by `wandb sync`; "
+            "online: upload during the run; off: do not record."
+        ),
+    )
+    project: str = Field("retemper", description="W&B project.")
 
 
 class Config(ModelSetup):
-    """One run."""
+    """The config of one run."""
 
-    study: Name = Field(description="the experiment this run belongs to; the W&B group")
-    name: Name = Field(description="of the run; its folder is runs_dir/study/name")
-    runs_dir: str = "runs"
+    study: Name = Field(
+        description="Name of the experiment that this run belongs to; also the W&B group."
+    )
+    name: Name = Field(description="Name of the run; its folder is runs_dir/study/name.")
+    runs_dir: str = Field("runs", description="Folder of all studies.")
     init_from: str | None = Field(
         None,
-        description="run folder whose checkpoint gives the initial weights: RUN for the newest at "
-        "the time this run begins, RUN@STEP for an older one. base.json records which one it was",
+        description=(
+            "Run folder with the checkpoint of the initial weights: RUN for the newest checkpoint "
+            "when this run begins, RUN@STEP for another one. base.json records which one it was."
+        ),
     )
     branch_of: str | None = Field(
         None,
-        description="run folder that this run goes on from, weights, optimizer and data, where its own cooldown begins",
+        description=(
+            "Run folder that this run continues, with weights, optimizer and data, "
+            "from the step at which its own cooldown begins."
+        ),
     )
-    data: DataConfig
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
-    train: TrainConfig
-    anomaly: AnomalyConfig
-    profile: ProfileConfig
-    checkpoint: CheckpointConfig
-    evals: EvalsConfig
-    track: TrackConfig
+    data: DataConfig = Field(description="Corpora and how they are read.")
+    optimizer: OptimizerConfig = Field(description="Optimizer.")
+    schedule: ScheduleConfig = Field(description="Learning-rate schedule.")
+    train: TrainConfig = Field(description="Length and batch sizes of training.")
+    anomaly: AnomalyConfig = Field(description="Handling of anomalous steps.")
+    profile: ProfileConfig = Field(description="Trace of some steps.")
+    checkpoint: CheckpointConfig = Field(description="Steps at which checkpoints are saved.")
+    evals: EvalsConfig = Field(description="Evaluations.")
+    track: TrackConfig = Field(description="Tracking of metrics.")
 
     @property
     def run_dir(self) -> Path:
+        """The folder of this run."""
         return Path(self.runs_dir, self.study, self.name)
 
     @property
     def tokens_per_step(self) -> int:
+        """The number of tokens of one optimizer step."""
         return self.train.global_batch_size * self.data.seq_length
 
     @property
     def steps(self) -> int:
+        """The number of whole optimizer steps of the run."""
         return self.train.tokens // self.tokens_per_step
 
     def logs_after(self, step: int) -> bool:
-        """Whether a step is reported: every few, and the last."""
+        """Return whether a step is logged: every log_every_steps-th step, and the last."""
         return step % self.train.log_every_steps == 0 or step == self.steps
 
     @property
     def cooldown_fraction(self) -> float:
-        """Of a trunk none: its branches cool down."""
+        """The fraction of the run that is its cooldown; 0 for a trunk, whose branches cool down."""
         return 0.0 if self.train.branches else self.schedule.cooldown_fraction
 
     def cooldown_begins(self, tokens: int) -> int:
-        """The step after which a run of so many tokens cools down."""
+        """Return the step after which a run of `tokens` tokens cools down."""
         return math.floor(tokens // self.tokens_per_step * (1 - self.schedule.cooldown_fraction))
 
     @property
     def branch_steps(self) -> list[int]:
-        """Steps whose checkpoints this run's branches go on from."""
+        """The steps of this run from whose checkpoints its branches continue."""
         return [self.cooldown_begins(tokens) for tokens in self.train.branches]
 
     @property
     def milestone_steps(self) -> list[int]:
-        """Steps after which a milestone's checkpoint is saved and evaluated; the last step is always one."""
+        """The steps after which a milestone's checkpoint is saved and evaluated.
+
+        The last step is always one of them.
+        """
         return sorted(
             {
                 min(max(1, tokens // self.tokens_per_step), self.steps)
@@ -96,7 +118,10 @@ class Config(ModelSetup):
 
     @property
     def saved_steps(self) -> set[int]:
-        """Steps after which a checkpoint is saved: milestones, beginnings of branches, and every few."""
+        """The steps after which a checkpoint is saved.
+
+        These are milestones, steps from which branches continue, and every save_every_steps-th.
+        """
         every = self.checkpoint.save_every_steps
         return {
             *self.milestone_steps,
@@ -105,4 +130,5 @@ class Config(ModelSetup):
         }
 
     def to_json(self) -> str:
+        """Return the config as indented JSON."""
         return json.dumps(self.model_dump(), indent=2)

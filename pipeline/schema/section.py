@@ -1,4 +1,4 @@
-"""What every section of the schema is made of."""
+"""The base class and the common types of all sections of the schema."""
 
 import re
 from typing import Annotated, Any
@@ -9,19 +9,30 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_tokens(value: Any) -> int:
-    """Read a token count: an integer, or a number with K, M, B or T (powers of 1000), as "0.25B"."""
+    """Parse a token count: an integer, or a number with K, M, B or T (powers of 1000).
+
+    Args:
+        value: an int, float or string, e.g. "0.25B".
+
+    Returns:
+        The number of tokens, rounded to an integer.
+
+    Raises:
+        ValueError: for any other value.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("a token count is an integer, or a number with K, M, B or T, as 0.25B")
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE]\+?[0-9]+)?)\s*([KMBT]?)\s*", str(value))
     if not match:
         raise ValueError(
-            f"{value!r} is no token count: write an integer, or a number with K, M, B or T, as 0.25B"
+            f"{value!r} is not a token count: "
+            "write an integer, or a number with K, M, B or T, as 0.25B"
         )
     return round(float(match[1]) * _UNITS[match[2]])
 
 
 def format_tokens(tokens: int) -> str:
-    """A token count as short as it can be written without loss: 250M, 1B, 81920."""
+    """Format a token count as short as possible without loss, as 250M, 1B or 81920."""
     unit = max((unit for unit, size in _UNITS.items() if tokens % size == 0), key=_UNITS.get)
     return f"{tokens // _UNITS[unit]}{unit}"
 
@@ -33,6 +44,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
+    """A section of the config: strictly typed, immutable, and without unknown keys."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
     )

@@ -1,4 +1,4 @@
-"""The keys of training: optimizer, schedule, length, anomalies, profile, checkpoints."""
+"""The config keys of training: optimizer, schedule, length, anomalies, profile, checkpoints."""
 
 from typing import Annotated, Literal
 
@@ -8,71 +8,120 @@ from retemper.pipeline.schema.section import Fraction, PositiveInt, Section, Tok
 
 
 class OptimizerConfig(Section):
-    """Biases and norms are not decayed."""
+    """The optimizer. Biases and norms have no weight decay."""
 
     name: Literal["adamw", "lion"] = Field(
-        description="a step multiplies weights, adamw: by 1 - lr × weight_decay; lion: by 1 - lr / peak × weight_decay, 1e-6 is not small there"
+        description=(
+            "Optimizer. Each step of adamw multiplies weights by 1 - lr × weight_decay, each step "
+            "of lion by 1 - lr / peak lr × weight_decay: weight decay is decoupled from the "
+            "learning rate for Lion; use much smaller values than for AdamW. 1e-6 is not small."
+        )
     )
-    lr: float = Field(gt=0, description="peak learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0, description="of adamw")
-    weight_decay: float = Field(0.0, ge=0)
-    clip_grad: float = Field(1.0, ge=0, description="global gradient norm; 0 switches clipping off")
+    lr: float = Field(gt=0, description="Peak learning rate.")
+    beta1: float = Field(
+        0.9,
+        ge=0,
+        lt=1,
+        description=(
+            "adamw: decay rate of the average of gradients; lion: weight of the momentum against "
+            "the gradient in an update."
+        ),
+    )
+    beta2: float = Field(
+        0.95,
+        ge=0,
+        lt=1,
+        description=(
+            "adamw: decay rate of the average of squared gradients; "
+            "lion: decay rate of the momentum."
+        ),
+    )
+    eps: float = Field(
+        1e-8, gt=0, description="Term added to the denominator for numerical stability (adamw)."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay; see name for its effect.")
+    clip_grad: float = Field(
+        1.0, ge=0, description="Maximum global gradient norm; 0 disables clipping."
+    )
 
 
 class ScheduleConfig(Section):
-    """The learning rate over tokens, after a linear warm-up from zero, which takes precedence over a cooldown.
+    """The learning rate as a function of tokens.
 
-    trapezoid: constant, then a linear cooldown; cosine: half a cosine; inverse_sqrt: peak × sqrt(warmup_tokens / tokens).
+    A linear warm-up from zero comes first and takes precedence over a cooldown. After it, the
+    learning rate is, for trapezoid: constant, then a linear cooldown; for cosine: half a cosine;
+    for inverse_sqrt: peak × sqrt(warmup_tokens / tokens).
     """
 
-    name: Literal["trapezoid", "cosine", "inverse_sqrt"]
-    warmup_tokens: Tokens
+    name: Literal["trapezoid", "cosine", "inverse_sqrt"] = Field(
+        description="Shape of the learning rate after warm-up."
+    )
+    warmup_tokens: Tokens = Field(description="Length of the linear warm-up in tokens.")
     cooldown_fraction: Fraction = Field(
-        0.2, description="of train.tokens; the last part of the trapezoid"
+        0.2, description="Fraction of train.tokens for the cooldown at the end of a trapezoid."
     )
     min_lr_ratio: Fraction = Field(
-        0.0, description="final, for inverse_sqrt least, learning rate as a fraction of the peak"
+        0.0,
+        description=(
+            "Final learning rate as a fraction of the peak; for inverse_sqrt the minimum."
+        ),
     )
 
 
 class TrainConfig(Section):
-    """The amount and shape of training."""
+    """The length of training and the size of its batches."""
 
-    tokens: Tokens = Field(description="length of the run; rounded down to whole steps")
-    global_batch_size: PositiveInt = Field(description="samples per optimizer step, over all ranks")
-    micro_batch_size: PositiveInt = Field(description="samples per forward pass of one rank")
-    log_every_steps: PositiveInt = 10
+    tokens: Tokens = Field(description="Length of the run in tokens, rounded down to whole steps.")
+    global_batch_size: PositiveInt = Field(
+        description="Samples per optimizer step, over all ranks."
+    )
+    micro_batch_size: PositiveInt = Field(description="Samples per forward pass of one rank.")
+    log_every_steps: PositiveInt = Field(10, description="Number of steps between log lines.")
     cuda_graph: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="record the kernels of one micro-batch once and replay them, so that the GPU does not wait for the host; "
-        "auto: LoRA on a GPU, where nothing but data parallelism, no recomputation and no dropout is asked for",
+        description=(
+            "Record the kernels of one micro-batch as a CUDA graph and replay it, so that the GPU "
+            "does not wait for the host. auto: only for LoRA on a GPU, with data parallelism "
+            "alone, without recomputation and without dropout."
+        ),
     )
     branches: list[Tokens] = Field(
         default=[],
-        description="milestones as the paper has them: this run's rate stays constant, and for each of these token counts a run of its own "
-        "goes on from this one's checkpoint where its cooldown begins (schedule.cooldown_fraction)",
+        description=(
+            "Milestones as in the paper: the learning rate of this run stays constant, and for "
+            "each of these token counts a separate run continues from the checkpoint of this one "
+            "at which its cooldown begins (schedule.cooldown_fraction)."
+        ),
     )
 
 
 class AnomalyConfig(Section):
-    """What becomes of a step whose loss or gradient norm is not finite, or leaps. It changes no weight and is never saved."""
+    """The handling of steps whose loss or gradient norm is not finite, or spikes.
+
+    Such a step changes no weight and is never saved.
+    """
 
     policy: Literal["stop", "rollback"] = Field(
         "stop",
-        description="rollback: go on from the newest checkpoint and leave the batch out, which left_out.jsonl in the run's folder records",
+        description=(
+            "stop: end the run; rollback: resume from the newest checkpoint and skip the batch, "
+            "which is recorded in left_out.jsonl in the run's folder."
+        ),
     )
     spike_deviations: float | None = Field(
         None,
         gt=0,
-        description="standard deviations above the mean of the last 100 steps that loss or gradient norm may lie; null: any",
+        description=(
+            "Maximum distance of loss or gradient norm above the mean of the last 100 steps, in "
+            "standard deviations. null allows any finite value."
+        ),
     )
     left_out_steps: PositiveInt = Field(
-        1, description="batches that a rollback leaves out, the last of them the one that leapt"
+        1, description="Number of batches that a rollback skips, up to and including the spike."
     )
     max_rollbacks: PositiveInt = Field(
-        10, description="over all restarts of the run; one more ends it"
+        10,
+        description=("Maximum number of rollbacks, counted across restarts; then the run fails."),
     )
 
 
@@ -80,14 +129,21 @@ class ProfileConfig(Section):
     """A trace of some steps of rank 0, for chrome://tracing or Perfetto."""
 
     steps: list[PositiveInt] | None = Field(
-        None, min_length=2, max_length=2, description="the first and the last step, as [10,12]"
+        None,
+        min_length=2,
+        max_length=2,
+        description="First and last step of the trace, e.g. [10,12]. null records none.",
     )
 
 
 class CheckpointConfig(Section):
-    """When the run is saved, beside its end."""
+    """The steps at which the run is saved, in addition to its last step."""
 
     save_every_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="for restarts; 0 saves at milestones only"
+        0,
+        description="Number of steps between checkpoints for restarts; 0 saves at milestones only.",
     )
-    milestones: list[Tokens] = Field(default=[], description="saved and evaluated")
+    milestones: list[Tokens] = Field(
+        default=[],
+        description="Token counts at which a checkpoint is saved and evaluated.",
+    )

@@ -1,4 +1,8 @@
-"""The demo: the whole line, small. Documents, tokenizer, shards, a base model, full and LoRA continuations, a report."""
+"""The demo: the whole pipeline at a small scale.
+
+It goes from documents, tokenizer and shards through a base model with full and LoRA continuations
+to a report.
+"""
 
 import time
 from pathlib import Path
@@ -17,7 +21,11 @@ _SAMPLED_PART = 8
 
 
 def run_demo(overrides: list[str]) -> int:
-    """Run or continue the demo; every finished stage is kept. Returns the exit code."""
+    """Run or continue the demo; every finished stage is kept.
+
+    Returns:
+        The exit code.
+    """
     started = time.perf_counter()
     commands = {name: [f"run=demo_{name}", *overrides] for name in ("base", "full", "lora")}
     runs = {name: load_config(command) for name, command in commands.items()}
@@ -29,7 +37,8 @@ def run_demo(overrides: list[str]) -> int:
             print(f"{name}: finished before ({config.run_dir})")
             continue
         _stage(
-            f"{name}: {config.steps} steps on {config.data.name}, {config.parallel.world_size} ranks"
+            f"{name}: {config.steps} steps on {config.data.name}, "
+            f"{config.parallel.world_size} ranks"
         )
         preflight(config)
         if code := run_here("retemper.pipeline.train", commands[name], config.parallel.world_size):
@@ -38,7 +47,8 @@ def run_demo(overrides: list[str]) -> int:
     page = write_report(study)
     results = read_study(study)
     print(
-        f"\n{format_table(table(results))}\n\n{chr(10).join(comparison(results))}\n\nreport: {page}  ({time.perf_counter() - started:.0f} s)"
+        f"\n{format_table(table(results))}\n\n{chr(10).join(comparison(results))}\n\n"
+        f"report: {page}  ({time.perf_counter() - started:.0f} s)"
     )
     return 0
 
@@ -71,7 +81,10 @@ def _train_tokenizer(runs: list[Config]) -> None:
 
 
 def _finished(config: Config) -> bool:
-    """Whether the run's last checkpoint stands, is scored, and was made from the data and base that stand now."""
+    """Return whether the run is complete and up to date.
+
+    Its last checkpoint must be committed, scored, and made from the present data and base.
+    """
     if config.steps not in committed_steps(
         config.run_dir
     ) or config.steps not in eval_folder.read_scores(config.run_dir):

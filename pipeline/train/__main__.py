@@ -1,4 +1,7 @@
-"""One rank of a training run: `torchrun --nproc-per-node 2 -m retemper.pipeline.train run=… key=value …`."""
+"""One rank of a training run.
+
+Started as `torchrun --nproc-per-node 2 -m retemper.pipeline.train run=… key=value …`.
+"""
 
 import sys
 from functools import partial
@@ -18,6 +21,6 @@ def main(overrides: list[str]) -> int:
     return run_rank(partial(load_config, overrides), work)
 
 
-# dist_checkpointing may start processes by spawn, which import this module again.
+# dist_checkpointing may spawn processes, which import this module again.
 if __name__ == "__main__":
     leave(main(sys.argv[1:]))

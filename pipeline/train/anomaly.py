@@ -1,4 +1,8 @@
-"""Steps that must not count: a loss or gradient norm that is not finite, or leaps out of those before it."""
+"""Detect and handle anomalous steps.
+
+A step is anomalous when its loss or gradient norm is not finite, or lies far above those of recent
+steps.
+"""
 
 import gc
 import math
@@ -14,31 +18,48 @@ from retemper.pipeline.files.jsonl import append_line, read_lines
 from retemper.pipeline.runs import run_folder
 from retemper.pipeline.schema.run import Config
 
-_WINDOW = 100  # steps whose mean and deviation the next one is held against
-_ENOUGH = 20  # of them at least
+_WINDOW = 100  # recent steps over which mean and standard deviation are taken
+_MIN_HISTORY = 20  # recent steps needed before a spike can be detected
 
 
 @dataclass(frozen=True)
 class Anomaly:
-    """What was seen of a step that changed no weight."""
+    """An anomalous step and the reason; the step has changed no weight."""
 
     step: int
     what: str
 
 
 class Unlabelled:
-    """Follows steps without a labelled token: over an epoch they are no accident, and the run ends."""
+    """The guard against data without labels.
+
+    Single steps without a labelled token are tolerated; a whole epoch of them ends the run.
+    """
 
     def __init__(self, config: Config, epochs: Callable[[int], dict[str, float]], samples: int):
-        """samples: consumed so far; epochs: stream -> how often it was read after so many samples."""
+        """Start counting at the current data position.
+
+        Args:
+            config: of the run.
+            epochs: maps a number of consumed samples to {stream: number of epochs read}.
+            samples: consumed so far.
+        """
         self._config = config
         self._epochs = epochs
         self._labelled_until = samples
 
     def check(self, step: int, samples: int, *, has_loss: bool) -> None:
-        """Take note of a step, after which `samples` are consumed. Every rank calls it.
+        """Record whether a step had a loss.
 
-        Raises UserError where every stream was read once, or more, since the last labelled token.
+        Args:
+            step: the step just done.
+            samples: consumed after that step.
+            has_loss: whether its global batch had a labelled token.
+
+        Raises:
+            UserError: every stream was read at least once since the last labelled token.
+
+        Collective: every rank must call this.
         """
         if has_loss:
             self._labelled_until = samples
@@ -48,43 +69,56 @@ class Unlabelled:
         if any(after[stream] - before[stream] < 1 for stream in after):
             return
         skips = self._config.data.bad_shards == "skip"
-        left_out = ", or left out with one of the bad shards named above" if skips else ""
+        skipped = ", or was skipped with one of the bad shards named above" if skips else ""
         raise UserError(
-            f"step {step}: an epoch of the data ({', '.join(after)}) has passed without one labelled "
-            f"token: all of it is prompt or padding{left_out}. There is no loss, and nothing is learned. "
-            f"`retemper data show` with this run's keys and step={step} shows the samples; tokenize text "
-            "to learn from, and begin a run with it under another name"
+            f"step {step}: an epoch of the data ({', '.join(after)}) has passed without one "
+            f"labelled token: all of it is prompt or padding{skipped}. There is no loss to train "
+            f"on. `retemper data show` with this run's keys and step={step} shows the samples; "
+            "tokenize text with labelled tokens, and start a run on it under another name"
         )
 
 
 def anomaly_in(config: Config, state: TrainState, name: str, value: float) -> Anomaly | None:
-    """Whether a loss or gradient norm of the step after `state` is one. The same on every rank, as the value is."""
+    """Return an anomaly if the loss or gradient norm of the step after `state` is anomalous.
+
+    The result is the same on every rank if `value` is.
+
+    Args:
+        config: of the run.
+        state: after the last step that counts.
+        name: "losses" or "grad_norms".
+        value: the loss or gradient norm of the step in progress.
+    """
     recent = getattr(state, f"recent_{name}")
     deviations = config.anomaly.spike_deviations
     label = {"losses": "loss", "grad_norms": "gradient norm"}[name]
     if not math.isfinite(value):
         return Anomaly(state.step + 1, f"the {label} is {value}")
-    if deviations and len(recent) >= _ENOUGH:
+    if deviations and len(recent) >= _MIN_HISTORY:
         mean = statistics.fmean(recent)
         deviation = statistics.pstdev(recent)
         if value > mean + deviations * deviation:
-            away = (value - mean) / deviation if deviation else math.inf
+            distance = (value - mean) / deviation if deviation else math.inf
             return Anomaly(
                 state.step + 1,
-                f"the {label} is {value:.4g}, {away:.1f} deviations above the mean {mean:.4g} of the last {len(recent)} steps",
+                f"the {label} is {value:.4g}, {distance:.1f} deviations above "
+                f"the mean {mean:.4g} of the last {len(recent)} steps",
             )
     return None
 
 
 def remember(state: TrainState, loss: float, grad_norm: float) -> None:
-    """Let a good step count among those that the next is held against."""
+    """Add a normal step to the history that later steps are compared with."""
     for recent, value in ((state.recent_losses, loss), (state.recent_grad_norms, grad_norm)):
         recent.append(value)
         del recent[:-_WINDOW]
 
 
 def left_out(config: Config) -> set[int]:
-    """The steps whose batches change no weight: those of rollbacks before. Every rank calls it."""
+    """Return the steps whose batches are skipped, as recorded by earlier rollbacks.
+
+    Collective: every rank must call this.
+    """
     return set(
         from_rank_zero(
             [record["step"] for record in read_lines(config.run_dir / run_folder.LEFT_OUT)]
@@ -93,19 +127,27 @@ def left_out(config: Config) -> set[int]:
 
 
 def roll_back(config: Config, topology: Topology, anomaly: Anomaly) -> None:
-    """Record which batches are left out from now on; training then begins anew from the newest checkpoint. Every rank calls it.
+    """Record the batches to skip, before training restarts from the newest checkpoint.
 
-    Raises UserError where the run is to stop instead.
+    Raises:
+        UserError: anomaly.policy=stop, or anomaly.max_rollbacks is reached.
+
+    Collective: every rank must call this.
     """
     path = config.run_dir / run_folder.LEFT_OUT
-    advice = f"step {anomaly.step}: {anomaly.what}. It changed no weight, and the checkpoints in {config.run_dir} are from before it. "
+    advice = (
+        f"step {anomaly.step}: {anomaly.what}. It changed no weight, "
+        f"and the checkpoints in {config.run_dir} are from before it. "
+    )
     if config.anomaly.policy == "stop":
         raise UserError(
-            f"{advice}anomaly.policy=rollback goes on from the newest and leaves the batch out; a lower optimizer.lr under another name begins anew"
+            f"{advice}Set anomaly.policy=rollback to continue from the newest checkpoint without "
+            "this batch, or start a run under another name with a lower optimizer.lr"
         )
     if len({record["rollback"] for record in read_lines(path)}) >= config.anomaly.max_rollbacks:
         raise UserError(
-            f"{advice}{path} has anomaly.max_rollbacks={config.anomaly.max_rollbacks} rollbacks already: what is wrong is not one batch"
+            f"{advice}{path} already has anomaly.max_rollbacks={config.anomaly.max_rollbacks} "
+            "rollbacks: the cause is not a single batch"
         )
     barrier()  # every rank has read the file
     if topology.rank == 0:
@@ -114,8 +156,9 @@ def roll_back(config: Config, topology: Topology, anomaly: Anomaly) -> None:
         ):
             append_line(path, {"step": step, "rollback": anomaly.step, "what": anomaly.what})
         print(
-            f"{config.study}/{config.name}: {anomaly.what} at step {anomaly.step}; back to the newest checkpoint, without that batch",
+            f"{config.study}/{config.name}: {anomaly.what} at step {anomaly.step}; "
+            "restarting from the newest checkpoint, skipping that batch",
             flush=True,
         )
     barrier()
-    gc.collect()  # the model before goes before the next one comes
+    gc.collect()  # free the old model before the next one is built

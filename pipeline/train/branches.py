@@ -1,7 +1,8 @@
-"""Milestones as runs of their own: each goes on from its trunk's checkpoint where its cooldown begins, and cools down to zero.
+"""Milestones as separate runs, called branches.
 
-"LoRA Learns Less and Forgets Less" (arXiv 2405.09673) has its milestones so. Within the warm-up there is no cooldown: warm-up takes
-precedence, as in the paper's code.
+Each branch starts from its trunk's checkpoint at the step where its cooldown begins, and cools down
+to zero. "LoRA Learns Less and Forgets Less" (arXiv 2405.09673) computes its milestones in this way.
+There is no cooldown within the warm-up: warm-up takes precedence, as in the paper's code.
 """
 
 from typing import Any
@@ -22,7 +23,18 @@ from retemper.pipeline.train.loop import train
 
 
 def train_with_branches(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> None:
-    """Train a run, and then what branches off it and is not complete yet. Every rank calls it."""
+    """Train a run, and then those of its branches that are not complete yet.
+
+    Args:
+        config: of the trunk.
+        topology: of this rank.
+        fingerprints: of the data, the tokenizer and the base.
+
+    Raises:
+        UserError: the folder of a branch belongs to another config.
+
+    Collective: every rank must call this.
+    """
     branches = branches_of(config)
     for branch in branches:
         run_folder.check(branch)
@@ -37,7 +49,7 @@ def train_with_branches(config: Config, topology: Topology, fingerprints: dict[s
 
 
 def is_complete(config: Config) -> bool:
-    """Whether the last checkpoint of a run stands and is scored."""
+    """Return whether the last checkpoint of a run is committed and scored."""
     scored = not config.evals.heldout or config.steps in eval_folder.read_scores(config.run_dir)
     return (
         config.steps in committed_steps(config.run_dir)
@@ -47,7 +59,11 @@ def is_complete(config: Config) -> bool:
 
 
 def introduction(config: Config) -> list[str]:
-    """The lines that a run prints before it trains: its scale of LoRA, its end, its measures."""
+    """Return the lines that a run prints before it trains.
+
+    They name the LoRA scaling factor; for a branch, how it ends and how it differs from its trunk;
+    and for a run that starts from a base, what learning and forgetting are measured on.
+    """
     lines = []
     if lora := config.method.lora:
         scale = f"{scale_of(lora):.6g}"

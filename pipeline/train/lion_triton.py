@@ -1,11 +1,11 @@
-"""Lion's step of one parameter as a single Triton kernel. Imported on CUDA only."""
+"""The Lion step of one parameter as a single Triton kernel. Imported on CUDA only."""
 
 import torch
 import triton
 import triton.language as tl
 
 _WARPS = 8
-_BLOCK = 2048  # elements of one program: two loads of 16 bytes a thread and tensor
+_BLOCK = 2048  # elements per program: two 16-byte loads per thread and tensor
 
 
 def lion_step(
@@ -17,10 +17,16 @@ def lion_step(
     beta1: float,
     beta2: float,
 ) -> None:
-    """What `plain_step` of lion.py does, for contiguous float32 tensors of one size.
+    """Apply `plain_step` of lion.py in one kernel, for contiguous float32 tensors of one size.
 
-    It moves 20 bytes an element where five kernels of the plain step move 52, and rounds products
-    and sums as those do, so that the results are equal. Raises ValueError for other tensors.
+    The kernel moves 20 bytes per element where the five kernels of the plain step move 52. It
+    rounds products and sums as they do, so that the results are equal.
+
+    Args:
+        p: see `plain_step`, as for the other arguments.
+
+    Raises:
+        ValueError: a tensor is not float32, not contiguous or of another size.
     """
     size = p.numel()
     for tensor in (p, grad, momentum):
@@ -46,27 +52,30 @@ def lion_step(
 
 @triton.jit
 def _lerp(start, end, weight):
-    """As torch has it (ATen/native/Lerp.h): from the nearer end, product and sum rounded once."""
-    apart = end - start
+    """Interpolate as torch does (ATen/native/Lerp.h).
+
+    It starts from the nearer end, and rounds product and sum once.
+    """
+    difference = end - start
     if weight < 0.5:
-        result = tl.fma(tl.full(apart.shape, weight, tl.float32), apart, start)
+        result = tl.fma(tl.full(difference.shape, weight, tl.float32), difference, start)
     else:
-        result = tl.fma(tl.full(apart.shape, weight - 1.0, tl.float32), apart, end)
+        result = tl.fma(tl.full(difference.shape, weight - 1.0, tl.float32), difference, end)
     return result
 
 
-# A kernel specialised on the learning rate would be compiled anew each step.
+# A kernel specialised on the learning rate would be compiled again at each step.
 @triton.jit(do_not_specialize=["kept", "lr", "weight1", "weight2"])
 def _lion_kernel(
     p_pointer, grad_pointer, momentum_pointer, size, kept, lr, weight1, weight2, BLOCK: tl.constexpr
 ):
-    # Offsets of 64 bits: the embedding of a large model has more than 2^31 elements.
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    within = at < size
-    p = tl.load(p_pointer + at, mask=within)
-    grad = tl.load(grad_pointer + at, mask=within)
-    momentum = tl.load(momentum_pointer + at, mask=within)
+    # 64-bit offsets: the embedding of a large model has more than 2^31 elements.
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    p = tl.load(p_pointer + offsets, mask=mask)
+    grad = tl.load(grad_pointer + offsets, mask=mask)
+    momentum = tl.load(momentum_pointer + offsets, mask=mask)
     direction = _lerp(momentum, grad, weight1)
     sign = (direction > 0).to(tl.float32) - (direction < 0).to(tl.float32)
-    tl.store(p_pointer + at, p * kept - lr * sign, mask=within)
-    tl.store(momentum_pointer + at, _lerp(momentum, grad, weight2), mask=within)
+    tl.store(p_pointer + offsets, p * kept - lr * sign, mask=mask)
+    tl.store(momentum_pointer + offsets, _lerp(momentum, grad, weight2), mask=mask)

@@ -1,4 +1,4 @@
-"""What rank 0 shows and records of a run: a progress bar, one line per logged step, metrics.jsonl, W&B."""
+"""The training log of rank 0: a progress bar, one line per logged step, metrics.jsonl and W&B."""
 
 import contextlib
 import re
@@ -25,7 +25,10 @@ from retemper.pipeline.train.step import StepResult
 
 
 class Log:
-    """Follows `state` and `batches`, which the loop moves on; does nothing unless enabled. A context manager."""
+    """A context manager that reports the progress of a run; does nothing unless enabled.
+
+    It reads `state` and `batches`, which the training loop advances.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,15 @@ class Log:
         *,
         enabled: bool,
     ):
+        """Write config.json, start the tracker and print the first lines.
+
+        Args:
+            config: of the run.
+            state: of the run, updated by the loop.
+            batches: the data of the run, advanced by the loop.
+            counts: the numbers of trainable and of frozen parameters.
+            enabled: on rank 0 only.
+        """
         self.config = config
         self.state = state
         self.batches = batches
@@ -46,7 +58,8 @@ class Log:
         self.tracker = TrainingTracker(config)
         label = f"{config.study}/{config.name}"
         print(
-            f"{label}: method={config.method.name}, {counts[0]:,} trainable and {counts[1]:,} frozen parameters, from step {state.step}",
+            f"{label}: method={config.method.name}, {counts[0]:,} trainable and "
+            f"{counts[1]:,} frozen parameters, from step {state.step}",
             flush=True,
         )
         graph = "; micro-batches replayed from a CUDA graph" if is_recorded(config) else ""
@@ -56,16 +69,17 @@ class Log:
         if state.data_changes and state.data_changes[-1]["step"] == state.step:
             print(
                 "\n".join(
-                    [f"{label}: other data from here on:", *state.data_changes[-1]["difference"]]
+                    [f"{label}: the data changes here:", *state.data_changes[-1]["difference"]]
                 ),
                 flush=True,
             )
         if state.step >= config.steps:
             print(
-                f"{label}: complete, {config.steps} steps; `retemper eval {config.run_dir}` scores what has no scores yet",
+                f"{label}: complete, {config.steps} steps; `retemper eval {config.run_dir}` "
+                "evaluates the checkpoints that have no scores yet",
                 flush=True,
             )
-        # disable=None: a bar on a terminal only.
+        # disable=None: show the bar on a terminal only.
         self.bar = tqdm(
             total=config.steps,
             initial=state.step,
@@ -76,15 +90,18 @@ class Log:
         )
         self.mark = state.step, state.seconds, batches.seconds_waited
         self.checkpoint_seconds = 0.0
-        self.warned = False  # of steps without a loss
+        self.warned = False  # about steps without a loss
 
     def step(self, result: StepResult | None) -> None:
-        """Count one step, and report it where a report is due; without a result its batch was left out."""
+        """Count one step, and report it where a report is due.
+
+        result: None where the batch of the step was skipped.
+        """
         if not self.enabled:
             return
         self.bar.update()
         if not result:
-            self.bar.write(f"step {self.state.step:>6}  left out ({run_folder.LEFT_OUT})")
+            self.bar.write(f"step {self.state.step:>6}  skipped ({run_folder.LEFT_OUT})")
             return
         if result.loss is None and not self.warned:
             self._warn_of_no_loss()
@@ -123,32 +140,34 @@ class Log:
     def _warn_of_no_loss(self) -> None:
         self.warned = True
         self.bar.write(
-            f"warning: step {self.state.step} has no labelled token: all of its batch is prompt, padding, "
-            "or left out with a bad shard. It has no loss, and further such steps are not mentioned. "
+            f"warning: step {self.state.step} has no labelled token: all of its batch is prompt, "
+            "padding, or skipped with a bad shard. It has no loss; further such steps are not "
+            "reported. "
             "`retemper data show` with this run's keys and "
             f"step={self.state.step} shows the samples"
         )
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Count the time that a save keeps the loop from going on, for the next record."""
+        """Measure for the next record how long a save blocks the loop."""
         started = time.perf_counter()
         yield
         if self.enabled:
             self.checkpoint_seconds += time.perf_counter() - started
 
     def scores(self, scores: Scores | None) -> None:
-        """Report the scores of this step, where it was scored now."""
+        """Report the scores of this step; None where it was not scored now."""
         if not self.enabled or not scores:
             return
         self.tracker.scores()
         self.bar.write(format_scores(self.state.step, scores))
 
     def stopped(self) -> None:
-        """Say that a signal ended the run, and where it goes on."""
+        """Report that a signal ended the run, and where it will continue."""
         if self.enabled:
             self.bar.write(
-                f"stopped by a signal; saved after step {self.state.step}, the same command goes on from there"
+                f"stopped by a signal; saved after step {self.state.step}, "
+                "the same command continues from there"
             )
 
     def __enter__(self) -> "Log":
@@ -161,9 +180,9 @@ class Log:
 
 
 def _utilisation(config: Config, tokens_per_second: float) -> dict[str, float]:
-    """What that rate is of the hardware; mfu where the peak of the GPU is known."""
+    """Return tokens per second and GPU, model FLOP/s of all ranks, and mfu if the GPU is known."""
     ranks = config.parallel.world_size
-    done = tokens_per_second * flops_per_token(
+    model_flops = tokens_per_second * flops_per_token(
         config.model, config.method.lora, config.data.seq_length
     )
     peak = peak_flops(
@@ -171,13 +190,16 @@ def _utilisation(config: Config, tokens_per_second: float) -> dict[str, float]:
     )
     figures = {
         "tokens_per_second_per_gpu": tokens_per_second / ranks,
-        "model_flops_per_second": done,
+        "model_flops_per_second": model_flops,
     }
-    return figures | ({"mfu": done / (ranks * peak)} if peak else {})
+    return figures | ({"mfu": model_flops / (ranks * peak)} if peak else {})
 
 
 def _peak_memory() -> int | None:
-    """Bytes that this rank held at most: its tensors on a GPU, elsewhere the process, where Linux says so."""
+    """Return this rank's peak memory in bytes.
+
+    On a GPU it is that of its tensors; elsewhere that of the process, or None without /proc.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

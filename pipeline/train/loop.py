@@ -25,9 +25,14 @@ from retemper.pipeline.train.step import train_step
 
 
 def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> None:
-    """Train until config.steps, from the newest checkpoint where there is one. Every rank calls it.
+    """Train until config.steps, from the newest checkpoint where there is one.
 
-    fingerprints: of the data and the base, kept in every checkpoint and checked on resume.
+    Args:
+        config: of the run.
+        topology: of this rank.
+        fingerprints: of the data and the base, stored in every checkpoint and checked on resume.
+
+    Collective: every rank must call this.
     """
     while anomaly := train_until_anomaly(config, topology, fingerprints):
         roll_back(config, topology, anomaly)
@@ -36,7 +41,18 @@ def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> N
 def train_until_anomaly(
     config: Config, topology: Topology, fingerprints: dict[str, Any]
 ) -> Anomaly | None:
-    """Train on, until the end, a signal to stop or a step that must not count, which is returned."""
+    """Train until the end, a stop signal or an anomalous step.
+
+    Args:
+        config: of the run.
+        topology: of this rank.
+        fingerprints: see `train`.
+
+    Returns:
+        The anomaly, or None where the run ended or was stopped.
+
+    Collective: every rank must call this.
+    """
     model = build_model(config, topology)
     optimizer = build_optimizer(config, model)
     schedule = build_schedule(config, optimizer)
@@ -44,7 +60,7 @@ def train_until_anomaly(
     state = checkpointer.restore()
     schedule.step(state.consumed_samples * config.data.seq_length)
     ledger = Ledger(config, topology)
-    without = left_out(config)
+    skipped_steps = left_out(config)
     saved_steps = config.saved_steps
     counts = parameter_counts(model, config.parallel.tensor_parallel_size)
     with (
@@ -59,16 +75,14 @@ def train_until_anomaly(
             base.record(config, fingerprints.get("base"))
         unlabelled = Unlabelled(config, batches.streams.epochs, state.samples_of_data)
         seed_step(config.seed, state.step, topology)
-        if state.step in (
-            0,
-            *config.milestone_steps,
-        ):  # the start of the run, or a milestone whose evaluation was cut short
+        # The start of the run, or a milestone whose evaluation was interrupted.
+        if state.step in (0, *config.milestone_steps):
             log.scores(evaluate(config, topology, model, state.step))
         while state.step < config.steps:
             started = time.perf_counter()
             seed_step(config.seed, state.step, topology)
             data = next(batches)
-            if state.step + 1 in without:
+            if state.step + 1 in skipped_steps:
                 result = None
                 schedule.step(config.tokens_per_step)
             else:
@@ -100,7 +114,7 @@ def train_until_anomaly(
 
 @contextlib.contextmanager
 def garbage_kept() -> Iterator[None]:
-    """Within it Python collects no garbage by itself, at moments when ranks, or the GPU, would wait for it."""
+    """Disable automatic garbage collection, for which the other ranks or the GPU would wait."""
     gc.disable()
     try:
         yield

@@ -1,4 +1,7 @@
-"""How large the weights of each kind are, and how far a step moved them: from the optimizer's float32 shards, without a copy of them."""
+"""Norms of the weights of each kind and of their last update.
+
+They are computed from the optimizer's float32 shards, without a copy of the shards.
+"""
 
 from collections.abc import Iterator
 
@@ -13,7 +16,7 @@ KINDS = ("embedding", "attention", "mlp", "norm", "head", "lora_A", "lora_B", "l
 
 
 def kind_of(name: str) -> str:
-    """Of a parameter, by its name."""
+    """Return which of KINDS a parameter is, by its name."""
     leaf = name.rpartition(".")[2]
     if leaf in KINDS:
         return leaf
@@ -32,9 +35,12 @@ _PARTS = {
 
 @torch.no_grad()
 def norms_of_step(model, optimizer: MegatronOptimizer) -> dict[str, float]:
-    """parameter_norm/KIND and update_norm/KIND (L2) of what trains, after the optimizer's step and before its rate moves on.
+    """Return parameter_norm/KIND and update_norm/KIND (L2) of the trainable parameters.
 
-    Every rank calls it, and gets the same.
+    Call it after the optimizer's step and before the learning rate changes. The result is the same
+    on every rank.
+
+    Collective: every rank must call this.
     """
     names = {parameter: name for stage in model for name, parameter in stage.named_parameters()}
     squares: dict[str, list[torch.Tensor]] = {kind: [] for kind in KINDS}
@@ -49,32 +55,40 @@ def norms_of_step(model, optimizer: MegatronOptimizer) -> dict[str, float]:
                 squares[kind_of(names[parameter])].append(
                     torch.stack([*lengths, lengths[0].new_ones(())]).square()
                 )
-    sums = torch.cat(
+    local_sums = torch.cat(
         [
-            torch.stack(of_kind).sum(0).cpu() if of_kind else torch.zeros(3)
-            for of_kind in squares.values()
+            torch.stack(triples).sum(0).cpu() if triples else torch.zeros(3)
+            for triples in squares.values()
         ]
     )
-    summed = torch.tensor(sum_over_ranks(sums.tolist())).view(-1, 3)
-    found = {kind: values for kind, values in zip(KINDS, summed.tolist(), strict=True) if values[2]}
+    # Per kind: sums of squares of the weights and of the update, and the number of shards.
+    sums = torch.tensor(sum_over_ranks(local_sums.tolist())).view(-1, 3)
+    present = {kind: values for kind, values in zip(KINDS, sums.tolist(), strict=True) if values[2]}
     return {
-        f"{what}_norm/{kind}": values[place] ** 0.5
-        for place, what in enumerate(("parameter", "update"))
-        for kind, values in found.items()
+        f"{quantity}_norm/{kind}": values[index] ** 0.5
+        for index, quantity in enumerate(("parameter", "update"))
+        for kind, values in present.items()
     }
 
 
 def _shards(part) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, dict]]:
-    """Each parameter of which this rank's distributed optimizer steps a part, that part in float32, and its options."""
+    """Yield each parameter of a distributed optimizer that has a shard on this rank.
+
+    Yields (parameter, its float32 shard, its parameter group).
+    """
     models = zip(part.model_fp32_groups, part.model_float16_groups, strict=True)
     shards = zip(part.shard_fp32_groups, part.shard_fp32_from_float16_groups, strict=True)
-    for group, of_model, of_shard in zip(part.optimizer.param_groups, models, shards, strict=True):
-        for parameter, shard in zip(sum(of_model, []), sum(of_shard, []), strict=True):
+    groups = zip(part.optimizer.param_groups, models, shards, strict=True)
+    for group, group_parameters, group_shards in groups:
+        for parameter, shard in zip(sum(group_parameters, []), sum(group_shards, []), strict=True):
             yield parameter, shard, group
 
 
 def _update(state: dict[str, torch.Tensor], shard: torch.Tensor, group: dict) -> torch.Tensor:
-    """What the step before took off a shard, from what it left behind: the optimizer's state, and of Lion the gradient."""
+    """Return what the last step subtracted from a shard.
+
+    It is reconstructed from the optimizer's state, and for Lion also from the gradient.
+    """
     beta1, beta2 = group["betas"]
     if "exp_avg_sq" in state:  # AdamW
         step = float(group.get("step", state.get("step")))
@@ -82,7 +96,7 @@ def _update(state: dict[str, torch.Tensor], shard: torch.Tensor, group: dict) ->
         direction = state["exp_avg"] / (1 - beta1**step) / root
         decay = group["lr"] * group["weight_decay"]
     else:  # lion.py
-        before = (state["exp_avg"] - (1 - beta2) * shard.grad) / beta2
-        direction = before.lerp(shard.grad, 1 - beta1).sign_()
+        momentum_before = (state["exp_avg"] - (1 - beta2) * shard.grad) / beta2
+        direction = momentum_before.lerp(shard.grad, 1 - beta1).sign_()
         decay = group["lr"] / group["max_lr"] * group["weight_decay"]
     return (group["lr"] * direction + decay * shard) / (1 - decay)

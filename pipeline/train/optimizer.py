@@ -1,4 +1,7 @@
-"""megatron-core's distributed optimizer and learning-rate schedule, from the config. The schedule counts tokens."""
+"""Build megatron-core's distributed optimizer and learning-rate schedule from the config.
+
+The schedule counts tokens.
+"""
 
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -14,7 +17,10 @@ from retemper.pipeline.train.lion import Lion
 
 
 def build_optimizer(config: Config, model) -> MegatronOptimizer:
-    """AdamW or Lion over the trainable parameters of a model's stages, its states sharded over data-parallel ranks."""
+    """Build AdamW or Lion over the trainable parameters of a model's stages.
+
+    The optimizer states are sharded over the data-parallel ranks.
+    """
     settings = config.optimizer
     megatron = OptimizerConfig(
         optimizer="adam",
@@ -46,17 +52,17 @@ def build_optimizer(config: Config, model) -> MegatronOptimizer:
 
 
 def _keep_own_rates(optimizer: MegatronOptimizer) -> None:
-    """Let a branch load its trunk's state at another rate, in place.
+    """Let a branch load its trunk's optimizer state without its learning rates. Works in place.
 
-    megatron-core 0.19 finds the saved group of a parameter by the group's rates, among other
-    things, and takes them over with it.
+    megatron-core 0.19 matches the saved parameter group to a parameter by the group's learning
+    rates, among other keys, and overwrites the rates with the saved ones.
     """
     load = optimizer.load_state_dict
 
     def load_at_own_rates(state: dict) -> None:
         own = {group["max_lr"]: group["min_lr"] for group in optimizer.param_groups}
         saved = state["optimizer"]["param_groups"]
-        # One peak, or with LoRA+ that of A and the higher one of B.
+        # One peak, or with LoRA+ two: that of A, and the higher one of B.
         peaks = dict(zip(sorted({group["max_lr"] for group in saved}), sorted(own), strict=True))
         for group in saved:
             peak = peaks[group["max_lr"]]
@@ -68,22 +74,25 @@ def _keep_own_rates(optimizer: MegatronOptimizer) -> None:
 
 
 def _replace_adam_with_lion(optimizer: MegatronOptimizer) -> None:
-    """Before the first step, in place.
+    """Replace Adam with Lion in a distributed optimizer, in place and before the first step.
 
-    Asked for Lion itself, megatron-core 0.19 leaves the distributed optimizer: each data-parallel rank then steps by gradients of
-    which only its own shard is reduced, and nothing says so. The distributed optimizer knows Lion's state, by the name in its config.
+    When configured for Lion, megatron-core 0.19 does not use the distributed optimizer: each
+    data-parallel rank then steps with gradients of which only its own shard is reduced, without any
+    warning. The distributed optimizer itself handles Lion's state, by the name in its config.
     """
     for part in optimizer.chained_optimizers:
         lion = Lion([{"params": []}], defaults={})
-        lion.param_groups = (
-            part.optimizer.param_groups
-        )  # as the distributed optimizer gives its shards to Adam: torch refuses views
+        # Assigned as the distributed optimizer does for Adam: torch's constructor refuses views.
+        lion.param_groups = part.optimizer.param_groups
         part.optimizer = lion
         part.config.optimizer = "lion"
 
 
 def build_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """The learning rate at a number of consumed tokens: `step(tokens)` moves on. A step uses the rate at its start."""
+    """Build the learning-rate schedule over consumed tokens.
+
+    `step(tokens)` of the schedule advances it. An optimizer step uses the rate at its start.
+    """
     settings = config.schedule
     total_tokens = config.steps * config.tokens_per_step
     peak, decay = config.optimizer.lr, config.optimizer.weight_decay

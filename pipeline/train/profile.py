@@ -1,4 +1,4 @@
-"""A trace of some steps, by torch's profiler."""
+"""A trace of selected steps, recorded by torch's profiler."""
 
 import contextlib
 
@@ -11,7 +11,13 @@ from retemper.pipeline.schema.run import Config
 
 @contextlib.contextmanager
 def profiler(config: Config, topology: Topology, steps_done: int):
-    """A function to call after every step; on rank 0, profile.steps are traced into the run's folder."""
+    """Yield a function to call after every step; rank 0 traces profile.steps into the run's folder.
+
+    Args:
+        config: of the run.
+        topology: of this rank.
+        steps_done: before the first call.
+    """
     if not config.profile.steps or topology.rank != 0 or steps_done >= config.profile.steps[0]:
         yield lambda: None
         return

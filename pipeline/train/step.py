@@ -16,23 +16,35 @@ from retemper.pipeline.train.norms import norms_of_step
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step measured, the same on every rank."""
+    """The measurements of one optimizer step, the same on every rank."""
 
-    loss: (
-        float | None
-    )  # nats per labelled token of the global batch; None where it has no such token
+    # Nats per labelled token of the global batch; None where it has no such token.
+    loss: float | None
     grad_norm: float  # before clipping
     lr: float
-    norms: dict[str, float]  # of weights and of their update, by kind, where they are logged
+    norms: dict[str, float]  # of weights and of their update, by kind; empty where not logged
 
 
 def train_step(
     config: Config, state: TrainState, passes: Passes, optimizer, schedule, batches: list[Batch]
 ) -> StepResult | Anomaly:
-    """Forward and backward over this rank's micro-batches, gradients reduced, one optimizer step.
+    """Run one step: forward and backward over micro-batches, gradient reduction, optimizer step.
 
-    Loss and gradient norm are looked at before it: an Anomaly has changed no weight. A batch without
-    a labelled token has gradients of zero and no loss; later steps are not held against it.
+    Loss and gradient norm are checked before the optimizer step. A batch without a labelled token
+    has zero gradients and no loss, and does not count in the history for anomaly detection.
+
+    Args:
+        config: of the run.
+        state: after the last step that counts; its recent losses and gradient norms are updated.
+        passes: the forward and backward passes of this rank's model stages.
+        optimizer: from `build_optimizer`.
+        schedule: from `build_schedule`; advanced by one step unless there is an anomaly.
+        batches: this rank's micro-batches of the step.
+
+    Returns:
+        The measurements, or the anomaly, in which case no weight has changed.
+
+    Collective: every rank must call this.
     """
     for stage in passes.model:
         stage.zero_grad_buffer()
@@ -41,10 +53,10 @@ def train_step(
     sums = [
         sum(output[key] for output in outputs).double() for key in ("loss", "tokens") if outputs
     ]
-    # The host waits for the norm, and has the loss by then.
+    # The host waits for the norm here; by then the loss is available.
     grad_norm = norm_of_gradients(optimizer)
     nats, tokens = from_last_stage(torch.stack(sums) if sums else torch.zeros(2))
-    # Without a labelled token the sum is 0, or no number where the model's output is none.
+    # Without a labelled token the sum is 0, or NaN where the model's output is NaN.
     if anomaly := anomaly_in(config, state, "losses", nats / max(tokens, 1)):
         return anomaly
     if anomaly := anomaly_in(config, state, "grad_norms", grad_norm):
@@ -61,13 +73,28 @@ def train_step(
 
 
 def norm_of_gradients(optimizer) -> float:
-    """Of the whole model's reduced gradients, before clipping: the first half of megatron-core's MegatronOptimizer.step."""
+    """Return the norm of the whole model's reduced gradients, before clipping.
+
+    This is the first half of megatron-core's MegatronOptimizer.step.
+
+    Collective: every rank must call this.
+    """
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
 def step_by_gradients(config: Config, optimizer, grad_norm: float) -> None:
-    """Clip by a norm that was looked at, and step: the other half."""
+    """Clip the gradients by a norm that was checked, and apply the optimizer step.
+
+    This is the second half of megatron-core's MegatronOptimizer.step.
+
+    Args:
+        config: of the run.
+        optimizer: from `build_optimizer`, after `norm_of_gradients`.
+        grad_norm: the norm that it returned.
+
+    Collective: every rank must call this.
+    """
     if config.optimizer.clip_grad:
         clip_grad_by_total_norm_fp32(
             optimizer.get_parameters(), config.optimizer.clip_grad, grad_norm

@@ -1,6 +1,8 @@
-"""One training step with torch's fused attention against megatron-core's DotProductAttention, in CPU-seconds.
+"""Time a training step with torch's fused attention and with megatron-core's DotProductAttention.
 
-python tests/bench/bench_attention.py [key=value …]      (one rank; interleaved; default: the demo's model)
+    python tests/bench/bench_attention.py [key=value …]
+
+The times are CPU-seconds on one rank, with interleaved runs. The default is the demo's model.
 """
 
 import statistics
@@ -63,10 +65,12 @@ def main(overrides: list[str]) -> None:
     ratios = sorted(megatron / fused for fused, megatron in pairs)
     np.testing.assert_allclose(losses["fused"], losses["megatron"], rtol=1e-4)
     print(
-        f"CPU-seconds a step: fused {statistics.median(p[0] for p in pairs) / STEPS:.3f}, megatron {statistics.median(p[1] for p in pairs) / STEPS:.3f}"
+        f"CPU-seconds a step: fused {statistics.median(p[0] for p in pairs) / STEPS:.3f}, "
+        f"megatron {statistics.median(p[1] for p in pairs) / STEPS:.3f}"
     )
     print(
-        f"megatron / fused: median {statistics.median(ratios):.2f} (min {ratios[0]:.2f}, max {ratios[-1]:.2f}) over {ROUNDS} interleaved rounds; equal losses"
+        f"megatron / fused: median {statistics.median(ratios):.2f} (min {ratios[0]:.2f}, "
+        f"max {ratios[-1]:.2f}) over {ROUNDS} interleaved rounds; equal losses"
     )
 
 

@@ -1,9 +1,14 @@
-"""The reader of training batches: samples/s beside streaming's own and a raw memmap, the first batch far into 20B tokens, waits.
+"""Measure the reader of training batches: throughput, restarts, ranks that share it, and waits.
 
-    python tests/bench/bench_data.py [reader] [resume] [peers] [waits]      (all by default; about five minutes)
+    python tests/bench/bench_data.py [reader] [resume] [peers] [waits]
 
-reader: 32,768 samples of 4096 tokens on this disk, one process, interleaved. resume: an index of 20B tokens whose shards
-are one and the same file. peers: two ranks that read the same micro-batch, or one that broadcasts it. waits: 100 steps of the demo's model, every step's wait for data.
+All parts run by default, which takes about five minutes.
+
+- reader: samples/s beside streaming's own reader and a raw memmap: 32,768 samples of 4096 tokens on
+  this disk, one process, interleaved.
+- resume: the first batch far into 20B tokens, from an index whose shards are one and the same file.
+- peers: two ranks that read the same micro-batch, or one that broadcasts it.
+- waits: 100 steps of the demo's model, and every step's wait for data.
 """
 
 import json
@@ -33,7 +38,10 @@ def main(parts: list[str]) -> None:
 
 
 def synthetic_corpus(path: Path, shards: int) -> None:
-    """A corpus in retemper's format: one shard of random tokens in documents of a thousand, under as many names as asked."""
+    """Write a corpus in retemper's format to `path`.
+
+    It is one shard of random tokens, in documents of a thousand tokens, under `shards` names.
+    """
     import hashlib
 
     from streaming import MDSWriter
@@ -175,7 +183,9 @@ def bench_reader(folder: Path, rounds: int = 5, steps: int = 12) -> None:
     median = {name: statistics.median(found) for name, found in rates.items()}
     for name, found in rates.items():
         print(
-            f"reader  {name:22} {median[name]:9,.0f} samples/s  (rounds {min(found):,.0f} to {max(found):,.0f}); retemper / it {median['retemper'] / median[name]:.2f}"
+            f"reader  {name:22} {median[name]:9,.0f} samples/s  "
+            f"(rounds {min(found):,.0f} to {max(found):,.0f}); "
+            f"retemper / it {median['retemper'] / median[name]:.2f}"
         )
 
 
@@ -188,7 +198,8 @@ from retemper.pipeline.data.reader import TrainingBatches
 config, rank = config_of(Path(sys.argv[2])), one_rank()
 started = time.perf_counter()
 next(TrainingBatches(config, rank, int(sys.argv[3]), 10))
-print(time.perf_counter() - started, int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 1024)
+print(time.perf_counter() - started, \
+int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) / 1024)
 import os; os._exit(0)
 """
 
@@ -210,7 +221,8 @@ def bench_resume(folder: Path) -> None:
             subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(),
         )
         print(
-            f"resume  first batch of {BATCH_SIZE} at sample {consumed:>10,}: {seconds:.1f} s, {peak:,.0f} MiB at most"
+            f"resume  first batch of {BATCH_SIZE} at sample {consumed:>10,}: {seconds:.1f} s, "
+            f"{peak:,.0f} MiB at most"
         )
 
 
@@ -225,7 +237,8 @@ from retemper.pipeline.data.batch import make_batches
 from retemper.pipeline.data.shards import TokenShards
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
-shards, rank, times = TokenShards(sys.argv[2], "train"), dist.get_rank(), {"read": [], "broadcast": []}
+shards, rank, times = TokenShards(sys.argv[2], "train"), dist.get_rank(), \
+{"read": [], "broadcast": []}
 batch = lambda ids: make_batches(shards.samples(ids), 8, mask_documents=False)[0]
 for step in range(220):
     ids = np.random.default_rng(step).integers(0, len(shards), 8)
@@ -267,7 +280,8 @@ def bench_peers(folder: Path) -> None:
     )
     read, broadcast = map(float, result.stdout.split())
     print(
-        f"peers   micro-batch of 8 on two ranks: read by both {read:.2f} ms, read by one and broadcast {broadcast:.2f} ms (with barriers)"
+        f"peers   micro-batch of 8 on two ranks: read by both {read:.2f} ms, "
+        f"read by one and broadcast {broadcast:.2f} ms (with barriers)"
     )
 
 
@@ -296,7 +310,8 @@ def bench_waits(folder: Path) -> None:
     )
     late = waits[-max(1, len(waits) // 100)]
     print(
-        f"waits   {len(waits)} steps: mean {statistics.mean(waits):.3%} of a step, p99 {late:.3%}, worst {waits[-1]:.3%}"
+        f"waits   {len(waits)} steps: mean {statistics.mean(waits):.3%} of a step, "
+        f"p99 {late:.3%}, worst {waits[-1]:.3%}"
     )
 
 

@@ -1,7 +1,9 @@
-"""Memory of an import and an export: what a rank needs beyond its imports, beside the size of its shard and of the model.
+"""Measure the memory of an import and of an export, in about four minutes.
 
-    python tests/bench/bench_exchange.py        (about four minutes)
+    python tests/bench/bench_exchange.py
 
+The figures are what a rank needs beyond its Python imports, beside the size of its shard and of the
+model.
 A random Llama of half a gigabyte, imported by one and by two ranks, exported by one.
 """
 
@@ -23,7 +25,8 @@ from retemper.pipeline.huggingface import verify
 from retemper.pipeline.huggingface.__main__ import exporting, importing
 verify.verify = lambda *_, **__: None  # it holds transformers' model, and runs on one rank
 verify.summary = lambda *_: ""
-def resident(): return int(open("/proc/self/status").read().partition("RssAnon:")[2].split()[0]) >> 10  # pages of mapped files can be dropped
+def resident(): return int(open("/proc/self/status").read().\
+partition("RssAnon:")[2].split()[0]) >> 10  # pages of mapped files can be dropped
 verb, options = sys.argv[2], json.loads(sys.argv[3])
 prepare, work = {"import": importing, "export": exporting}[verb](**options)
 setup, fingerprints = prepare()
@@ -61,7 +64,8 @@ def main() -> None:
                 options | {"overrides": [f"parallel.tensor_parallel_size={ranks}"]},
             )
             print(
-                f"import  {ranks} rank(s): at most {peaks} MiB more than before, a shard is {size // ranks} MiB"
+                f"import  {ranks} rank(s): at most {peaks} MiB more than before, "
+                f"a shard is {size // ranks} MiB"
             )
         options = {
             "run": str(folder / "base1"),
@@ -72,7 +76,8 @@ def main() -> None:
             "tokenizer": None,
         }
         print(
-            f"export  1 rank: at most {run(folder, 1, 'export', options)} MiB more than before (an output file holds up to 5 GB)"
+            f"export  1 rank: at most {run(folder, 1, 'export', options)} MiB more than before "
+            "(an output file holds up to 5 GB)"
         )
 
 
@@ -81,7 +86,8 @@ def make_model(folder: Path) -> None:
     import transformers
 
     config = transformers.LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=16, num_key_value_heads=16, vocab_size=4096
+        hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS,
+        num_attention_heads=16, num_key_value_heads=16, vocab_size=4096,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(

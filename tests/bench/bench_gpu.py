@@ -1,5 +1,4 @@
-"""What the benches on a GPU read: corpora of real text, and the commit that is measured where there
-is no git.
+"""Prepare what the GPU benches read: corpora of real text, and the measured commit without git.
 
     python tests/bench/bench_gpu.py corpora FOLDER    once, on any machine: FOLDER/long, ...
     python tests/bench/bench_gpu.py commit FILE       for a copy of the tree without git
@@ -68,7 +67,11 @@ def make_corpora(folder: Path) -> None:
 
 
 def of_source(folder: Path, name: str, rows: Path) -> list[str]:
-    """Overrides of the corpus as it is made. rows: the jsonl file of DOCUMENTS."""
+    """Return the overrides of a corpus as it is tokenized.
+
+    Args:
+        rows: the jsonl file of DOCUMENTS.
+    """
     asked = ["data=demo_code", f"data.name={name}", f"data.path={folder / name}"]
     asked += [f"data.tokenizer={folder / 'tokenizer'}", f"data.tokens={TOKENS[name]}"]
     asked += [
@@ -83,7 +86,7 @@ def of_source(folder: Path, name: str, rows: Path) -> list[str]:
 
 
 def functions() -> Iterator[str]:
-    """The source text of the standard library's functions of SHORTEST to LONGEST characters."""
+    """Yield the source of the standard library's functions of SHORTEST to LONGEST characters."""
     library = Path(sysconfig.get_path("stdlib"))
     excluded = {
         "site-packages",

@@ -1,9 +1,10 @@
-"""Tokens per CPU-second: our encode step and our whole job, beside tokenizers and datatrove's own DocumentTokenizer.
+"""Measure tokens per CPU-second of the encode step and the job, beside tokenizers and datatrove.
 
     python tests/bench/bench_tokenize.py [--megabytes 60] [--rounds 3] [--tokenizer FOLDER]
 
-One run, the contenders interleaved, on the same text: this Python's standard library and the installed packages' sources.
-CPU time is that of the whole process with its threads; imports are paid before.
+In one run the contenders are interleaved, on the same text: this Python's standard library and the
+sources of the installed packages. datatrove's contender is its own DocumentTokenizer. CPU time is
+that of the whole process with its threads; Python imports are not part of it.
 """
 
 import argparse
@@ -56,7 +57,8 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
     contenders = Contenders(folder, texts, arguments.tokenizer)
     expected = contenders.tokens()
     print(
-        f"{len(texts):,} documents, {sum(len(text.encode()) for text in texts) / 1e6:.0f} MB, {expected:,} tokens, {arguments.rounds} rounds"
+        f"{len(texts):,} documents, {sum(len(text.encode()) for text in texts) / 1e6:.0f} MB, "
+        f"{expected:,} tokens, {arguments.rounds} rounds"
     )
     seconds: dict[str, list[float]] = {name: [] for name in contenders.all}
     for _ in range(arguments.rounds):
@@ -77,12 +79,13 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
     ):
         ratios = [there / here for here, there in zip(seconds[name], seconds[other])]
         print(
-            f"{name} / {other}: {statistics.median(ratios):.2f} (wanted {wanted}; rounds {min(ratios):.2f} to {max(ratios):.2f})"
+            f"{name} / {other}: {statistics.median(ratios):.2f} "
+            f"(wanted {wanted}; rounds {min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 
 def collect(size: int) -> list[str]:
-    """Distinct Python files, about `size` bytes of them."""
+    """Return distinct Python files, about `size` bytes of them."""
     texts: dict[str, None] = {}
     total = 0
     for path in ("stdlib", f"{Path(np.__file__).parent.parent}"):
@@ -114,7 +117,7 @@ def config(folder: Path, path: str, **changes) -> DataConfig:
 
 
 class Contenders:
-    """What is timed: each prepares (unmeasured) and returns the call that is measured."""
+    """The contenders: each prepares (unmeasured) and returns the call that is measured."""
 
     def __init__(self, folder: Path, texts: list[str], tokenizer: str):
         self.folder, self.texts, self.tokenizer = folder, texts, tokenizer
@@ -132,7 +135,10 @@ class Contenders:
         }
 
     def tokens(self) -> int:
-        """The number of tokens, after every id of our encode step was compared with tokenizers'."""
+        """Return the number of tokens.
+
+        Every id of the encode step is compared with tokenizers' before.
+        """
         expected = self.backend.encode_batch(self.texts, add_special_tokens=False)
         eos = Tokenizer(self.tokenizer).eos_id
         for document, encoding in zip(self._encoded(), expected, strict=True):

@@ -1,8 +1,9 @@
-"""Peak memory of a tokenize worker over corpora of growing size: it must not grow with them.
+"""Measure the peak memory of a tokenize worker, which must not grow with the size of the corpus.
 
     python tests/bench/bench_tokenize_memory.py [--megabytes 50 100 200] [--tokenizer FOLDER]
 
-Real Python sources, repeated with a different first line to reach the size (distinct documents for dedup and order).
+The text is real Python sources, repeated with a different first line to reach the size (so that
+the documents are distinct to deduplication and order).
 """
 
 import argparse

@@ -1,10 +1,16 @@
-"""What the trainer costs: its step beside megatron-core's bare one, memory over 300 steps, the time to a first step, LoRA beside full.
+"""Measure what the trainer costs: its step, its memory, its start, and LoRA beside full training.
 
-    python tests/bench/bench_train.py [step] [memory] [start] [lora]      (all by default; about ten minutes)
+    python tests/bench/bench_train.py [step] [memory] [start] [lora]
 
-One rank, CPU-seconds, interleaved. step: the demo's model and data; the whole loop with reading, logging and ledger beside
-megatron-core's schedule and optimizer step on the same model and batch. start: a run until its first step is logged beside the imports of torch and
-megatron-core alone. lora: a model of 119M parameters, r=16, in turn with full training; and what their checkpoints take.
+All parts run by default, which takes about ten minutes. The times are CPU-seconds on one rank, with
+interleaved runs.
+
+- step: the whole loop with reading, logging and ledger, beside megatron-core's bare schedule and
+  optimizer step on the same model and batch; the demo's model and data.
+- memory: the growth over 300 steps.
+- start: a run until its first step is logged, beside the imports of torch and megatron-core alone.
+- lora: a model of 119M parameters, r=16, in turn with full training; and the size of their
+  checkpoints.
 """
 
 import ctypes
@@ -37,7 +43,7 @@ def main(parts: list[str]) -> None:
 
 
 def make_corpus(folder: Path) -> list[str]:
-    """The overrides of a run on the demo's corpus, tokenized here."""
+    """Tokenize the demo's corpus and return the overrides of a run on it."""
     from retemper.pipeline.config.compose import load_config
     from retemper.pipeline.study.demo import _prepare_data
 
@@ -53,13 +59,19 @@ def make_corpus(folder: Path) -> list[str]:
 
 
 class BareSteps:
-    """Runs megatron-core's own step a few times after every few of the loop's, on the loop's model and its last batch."""
+    """The counterpart of the loop's steps: megatron-core's own step, on the same model and batch.
+
+    It runs a few times after every few steps of the loop, on the loop's model and its last batch.
+    """
 
     def __init__(self):
         self.ours, self.bare, self.done = [], [], 0
 
     def watch(self, loop):
-        """Patches of the loop: what it builds and trains on is noted; its own calls stay as they are."""
+        """Return patches of `loop` that record what it builds and trains on.
+
+        The calls of the loop itself stay as they are.
+        """
         build_optimizer, train_step, asked_to_stop = (
             loop.build_optimizer,
             loop.train_step,
@@ -102,7 +114,8 @@ class BareSteps:
             stage.zero_grad_buffer()
             self.optimizer.zero_grad()
             get_forward_backward_func()(
-                forward_step_func=_forward_step, data_iterator=iter(self.batches), model=stage, num_microbatches=len(self.batches),
+                forward_step_func=_forward_step, data_iterator=iter(self.batches),
+                model=stage, num_microbatches=len(self.batches),
                 seq_length=shape[1], micro_batch_size=shape[0], forward_only=False,
             )  # fmt: skip
             self.optimizer.step()
@@ -126,9 +139,11 @@ def bench_step(folder: Path, asked: list[str]) -> None:
         ours / other for ours, other in zip(bare.ours[1:], bare.bare[1:], strict=True)
     )  # the first round warms up
     print(
-        f"step    {statistics.median(bare.ours[1:]) / STEPS_OF_ROUND:.3f} CPU-seconds, bare megatron-core "
-        f"{statistics.median(bare.bare[1:]) / STEPS_OF_ROUND:.3f}; ratio: median {statistics.median(ratios):.3f} "
-        f"(min {ratios[0]:.3f}, max {ratios[-1]:.3f}) over {len(ratios)} interleaved rounds of {STEPS_OF_ROUND}"
+        f"step    {statistics.median(bare.ours[1:]) / STEPS_OF_ROUND:.3f} CPU-seconds, "
+        f"bare megatron-core {statistics.median(bare.bare[1:]) / STEPS_OF_ROUND:.3f}; "
+        f"ratio: median {statistics.median(ratios):.3f} "
+        f"(min {ratios[0]:.3f}, max {ratios[-1]:.3f}) "
+        f"over {len(ratios)} interleaved rounds of {STEPS_OF_ROUND}"
     )
 
 
@@ -159,12 +174,16 @@ def bench_memory(folder: Path, asked: list[str]) -> None:
     # The least of some steps: the reader's thread may be holding a batch that is read ahead.
     before, after = min(held[400:425]), min(held[700:725])
     print(
-        f"memory  {before / 1024:.1f} MiB are held after 400 steps, {after / 1024:.1f} after 700: {after - before:+d} KiB in 300 steps"
+        f"memory  {before / 1024:.1f} MiB are held after 400 steps, {after / 1024:.1f} after 700: "
+        f"{after - before:+d} KiB in 300 steps"
     )
 
 
 def bench_start(folder: Path, asked: list[str]) -> None:
-    imports = "from retemper.pipeline.distributed import topology; topology.prepare_megatron(); import torch, megatron.core.models.gpt"
+    imports = (
+        "from retemper.pipeline.distributed import topology; topology.prepare_megatron(); "
+        "import torch, megatron.core.models.gpt"
+    )
     imports += (
         ", megatron.core.dist_checkpointing, megatron.core.distributed, megatron.core.optimizer"
     )
@@ -176,7 +195,7 @@ def bench_start(folder: Path, asked: list[str]) -> None:
     ]
 
     def to_first_step(name: str) -> float:
-        """Until its record is written, after 256 tokens."""
+        """Return the seconds until the first record is written, after 256 tokens."""
         started = time.time()
         wall(["-m", "retemper.pipeline.train", *asked, *small, f"name={name}"])
         return (folder / "runs" / "demo" / name / "metrics.jsonl").stat().st_mtime - started
@@ -184,8 +203,10 @@ def bench_start(folder: Path, asked: list[str]) -> None:
     pairs = [(to_first_step(f"start-{number}"), wall(["-c", imports])) for number in range(7)]
     over = sorted(run - imported for run, imported in pairs)
     print(
-        f"start   {statistics.median(run for run, _ in pairs):.1f} s until the first step is logged; "
-        f"{statistics.median(imported for _, imported in pairs):.1f} s of them imports of torch and megatron-core; "
+        f"start   {statistics.median(run for run, _ in pairs):.1f} s "
+        "until the first step is logged; "
+        f"{statistics.median(imported for _, imported in pairs):.1f} s "
+        "of them imports of torch and megatron-core; "
         f"beyond them {statistics.median(over):.1f} s (min {over[0]:.1f}, max {over[-1]:.1f})"
     )
 
@@ -226,8 +247,10 @@ def bench_lora(folder: Path, asked: list[str]) -> None:
         for name in methods
     }
     print(
-        f"lora    full {medians['full']:.2f} CPU-seconds a step, LoRA {medians['lora']:.2f}: {medians['full'] / medians['lora']:.2f} times; "
-        f"checkpoints {sizes['full'] / 2**20:.0f} and {sizes['lora'] / 2**20:.1f} MiB: {sizes['lora'] / sizes['full']:.2%}"
+        f"lora    full {medians['full']:.2f} CPU-seconds a step, LoRA {medians['lora']:.2f}: "
+        f"{medians['full'] / medians['lora']:.2f} times; "
+        f"checkpoints {sizes['full'] / 2**20:.0f} and {sizes['lora'] / 2**20:.1f} MiB: "
+        f"{sizes['lora'] / sizes['full']:.2%}"
     )
 
 
@@ -261,7 +284,10 @@ def wall(arguments: list[str]) -> float:
 
 
 def trim() -> None:
-    """Hand back what is free: what glibc keeps of it grows in jumps for a thousand steps, then no more (NOTES.md)."""
+    """Return free memory to the system.
+
+    What glibc keeps of it grows in jumps for a thousand steps, and then no more (NOTES.md).
+    """
     ctypes.CDLL(None).malloc_trim(0)
 
 

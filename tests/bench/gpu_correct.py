@@ -1,5 +1,6 @@
-"""What only a GPU shows of correctness, each check in a process of its own: tests, loss curves, and
-paths that must be equal.
+"""Check correctness on a GPU: tests, loss curves, and paths that must be equal.
+
+Each check runs in a separate process.
 
 tests: `pytest -m gpu` of each selection. curve: a model of 85M parameters on real text, 300 steps;
 FP8 beside bf16, and bf16 on two more orders of the data from the same initial weights, which say
@@ -67,9 +68,7 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Check:
-    """A command that is run for its result: pytest's, or a run of this script that writes
-    losses.
-    """
+    """A command that is run for its result: pytest, or a run of this script that writes losses."""
 
     name: str
     command: tuple[str, ...]
@@ -100,7 +99,7 @@ def main() -> None:
 
 
 def all_checks(asked: argparse.Namespace) -> list[Check]:
-    """In the order of their importance."""
+    """Return all checks, the most important first."""
     precisions = ("fp32",) if asked.tiny else ("bf16", "fp8_tensorwise")
     marked = "not gpu" if asked.tiny else "gpu"
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked)
@@ -115,7 +114,7 @@ def all_checks(asked: argparse.Namespace) -> list[Check]:
 
 
 def run(asked: argparse.Namespace, checks: list[Check]) -> None:
-    """Some checks at once, each recorded when it ends, and what they say together."""
+    """Run several checks at once, record each when it ends, and then their comparison."""
     deadline = time.monotonic() + asked.seconds
     results = Results(asked.out)
     commit = commit_here(asked.commit_file)
@@ -131,7 +130,7 @@ def run(asked: argparse.Namespace, checks: list[Check]) -> None:
 
 
 def one(check: Check, deadline: float) -> dict:
-    """The record of a check: "losses", "passed" and "said" for tests, or "error"."""
+    """Run a check and return its record: "losses", "passed" and "said" for tests, or "error"."""
     seconds = min(check.seconds, deadline - time.monotonic())
     if seconds < 5:
         return {"error": "no time was left"}
@@ -152,8 +151,9 @@ def one(check: Check, deadline: float) -> dict:
 
 
 def _run(command: list[str], seconds: float, output: Path) -> tuple[int | None, str]:
-    """Exit status, None where it took longer, and what the command said. Ranks that it started end
-    with it.
+    """Run a command and return its exit status and output.
+
+    The status is None after a timeout. Ranks that the command started end with it.
     """
     with open(output, "w") as file:
         process = subprocess.Popen(
@@ -177,8 +177,9 @@ def _in_short(record: dict) -> str:
 
 
 def write_losses(name: str, file: Path, asked: argparse.Namespace) -> None:
-    """In a process of its own: the losses of a curve, or of each variant of the first steps, those
-    that fail with their error.
+    """Write the losses of a curve, or of each variant of the first steps.
+
+    This runs in a separate process. A variant that fails is recorded with its error.
     """
     record: dict = {"machine": machine()}
     if name in CURVES:
@@ -200,8 +201,9 @@ def write_losses(name: str, file: Path, asked: argparse.Namespace) -> None:
 
 
 def losses(asked: tuple[str, ...], steps: int, arguments: argparse.Namespace) -> list[float]:
-    """Of so many steps of the small model, from the weights of INITIAL_SEED whatever `seed` orders
-    the data.
+    """Return the losses of the first steps of the small model.
+
+    The initial weights are those of INITIAL_SEED, whatever `seed` orders the data.
     """
     from retemper.pipeline.distributed import topology
 
@@ -220,9 +222,10 @@ def losses(asked: tuple[str, ...], steps: int, arguments: argparse.Namespace) ->
 
 
 def compare(parts: dict) -> dict:
-    """Largest relative differences: of curves from bf16's in means of MEAN steps, among bf16's own
-    orders of the data, and of pairs over the first steps; only of what ran. A pair is compared
-    step by step.
+    """Return the largest relative differences of all parts that ran.
+
+    Curves are compared with bf16's in means of MEAN steps, as are bf16's own orders of the data
+    with each other; pairs are compared step by step over the first steps.
     """
     curves = {
         name: smooth(part["losses"])
@@ -253,12 +256,12 @@ def compare(parts: dict) -> dict:
 
 
 def largest_difference(losses: list[float], others: list[float]) -> float:
-    """Relative to the others, which are as many."""
+    """Return the largest difference relative to `others`, which has the same length."""
     return max(abs(loss / other - 1) for loss, other in zip(losses, others, strict=True))
 
 
 def smooth(losses: list[float], steps: int = MEAN) -> list[float]:
-    """Means of so many steps, one for each place they can begin at."""
+    """Return the moving means over `steps` losses."""
     return [
         statistics.fmean(losses[start : start + steps]) for start in range(len(losses) - steps + 1)
     ]

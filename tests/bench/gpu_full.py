@@ -1,5 +1,6 @@
-"""Full training on one GPU of 140 GB: Llama-2-7B's shape with Lion, samples of 4096 tokens, whole
-steps of the training loop.
+"""Measure full training on one GPU of 140 GB, in whole steps of the training loop.
+
+The model has Llama-2-7B's shape, the optimizer is Lion, and samples have 4096 tokens.
 
 With 80 GB: --set model.num_layers=16.
 """
@@ -22,7 +23,7 @@ FULL = (
 
 
 def parts() -> list[Part]:
-    """In the order of their importance."""
+    """Return the parts, the most important first."""
     asked = {
         "full-bf16-graph": ("precision=bf16", "train.cuda_graph=on"),
         "full-fp8_tensorwise-graph": ("precision=fp8_tensorwise", "train.cuda_graph=on"),

@@ -1,5 +1,6 @@
-"""LoRA on one GPU: a model of Llama-2-7B's shape, random weights, samples of 4096 tokens, whole
-steps of the training loop.
+"""Measure LoRA on one GPU, in whole steps of the training loop.
+
+The model has Llama-2-7B's shape and random weights, and samples have 4096 tokens.
 
 Each part by precision, kernel of the adapters (method.lora.kernel), with a CUDA graph or eager, and
 size of its micro-batches. lora-nemo is the workload of NeMo 24.12's published 24,824 tokens/s a
@@ -35,7 +36,11 @@ def part(
     more=(),
     corpus="long",
 ) -> Part:
-    """more: further overrides."""
+    """Return a part.
+
+    Args:
+        more: further overrides.
+    """
     asked = (
         *LORA,
         f"precision={precision}",
@@ -46,7 +51,7 @@ def part(
 
 
 def parts() -> list[Part]:
-    """In the order of their importance."""
+    """Return the parts, the most important first."""
     paths = (("fused", "on"), ("plain", "off"), ("fused", "off"), ("plain", "on"))
     named = {"on": "graph", "off": "eager"}
     precisions = ("fp8_tensorwise", "bf16")

@@ -1,5 +1,6 @@
-"""What a measurement stands on: the machine and its libraries, the commit, and the GPU's clock and
-power while it ran.
+"""Describe the conditions of a measurement.
+
+They are the machine and its libraries, the commit, and the GPU's clock and power during the run.
 """
 
 import contextlib
@@ -17,8 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def commit_of_tree() -> dict:
-    """The checkout's commit, and whether files differ from it, results of benches aside. Raises
-    where this is no checkout.
+    """Return the checkout's commit, and whether files differ from it, except results of benches.
+
+    Raises an error outside a checkout.
     """
     commit = _git("rev-parse", "HEAD")
     return {
@@ -28,8 +30,10 @@ def commit_of_tree() -> dict:
 
 
 def commit_here(file: Path | None = None) -> dict:
-    """What `file` holds of the commit, where it is given: a copy of the tree may have another
-    history. Else commit_of_tree; else $GIT_COMMIT, whose tree nobody compared.
+    """Return the measured commit, and whether the tree was clean.
+
+    It is what `file` records, if given, because a copy of the tree may have another history.
+    Without it, it is commit_of_tree, or else $GIT_COMMIT, which was not compared with the tree.
     """
     if file:
         read = json.loads(file.read_text())
@@ -46,8 +50,9 @@ def _git(*arguments: str) -> str:
 
 
 def machine() -> dict:
-    """The GPU, the versions of what computes, None for what is not here, and the environment of a
-    run on one GPU, which is set first: to be called before anything starts CUDA.
+    """Return the GPU, the versions of the libraries, and the environment of a run on one GPU.
+
+    A missing library is None. This sets the environment first: call it before anything starts CUDA.
     """
     from importlib.metadata import version
 
@@ -76,15 +81,19 @@ def machine() -> dict:
 
 
 def _cudnn_version() -> int | None:
-    """Of the library that this process uses: torch's own function refuses to tell where it is not the bundled one."""
+    """Return the version of the cuDNN library that this process uses, None without one.
+
+    torch's own function raises an error if that library is not the bundled one.
+    """
     with contextlib.suppress(OSError):
         return ctypes.CDLL("libcudnn.so.9").cudnnGetVersion()
     return None
 
 
 class Sensors:
-    """SM clock and power draw of the first GPU, read by nvidia-smi five times a second; nothing
-    where that is not to be had.
+    """The SM clock and power draw of the first GPU, which nvidia-smi reads five times a second.
+
+    Without nvidia-smi there are no samples.
     """
 
     _QUERY = (
@@ -117,8 +126,9 @@ class Sensors:
             self._samples.append((when, clock, power))
 
     def between(self, start: float, end: float) -> dict:
-        """Median MHz and W of the samples between two readings of time.perf_counter; None of each
-        where there are none.
+        """Return the median MHz and W of the samples between two readings of time.perf_counter.
+
+        Both are None without samples.
         """
         within = [sample for sample in list(self._samples) if start <= sample[0] <= end]
         if not within:

@@ -1,5 +1,6 @@
-"""One part of a bench, measured in this process: some whole steps of the training loop on random
-weights, without checkpoints.
+"""Measure one part of a bench in this process.
+
+A part is some whole steps of the training loop on random weights, without checkpoints.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from gpu_machine import Sensors
 
 @dataclass(frozen=True)
 class Part:
-    """A measurement by its name. Parts of one script differ in what they ask for."""
+    """A named measurement. The parts of one script differ in their overrides."""
 
     name: str
     asked: tuple[str, ...]  # overrides of the config, without those of the corpus
@@ -28,9 +29,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Steps:
-    """How many steps of a part warm up, and how many are timed after them; a traced one may
-    follow.
-    """
+    """The numbers of warm-up steps and of timed steps of a part; a traced one may follow."""
 
     warm_up: int
     timed: int
@@ -58,13 +57,11 @@ _TINY = (
 
 
 class Done(Exception):
-    """The last step that was wanted has been taken."""
+    """The last step of the measurement has been taken."""
 
 
 class Watch:
-    """Takes the time at the end of each step, traces the last one if asked to, and ends the run
-    after it.
-    """
+    """The hook that times each step, traces the last one if required, and ends the run after it."""
 
     def __init__(self, steps: int, trace_to: Path | None = None):
         self.steps = steps
@@ -75,7 +72,7 @@ class Watch:
         self._profile = None
 
     def after_step(self, loss: float) -> None:
-        """Raises Done after the last step."""
+        """Record the end of a step; raise Done after the last one."""
         import torch
 
         if torch.cuda.is_available():
@@ -104,13 +101,14 @@ class Watch:
         self._profile.start()
 
     def milliseconds(self) -> list[float]:
-        """Of each step after the first, from the end of the one before."""
+        """Return the duration of each step after the first, from the end of the one before."""
         return [1000 * (end - start) for start, end in zip(self.ends, self.ends[1:])]
 
 
 def overrides(part: Part, corpora: Path, steps: int, *, tiny: bool) -> list[str]:
-    """Of a config that trains at least so many steps, one more than is taken: the run's last step
-    would be saved and scored.
+    """Return the overrides of a config that trains at least one step more than `steps`.
+
+    The last step of the run would be saved and scored.
     """
     corpus = "short" if tiny and part.corpus == "long" else part.corpus
     folder = corpora / corpus
@@ -130,7 +128,7 @@ def overrides(part: Part, corpora: Path, steps: int, *, tiny: bool) -> list[str]
 
 
 def _number(asked: list[str], key: str) -> int:
-    """The last that an override gives this key."""
+    """Return the last value of this key in the overrides."""
     return next(
         int(text.partition("=")[2]) for text in reversed(asked) if text.startswith(f"{key}=")
     )
@@ -178,7 +176,7 @@ def train(asked: list[str], watch: Watch, *, random_weights: bool) -> None:
         place = topology.start(config.parallel)
         with contextlib.suppress(Done):
             loop.train(config, place, {})
-        # Not after an error: on a GPU that a failed capture left behind, ending the groups can hang.
+        # Not after an error: on a GPU after a failed capture, ending the groups can hang.
         topology.stop(leave=False)
 
 
@@ -195,8 +193,9 @@ def _draw(model) -> None:
 
 @contextlib.contextmanager
 def memory() -> Iterator[dict]:
-    """Peaks in GiB of what is done within it, set when it ends, and what is still held then; None
-    without a GPU.
+    """Yield a record of memory in GiB: the peaks within the context, and what remains at its end.
+
+    The values are set when the context ends; they are None without a GPU.
     """
     import torch
 
@@ -224,8 +223,9 @@ def memory() -> Iterator[dict]:
 def measure(
     part: Part, corpora: Path, steps: Steps, sensors: Sensors, *, traced: bool, tiny: bool
 ) -> dict:
-    """The record of a part. Raises what the run raises, UserError for a config that is refused
-    among it.
+    """Measure a part and return its record.
+
+    Raises what the run raises, such as UserError for an invalid config.
     """
     from retemper.pipeline.config.compose import load_config
 
@@ -256,7 +256,7 @@ def measure(
 
 
 def _of_trace(trace: Path, watch: Watch, config) -> dict:
-    """What the trace of the last step says, or the error that kept it from being written."""
+    """Return the summary of the last step's trace, or the error that prevented the trace."""
     if watch.trace_error:
         return {"error": watch.trace_error}
     events = gpu_trace.read(trace)
@@ -280,8 +280,9 @@ def _about(config) -> dict:
 
 
 def speed(config, step_ms: float) -> dict:
-    """Of a step that takes so long: tokens/s, model FLOP/s, and MFU where the GPU's peak is
-    known.
+    """Return tokens/s, model FLOP/s, and MFU, from the time of a step.
+
+    The MFU needs a known peak of the GPU.
     """
     import torch
 
@@ -302,8 +303,9 @@ def speed(config, step_ms: float) -> dict:
 
 
 def _smallest_product_us(config) -> float:
-    """The time that the smallest product of a frozen layer takes in 16 bits at the GPU's peak; 0
-    without adapters or a known peak.
+    """Return the time of the smallest product of a frozen layer in 16 bits at the GPU's peak.
+
+    It is 0 without adapters or a known peak.
     """
     import torch
 

@@ -1,5 +1,6 @@
-"""Runs the parts of a bench one after another in one process, for imports and compilation take half
-a minute, within a time limit.
+"""Run the parts of a bench one after another within a time limit.
+
+They share one process, because imports and compilation take half a minute.
 
 A part's record is written the moment it exists. One that raises has the error's text for a record,
 and the next goes on. A process that does not end a part in time, dies in it or keeps its memory is
@@ -26,13 +27,13 @@ _LEFT_GIB = 1.0  # of GPU memory that a part may leave behind for the next to ha
 
 
 class Results:
-    """Records by name in a JSON file, beside those of earlier runs."""
+    """The records by name in a JSON file, beside those of earlier runs."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def read(self) -> dict:
-        """{"parts": {name: record}}."""
+        """Return {"parts": {name: record}}."""
         return json.loads(self.path.read_text()) if self.path.exists() else {"parts": {}}
 
     def put(self, name: str, record: dict) -> None:
@@ -46,7 +47,11 @@ class Results:
 
 
 def parser(text: str, out: Path) -> argparse.ArgumentParser:
-    """The arguments that every bench on a GPU has. text: the script's own description."""
+    """Return the arguments that every bench on a GPU has.
+
+    Args:
+        text: the script's description.
+    """
     arguments = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,15 +87,17 @@ def parser(text: str, out: Path) -> argparse.ArgumentParser:
 
 
 def chosen(names: list[str], asked: list[str] | None) -> list[str]:
-    """Those asked for, or all; leaves with a message where a name is unknown."""
+    """Return the requested names, or all; exit with a message on an unknown name."""
     if unknown := set(asked or ()) - set(names):
         sys.exit(f"no such parts: {', '.join(sorted(unknown))}; there are\n  " + "\n  ".join(names))
     return asked or names
 
 
 def main(text: str, out: Path, parts: list[Part], steps: Steps, shortest: float) -> None:
-    """A whole script, by the command line. shortest: seconds below which no further part is
-    begun.
+    """Run a whole script from the command line.
+
+    Args:
+        shortest: seconds below which no further part is started.
     """
     arguments = parser(text, out)
     arguments.add_argument(
@@ -150,7 +157,11 @@ def supervise(asked: argparse.Namespace, names: list[str], shortest: float) -> N
 
 
 def _process(names: list[str], seconds: float, progress: Path, said: Path) -> str | None:
-    """One process for the parts; why it ended where it did so by itself. said: takes its stderr."""
+    """Run the parts in one process and return why it ended, if it ended by itself.
+
+    Args:
+        said: the file that receives its stderr.
+    """
     command = [
         sys.executable,
         *_without(sys.argv, "--parts", "--seconds"),
@@ -168,7 +179,7 @@ def _process(names: list[str], seconds: float, progress: Path, said: Path) -> st
 
 
 def _without(arguments: list[str], *options: str) -> list[str]:
-    """Arguments but for these options and the values that follow them."""
+    """Return the arguments without these options and their values."""
     kept = []
     dropping = False
     for argument in arguments:
@@ -181,8 +192,9 @@ def _without(arguments: list[str], *options: str) -> list[str]:
 
 
 def work(asked: argparse.Namespace, parts: list[Part], steps: Steps, shortest: float) -> None:
-    """The process that measures: one part after another, until the time is over or the GPU's memory
-    is not clean.
+    """Measure one part after another, until the time is over or the GPU's memory is not clean.
+
+    This runs in the measuring process.
     """
     # As torch's own profiler does with CUDA graphs: CUPTI that was torn down crashes when it comes
     # back to one.
@@ -214,7 +226,8 @@ def work(asked: argparse.Namespace, parts: list[Part], steps: Steps, shortest: f
         faulthandler.cancel_dump_traceback_later()
         _note(asked.worker, f"end {part.name}")
         if not (clean and _is_clean()):
-            break  # the process is replaced: an error may have left groups, or the GPU, as no part can use them
+            # The process is replaced: an error may have left groups or the GPU unusable.
+            break
     sensors.close()
     sys.stdout.flush()
     os._exit(0)  # after an error on the GPU, leaving its process group can hang
@@ -235,7 +248,7 @@ def _text_of(error: Exception) -> str:
 
 
 def _is_clean() -> bool:
-    """Whether the GPU answers and the part before has left its memory."""
+    """Return whether the GPU responds and the memory of the part before is free."""
     import gc
 
     import torch

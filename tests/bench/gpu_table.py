@@ -1,5 +1,6 @@
-"""README's tables of what was measured on GPUs, in Markdown, from bench/gpu-full.json,
-gpu-lora.json and gpu-correct.json.
+"""Print README's tables of GPU measurements in Markdown.
+
+They are made from bench/gpu-full.json, gpu-lora.json and gpu-correct.json.
 
     python tests/bench/gpu_table.py [FOLDER]      of the results: bench/ by default
 """
@@ -33,8 +34,9 @@ def _parts(path: Path) -> dict:
 
 
 def speed_table(parts: dict) -> str:
-    """One row for each part that ran, in the order of the file, under the machines and commits that
-    they ran on.
+    """Return one row for each part that ran, in the order of the file.
+
+    The rows are under the machines and commits that they ran on.
     """
     ran = {name: part for name, part in parts.items() if "tokens_per_second" in part}
     places = {
@@ -76,7 +78,7 @@ def _row(name: str, part: dict) -> tuple[str, ...]:
 
 
 def differences_table(compared: dict) -> str:
-    """The largest relative difference of each comparison."""
+    """Return a table of the largest relative difference of each comparison."""
     rows = ["| largest relative difference in the loss | |", "| --- | --- |"]
     return "\n".join(
         [*rows, *(f"| {name} | {difference:.2%} |" for name, difference in compared.items())]

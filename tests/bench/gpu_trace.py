@@ -1,5 +1,6 @@
-"""What the GPU did within one training step, from the trace that torch's profiler exports: kernels,
-and milliseconds by kind.
+"""Summarize one training step on the GPU from a trace of torch's profiler.
+
+The summary has the kernels, and milliseconds by kind.
 
 Kernels are told apart by name, as cuBLAS, cuDNN, Transformer Engine, Triton and torch name them on
 Hopper. Two kinds are told by more. What follows the last product of the step is the optimizer's:
@@ -64,7 +65,7 @@ _LARGEST = 25  # kernels that a summary names
 
 @dataclass(frozen=True)
 class Event:
-    """Something that the GPU did."""
+    """A kernel or another operation on the GPU."""
 
     name: str
     start_us: float
@@ -77,8 +78,9 @@ class Event:
 
 
 def read(path: Path) -> list[Event]:
-    """The events of a Chrome trace (torch.profiler's export_chrome_trace) that ran on a GPU, in the
-    order of their start.
+    """Return the GPU events of a Chrome trace, by start time.
+
+    torch.profiler's export_chrome_trace writes such traces.
     """
     events = []
     for entry in json.loads(path.read_text())["traceEvents"]:
@@ -91,7 +93,7 @@ def read(path: Path) -> list[Event]:
 
 
 def kind_of(event: Event, *, adapters_below_us: float = 0.0) -> str:
-    """One of KINDS, by its name; a product by its duration too.
+    """Return one of KINDS by the event's name; for a product by its duration too.
 
     adapters_below_us: the time that the smallest product of a frozen base in 16 bits takes at
     least; 0 without adapters.
@@ -106,8 +108,9 @@ def kind_of(event: Event, *, adapters_below_us: float = 0.0) -> str:
 
 
 def kinds_of(events: list[Event], *, adapters_below_us: float = 0.0) -> list[str]:
-    """The kind of each event of a whole step, what follows its last product being the
-    optimizer's.
+    """Return the kind of each event of a whole step.
+
+    What follows its last product is the optimizer's.
     """
     kinds = [kind_of(event, adapters_below_us=adapters_below_us) for event in events]
     last = max(
@@ -118,9 +121,11 @@ def kinds_of(events: list[Event], *, adapters_below_us: float = 0.0) -> list[str
 
 
 def summary(events: list[Event], *, adapters_below_us: float = 0.0) -> dict:
-    """Of one step: kernels; milliseconds in which the GPU was busy, those in which it was not
-    between the first event and the last; kernels and milliseconds by kind, which count twice
-    what runs at once; the backend of attention; and the kernels that took most time.
+    """Summarize one step.
+
+    Returns the number of kernels; the milliseconds in which the GPU was busy, and those in which it
+    was not between the first event and the last; kernels and milliseconds by kind, which count
+    twice what runs at once; the backend of attention; and the kernels that took most time.
     """
     kinds = kinds_of(events, adapters_below_us=adapters_below_us)
     kernels_of_kind = dict.fromkeys(KINDS, 0)
@@ -152,7 +157,7 @@ def summary(events: list[Event], *, adapters_below_us: float = 0.0) -> dict:
 
 
 def busy_us(events: list[Event]) -> float:
-    """Microseconds in which at least one of the events, sorted by their start, ran."""
+    """Return the microseconds in which at least one of the events, sorted by start, ran."""
     busy = 0.0
     until = float("-inf")
     for event in events:
@@ -162,8 +167,9 @@ def busy_us(events: list[Event]) -> float:
 
 
 def attention_backend(events: list[Event]) -> str | None:
-    """Whose kernels computed attention, and whether any of them in FP8; None where none is known by
-    its name.
+    """Return whose kernels computed attention, and whether any of them in FP8.
+
+    It is None if none is known by its name.
     """
     names = {event.name.lower() for event in events if kind_of(event) == ATTENTION}
     for backend, pattern in _BACKENDS:

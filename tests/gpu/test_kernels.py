@@ -1,4 +1,4 @@
-"""What needs a GPU with Transformer Engine: `pytest -m gpu`. Two ranks need two GPUs."""
+"""Test what needs a GPU with Transformer Engine: `pytest -m gpu`. Two ranks need two GPUs."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_adapted_layers_are_one_function(workspace, wide, changes, precision):
 @pytest.mark.parametrize("precision", ["fp8_tensorwise", "fp8_delayed", "fp8_blockwise", "mxfp8"])
 @pytest.mark.parametrize("method", [[], ["fp8.param_gather=true"], LORA])
 def test_8_bits_compute_nearly_what_16_do(workspace, wide, method, precision):
-    """And of a frozen base with one scale a tensor there is one byte a weight."""
+    """Check losses, and that a frozen base with one scale a tensor takes one byte a weight."""
     pytest.importorskip("transformer_engine", reason="Transformer Engine is not installed")
     asked = overrides(workspace, "fp8", *wide, f"precision={precision}", *method)
     from retemper.pipeline.config.compose import load_config

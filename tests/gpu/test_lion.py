@@ -1,4 +1,4 @@
-"""Lion's step of a parameter as one Triton kernel: `pytest -m gpu`."""
+"""Test Lion's step of a parameter as one Triton kernel: `pytest -m gpu`."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ BETAS = ((0.9, 0.99), (0.95, 0.98), (0.3, 0.6))  # torch interpolates from the o
 
 
 def lion_of(sizes: tuple[int, ...], betas: tuple[float, float], decay: float) -> lion.Lion:
-    """On the GPU, with random weights that depend on the sizes alone."""
+    """Return Lion on the GPU, with random weights that depend on the sizes alone."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(size, generator=generator).cuda()) for size in sizes]
     options = {"lr": 0.0, "max_lr": 1e-2, "betas": betas, "weight_decay": decay}
@@ -21,7 +21,7 @@ def lion_of(sizes: tuple[int, ...], betas: tuple[float, float], decay: float) ->
 
 
 def train(optimizer: lion.Lion, steps: int) -> list[torch.Tensor]:
-    """Weights and momenta after steps of a rising rate, with random gradients, some zero."""
+    """Return weights and momenta after steps of a rising rate, with random gradients, some zero."""
     generator = torch.Generator().manual_seed(1)
     (group,) = optimizer.param_groups
     for step in range(1, steps + 1):

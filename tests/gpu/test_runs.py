@@ -1,4 +1,4 @@
-"""Whole runs on a GPU, at every precision that one of them has: trained, restarted, adapted and exported."""
+"""Test whole runs on a GPU, at every precision it supports: training, restart, LoRA and export."""
 
 import pytest
 from conftest import launch, overrides
@@ -55,7 +55,10 @@ def test_a_run_is_restarted_and_adapted_and_exported(workspace, wide, precision)
 @pytest.mark.parametrize("precision", ["bf16", "fp8_tensorwise"])
 @pytest.mark.parametrize("method", ["full", "lora", "dropout"])
 def test_recorded_passes_train_as_others_do(workspace, wide, precision, method):
-    """With held-out text scored in between, and restarted: attention's backward pass sums in any order."""
+    """Compare runs with scores of held-out text in between, and with a restart.
+
+    The comparison has a tolerance, because attention's backward pass sums in any order.
+    """
     changes = (
         []
         if method == "full"

@@ -1,8 +1,8 @@
-"""One rank that trains a list of cases, megatron's groups built anew for each. Run by conftest.launch.
+"""Train a list of cases on one rank, with new process groups for each. conftest.launch runs it.
 
-A case: {"overrides": [...]}, and "stop_after": a step, "fault": a name, "copy_of": the folder of a run that it goes on
-with, "refused": what the error says that ends it, or "graph": true, which lets train.cuda_graph=on run on a CPU. Its results are its run
-folder.
+A case is {"overrides": [...]}, with the optional keys "stop_after": a step, "fault": a name,
+"copy_of": the folder of a run that it continues, "refused": the message of the error that ends it,
+and "graph": true, which lets train.cuda_graph=on run on a CPU. Its results are its run folder.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def main(cases: list[dict]) -> None:
 
 
 def stand_in_graph():
-    """Call what a CUDA graph would replay: everything else about recorded passes stays as it is."""
+    """Call what a CUDA graph would replay; everything else about recorded passes is unchanged."""
     from retemper.pipeline.model import graph
 
     def record(function):
@@ -75,7 +75,10 @@ def interruption(loop, stop_after: int | None):
 
 
 def unreduced_adapter_gradient():
-    """The bug of several peers: the gradient of the replicated LoRA factor is not summed over tensor-parallel ranks."""
+    """Inject a bug of several other projects.
+
+    The gradient of the replicated LoRA factor is not summed over tensor-parallel ranks.
+    """
     from retemper.pipeline.model import adapted
 
     def reduce(tensor, group, reduce=adapted.reduce_from_tensor_model_parallel_region):
@@ -86,7 +89,10 @@ def unreduced_adapter_gradient():
 
 
 def unmarked_adapter_factor():
-    """mcore-bridge #173: under sequence parallelism the replicated factor's gradient is that of one part of the sequence."""
+    """Inject mcore-bridge #173.
+
+    Under sequence parallelism the replicated factor's gradient is that of one part of the sequence.
+    """
     from retemper.pipeline.model.adapter import is_adapter
     from retemper.pipeline.train import loop
 
@@ -101,7 +107,7 @@ def unmarked_adapter_factor():
 
 
 def adapters_initialised_by_layout():
-    """Megatron-Bridge #5840: A is drawn differently for every tensor-parallel size."""
+    """Inject Megatron-Bridge #5840: A is drawn differently for every tensor-parallel size."""
     from retemper.pipeline.model import build
 
     def init_weights(model, config, seed, init_weights=build.init_weights):
@@ -111,7 +117,10 @@ def adapters_initialised_by_layout():
 
 
 def adapter_shards_lost_at_save():
-    """Megatron-Bridge #2240: the checkpoint takes the sharded factor of one rank for the whole."""
+    """Inject Megatron-Bridge #2240.
+
+    The checkpoint takes the sharded factor of one rank for the whole.
+    """
     from retemper.pipeline.model import lora
 
     sharded = lora._sharded
@@ -127,14 +136,17 @@ def adapter_shards_lost_at_save():
 
 
 def recompute_closed_to_gradients():
-    """Megatron-Bridge #1750: adapters get no gradient where the layer's input, from a frozen embedding, asks for none."""
+    """Inject Megatron-Bridge #1750.
+
+    Adapters get no gradient if the layer's input, from a frozen embedding, does not require one.
+    """
     from retemper.pipeline.model import lora
 
     return mock.patch.object(lora, "open_to_gradients", lambda embedding: None)
 
 
 def lost_optimizer_state():
-    """A restart that forgets the optimizer's moments."""
+    """Inject a restart that loses the optimizer's moments."""
     from retemper.pipeline.checkpoint.sharded import Checkpointer
 
     load = Checkpointer.load
@@ -150,21 +162,21 @@ def lost_optimizer_state():
 
 
 def lost_data_position():
-    """A restart that reads the data from its beginning."""
+    """Inject a restart that reads the data from its beginning."""
     from retemper.pipeline.checkpoint.state import TrainState
 
     return mock.patch.object(TrainState, "samples_of_data", 0)
 
 
 def another_seed():
-    """A restart that shuffles anew."""
+    """Inject a restart that shuffles with another seed."""
     from retemper.pipeline.data import reader
 
     return mock.patch.object(reader, "derive_seed", lambda *parts: 1)
 
 
 def lost_random_state():
-    """A restart whose dropout masks begin anew."""
+    """Inject a restart whose dropout masks start again from the beginning."""
     from retemper.pipeline.train import loop
 
     seed_step = loop.seed_step
@@ -174,7 +186,7 @@ def lost_random_state():
 
 
 def nan_gradient():
-    """One rank's gradients are not numbers in step 7."""
+    """Make one rank's gradients NaN in step 7."""
     from retemper.pipeline.train import loop
 
     def train_step(config, state, passes, optimizer, schedule, batches, train_step=loop.train_step):
@@ -190,7 +202,7 @@ def nan_gradient():
 
 
 def garbage_batch():
-    """The labels of step 21 have nothing to do with its tokens."""
+    """Make the labels of step 21 unrelated to its tokens."""
     from retemper.pipeline.train import loop
 
     def train_step(config, state, passes, optimizer, schedule, batches, train_step=loop.train_step):
@@ -204,7 +216,7 @@ def garbage_batch():
 
 
 def no_labels():
-    """Nothing of the batches of steps 7 and 9 is to be learned."""
+    """Mask the loss of all tokens of the batches of steps 7 and 9."""
     from retemper.pipeline.train import loop
 
     def train_step(config, state, passes, optimizer, schedule, batches, train_step=loop.train_step):
@@ -220,7 +232,7 @@ def no_labels():
 
 @contextlib.contextmanager
 def no_harness():
-    """Neither lm-eval nor what leads to it can be imported."""
+    """Make imports of lm-eval, and of what leads to it, fail."""
     barred = (
         "lm_eval",
         *(

@@ -1,6 +1,7 @@
-"""One rank that imports, trains and exports in turn, megatron's groups built anew for each. Run by conftest.launch.
+"""Import, train and export in turn on one rank, with new process groups for each case.
 
-A case: {"import": options} or {"export": options} as `retemper import` and `export` have them, or {"train": overrides}.
+conftest.launch runs it. A case is {"import": options} or {"export": options}, with the options of
+`retemper import` and `retemper export`, or {"train": overrides}.
 """
 
 from retemper.pipeline.config.compose import load_config

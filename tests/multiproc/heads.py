@@ -1,4 +1,4 @@
-"""Looks at the loss of a frozen output layer in running models, one rank's part of each.
+"""Check the loss of a frozen output layer in running models, one rank's part of each.
 
 Run by conftest.launch. A case: {"overrides": [...], "piece": tokens of a piece}. Raises
 AssertionError where something is wrong.
@@ -28,8 +28,10 @@ def main(cases: list[dict]) -> None:
 
 
 def equal(config, place) -> None:
-    """A step by pieces has losses and gradients of one with whole logits, and makes none of them;
-    scoring has the same losses."""
+    """Check that a step by pieces has the losses and gradients of one with whole logits.
+
+    It computes no whole logits; scoring has the same losses.
+    """
     from retemper.pipeline.model import frozen_head
     from retemper.pipeline.model.build import build_model
 
@@ -74,7 +76,7 @@ def logits_in(operations: Operations, tokens: int, shard: int) -> list[tuple[str
 
 
 def stepped(model, batch) -> dict[str, torch.Tensor]:
-    """Losses, on the last stage, and the gradient of everything that trains."""
+    """Return the losses, on the last stage, and the gradients of all trainable parameters."""
     from retemper.pipeline.model.forward import run_schedule
 
     for stage in model:

@@ -1,4 +1,7 @@
-"""A Slurm cluster of this one machine, for tests: munged, slurmctld and slurmd as Debian packages them, started and stopped here."""
+"""Start and stop a Slurm cluster of this one machine for tests.
+
+munged, slurmctld and slurmd are those of the Debian packages.
+"""
 
 import contextlib
 import os
@@ -13,7 +16,7 @@ NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "sinfo")
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here, or None."""
+    """Return why no cluster can run on this machine, or None."""
     absent = [
         name
         for name in NEEDED

@@ -1,4 +1,4 @@
-"""Looks at what `retemper plan` says, beside a built model and a training step. Run by probes.py."""
+"""Compare `retemper plan` with a built model and a training step. probes.py runs this module."""
 
 import weakref
 
@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of all tensors made under it that are still held, by whomever, and their peak.
+    """The mode that counts the bytes of all live tensors created under it, and their peak.
 
-    torch's profiler, which also sees what kernels work with, loses what gloo's threads free; on one rank both agree (NOTES.md).
+    torch's profiler, which also sees the workspaces of kernels, misses what gloo's threads free; on
+    one rank both agree (NOTES.md).
     """
 
     def __init__(self):
@@ -36,7 +37,7 @@ class Held(TorchDispatchMode):
 
 
 def counts(config, place, model) -> None:
-    """The plan's parameters are those of the model: of the whole, and the bytes on this rank."""
+    """Check the plan's parameters against the model: all of them, and the bytes on this rank."""
     from retemper.pipeline.estimate import memory
     from retemper.pipeline.model.build import parameter_counts
 
@@ -50,7 +51,10 @@ def counts(config, place, model) -> None:
 
 
 def memory(config, place, _model) -> None:
-    """What the plan says of this rank is within a tenth of what its tensors take at most: building the model, two steps, scoring."""
+    """Check that the plan's memory of this rank is within a tenth of the peak of its tensors.
+
+    The peak is over building the model, two steps and scoring.
+    """
     from retemper.pipeline.checkpoint.state import TrainState
     from retemper.pipeline.estimate.memory import rank_memory
     from retemper.pipeline.model.build import build_model
@@ -86,7 +90,7 @@ def memory(config, place, _model) -> None:
 
 
 def drawn_batches(config, place, count, micro_batch_size):
-    """This rank's micro-batches of `count` samples, of tokens drawn at random."""
+    """Return this rank's micro-batches of `count` samples of random tokens."""
     from retemper.pipeline.data.batch import make_batches
     from retemper.pipeline.data.mds import Samples
 

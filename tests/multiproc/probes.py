@@ -1,6 +1,7 @@
-"""What only a look inside a running model shows, one rank's part of each look. Run by conftest.launch.
+"""Check the inside of a running model, one rank's part of each probe. conftest.launch runs it.
 
-A case: {"probe": the name of a function below, "overrides": [...]}. A probe raises AssertionError where something is wrong.
+A case is {"probe": the name of a function below, "overrides": [...]}. A probe raises AssertionError
+if a check fails.
 """
 
 from unittest import mock
@@ -55,7 +56,10 @@ def samples_of(config):
 
 
 def documents(config, place, model) -> None:
-    """With document masking every document has the losses it has alone; of a corpus of several documents a sample."""
+    """Check that with document masking every document has the losses that it has alone.
+
+    The corpus has several documents a sample.
+    """
     from retemper.pipeline.data.mds import Samples
     from retemper.pipeline.model.forward import run_schedule
 
@@ -95,8 +99,11 @@ def documents(config, place, model) -> None:
 
 
 def dropout(config, place, model) -> None:
-    """Tensor-parallel ranks drop the same of an activation that all hold, each its own of one that they share; other ranks differ.
-    What is computed again drops what it dropped at first."""
+    """Check which elements dropout drops on which rank.
+
+    Tensor-parallel ranks drop the same elements of a replicated activation, and different ones of a
+    sharded activation; other ranks differ. A recomputed activation drops the same elements again.
+    """
     from retemper.pipeline.model.adapter import Dropout
     from retemper.pipeline.model.forward import run_schedule
 
@@ -125,7 +132,7 @@ def dropout(config, place, model) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Notes the name of every operation and the shape of what it gives."""
+    """The mode that records the name of every operation and the shape of its result."""
 
     def __init__(self):
         super().__init__()
@@ -146,8 +153,10 @@ class Operations(TorchDispatchMode):
 
 
 def frozen(config, _place, model) -> None:
-    """Of a frozen base nothing is computed, kept or reserved: weight gradients, buffers, optimizer states; and nothing goes back
-    beyond the first layer that trains."""
+    """Check that a frozen base has no weight gradients, gradient buffers or optimizer states.
+
+    The backward pass ends at the first layer with trainable parameters.
+    """
     from retemper.pipeline.model.adapter import is_adapter
     from retemper.pipeline.model.forward import run_schedule
     from retemper.pipeline.train.optimizer import build_optimizer
@@ -193,7 +202,10 @@ def frozen(config, _place, model) -> None:
 
 
 def fp8(config, place, model) -> None:
-    """Losses are those of bf16 to a few parts in a hundred; frozen weights of one scale have no second form after a step."""
+    """Check that losses are those of bf16 to a few parts in a hundred.
+
+    Frozen weights of one scale have no second form after a step.
+    """
     from megatron.core.fp8_utils import is_float8tensor
 
     from retemper.pipeline.model.build import build_model
@@ -216,7 +228,10 @@ def fp8(config, place, model) -> None:
 
 
 def kernels(config, place, model) -> None:
-    """Transformer Engine's layers compute what megatron-core's own do: losses, and the gradient of everything that trains."""
+    """Check that Transformer Engine's layers compute the same as megatron-core's own.
+
+    The losses and the gradients of all trainable parameters are compared.
+    """
     from retemper.pipeline.model import build
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -235,7 +250,10 @@ def kernels(config, place, model) -> None:
 
 
 def adapted(config, place, model) -> None:
-    """A frozen layer and its adapters as one function compute what they do apart, on the same layers and in the same precision."""
+    """Check that a frozen layer and its adapters compute the same as one function as separately.
+
+    Both ways use the same layers and the same precision.
+    """
     from retemper.pipeline.model import build
 
     plain = build.build_model(plainly_adapted(config), place)
@@ -278,7 +296,7 @@ _NO_KERNELS += (
 
 
 def base(config, place, model) -> None:
-    """Ranks that see different newest checkpoints of a base begin from rank 0's.
+    """Check that ranks that see different newest checkpoints of a base start from rank 0's.
 
     Here rank 1 sees the newer one.
     """
@@ -299,7 +317,10 @@ def base(config, place, model) -> None:
 
 
 def launches(config, _place, model) -> None:
-    """For the adapters of a decoder layer 28 kernels are launched at most, beside two products of each frozen linear layer."""
+    """Check that the adapters of a decoder layer launch 28 kernels at most.
+
+    The two products of each frozen linear layer are not counted.
+    """
     from retemper.pipeline.model.adapted import join_factors
 
     join_factors(list(model))
@@ -323,7 +344,7 @@ def launches(config, _place, model) -> None:
 
 
 def plainly_adapted(config):
-    """The config with adapters' products as operations of their own."""
+    """Return the config with the products of adapters as separate operations."""
     if not config.method.lora:
         return config
     lora = config.method.lora.model_copy(update={"kernel": "plain"})
@@ -331,7 +352,10 @@ def plainly_adapted(config):
 
 
 def losses_and_gradients(model, batch) -> dict[str, torch.Tensor]:
-    """Of one micro-batch, by the names that parameters have in megatron-core's own layers; weights are moved a little at first."""
+    """Return the losses and the gradients of one micro-batch, after a small change of the weights.
+
+    The keys are the names that parameters have in megatron-core's own layers.
+    """
     from retemper.pipeline.model.forward import run_schedule
 
     generator = torch.Generator().manual_seed(1)
@@ -354,7 +378,7 @@ def losses_and_gradients(model, batch) -> dict[str, torch.Tensor]:
 
 
 def _local_name(name: str) -> str:
-    """The fused norms' weights by the names they have apart."""
+    """Return the name that a fused norm's weight has in a separate norm."""
     for fused, apart in (
         ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
         ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),

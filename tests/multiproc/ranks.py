@@ -1,7 +1,9 @@
-"""One rank of several that stay for a whole test session, for imports take longer than most cases. Started by conftest under torchrun.
+"""Run requests on one rank of several that stay for a whole test session.
 
-A request is a file, <number>.json, in the folder that is named on the command line: {"script": a module beside this one, "cases":
-what its main takes}. A rank that is done with it writes <number>.<rank>; an exception ends all ranks.
+They stay because imports take longer than most cases; conftest starts them under torchrun. A
+request is a file, <number>.json, in the folder that is named on the command line: {"script": a
+module beside this one, "cases": the argument of its main}. A rank that has finished a request
+writes <number>.<rank>; an exception ends all ranks.
 """
 
 import importlib

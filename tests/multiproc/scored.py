@@ -1,6 +1,7 @@
-"""One rank that scores the weights a run begins with, or all its checkpoints, megatron's groups built anew for each case. Run by conftest.launch.
+"""Score the initial weights of a run, or all its checkpoints, on one rank.
 
-A case: {"overrides": [...]}, and "all": as `retemper eval` does. Its results are evals/ in its run folder.
+conftest.launch runs it, with new process groups for each case. A case is {"overrides": [...]}, with
+the optional key "all": score as `retemper eval` does. Its results are evals/ in its run folder.
 """
 
 from retemper.pipeline.config.compose import load_config

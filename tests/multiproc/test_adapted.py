@@ -1,6 +1,7 @@
-"""Frozen layers and their adapters as one function (model/adapted.py), beside the same products as operations of their own.
+"""Test frozen layers and their adapters as one function (model/adapted.py).
 
-test_oracle.py holds the function to one rank at every layout; here both ways are compared on each layout.
+The reference computes the same products as separate operations. test_oracle.py compares the
+function at every layout with one rank; here both ways are compared on each layout.
 """
 
 import pytest

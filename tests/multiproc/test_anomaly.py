@@ -1,4 +1,7 @@
-"""Batches that spoil a run: seen on every rank alike before a weight changes, and left out after a rollback; and signals to stop."""
+"""Test batches that spoil a run, and signals to stop.
+
+Every rank detects such a batch before a weight changes; after a rollback it is skipped.
+"""
 
 import json
 import math
@@ -31,7 +34,7 @@ SPOILED = {"nan_gradient": 7, "garbage_batch": 21}  # fault -> the step that it 
 
 @pytest.fixture(scope="module")
 def unreadable(workspace) -> Path:
-    """A corpus of 32 samples, four steps, all of whose shards are damaged."""
+    """Return a corpus of 32 samples, four steps, all of whose shards are damaged."""
     from retemper.tokenize.job import tokenize
 
     source = {"kind": "text", "path": str(Path(json.__file__).parent), "glob": "**/*.py"}

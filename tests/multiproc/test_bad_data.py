@@ -1,4 +1,7 @@
-"""Real ranks that meet a bad shard in the middle of a run, other data on a restart, and the machine they leave behind."""
+"""Test real ranks with a corrupt shard in the middle of a run, and with other data on a restart.
+
+What they leave behind on the machine is checked, too.
+"""
 
 import json
 import os
@@ -23,7 +26,7 @@ from retemper.tokenize.job import tokenize
 
 @pytest.fixture(scope="module")
 def shards(workspace) -> Path:
-    """A corpus of several shards, of which the first step reads some only."""
+    """Return a corpus of several shards, of which the first step reads only some."""
     import email
 
     path = workspace / "data" / "shards"
@@ -49,7 +52,11 @@ def command(workspace, name: str, path: Path, *changes: str) -> list[str]:
 
 
 def damaged_copy(shards: Path, copy: Path, workspace) -> tuple[Path, list[int]]:
-    """A copy with one flipped bit in a shard that ten steps read, though not in the first; (that shard, its ids)."""
+    """Copy `shards` with one flipped bit in a shard that ten steps read, but not the first step.
+
+    Returns:
+        That shard, and the ids of its samples.
+    """
     shutil.copytree(shards, copy)
     config = load_config(command(workspace, "x", copy))
     streams = Streams(config)

@@ -1,4 +1,4 @@
-"""Training on CPU where Transformer Engine and apex are installed, as on a login node."""
+"""Test training on CPU with Transformer Engine and apex installed, as on a login node."""
 
 import os
 import subprocess

@@ -1,4 +1,7 @@
-"""A study of one base, two trunks and four branches: every branch began where its trunk did, which was scored once."""
+"""Test a study of one base, two trunks and four branches.
+
+Every branch starts from the start of its trunk, which is scored once.
+"""
 
 import re
 
@@ -21,7 +24,10 @@ NAMES = {steps: f"{steps * STEP}" for steps in BRANCHES}
 
 @pytest.fixture(scope="module")
 def study(workspace):
-    """Its folder, after what `retemper eval` does, with another domain, on the short branch of each trunk."""
+    """Return the folder of the study.
+
+    The short branch of each trunk was also scored on another domain, as `retemper eval` does.
+    """
     folder = workspace / "runs" / "study"
     base = overrides(
         workspace, "base", "study=study", f"train.tokens={2 * STEP}", "schedule.warmup_tokens=0"
@@ -64,7 +70,8 @@ def test_learned_and_forgotten_are_there_of_every_annealed_point(study):
             ]
             assert point.startswith(kind)
             assert learned and forgotten
-            # The long branches were not scored on the domain that was given later: that blanks nothing.
+            # The long branches were not scored on the domain that was added later: no cell is blank
+            # because of it.
             assert bool(again) == (steps == 3)
     assert runs["full"].curves["code"][0] == pytest.approx(runs["lora"].curves["code"][0], rel=1e-6)
 
@@ -76,7 +83,8 @@ def test_the_base_is_scored_once_for_a_trunk_and_its_branches(study):
             assert committed_steps(branch) == eval_folder.scored_steps(branch) == [steps]
         began = eval_folder.read_scores(study / method)[0]
         assert began.keys() == {"code", "math", "again"}  # scored by the command on the branch
-        # `again` is math: the weights that a branch's command scored as step 0 are the trunk's first.
+        # `again` is math: the weights that a branch's command scored as step 0 are the trunk's
+        # initial weights.
         assert began["again"]["bits_per_byte"] == pytest.approx(
             began["math"]["bits_per_byte"], rel=1e-6
         )
@@ -89,7 +97,8 @@ def test_a_finding_is_of_points_that_were_annealed(study):
     assert all(sentence.count("95% interval") >= 2 and "One seed" in sentence for sentence in said)
     assert [sentence.partition(": ")[0] for sentence in said] == [
         f"lora-{NAMES[10]} (LoRA) beside full-{NAMES[10]} (full), after 5,120 tokens",
-        f"lora-{NAMES[3]} (LoRA) beside full-{NAMES[3]} (full), after 1,536 tokens (ended in the warm-up)",
+        f"lora-{NAMES[3]} (LoRA) beside full-{NAMES[3]} (full), after 1,536 tokens "
+        "(ended in the warm-up)",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Milestones as branches of a trunk: each is the run that would have been trained straight to it."""
+"""Test milestones as branches of a trunk: each equals the run that is trained straight to it."""
 
 import pytest
 import torch
@@ -48,7 +48,10 @@ def base(workspace):
 
 @pytest.fixture(scope="module", params=["full", pytest.param("lora", marks=pytest.mark.slow)])
 def runs(workspace, base, request):
-    """The folder of the study of a method: a trunk and its branches, and runs straight to the milestones."""
+    """Return the folder of the study of a method.
+
+    It has a trunk and its branches, and runs straight to the milestones.
+    """
     method = request.param
 
     def case(name, *changes, **how):
@@ -60,8 +63,8 @@ def runs(workspace, base, request):
         for steps in BRANCHES
         if steps > 4
     ]
-    # The second branch is cut off in its cooldown, after the save of its step 9: sixteen steps of the trunk, one of the first
-    # branch, one of the second.
+    # The second branch is cut off in its cooldown, after the save of its step 9: sixteen steps of
+    # the trunk, one of the first branch, one of the second.
     cut_off = case("trunk", *TRUNK, "checkpoint.save_every_steps=3", stop_after=18)
     whole = case("trunk", *TRUNK, "checkpoint.save_every_steps=3")
     launch(
@@ -123,7 +126,7 @@ def test_the_trunk_keeps_what_its_branches_need(runs, workspace):
 
 
 def tensors(run, step: int) -> dict[str, torch.Tensor]:
-    """Weights and optimizer states of a checkpoint, whole."""
+    """Return the whole weights and optimizer states of a checkpoint."""
     folder = folder_of(run, step)
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     state = {

@@ -1,4 +1,4 @@
-"""The command as a person uses it: train, be killed, run it again; and what it says of bad input."""
+"""Test the command as a user runs it: train, kill it, run it again; and its errors on bad input."""
 
 import os
 import subprocess
@@ -27,7 +27,10 @@ def records(workspace, name):
 
 @pytest.fixture(scope="module")
 def killed_and_continued(workspace):
-    """One run straight through, and one whose torchrun agent is killed after the first checkpoint and that is started again."""
+    """Train one run straight through, and one that is killed and started again.
+
+    The torchrun agent of the second is killed after the first checkpoint.
+    """
     straight = run_command(["train", *overrides(workspace, "straight", *SAVE)])
     assert straight.returncode == 0, straight.stderr[-3000:]
     command = [
@@ -102,7 +105,7 @@ def test_the_ledger_proves_what_was_read_and_shows_what_was_not(
     assert len(notes) == 2
     whole = {note: note.read_text().splitlines(keepends=True) for note in notes}
     for change, said in (
-        (lambda lines: lines[:3] + lines[4:], "step 4: data-parallel ranks [] noted it"),
+        (lambda lines: lines[:3] + lines[4:], "step 4: data-parallel ranks [] recorded it"),
         (
             lambda lines: [*lines[:3], lines[2].replace('"step": 3', '"step": 4'), *lines[4:]],
             "step 4: 8 samples are missing",

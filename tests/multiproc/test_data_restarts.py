@@ -1,4 +1,7 @@
-"""Kill a run anywhere, go on under another topology: every step holds the samples it holds in an uninterrupted run."""
+"""Test that every step has the samples of an uninterrupted run, whatever interrupted it.
+
+A run is killed anywhere, and continues under another topology.
+"""
 
 import os
 import random
@@ -26,7 +29,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def command(workspace):
-    """command(name, layout) -> overrides of a run of 60 steps of LoRA with dropout, on code with replay of mathematics."""
+    """Return command(name, layout) -> the overrides of a run.
+
+    The run has 60 steps of LoRA with dropout, on code with replay of mathematics.
+    """
     base = overrides(workspace, "restarts-base", "parallel.data_parallel_size=1")
     assert run_command(["train", *base]).returncode == 0
 

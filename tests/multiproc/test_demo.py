@@ -1,4 +1,7 @@
-"""The whole demo, as `make demo` runs it: within its time and memory, through the real components, twice."""
+"""Test the whole demo as `make demo` runs it, twice, with the real components.
+
+It must stay within its time and memory.
+"""
 
 import json
 import re
@@ -19,7 +22,12 @@ MINUTES, GIB = 6, 6
 
 
 def run_watched(command: list[str], cwd: Path) -> tuple[str, float, float]:
-    """Output, seconds, and the peak of proportional memory over the process and its children, in GiB."""
+    """Run `command` in `cwd` and measure it.
+
+    Returns:
+        Its output, seconds, and the peak of the proportional memory of the process and its
+        children, in GiB.
+    """
     started, peak = time.monotonic(), 0
     with open(cwd / "output.txt", "w+") as output:
         process = psutil.Popen(command, cwd=cwd, stdout=output, stderr=subprocess.STDOUT)

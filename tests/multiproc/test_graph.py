@@ -1,4 +1,7 @@
-"""Recorded passes (model/graph.py) on CPU, where a function stands in for the graph: equal bit for bit to passes as they are."""
+"""Test recorded passes (model/graph.py) on CPU, where a function stands in for the graph.
+
+They must be equal bit for bit to passes without a graph.
+"""
 
 import pytest
 from conftest import launch, overrides
@@ -17,7 +20,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def runs(workspace):
-    """Each method trained without a graph, with one, and with one that is recorded anew after an interruption."""
+    """Train each method without a graph, with one, and with one recorded again after a restart."""
 
     def case(name, *changes, **how):
         base = [] if name == "base" else [f"init_from={workspace / 'runs' / 'graph' / 'base'}"]
@@ -39,7 +42,7 @@ def runs(workspace):
 
 
 def records(run) -> list[dict]:
-    """What a run's metrics say of its training, without its speed."""
+    """Return the metrics of a run's training, without its speed."""
     measured = ("loss", "grad_norm", "lr")
     return [{key: record[key] for key in measured} for record in run_folder.read_metrics(run)]
 

@@ -1,4 +1,7 @@
-"""Weights from transformers and back, and training beside transformers and peft: the same logits, losses and weights."""
+"""Test weights from transformers and back, and training beside transformers and peft.
+
+Logits, losses and weights must be the same.
+"""
 
 import email
 import json
@@ -54,7 +57,10 @@ FAMILIES = {
 def save_random(
     folder: Path, family: str, changes: dict, tokenizer: Path, dtype=torch.float32, seed: int = 1
 ) -> Path:
-    """A folder as transformers writes it, with weights, biases and norms that all differ from their initial values."""
+    """Write a folder as transformers does.
+
+    Its weights, biases and norms all differ from their initial values.
+    """
     import transformers
 
     torch.manual_seed(seed)
@@ -78,7 +84,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def folders(workspace) -> dict[str, Path]:
-    """Of every family, in half precision, of random shapes, and really pretrained."""
+    """Write folders of every family, in half precision, of random shapes, and really pretrained."""
     tokenizer, root = workspace / "data" / "tokenizer", workspace / "transformers"
     made = {
         name: save_random(root / name, family, changes, tokenizer)
@@ -142,7 +148,7 @@ STILL = ["optimizer.lr=1e-30", f"train.tokens={8 * 64}", "schedule.warmup_tokens
 
 
 class Exchange:
-    """All that two ranks import and train, and one rank exports, gathered so that each starts once."""
+    """The imports and training runs of two ranks, and the exports of one; each rank starts once."""
 
     def __init__(
         self,
@@ -181,7 +187,10 @@ class Exchange:
         return base, out
 
     def _train(self, name: str, method: str) -> tuple[Config, Path]:
-        """Ten steps under TP2; the run's config, and the model or adapter exported from it."""
+        """Train ten steps under TP2.
+
+        Returns the run's config, and the model or adapter that is exported from it.
+        """
         config, out = self._run(name, method, f"{name}-{method}")
         if method != "full":
             self._run(name, method, f"{name}-{method}-still", *STILL)
@@ -297,7 +306,10 @@ def beside(out: Path, what: str) -> Path:
 
 
 def train_with_transformers(config, model: torch.nn.Module, lrs: list[float]) -> list[float]:
-    """The losses of plain torch on the run's samples: AdamW, gradients clipped, nothing of ours but the order of the data."""
+    """Return the losses of plain torch on the run's samples, with AdamW and clipped gradients.
+
+    Nothing but the order of the data is retemper's.
+    """
     streams = Streams(config)
     (shards,) = streams.shards.values()
     trained = {

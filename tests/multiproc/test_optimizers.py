@@ -1,4 +1,7 @@
-"""AdamW and Lion, sharded by the distributed optimizer, take every weight where plain ones take it in one process."""
+"""Test AdamW and Lion, sharded by the distributed optimizer.
+
+Every weight must become what a plain optimizer makes of it in one process.
+"""
 
 import pytest
 from conftest import launch, overrides

@@ -1,6 +1,7 @@
-"""The oracle of full training and every kind of LoRA: initial weights, gradients and weight changes of one rank at every layout.
+"""Compare full training and every kind of LoRA at every layout with one rank, the oracle.
 
-A checkpoint does not know its layout, and holds Adam's first moment: after one step that is the gradient.
+Initial weights, gradients and weight changes must be the same. A checkpoint does not depend on its
+layout, and contains Adam's first moment: after one step that is the gradient.
 """
 
 import pytest
@@ -58,7 +59,8 @@ PARTS = [
     "method.lora.targets=[q,v,up]",
 ]
 VARIANTS |= {"parts": PARTS, "parts-dora": [*PARTS, "method.lora.dora=true"]}
-# A scale of 2: at 16 the gradient norm leaps from 0.9 to 24 in one step, and float32's rounding with it (NOTES.md).
+# A scale of 2: at 16 the gradient norm leaps from 0.9 to 24 in one step, and float32's rounding
+# with it (NOTES.md).
 VARIANTS["rslora-plus"] = [
     "method=lora",
     "method.lora.rank=4",
@@ -68,7 +70,8 @@ VARIANTS["rslora-plus"] = [
 ]
 PAIRS = [(method, layout) for method in ("full", "r4-all") for layout in TWO_RANKS]
 PAIRS += [(method, "tp2sp") for method in ("r4-attention", "r16-mlp")]
-# Selective recomputation breaks where only feed-forward layers are adapted, full where the embeddings ask for no gradient.
+# Selective recomputation breaks if only feed-forward layers are adapted, full recomputation if the
+# embeddings require no gradient.
 PAIRS += [("r16-mlp", f"{layout}-{recompute}") for recompute, layout in RECOMPUTED.items()]
 PAIRS += [(method, "tp2sp") for method in VARIANTS]
 SLOW_PAIRS = [
@@ -89,11 +92,15 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def case(workspace):
-    """A run of five steps, with checkpoints after the first and the last."""
+    """Return a function that makes a run of five steps.
+
+    The run saves checkpoints after the first and the last step.
+    """
 
     def make(method, name, *changes, **how):
-        # The first step's rate is zero: the checkpoint after it has initial weights beside the first gradient. With eps as large
-        # as a gradient Adam does not make the sign of a rounding error into a step.
+        # The first step's rate is zero: the checkpoint after it has initial weights beside the
+        # first gradient. With eps as large as a gradient Adam does not make the sign of a rounding
+        # error into a step.
         asked = [
             f"train.tokens={STEPS * 8 * 64}",
             f"checkpoint.milestones=[{8 * 64}]",
@@ -127,7 +134,7 @@ def launch_pairs(case, pairs, *more) -> None:
 
 @pytest.fixture(scope="module")
 def runs(workspace, case):
-    """PAIRS, their methods on one rank, and FAULTS."""
+    """Run PAIRS, their methods on one rank, and FAULTS."""
     launch(
         1,
         [case("full", "full-base"), *(case(method, f"{method}-single") for method in dict(PAIRS))],
@@ -157,7 +164,7 @@ def slow_runs(case, runs):
 
 
 def tensors(run, step: int) -> dict[str, torch.Tensor]:
-    """Weights and optimizer states of a checkpoint, whole."""
+    """Return the whole weights and optimizer states of a checkpoint."""
     folder = folder_of(run, step)
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     state = {
@@ -170,9 +177,11 @@ def tensors(run, step: int) -> dict[str, torch.Tensor]:
 
 
 def differences(run, reference) -> list[str]:
-    """What differs by more than 1e-5 of the reference: losses, initial weights, gradients, and how far weights moved.
+    """Return what differs by more than 1e-5 of the reference.
 
-    Initial weights that are drawn differ by no bit; those that DoRA and PiSSA compute from the base may round differently.
+    Losses, initial weights, gradients, and how far weights moved are compared. Initial weights that
+    are drawn differ by no bit; those that DoRA and PiSSA compute from the base may round
+    differently.
     """
     first, last, first_expected, last_expected = (
         tensors(run, 1),

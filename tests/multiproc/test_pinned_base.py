@@ -1,4 +1,4 @@
-"""A base that trains on after other runs have begun from it: they keep what they began from."""
+"""Test a base that trains on after other runs have started from it: they keep their start."""
 
 import shutil
 
@@ -20,7 +20,7 @@ BASE = ["study=pinned", f"train.tokens={4 * STEP}", "checkpoint.save_every_steps
 
 @pytest.fixture(scope="module")
 def study(workspace):
-    """Its folder.
+    """Return the folder of the study.
 
     The base has its step 2 when the others begin and are cut off, and its step 4 when they go on.
     """

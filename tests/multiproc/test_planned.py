@@ -1,4 +1,7 @@
-"""The plan's parameters against models as they are built, and its memory against what training steps take, in real ranks."""
+"""Test the plan's parameters against built models, and its memory against training steps.
+
+Both run on real ranks.
+"""
 
 import random
 
@@ -96,7 +99,10 @@ def test_the_demos_memory_in_other_layouts():
 
 
 def drawn_shape(draw: random.Random) -> list[str]:
-    """A shape, a method and the length and number of sequences, such that activations are most of what is held."""
+    """Draw a shape, a method and the length and number of sequences.
+
+    They are such that activations are most of the memory.
+    """
     groups = draw.choice([2, 4])
     targets = draw.choice(["all", "attention", "mlp", "[q,v]"])
     changes = {

@@ -1,4 +1,4 @@
-"""The loss of a frozen output layer by pieces, against whole logits, at every layout."""
+"""Test the loss of a frozen output layer by pieces, against whole logits, at every layout."""
 
 from conftest import launch, overrides
 

@@ -1,4 +1,7 @@
-"""Tasks that cannot be scored: each says why, the others are scored, and training is what it is without them."""
+"""Test tasks that cannot be scored.
+
+Each has a message that says why, the others are scored, and training is not affected.
+"""
 
 import json
 import re
@@ -39,7 +42,7 @@ def write(path: Path, records: list[dict], damaged: str = "") -> None:
 
 @pytest.fixture(scope="module")
 def files(workspace) -> Path:
-    """Sound files of questions, a sentence without its gap, and no endings."""
+    """Write valid questions, a sentence without its gap, and no file of endings."""
     folder = workspace / "tasks"
     write(folder / "arc_challenge_test.jsonl", [QUESTION, QUESTION | {"answerKey": "B"}])
     write(folder / "arc_challenge_validation.jsonl", [QUESTION])
@@ -70,7 +73,7 @@ def runs(workspace, files) -> Path:
 
 
 def errors(run: Path) -> dict[str, str]:
-    """task -> what is recorded of it at the end."""
+    """Return task -> the error that is recorded at the end."""
     (folder,) = [path for path in (run / "evals").iterdir() if int(path.name) > 0]
     return {
         path.stem: json.loads(path.read_text()).get("error")
@@ -95,7 +98,8 @@ def test_heldout_scores_are_shown_with_their_difference_from_the_start(runs, cap
         now, low, high, difference, error = map(
             float,
             re.search(
-                rf"^ +4  {domain} +bits_per_byte +\d+ +([\d.]+)  ([\d.]+) to ([\d.]+) +([-+][\d.]+) ± ([\d.]+) \(",
+                rf"^ +4  {domain} +bits_per_byte +\d+ +"
+                r"([\d.]+)  ([\d.]+) to ([\d.]+) +([-+][\d.]+) ± ([\d.]+) \(",
                 shown,
                 re.MULTILINE,
             ).groups(),
@@ -131,7 +135,8 @@ def test_the_report_has_the_scores_of_tasks(runs, tmp_path):
         page,
     )
     assert re.search(
-        r"<td>tasked</td><td>4</td><td>hellaswag</td><td>was not scored: [^<]+ has no file hellaswag_validation",
+        r"<td>tasked</td><td>4</td><td>hellaswag</td><td>"
+        r"was not scored: [^<]+ has no file hellaswag_validation",
         page,
     )
 
@@ -141,7 +146,7 @@ def test_each_task_says_what_is_wrong_with_it_and_the_others_are_scored(runs, fi
     assert found.keys() == set(FORGOTTEN) and found["arc_challenge"] is None
     assert f"{files} has no file hellaswag_validation*.jsonl" in found["hellaswag"]
     assert (
-        f"{files / 'winogrande_validation.jsonl'}, line 2: no record of the form"
+        f"{files / 'winogrande_validation.jsonl'}, line 2: not a record of the form"
         in found["winogrande"]
     )
 

@@ -1,4 +1,7 @@
-"""Tasks on a really pretrained model: the sharded class beside lm-eval's own on the exported folder, at every layout."""
+"""Test tasks on a really pretrained model at every layout.
+
+The sharded class is compared with lm-eval's own on the exported folder.
+"""
 
 import json
 import shutil
@@ -25,7 +28,10 @@ DRAWN = ["evals.tasks.gsm8k={limit:10,shots:0,temperature:1.0,top_p:0.95,max_new
 
 
 def with_an_idle_layer(source: Path, target: Path) -> Path:
-    """The model with a sixth layer that adds nothing, for two pipeline stages do not share five."""
+    """Return the model with a sixth layer that adds nothing.
+
+    Five layers cannot be split into two pipeline stages.
+    """
     shutil.copytree(source, target)
     tensors = load_file(source / "model.safetensors")
     for name in [name for name in tensors if name.startswith("model.layers.0.")]:
@@ -40,7 +46,7 @@ def with_an_idle_layer(source: Path, target: Path) -> Path:
 
 
 class Scored:
-    """The pretrained model as a base, exported again, and runs that begin from it."""
+    """The pretrained model as a base, its export, and runs that start from it."""
 
     def __init__(self, workspace: Path, shared: Path):
         from retemper.tokenize.job import tokenize
@@ -93,7 +99,7 @@ class Scored:
         return [text for text in asked if not text.startswith(("model.", "evals.heldout."))]
 
     def score(self, world_size: int, runs: dict[str, list[str]]) -> None:
-        """Unless they are scored already."""
+        """Score the runs that are not scored yet."""
         new = {run: changes for run, changes in runs.items() if not self.folder(run).exists()}
         launch(
             world_size,
@@ -121,7 +127,10 @@ def scored(workspace, shared_data) -> Scored:
 
 @pytest.fixture(scope="module")
 def theirs(scored):
-    """A function of overrides that gives what lm-eval's own class says of the exported folder: task -> (metrics, problems)."""
+    """Return a function of overrides that scores the exported folder with lm-eval's own class.
+
+    The function returns task -> (metrics, problems).
+    """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -208,7 +217,7 @@ def test_log_likelihoods_of_cut_contexts_are_too_at_the_other_layouts(scored, th
 
 
 def answers(scored: Scored, run: str) -> list[str]:
-    """To each problem once, whatever the filters."""
+    """Return one answer to each problem, whatever the filters."""
     return [
         problem["resps"][0][0]
         for problem in scored.problems(run, "gsm8k")
@@ -263,14 +272,17 @@ def test_drawn_text_is_the_same_at_the_other_layouts_and_with_adapters(scored):
     for run in runs:
         assert answers(scored, run) == answers(scored, "drawn-one"), run
     assert (
-        "do not go with parallel.context_parallel_size > 1"
+        "do not work with parallel.context_parallel_size > 1"
         in scored.scores("refused-cp", "gsm8k")["error"]
     )
 
 
 @pytest.mark.slow
 def test_text_is_the_same_from_virtual_stages_and_from_a_grid_of_ranks(workspace, shared_data):
-    """Of weights as they are drawn, the same at every layout; greedy text of those repeats itself, drawn text does not."""
+    """Compare the sampled text of initial weights, which are the same at every layout.
+
+    Greedy text of such weights repeats itself, sampled text does not.
+    """
     layouts = {
         "one": [],
         "vpp2": ["parallel=pp2", "parallel.virtual_pipeline_parallel_size=2"],

@@ -1,4 +1,7 @@
-"""The same corpus from Slurm's arrays and from Ray's tasks as from this machine's pool: a real slurmctld, a real Ray cluster."""
+"""Test that Slurm's arrays and Ray's tasks write the same corpus as this machine's pool.
+
+They run on a real slurmctld and a real Ray cluster.
+"""
 
 import json
 import os
@@ -18,7 +21,7 @@ JOB = Path(__file__).parent / "tokenize_job.py"
 
 @pytest.fixture(scope="module")
 def corpus(workspace):
-    """A corpus of several parts and buckets, as a function of its folder and what else differs."""
+    """Return a function of a folder and changes -> a corpus of several parts and buckets."""
 
     def config(path: Path, **changes):
         source = {"kind": "text", "path": "stdlib", "glob": "[a-d]*.py"}

@@ -1,4 +1,7 @@
-"""Kill the tokenize job anywhere, delete what it wrote, and run the same command again: the corpus is the same to the byte."""
+"""Test that the corpus is the same to the byte whatever interrupted the tokenize job.
+
+The job is killed anywhere, some of what it wrote is deleted, and the same command runs again.
+"""
 
 import json
 import os
@@ -18,7 +21,10 @@ JOB = Path(__file__).parent / "tokenize_job.py"
 
 @pytest.fixture(scope="module")
 def job(workspace, tmp_path_factory):
-    """start(folder, log) -> a running job on real code, in about twenty parts and six buckets, on two workers."""
+    """Return start(folder, log) -> a running job on real code.
+
+    The job has about twenty parts, six buckets and two workers.
+    """
     folder = tmp_path_factory.mktemp("kill")
     source = {"kind": "text", "path": "stdlib", "glob": "[a-m]*.py"}
 
@@ -54,7 +60,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def kill_until_done(job, tmp_path: Path, kills: int, rng: random.Random) -> int:
-    """Kill jobs at random moments, delete some of what they wrote, and start them again; returns how many reached their end."""
+    """Kill jobs at random moments, delete some of what they wrote, and start them again.
+
+    Returns:
+        The number of jobs that reached their end.
+    """
     path, work, finished, ended = tmp_path / "out", tmp_path / "out.partial", 0, False
     while kills or not ended:
         process = job(path, tmp_path / "log")
@@ -84,7 +94,8 @@ def test_a_kill(job, tmp_path):
 def test_fifty_kills(job, tmp_path):
     finished = kill_until_done(job, tmp_path, 50, random.Random(50))
     print(
-        f"\n50 kills over {job.seconds:.0f} s jobs, {finished} jobs reached their end, each equal to the uninterrupted one"
+        f"\n50 kills over {job.seconds:.0f} s jobs, {finished} jobs reached their end, "
+        "each equal to the uninterrupted one"
     )
 
 
@@ -119,7 +130,10 @@ def test_workers_end_with_a_killed_parent(job, tmp_path):
 
 
 def _worker_at_work(process: subprocess.Popen, work: Path) -> int:
-    """The id of a worker, once one of the parts is done: a child of the server process that workers are forked from."""
+    """Return the process id of a worker once one of the parts is done.
+
+    A worker is a child of the server process that workers are forked from.
+    """
     deadline = time.monotonic() + 200
     while not list(work.glob("parts/*/done.json")):
         assert process.poll() is None and time.monotonic() < deadline

@@ -1,4 +1,7 @@
-"""The same losses and scores on one rank and on two, and after every restart; test_oracle.py looks at every weight and gradient."""
+"""Test that losses and scores are the same on one rank, on two, and after every restart.
+
+test_oracle.py compares every weight and gradient.
+"""
 
 import json
 import shutil
@@ -17,7 +20,8 @@ LAYOUTS = {
     "pp2": ["parallel=pp2"],
     "dp2": ["parallel=dp2"],
 }
-# At 5e-3 the adapters' gradient norm leaps from 0.3 to 1.1 in one step, and float32's rounding with it (NOTES.md).
+# At 5e-3 the adapters' gradient norm leaps from 0.3 to 1.1 in one step, and float32's rounding
+# with it (NOTES.md).
 LORA = ["method=lora", "method.lora.rank=4", "method.lora.alpha=32", "optimizer.lr=1e-3"]
 
 
@@ -33,13 +37,14 @@ SCORED = {
 }
 SCORED |= {f"masked-{where}" for where in ("one", "single", *LAYOUTS)}
 
-# What a restart must bring back beside weights and optimizer: the data position, the seed, the random state of dropout.
+# What a restart must restore beside weights and optimizer: the data position, the seed, the random
+# state of dropout.
 RESTART_FAULTS = ["lost_data_position", "another_seed", "lost_random_state"]
 
 
 @pytest.fixture(scope="module")
 def runs(workspace, pairs):
-    """Every run of this module, trained by one launch of one rank and one launch of two."""
+    """Train every run of this module by one launch of one rank and one launch of two."""
     base = f"init_from={workspace / 'runs' / 'test' / 'base'}"
 
     def case(name, *changes, **how):
@@ -54,7 +59,7 @@ def runs(workspace, pairs):
         return case(name, *changes, *LAYOUTS[layout], "checkpoint.save_every_steps=5", stop_after=7)
 
     def restarted(after, name, *changes, **how):
-        """Go on with a copy of the interrupted run `name`, in runs/after-…"""
+        """Continue a copy of the interrupted run `name`, in runs/after-…"""
         where = [
             f"runs_dir={workspace / 'runs' / f'after-{after}'}",
             "checkpoint.save_every_steps=5",

@@ -1,4 +1,4 @@
-"""Workers beside a run: what they score is the run's, once, whoever dies on the way."""
+"""Test workers beside a run: their scores are the run's, once, whichever process dies."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def trained(workspace, shared_data):
 
 
 class Process:
-    """`retemper evals worker` in a process group of its own."""
+    """A `retemper evals worker` in a separate process group."""
 
     def __init__(self, asked: list[str], log: Path, *options: str):
         self.log = log
@@ -84,7 +84,7 @@ class Process:
 
 
 def results(logs: list[Path]) -> list[str]:
-    """step and task of each score that a worker committed, as it says."""
+    """Return the step and task of each score that a worker committed, from its output."""
     said = "".join(log.read_text() for log in logs)
     return re.findall(r"^step +(\d+  \w+): (?:pass@1|exact_match\S*) [\d.]+ ±", said, re.MULTILINE)
 
@@ -165,10 +165,10 @@ def test_a_worker_refuses_what_it_cannot_do(workspace, capsys):
     config = load_config(overrides(workspace, "unscored"))
     run_folder.claim(config, 0)
     assert main(["evals", "worker", str(config.run_dir)]) == 1
-    assert "names no task for workers" in capsys.readouterr().err
+    assert "has no tasks for workers" in capsys.readouterr().err
     assert main(["evals", "worker", str(config.run_dir), "seed=3"]) == 1
     assert (
-        "seed=3: the run's own config holds; what can be given anew is evals"
+        "seed=3: cannot be overridden for an existing run; allowed: evals"
         in capsys.readouterr().err
     )
 
@@ -190,7 +190,7 @@ def test_a_worker_refuses_bad_files_before_any_work(workspace, shared_data, tmp_
         (
             "gsm8k_train.jsonl",
             "{}\n",
-            f"{tmp_path / 'gsm8k_train.jsonl'}, line 1: no record of the form",
+            f"{tmp_path / 'gsm8k_train.jsonl'}, line 1: not a record of the form",
         ),
     ):
         asked = [

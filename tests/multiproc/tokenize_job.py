@@ -1,4 +1,4 @@
-"""`retemper tokenize` as a process of its own, with parts and buckets small enough that a small corpus has several.
+"""Run `retemper tokenize` with such sizes that a small corpus has several parts and buckets.
 
 python tokenize_job.py CONFIG_JSON PART_BYTES BUCKET_BYTES
 """

@@ -1,4 +1,4 @@
-"""Looks at optimizers: every step beside a plain one of a single process. Run by probes.py."""
+"""Check optimizers: every step against a plain one of a single process. probes.py runs it."""
 
 from unittest import mock
 
@@ -9,7 +9,10 @@ from retemper.pipeline.train.norms import kind_of, norms_of_step
 
 
 class Plain:
-    """The optimizer of a run in one process, over copies of whole weights. Biases and norms are not decayed."""
+    """The optimizer of a run in one process, over copies of whole weights.
+
+    Biases and norms are not decayed.
+    """
 
     def __init__(self, config, weights: dict[tuple, torch.Tensor]):
         self.settings, ratio = (
@@ -39,7 +42,7 @@ class Plain:
             self.lion(lr / self.settings.lr)
 
     def norms_since(self, before: dict[tuple, torch.Tensor]) -> dict[str, float]:
-        """Of weights and of their update, by kind."""
+        """Return the norms of weights and of their update, by kind."""
         norms = {}
         for kind in {kind_of(key[-1]) for key in before}:
             of_kind = [key for key in before if kind_of(key[-1]) == kind]
@@ -63,7 +66,10 @@ class Plain:
 
 
 def trained_parameters(place, model) -> dict[tuple, torch.nn.Parameter]:
-    """Pipeline rank, stage, tensor-parallel rank where each has a part of its own, and name -> parameter."""
+    """Return the trainable parameters by pipeline rank, stage, tensor-parallel rank and name.
+
+    The tensor-parallel rank in the key of a replicated parameter is 0.
+    """
     return {
         (
             place.pipeline_parallel_rank,
@@ -84,7 +90,10 @@ def of_all_ranks(place, tensors: dict[tuple, torch.Tensor]) -> dict[tuple, torch
 
 
 def reduced_gradients(model) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """Whole gradients of this rank's parameters, of which each data-parallel rank has a shard."""
+    """Return the whole gradients of this rank's parameters.
+
+    Each data-parallel rank has a shard of them.
+    """
     gradients = {}
     for buffer in (buffer for stage in model for buffer in stage.buffers):
         [bucket], group = buffer.buckets, buffer.data_parallel_group
@@ -100,7 +109,10 @@ def reduced_gradients(model) -> dict[torch.nn.Parameter, torch.Tensor]:
 
 
 def trajectory(config, place, model) -> None:
-    """Every step takes every weight where a plain optimizer of one process takes it by the same gradients, to 1e-6 of its way."""
+    """Check every weight after every step against a plain optimizer in one process.
+
+    From the same gradients both make the same change, to 1e-6 of it.
+    """
     from retemper.pipeline.data.reader import TrainingBatches
     from retemper.pipeline.model.forward import run_schedule
     from retemper.pipeline.train.optimizer import build_optimizer, build_schedule
@@ -130,7 +142,8 @@ def trajectory(config, place, model) -> None:
             schedule.step(config.tokens_per_step)
             assert grad_norm == pytest.approx(norm, rel=1e-6), "gradient norm"
             assert norm > settings.clip_grad
-            # By the norm in megatron-core's rounding: the sign of what is next to zero is that of a rounding error.
+            # By the norm in megatron-core's rounding: the sign of what is next to zero is that of a
+            # rounding error.
             clip = settings.clip_grad / (grad_norm + 1e-6)
             lr = settings.lr * min(
                 1.0, step * config.tokens_per_step / config.schedule.warmup_tokens
@@ -151,7 +164,10 @@ def trajectory(config, place, model) -> None:
 
 
 def norms_of_each_rank(config, place, model) -> None:
-    """The trajectory sees the trap of megatron-core's own Lion: gradient norms that are not summed over data-parallel ranks."""
+    """Check that the trajectory detects the fault of megatron-core's own Lion.
+
+    Its gradient norms are not summed over data-parallel ranks.
+    """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     alone = mock.patch.object(

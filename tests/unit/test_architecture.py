@@ -1,4 +1,4 @@
-"""The layout that everything stands on."""
+"""Test the layout of the project."""
 
 import ast
 import graphlib
@@ -31,7 +31,10 @@ def test_tokenize_stays_the_standard_librarys():
 
 
 def test_a_module_has_one_path_from_wherever_it_is_imported(tmp_path):
-    code = "import retemper.pipeline.config.compose as one, retemper.tokenize.job as other; print(one.__file__, other.__file__)"
+    code = (
+        "import retemper.pipeline.config.compose as one, retemper.tokenize.job as other; "
+        "print(one.__file__, other.__file__)"
+    )
     expected = f"{ROOT / 'pipeline' / 'config' / 'compose.py'} {ROOT / 'tokenize' / 'job.py'}\n"
     for folder in (ROOT, ROOT / "retemper", tmp_path):
         found = subprocess.run(
@@ -146,7 +149,7 @@ MODULES = {
 
 
 def imported_by(path: Path) -> set[str]:
-    """The modules of this project that a file imports, at its top or within a function."""
+    """Return the modules of this project that a file imports, at its top or within a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -163,7 +166,10 @@ def imported_by(path: Path) -> set[str]:
 
 
 def package_of(module: str) -> str:
-    """The package on a floor: a folder of pipeline/ or of the root, or an entry point of ranks."""
+    """Return the package of a module.
+
+    It is a folder of pipeline/ or of the root, or an entry point of ranks.
+    """
     _, root, *parts = module.split(".")
     if module.endswith(".__main__"):
         return f"{parts[0]}.__main__"
@@ -191,7 +197,7 @@ def test_no_two_files_have_one_name():
 
 
 def test_no_module_changes_another_when_it_is_imported():
-    """Changes to other libraries lie in compat/ and are applied by a call."""
+    """Check that changes to other libraries are in compat/ and are applied by a call."""
     for path in MODULES.values():
         for node in ast.parse(path.read_text()).body:
             targets = node.targets if isinstance(node, ast.Assign) else []

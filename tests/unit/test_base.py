@@ -1,4 +1,4 @@
-"""Which checkpoint a run began from, whatever becomes of the run that it is of."""
+"""Test from which checkpoint a run started, whatever happens to the run of that checkpoint."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from retemper.pipeline.schema.run import Config
 
 
 def checkpoint(run_dir: Path, step: int, base: str | None = None, init_from: str | None = None):
-    """Commit a checkpoint that holds nothing but what it says of itself."""
+    """Commit a checkpoint that contains nothing but its own metadata."""
     (commit.begin(run_dir, step) / "shard").write_text(f"weights after {step}")
     fingerprints = {"base": base} if base else {}
     meta = {"config": {"init_from": init_from}, "fingerprints": fingerprints}
@@ -45,7 +45,7 @@ def begun(config: Config, fingerprint: str | None = None) -> Config:
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    """The folder of a run with checkpoints after the steps 5 and 10."""
+    """Return the folder of a run with checkpoints after the steps 5 and 10."""
     folder = tmp_path / "base"
     for step in (5, 10):
         checkpoint(folder, step)
@@ -54,7 +54,7 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture
 def first(base) -> Base:
-    """Its checkpoint after step 5."""
+    """Return its checkpoint after step 5."""
     return Base(base, 5, commit.fingerprint(commit.folder_of(base, 5)))
 
 

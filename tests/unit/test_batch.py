@@ -1,4 +1,4 @@
-"""Which labels count, where positions begin, and what attention sees."""
+"""Test which labels count, where positions begin, and what attention sees."""
 
 import json
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from retemper.pipeline.errors import UserError
 
 @st.composite
 def pieces(draw, length: int = 24):
-    """(length, prompt length) of the pieces of documents of a sample; what they leave over is padding."""
+    """Draw (length, prompt length) of the pieces of documents of a sample; the rest is padding."""
     lengths, room = [], length
     while room and (not lengths or draw(st.booleans())):
         lengths.append(draw(st.integers(1, room)))
@@ -145,7 +145,7 @@ def test_data_show_prints_the_step_with_its_sources(workspace, pairs, capsys):
     [
         (
             ["data.replay.path=x", "data.replay.fraction=0.005"],
-            "no whole number of samples of data.mixture_window=100",
+            "not a whole number of samples of data.mixture_window=100",
         ),
         (
             [

@@ -1,6 +1,4 @@
-"""The benches on GPUs: what a trace is read as, and that the scripts run, at the tests' smallest
-size on CPU.
-"""
+"""Test the GPU benches: the summary of a trace, and the scripts, at the smallest size on CPU."""
 
 import json
 import subprocess
@@ -192,8 +190,9 @@ def test_every_part_asks_for_a_config_that_can_be(parts):
 
 @pytest.fixture(scope="module")
 def corpora(workspace, tmp_path_factory) -> Path:
-    """As `bench_gpu.py corpora` names them, of the workspace's corpora; without that of
-    documents.
+    """Return the workspace's corpora under the names of `bench_gpu.py corpora`.
+
+    The one of documents is absent.
     """
     folder = tmp_path_factory.mktemp("corpora")
     (folder / "tokenizer").symlink_to(workspace / "data" / "tokenizer")

@@ -1,4 +1,4 @@
-"""The command: help at once, the resolved config, launch scripts, and the README's own commands."""
+"""Test the command: help at once, the resolved config, launch scripts, and README's commands."""
 
 import json
 import os
@@ -162,7 +162,7 @@ def readme_commands() -> list[str]:
 
 
 def test_the_readmes_commands_run(workspace, tmp_path):
-    """Those that are quick run as they stand; of the long ones, every key is resolved."""
+    """Run README's quick commands unchanged, and resolve every key of the long ones."""
     commands = readme_commands()
     assert "make demo" in commands and "make test" in commands
     binaries = Path(sys.executable).parent

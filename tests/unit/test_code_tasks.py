@@ -1,4 +1,4 @@
-"""HumanEval and MBPP: the benchmarks' own answers pass, nothing else does, and what is wrong with a file is said."""
+"""Test HumanEval and MBPP: only the benchmarks' own answers pass, and bad files have messages."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def problems(shared_data) -> dict[str, list[dict]]:
 
 @pytest.fixture(autouse=True, scope="module")
 def walls() -> None:
-    """Skip where the machine has too few of them to run programs at all."""
+    """Skip if the machine has too few layers of the sandbox to run programs at all."""
     try:
         find_layers()
     except UserError as error:
@@ -39,7 +39,10 @@ def walls() -> None:
 
 @pytest.fixture
 def bare_layers() -> Layers:
-    """Without bubblewrap, whose first process leaves its children, and their times, to others."""
+    """Return the layers without bubblewrap.
+
+    Its first process leaves its children, and their times, to others.
+    """
     layers = replace(find_layers(), bubblewrap=None)
     if not layers.landlock:
         pytest.skip("this kernel has no Landlock")
@@ -52,7 +55,7 @@ def gold(task: str, problem: dict) -> str:
 
 
 def judge_gold(task: str, problems: list[dict], layers: Layers) -> dict:
-    """Problem -> reason, of those whose own answer fails."""
+    """Return problem -> reason for the problems whose own answer fails."""
     code_task = CODE_TASKS[task]
     programs = [
         Program(code_task.prompt(problem) + gold(task, problem), code_task.tests(problem))
@@ -122,9 +125,9 @@ def test_a_completion_ends_at_its_first_stop_word():
         "entry_point": "f",
     }
     program = task.program(problem, "\n    return 2\nf = None\nif x:")
-    assert (
-        program.source
-        == 'def f(x):\n    """Two."""\n    return 2\nf = None\n\ndef check(f):\n    assert f(1) == 2\n\ncheck(f)'
+    assert program.source == (
+        'def f(x):\n    """Two."""\n    return 2\nf = None\n\n'
+        "def check(f):\n    assert f(1) == 2\n\ncheck(f)"
     )
     assert (
         CODE_TASKS["mbpp"].prompt({"text": "Add.", "test_list": ["assert a(1) == 2", "x"]})
@@ -134,7 +137,7 @@ def test_a_completion_ends_at_its_first_stop_word():
 
 @pytest.fixture
 def small(tmp_path):
-    """Three problems, and three samples of each: none, one and two of them right."""
+    """Return three problems, and three samples of each, of which none, one and two are right."""
     problems = tmp_path / "problems.jsonl"
     test = "def check(f):\n    assert f(3) == 9\n"
     names = ["HumanEval/0", "HumanEval/1", "HumanEval/2"]
@@ -187,7 +190,10 @@ def test_generations_are_scored_where_they_lie(small):
 def test_fifty_samples_of_every_problem_are_scored_at_the_papers_size(
     problems, shared_data, tmp_path
 ):
-    """8,200 programs: of the n-th problem n modulo 51 samples are its own answer, the others have no body."""
+    """Score 8,200 programs.
+
+    Of the n-th problem n modulo 51 samples are its own answer, the others have no body.
+    """
     records = [
         {
             "task_id": problem["task_id"],
@@ -244,12 +250,12 @@ RECORD = '{"task_id": "HumanEval/0", "sample": 0, "completion": "x"}\n'
             zst(RECORD + RECORD.replace("/0", "/1") + RECORD.replace('": 0', '": 1')),
             "1 samples of problem HumanEval/1 and 2 of others",
         ),
-        (zst(""), "holds no record"),
-        (zst(RECORD)[:-5], "damaged .*cut off"),
+        (zst(""), "has no records"),
+        (zst(RECORD)[:-5], "damaged .*truncated"),
         (zst(RECORD) + b"more", "damaged"),
         (RECORD.encode(), "damaged"),
         (zstandard.compress(b"\xff"), "damaged"),
-        (None, "is not here"),
+        (None, "does not exist"),
     ],
 )
 def test_malformed_generations_are_named_before_anything_runs(small, content, said, monkeypatch):

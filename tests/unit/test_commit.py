@@ -1,4 +1,4 @@
-"""Checkpoint folders exist whole or not at all, and nothing is read from a damaged one."""
+"""Test that checkpoint folders exist whole or not at all, and that damaged ones are not read."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_a_train_state_checks_itself():
 
 
 def committed(run_dir, step=5, **meta):
-    """The folder of a checkpoint with a train state, as a run leaves it."""
+    """Return the folder of a checkpoint with a train state, as a run leaves it."""
     (write(run_dir, step) / ".metadata").write_bytes(b"torch's")
     state = TrainState(step, 8 * step, 1.5, [2.25, 1e-300]).to_dict()
     commit.commit(run_dir, step, {"train_state": state, "config": {"betas": (0.9, 0.95)}} | meta)
@@ -161,7 +161,7 @@ def test_the_order_of_keys_and_the_spaces_between_them_say_nothing(tmp_path):
 
 
 def unsealed(run_dir, change=lambda meta: None):
-    """A checkpoint as it was written before meta.json had a hash of itself."""
+    """Write a checkpoint as it was before meta.json had a hash of itself."""
     folder = committed(run_dir)
     rewrite(folder, lambda meta: (meta.pop("sha256"), change(meta)))
     return folder

@@ -1,4 +1,4 @@
-"""Configs: presets that load, and one message for everything that is wrong."""
+"""Test configs: presets that load, and one message for all problems."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_a_corpus_that_cannot_be_is_refused_in_one_message():
     for said in (
         "data.slurm.partition=NAME",
         "less than one sample",
-        "takes columns of rows",
+        "refers to columns of rows",
         "a folder, s3:// or gs://",
     ):
         assert said in str(refusal.value)
@@ -125,15 +125,15 @@ def test_every_impossible_topology_is_named():
     assert "tensor_parallel_size=3 does not divide model.num_query_groups=2" in message
     assert "pipeline_parallel_size=5 does not divide model.num_layers=2" in message
     assert (
-        "train.global_batch_size=8 is not divisible by train.micro_batch_size × parallel.data_parallel_size = 2 × 7"
-        in message
+        "train.global_batch_size=8 is not divisible by "
+        "train.micro_batch_size × parallel.data_parallel_size = 2 × 7" in message
     )
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (["run=demo_bse"], "no such preset; there are demo_base"),
+        (["run=demo_bse"], "no such preset; available: demo_base"),
         (["nonsense"], "'nonsense' is not key=value"),
         (["method=lora"], "set init_from"),
         (["method.name=lora", "init_from=x"], "needs method.lora"),
@@ -146,7 +146,7 @@ def test_every_impossible_topology_is_named():
         ),
         (
             ["schedule=cosine", "schedule.cooldown_fraction=0.2"],
-            "schedule.cooldown_fraction is the trapezoid's alone",
+            "schedule.cooldown_fraction only applies to schedule=trapezoid",
         ),
         (["optimizer.name=sgd"], "optimizer.name: Input should be 'adamw' or 'lion'"),
         (["checkpoint.milestones=[1B]"], "beyond train.tokens"),
@@ -154,11 +154,12 @@ def test_every_impossible_topology_is_named():
         (["parallel.sequence_parallel=true"], "needs parallel.tensor_parallel_size > 1"),
         (
             ["parallel.context_parallel_size=3"],
-            "data.seq_length=64 is not divisible by the 6 parts that 2 × parallel.context_parallel_size",
+            "data.seq_length=64 is not divisible by the 6 parts that "
+            "2 × parallel.context_parallel_size",
         ),
         (
             ["parallel=cp2", "data.mask_documents=true"],
-            "data.mask_documents=true does not go with parallel.context_parallel_size",
+            "data.mask_documents=true cannot be combined with parallel.context_parallel_size",
         ),
         (
             ["parallel.virtual_pipeline_parallel_size=2"],
@@ -183,7 +184,7 @@ def test_every_impossible_topology_is_named():
             "the cooldown of 10000 begins after step 15, but train.tokens=5120 is 10 steps",
         ),
         (["train.branches=[5K]", "schedule=cosine"], "schedule=trapezoid"),
-        (["train.branches=[5K]", "branch_of=runs/x"], "a branch has none of its own"),
+        (["train.branches=[5K]", "branch_of=runs/x"], "a branch has no branches"),
     ],
 )
 def test_rules_between_keys(change, said):
@@ -191,7 +192,7 @@ def test_rules_between_keys(change, said):
 
 
 def test_a_missing_value_is_named():
-    with pytest.raises(UserError, match="train.tokens: has no value; set it as train.tokens="):
+    with pytest.raises(UserError, match="train.tokens is required: set train.tokens="):
         load_config(["study=a", "name=b"])
 
 
@@ -243,7 +244,7 @@ def test_a_runs_preset_that_picks_a_model_names_one(tmp_path):
 
 
 def base_in(folder: Path, *changes: str) -> str:
-    """A run folder with another model than the default preset's."""
+    """Write a run folder with another model than the default preset's."""
     config = load_config([*SMALL, "model=llama2_7b", *changes])
     folder.mkdir()
     (folder / "config.json").write_text(config.to_json())
@@ -327,7 +328,7 @@ def test_a_run_is_evaluated_as_its_folder_says_and_as_is_asked(tmp_path):
     assert load_run(run, []) == trained.model_copy(update={"runs_dir": str(run.parents[1])})
     with pytest.raises(
         UserError,
-        match=r"^parallel=pp2: the run's own config holds; what can be given anew is evals$",
+        match=r"^parallel=pp2: cannot be overridden for an existing run; allowed: evals$",
     ):
         load_run(run, ["parallel=pp2"])
 

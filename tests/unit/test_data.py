@@ -1,4 +1,4 @@
-"""Documents to shards to batches, on real text."""
+"""Test the way from documents to shards to batches, on real text."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Which documents hold an evaluation problem, at every place and length."""
+"""Test which documents contain an evaluation problem, at every position and length."""
 
 import json
 import re
@@ -59,7 +59,10 @@ def test_a_problem_is_found_across_every_cut_of_a_long_document(problems, humane
 
 
 def test_a_problem_with_a_long_text_is_not_known_by_its_short_ones(problems, humaneval, tmp_path):
-    """Eight words in a row are told apart from honest code only where a problem has no more."""
+    """Check that a problem is found by eight words only if it has no more.
+
+    Otherwise eight words in a row do not distinguish it from honest code.
+    """
     long = next(problem for problem in humaneval if problem["task_id"] == "HumanEval/152")
     solution = long["canonical_solution"]
     assert problems.match(solution.encode()) is None

@@ -1,4 +1,4 @@
-"""Which held-out domains measure what a run learns, and which what it forgets."""
+"""Test which held-out domains measure what a run learns, and which what it forgets."""
 
 import pytest
 from conftest import overrides
@@ -16,7 +16,7 @@ EMPTY = "evals.heldout={}"
 
 
 def config_of(tmp_path, *changes):
-    """The config of a run that trains on corpus "code" and is scored on "code" and "math"."""
+    """Return the config of a run on corpus "code" that is scored on "code" and "math"."""
     asked = [change.replace("{data}", str(tmp_path / "data")) for change in changes]
     return load_config(overrides(tmp_path, "run", *asked, corpus="code"))
 
@@ -84,7 +84,8 @@ def test_a_domain_scored_later_is_known_by_its_name(tmp_path):
 
 def test_an_unknown_learned_domain_is_refused_with_the_nearest(tmp_path):
     with pytest.raises(
-        UserError, match=r"evals.learned: coed is no domain of evals.heldout \(code, math\).*code"
+        UserError,
+        match=r"evals.learned: coed is not a domain of evals.heldout \(code, math\).*code",
     ):
         config_of(tmp_path, "evals.learned=[coed]")
 
@@ -99,21 +100,28 @@ def test_learned_is_kept_when_a_run_is_scored_with_another_preset(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ([], ["what it learns is measured on held-out code", "what it forgets is measured on held-out math"]),
+        (
+            [],
+            ["what it learns is measured on held-out code",
+             "what it forgets is measured on held-out math"],
+        ),
         (
             [*REPLAY, *WIKI, "evals.heldout.wiki={data}/wiki"],
-            ["what it learns is measured on held-out code, wiki", "what it forgets is measured on held-out math (replayed)"],
+            ["what it learns is measured on held-out code, wiki",
+             "what it forgets is measured on held-out math (replayed)"],
         ),
         (
             [EMPTY, "evals.heldout.math={data}/math"],
-            ["no learning will be measured: no domain of evals.heldout is of the text that it trains on (code). "
+            ["no learning will be measured: no domain of evals.heldout is of the text "
+             "that it trains on (code). "
              "Set evals.heldout.code={data}/code, or name such domains in evals.learned=[…]",
              "what it forgets is measured on held-out math"],
         ),
         (
             [EMPTY, "evals.heldout.code={data}/code"],
             ["what it learns is measured on held-out code",
-             "no forgetting will be measured on held-out text: evals.heldout has no domain that it does not train on. "
+             "no forgetting will be measured on held-out text: "
+             "evals.heldout has no domain that it does not train on. "
              "Set evals.heldout.NAME=FOLDER to token shards of text that the base knew"],
         ),
     ],

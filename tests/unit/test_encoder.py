@@ -1,4 +1,7 @@
-"""gigatoken and tokenizers give the same ids, long documents are encoded as if whole, and a tokenizer that differs falls back."""
+"""Test that gigatoken and tokenizers give the same ids, also for long documents.
+
+Long documents are encoded as if whole; a tokenizer whose ids differ falls back to tokenizers.
+"""
 
 import json
 import os
@@ -35,7 +38,8 @@ def texts() -> list[str]:
 
 def test_gigatoken_is_chosen_and_gives_the_ids_of_tokenizers(tokenizer, texts):
     assert choose_encoder(tokenizer, texts[:20]) | {"version": ""} == {
-        "name": "gigatoken", "version": "", "equal_to_tokenizers_on": {"documents": 20, "strings": pytest.approx(290, abs=270)}
+        "name": "gigatoken", "version": "",
+        "equal_to_tokenizers_on": {"documents": 20, "strings": pytest.approx(290, abs=270)},
     }  # fmt: skip
     special = [f"it says {token} here" for token in ("<s>", "</s>", "<unk>", "<|endoftext|>")]
     ids = Encoder(tokenizer, "gigatoken").encode([text.encode() for text in [*texts, *special]])

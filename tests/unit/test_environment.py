@@ -1,4 +1,4 @@
-"""The environment of a run on GPUs: what it wants, and that the person's own values are kept."""
+"""Test the environment of a run on GPUs: its settings, and that the user's own values are kept."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ MARGINS = {"NVTE_FWD_LAYERNORM_SM_MARGIN": "16", "NVTE_BWD_LAYERNORM_SM_MARGIN":
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    """No variable of the table is set before a test, and none is left after it."""
+    """Unset every variable of the table before a test and after it."""
     names = [*ORDERED, *MARGINS, "PYTORCH_CUDA_ALLOC_CONF", "CUDA_LAUNCH_BLOCKING"]
     for name in names:
         monkeypatch.setenv(name, "")  # noted for the end of the test, whatever sets it meanwhile
@@ -76,7 +76,7 @@ def test_what_the_person_set_is_kept_under_either_name(monkeypatch, name):
     assert len(set(os.environ) & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}) == 1
     assert found.chosen == {"NCCL_GRAPH_REGISTER": "0"}
     assert found.kept == {name: "max_split_size_mb:512"}
-    assert str(found) == f"NCCL_GRAPH_REGISTER=0, {name}=max_split_size_mb:512 (as it was set)"
+    assert str(found) == f"NCCL_GRAPH_REGISTER=0, {name}=max_split_size_mb:512 (already set)"
     assert environment.apply(environment.wanted(ALONE, HOPPER), ALONE) == found, "a second call"
 
 
@@ -135,7 +135,7 @@ print("read")
 
 
 def _said(code: str, **variables: str) -> str:
-    """What a Python process of its own prints."""
+    """Return the output of a separate Python process."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

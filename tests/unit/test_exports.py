@@ -1,4 +1,7 @@
-"""What an export writes beside the weights: where generation stops, the tokenizer, rounding, and the base of adapters."""
+"""Test what an export writes beside the weights.
+
+It writes the stop tokens of generation, the tokenizer, the rounding, and the base of adapters.
+"""
 
 import json
 import shutil
@@ -54,8 +57,11 @@ def tokenizer(tmp_path_factory) -> Path:
 def held(
     run: Path, tokenizer: Path, *, step: int = 4, init_from: Path | None = None, **setup
 ) -> Held:
-    """A run with a checkpoint whose meta.json alone is on the disk; with LoRA it holds an adapter
-    of one layer.
+    """Write a run with a checkpoint of which only meta.json is on the disk, and return it.
+
+    With LoRA it has an adapter of one layer.
+
+    With LoRA it has an adapter of one layer.
     """
     method = setup.pop("method", MethodConfig(name="full"))
     model = MODEL.model_copy(update={"vocab_size": 260})
@@ -131,7 +137,8 @@ def test_an_export_takes_no_other_tokenizer_than_the_models(tmp_path, tokenizer)
     train_tokenizer(["another text, and other tokens"], 262, other := tmp_path / "other")
     with pytest.raises(
         UserError,
-        match=rf"{other} is another tokenizer than the one that .*step-00000004 was trained with.*--tokenizer",
+        match=rf"{other} is another tokenizer than the one that .*step-00000004 was trained with"
+        r".*--tokenizer",
     ):
         export.tokenizer_of(streamed.folder, streamed.meta, str(other))
     with pytest.raises(UserError, match=r"there is no nowhere/tokenizer.json.*--tokenizer FOLDER"):
@@ -160,7 +167,7 @@ def imported(
     name: str | None = None,
     folder: Path | None = None,
 ) -> Path:
-    """What an import leaves of a folder beside its checkpoint; returns the folder."""
+    """Write what an import leaves of a folder beside its checkpoint, and return the folder."""
     folder = folder or run.with_name(f"{run.name}-folder")
     model = MODEL.model_copy(update={"vocab_size": 260})
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +193,10 @@ def test_rounding_to_the_sources_type_is_told_and_written_down(tmp_path, tokeniz
     )
     said, count = str(dtype).removeprefix("torch."), len(tensor_shapes(streamed.setup.model))
     assert rounding.rounded == {said: count - 1}
-    told = f"{count - 1} of {count} tensors were rounded to {said}: the type of the model that was imported"
+    told = (
+        f"{count - 1} of {count} tensors were rounded to {said}: "
+        "the type of the model that was imported"
+    )
     assert str(rounding) == told and told in (out / "README.md").read_text()
     assert "The run run after step 4" in (out / "README.md").read_text()
 
@@ -202,7 +212,7 @@ LORA = MethodConfig(name="lora", lora=LoraConfig(rank=2, alpha=4, targets=["o"],
 
 
 def in_cache(hub: Path, name: str, files: Path, monkeypatch) -> Path:
-    """Put a folder where huggingface_hub keeps what it has fetched, and be offline."""
+    """Put a folder where huggingface_hub stores what it has fetched, and be offline."""
     snapshot = hub / f"models--{name.replace('/', '--')}" / "snapshots" / ("1" * 40)
     (snapshot.parent.parent / "refs").mkdir(parents=True)
     for branch in ("main", "v2"):
@@ -237,7 +247,8 @@ def test_adapters_name_their_base_as_it_was_given(tmp_path, tokenizer, monkeypat
     assert export.base_of(streamed, None) == ("owner/model@v2", snapshot.resolve())
     assert export.base_of(streamed, "owner/model") == ("owner/model", snapshot.resolve())
     with pytest.raises(
-        UserError, match="the adapters' base some/copy is no folder, and the hub does not give it"
+        UserError,
+        match="the adapters' base some/copy is not a folder, and the hub does not provide it",
     ):
         export.base_of(streamed, "some/copy")
     with pytest.raises(UserError, match="no transformers folder that is here.*--base"):
@@ -300,6 +311,6 @@ def test_a_hub_name_is_imported_from_where_it_was_fetched_to(
     assert main(["import", "owner/absent", str(tmp_path / "base")]) == 1
     said = capfd.readouterr().err
     assert (
-        "owner/absent is no folder, and the hub does not give it" in said
+        "owner/absent is not a folder, and the hub does not provide it" in said
         and "Traceback" not in said
     )

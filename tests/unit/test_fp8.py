@@ -1,4 +1,7 @@
-"""8-bit precisions where there is no GPU: what is refused and why, what megatron-core is told, what a rank is planned to hold."""
+"""Test 8-bit precisions without a GPU.
+
+Covered are the errors, the settings for megatron-core, and the planned memory of a rank.
+"""
 
 import subprocess
 import sys
@@ -42,14 +45,14 @@ def problems_of(*changes: str) -> str:
         (["fp8.bf16_layers=1"], "fp8.* is set, but precision=bf16"),
         (
             ["precision=fp8_delayed", "fp8.bf16_layers=1"],
-            "fp8.bf16_layers does not go with precision=fp8_delayed",
+            "fp8.bf16_layers cannot be combined with precision=fp8_delayed",
         ),
         (["precision=mxfp8", "fp8.param_gather=true"], "leave it out"),
         (
             ["precision=fp8_tensorwise", "fp8.param_gather=true", *LORA],
-            "the base is held in FP8 anyway",
+            "the base is stored in FP8 anyway",
         ),
-        (["precision=fp8_delayed", *LORA], "take fp8_tensorwise with method=lora"),
+        (["precision=fp8_delayed", *LORA], "set precision=fp8_tensorwise with method=lora"),
         (
             [
                 "precision=fp8_tensorwise",
@@ -57,15 +60,15 @@ def problems_of(*changes: str) -> str:
                 "train.micro_batch_size=2",
                 "evals.heldout.code=c",
             ],
-            "come in any number",
+            "may run any number of samples",
         ),
         (
             ["parallel.tensor_parallel_overlap=true", "precision=fp8_blockwise"],
-            "does not go with precision=fp8_blockwise",
+            "cannot be combined with precision=fp8_blockwise",
         ),
         (
             ["precision=fp8_tensorwise", *LORA, "method.lora.dora=true"],
-            "takes no method.lora.dora or pissa",
+            "cannot be combined with method.lora.dora or pissa",
         ),
         (
             ["precision=fp8_tensorwise", "fp8.bf16_layers=17", "parallel.pipeline_parallel_size=2"],
@@ -73,11 +76,11 @@ def problems_of(*changes: str) -> str:
         ),
         (
             ["precision=fp8_tensorwise", "model.ffn_hidden_size=11000"],
-            "asks for features that 16 divides, but gate has 11000 on a rank",
+            "requires numbers of features divisible by 16, but gate has 11000 on a rank",
         ),
         (
             ["precision=mxfp8", "data.seq_length=24"],
-            "asks for micro-batches whose tokens 32 divides",
+            "requires micro-batches whose number of tokens is divisible by 32",
         ),
         (["parallel.tensor_parallel_overlap=true"], "needs parallel.sequence_parallel=true"),
         (
@@ -99,9 +102,9 @@ def test_a_rank_without_a_gpu_refuses_before_it_joins(workspace):
     ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and not (workspace / "runs" / "test" / "fp8").exists()
-    assert (
-        result.stderr
-        == "error: precision=fp8_delayed needs an NVIDIA GPU, and torch finds none here; precision=bf16 runs everywhere\n"
+    assert result.stderr == (
+        "error: precision=fp8_delayed needs an NVIDIA GPU, and torch finds none here; "
+        "precision=bf16 runs everywhere\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""The loss of a frozen output layer by pieces, beside torch's cross entropy of whole logits.
+"""Test the loss of a frozen output layer by pieces, beside torch's cross entropy of whole logits.
 
 Real ranks: multiproc/test_frozen_head.py.
 """
@@ -26,21 +26,26 @@ def frozen_head():
 
 
 def layer_of(vocab_size: int, dtype: torch.dtype) -> torch.nn.Module:
-    """A frozen output layer of one rank, whose padded rows a hook silences as in a built model."""
-    from retemper.pipeline.model.build import _silence_padding
+    """Return a frozen output layer of one rank.
+
+    A hook masks its padded rows, as in a built model.
+    """
+    from retemper.pipeline.model.build import _mask_padded_logits
 
     torch.manual_seed(0)
     layer = torch.nn.Linear(HIDDEN, PADDED, bias=False, dtype=dtype).requires_grad_(False)
     layer.tp_group = torch.distributed.group.WORLD
     layer.sequence_parallel = False
     layer.output_size_per_partition = PADDED
-    _silence_padding(layer, vocab_size, 0)
+    _mask_padded_logits(layer, vocab_size, 0)
     return layer
 
 
 def drawn(vocab_size: int, dtype: torch.dtype, scale: float = 1.0):
-    """Hidden states (S, B, H) that ask for a gradient, labels and weights of losses, (B, S) both,
-    some weights being 0."""
+    """Draw hidden states (S, B, H) that require a gradient, labels and loss weights.
+
+    Labels and weights are (B, S); some weights are 0.
+    """
     generator = torch.Generator().manual_seed(1)
     shape = (LENGTH, BATCH, HIDDEN)
     hidden_SBH = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -57,7 +62,7 @@ def by_pieces(frozen_head, layer, hidden_SBH, labels_BS):
 
 
 def whole(layer, vocab_size, hidden_SBH, labels_BS):
-    """The same from all logits of the unpadded vocabulary, summed in float64."""
+    """Return the losses from all logits of the unpadded vocabulary, in float64."""
     logits_NV = hidden_SBH.flatten(0, 1) @ layer.weight[:vocab_size].t()
     labels_N = labels_BS.t().flatten()
     losses_N = torch.nn.functional.cross_entropy(logits_NV.double(), labels_N, reduction="none")
@@ -114,7 +119,10 @@ def test_without_a_gradient_none_is_computed(frozen_head):
 
 
 def test_no_value_is_read_by_the_host(frozen_head, monkeypatch):
-    """A CUDA graph can hold it: tensors of no memory have no values that could decide anything."""
+    """Check that a CUDA graph can contain it.
+
+    Tensors without memory have no values that could decide anything.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(frozen_head, "PIECE", 16)

@@ -1,6 +1,9 @@
-"""Held-out scores: each sample's own sums whatever the micro-batch and the masks, and none over no tokens.
+"""Test held-out scores: each sample's sums do not depend on the micro-batch and the masks.
 
-The model is stood in for: it predicts a label as badly as the label's id, the token before it and its place in the sample say.
+Without a token to predict there is no score.
+
+A function stands in for the model: its loss on a label depends on the label's id, the token before
+it and its position in the sample.
 """
 
 from types import SimpleNamespace
@@ -24,7 +27,7 @@ SAMPLES = 11  # evals.max_samples of a tiny run: no multiple of most micro-batch
 
 
 def scored(config, domain: str = "code", model=None):
-    """The scores of a domain by one rank."""
+    """Return the scores of a domain on one rank."""
     place = SimpleNamespace(
         data_parallel_size=1,
         data_parallel_rank=0,
@@ -39,7 +42,10 @@ def scored(config, domain: str = "code", model=None):
 
 
 def losses(_model, batches, *, forward_only):
-    """What a model that sees nothing but the token before has; position enters for samples that are one document each."""
+    """Return the losses of a model that sees nothing but the token before.
+
+    The position has a part in them for samples that are one document each.
+    """
     return [
         {"losses_BT": (1 + batch.labels_BT * 0.01 + batch.tokens_BT * 0.003).float()}
         for batch in batches
@@ -81,7 +87,10 @@ def test_scores_do_not_depend_on_the_micro_batch(workspace, pairs, corpus, mask_
 
 @pytest.fixture(scope="module")
 def long_documents(workspace, tmp_path_factory) -> str:
-    """A corpus whose documents are much longer than a sample, each of which is then a piece of one document, or padding."""
+    """Return the folder of a corpus whose documents are much longer than a sample.
+
+    Each sample is a piece of one document, or padding.
+    """
     import email
     from pathlib import Path
 
@@ -104,7 +113,7 @@ def test_masks_change_nothing_where_a_sample_is_one_document(
     workspace, long_documents, micro_batch_size, monkeypatch
 ):
     class OneDocument(TokenShards):
-        """Of the corpus, the samples that are one piece of a document."""
+        """The samples of the corpus that are one piece of a document."""
 
         def samples(self, ids: np.ndarray) -> Samples:
             found = super().samples(ids)
@@ -129,7 +138,7 @@ def test_masks_change_nothing_where_a_sample_is_one_document(
 @pytest.mark.parametrize("mask_documents", ["false", "true"])
 def test_no_score_over_no_tokens(workspace, monkeypatch, mask_documents):
     class Prompts(TokenShards):
-        """Samples of which nothing is learned."""
+        """The samples whose loss mask is zero throughout."""
 
         def samples(self, ids: np.ndarray) -> Samples:
             found = super().samples(ids)

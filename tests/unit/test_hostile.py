@@ -1,4 +1,4 @@
-"""Documents in = documents out + rejected by reason, exactly, whatever the world sends."""
+"""Test that documents in = documents out + rejected by reason, exactly, for hostile input."""
 
 import bz2
 import gzip
@@ -50,7 +50,11 @@ if __name__ == "__main__":
 
 
 def run_job(workspace, tmp_path, records: int, giant_bytes: int, **changes) -> dict:
-    """Tokenize a hostile corpus in a process of its own; checks every count. Returns its manifest and the peak of a process in bytes."""
+    """Tokenize a hostile corpus in a separate process and check every count.
+
+    Returns:
+        Its manifest and the peak memory of a process in bytes.
+    """
     dropped, good, damaged = write_hostile_corpus(tmp_path / "docs", records, giant_bytes)
     source = {"kind": "rows", "path": str(tmp_path / "docs")}
     corpus = data_config(
@@ -81,7 +85,7 @@ def run_job(workspace, tmp_path, records: int, giant_bytes: int, **changes) -> d
 
 
 def decoded(corpus) -> list[str]:
-    """The documents of a corpus, put together from their pieces by document number."""
+    """Return the documents of a corpus, put together from their pieces by document number."""
     shards, tokenizer = TokenShards(corpus.path, "train"), Tokenizer(corpus.tokenizer)
     pieces: dict[int, list] = {}
     samples = shards.samples(np.arange(len(shards)))
@@ -91,7 +95,8 @@ def decoded(corpus) -> list[str]:
             pieces.setdefault(int(document), []).append(piece)
     texts = []
     for parts in pieces.values():
-        # Cut in order, but samples are shuffled: only the last piece ends in end-of-text, and full ones are all of one document.
+        # Cut in order, but samples are shuffled: only the last piece ends in end-of-text, and full
+        # ones are all of one document.
         parts.sort(key=lambda ids: ids[-1] == tokenizer.eos_id)
         texts.append(
             tokenizer.backend.decode(np.concatenate(parts)[:-1].tolist(), skip_special_tokens=False)
@@ -109,7 +114,8 @@ def test_ten_thousand_hostile_records_in_two_gigabytes(workspace, tmp_path):
     result = run_job(workspace, tmp_path, 10_000, 200_000_000, seq_length=4096)
     assert result["peak_bytes"] <= 2 << 30, f"{result['peak_bytes'] / 2**30:.2f} GiB"
     print(
-        f"\n{result['manifest']['documents_read']:,} records, peak of a process: {result['peak_bytes'] / 2**30:.2f} GiB"
+        f"\n{result['manifest']['documents_read']:,} records, "
+        f"peak of a process: {result['peak_bytes'] / 2**30:.2f} GiB"
     )
 
 

@@ -1,4 +1,4 @@
-"""Hub sources: the revision is pinned to its commit, recorded, and kept over a restart."""
+"""Test hub sources: the revision is pinned to its commit, recorded, and kept over a restart."""
 
 import json
 import os
@@ -74,8 +74,7 @@ def test_a_hub_source_is_pinned_to_a_commit(workspace, tmp_path):
         )
         result = run(missing, endpoint, tmp_path)
         assert (
-            result.returncode == 1
-            and "revision nowhere cannot be had from the hub" in result.stderr
+            result.returncode == 1 and "the hub does not provide revision nowhere" in result.stderr
         )
     finally:
         server.shutdown()

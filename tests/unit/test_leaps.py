@@ -1,4 +1,4 @@
-"""What counts as a leap, and what a run's folder says of rollbacks."""
+"""Test what counts as a leap, and the record of rollbacks in a run's folder."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Leases, among real processes that are killed at random moments."""
+"""Test leases among real processes that are killed at random moments."""
 
 import multiprocessing
 import os
@@ -31,7 +31,7 @@ def hold_for_ever(folder: Path, ready) -> None:
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds a lease."""
+    """Start a process that holds a lease."""
     ready = CONTEXT.Queue()
     process = CONTEXT.Process(target=hold_for_ever, args=(tmp_path, ready))
     process.start()
@@ -98,7 +98,8 @@ def test_of_many_that_find_an_expired_lease_one_takes_it(tmp_path):
             racer.join()
 
 
-# Does every job that has no result, in some order, until all have one. Leases so short may expire beside a living holder, too.
+# Does every job that has no result, in some order, until all have one. Leases so short may expire
+# while their holder is alive, too.
 WORK = """
 import os, random, sys, time
 from pathlib import Path

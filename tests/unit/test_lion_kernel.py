@@ -1,4 +1,4 @@
-"""Lion's Triton kernel beside the plain step, in Triton's interpreter: no GPU is needed."""
+"""Test Lion's Triton kernel beside the plain step, in Triton's interpreter: no GPU is needed."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What adapters compute beside the layers they stand on, and that nothing else trains."""
+"""Test what adapters compute beside their layers, and that nothing else is trainable."""
 
 import json
 import re
@@ -26,19 +26,19 @@ LORA = LoraConfig(rank=2, alpha=4.0, targets=["q"])
         (
             {A: True, "decoder.layers.0.mlp.linear_fc1.weight": True},
             LORA,
-            "not of adapters alone.*linear_fc1.weight",
+            "other parameters than adapters are trainable.*linear_fc1.weight",
         ),
         (
             {A: False, "decoder.layers.0.mlp.linear_fc1.weight": False},
             LORA,
-            r"the targets \['q'\] stand on no layer",
+            r"no layer has an adapter for the targets \['q'\]",
         ),
         (
             {A: True},
             LORA.model_copy(update={"targets": ["q", "down"]}),
-            r"the targets \['down'\] stand on no layer",
+            r"no layer has an adapter for the targets \['down'\]",
         ),
-        ({"decoder.layers.0.mlp.linear_fc1.weight": False}, None, "full training, but frozen"),
+        ({"decoder.layers.0.mlp.linear_fc1.weight": False}, None, "method=full, but frozen"),
     ],
 )
 def test_a_method_never_becomes_another(trainable, lora, said):

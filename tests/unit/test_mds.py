@@ -1,4 +1,4 @@
-"""Our reader of MDS shards against mosaicml-streaming's, on shards that streaming writes."""
+"""Test the reader of MDS shards against mosaicml-streaming's, on shards that streaming writes."""
 
 import json
 
@@ -12,7 +12,7 @@ from retemper.pipeline.data.mds import Samples, Shard, ShardFile
 
 @st.composite
 def corpora(draw):
-    """(dtype, samples as dictionaries) with pieces of documents, with or without prompts."""
+    """Draw (dtype, samples as dictionaries) with pieces of documents, with or without prompts."""
     dtype, seq_length = draw(st.sampled_from(["uint16", "uint32"])), draw(st.integers(1, 9))
     columns = {"lengths": "<u4", "documents": "<u8"} | (
         {"prompt_lengths": "<u4"} if draw(st.booleans()) else {}

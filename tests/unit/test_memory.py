@@ -1,4 +1,4 @@
-"""The bytes a run is planned to take on a GPU, beside measured peaks and counts by hand."""
+"""Test the planned bytes of a run on a GPU, beside measured peaks and counts by hand."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ OF_EIGHT, KEPT = ["train.global_batch_size=8"], "fp8.keep_transposed=true"
 
 @dataclass(frozen=True)
 class Peak:
-    """torch.cuda.max_memory_allocated() of a run's start and whole training steps on an H200.
+    """The torch.cuda.max_memory_allocated() of a run's start and whole training steps on an H200.
 
     Passes that were recorded as a graph held the most while they were, before the optimizer made
     its moments: 0.3 GiB of LoRA's, which the plan has.
@@ -52,7 +52,10 @@ PEAKS = {
 
 
 def of_whole_logits(activations: TransformerEngineActivations) -> int:
-    """Bytes of all logits of a micro-batch in 16 bits, and of their softmax in float32."""
+    """Return the bytes of all logits of a micro-batch.
+
+    They are in 16 bits, and their softmax in float32.
+    """
     return 6 * activations.tokens * activations.vocabulary
 
 
@@ -65,7 +68,10 @@ def test_what_is_planned_is_what_was_measured(peak, monkeypatch):
 
 
 def kept(*asked: str) -> float:
-    """Of a layer, in tensors of a micro-batch's hidden states in 16 bits; adapters of rank 1."""
+    """Return the activations that a layer keeps, with adapters of rank 1.
+
+    The unit is the tensor of a micro-batch's hidden states in 16 bits.
+    """
     small = ["method.lora.rank=1"] if "method=lora" in asked else []
     config = load_config([*SEVEN_B, *asked, *small])
     of_layer, _again = TransformerEngineActivations(config, 1).of_layer(0)
@@ -117,7 +123,7 @@ def test_what_a_layer_keeps_is_the_count_by_hand(asked, tensors):
 
 
 def test_keys_and_values_of_query_groups_are_fewer():
-    """Llama-2-70B: 8 heads of keys and values beside 64 of queries."""
+    """Check Llama-2-70B, which has 8 heads of keys and values beside 64 of queries."""
     feed_forward = 28672 / 8192
     tensors = 2 + 1.25 + 1 + 2 + 3 * feed_forward
     assert kept("model=llama2_70b", *FULL) == pytest.approx(tensors, abs=0.06)
@@ -134,7 +140,10 @@ def test_a_transposed_copy_of_frozen_weights_is_one_byte_a_weight():
 
 
 def test_weights_that_are_held_in_fp8_are_drawn_in_bf16_first():
-    """The most that the fused LoRA in FP8 was measured to take: more than a step of it."""
+    """Check the peak that was measured for the fused LoRA in FP8.
+
+    It is more than that of a step.
+    """
     base = 32 * (LINEAR + 2 * 4096) + 2 * 32000 * 4096 + 4096
     planned = rank_memory(load_config([*SEVEN_B, *LORA, *FP8]), 0)
     assert planned.total == 2 * base + 32 * 2 * LINEAR
@@ -143,7 +152,10 @@ def test_weights_that_are_held_in_fp8_are_drawn_in_bf16_first():
 
 
 def test_a_frozen_heads_logits_are_a_pieces():
-    """A vocabulary of a million does not fit otherwise: 33 GB of logits a micro-batch."""
+    """Check a vocabulary of a million.
+
+    Whole logits would not fit: 33 GB a micro-batch.
+    """
     large = rank_memory(load_config([*SEVEN_B, *LORA, "model.vocab_size=1048576"]), 0)
     assert large.temporary == pytest.approx(1024 * 1048576 * 4 + 2 * 4096 * 4096 * 2, rel=0.01)
     trained = rank_memory(load_config([*SEVEN_B, *FULL, "model.vocab_size=1048576"]), 0)
@@ -152,7 +164,7 @@ def test_a_frozen_heads_logits_are_a_pieces():
 
 @pytest.mark.filterwarnings("ignore")  # of megatron-core's imports
 def test_what_a_plan_says_of_the_model_is_the_models():
-    """A plan does not import torch, so it has constants of its own."""
+    """Check the plan's own constants, which it has because it does not import torch."""
     prepare_megatron()
     from retemper.pipeline.model import adapted, frozen_head
 
@@ -162,7 +174,7 @@ def test_what_a_plan_says_of_the_model_is_the_models():
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_waiting_micro_batches_hold_activations_but_constants_once(stages):
-    """1F1B's first stage has as many micro-batches waiting as there are stages."""
+    """Check 1F1B's first stage, which has as many micro-batches waiting as there are stages."""
     asked = [*SEVEN_B, *FULL, f"parallel.pipeline_parallel_size={stages}"]
     activations = TransformerEngineActivations(load_config(asked), 1)
     (of_layer, _again), hidden = activations.of_layer(0), 4096 * 4096 * 2

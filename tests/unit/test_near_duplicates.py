@@ -1,4 +1,7 @@
-"""Training documents that are near-duplicates of held-out ones: found, named, counted, dropped."""
+"""Test training documents that are near-duplicates of held-out ones.
+
+They are found, named, counted and dropped.
+"""
 
 import functools
 import json
@@ -62,7 +65,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def originals() -> list[str]:
-    """Real code of 200 words and more, of which no file is like another."""
+    """Return real code of 200 words and more, of which no file is like another."""
     source = data_config(
         Path(), "x", source={"kind": "text", "path": "stdlib", "glob": "[a-d]*.py"}
     ).source
@@ -99,7 +102,10 @@ def test_equal_bins_estimate_the_similarity_of_the_sets_of_five_words(originals)
 
 
 def test_a_sketch_is_a_function_of_the_words_alone(originals, monkeypatch):
-    """Whatever documents come with it, however long it is, and where a long one is cut."""
+    """Check that a sketch depends on nothing else.
+
+    It is the same whatever documents come with it, however long it is, and where a long one is cut.
+    """
     texts = [*originals[:8], " ".join(originals), "", "—=(", "Ⱥ" * 1000, "two words"]
     encoded = [text.encode() for text in texts]
     alone = np.concatenate([sketches([text]) for text in encoded])
@@ -129,7 +135,7 @@ def test_without_held_out_documents_there_is_nothing_to_match():
 
 @pytest.fixture(scope="module")
 def families(originals, tmp_path_factory) -> Path:
-    """Documents, each followed by a near-duplicate of it in one of the ways."""
+    """Return documents, each followed by a near-duplicate of it in one of the ways."""
     rng, rows = random.Random(3), []
     for number, text in enumerate(originals[:48]):
         kind = list(VARIANTS)[number % len(VARIANTS)]
@@ -144,7 +150,7 @@ def families(originals, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(workspace, families, tmp_path_factory):
-    """made(action) -> the folder of the families' corpus, each made once."""
+    """Return made(action) -> the folder of the families' corpus, each made once."""
     folder = tmp_path_factory.mktemp("made")
 
     @functools.cache
@@ -170,7 +176,10 @@ def pairs_of(corpus: Path) -> list[dict]:
 
 
 def family_of(source: Path, name: str) -> int:
-    """Of a document that is named by its file and the byte where its line begins."""
+    """Return the family of a document.
+
+    The document is named by its file and the byte where its line begins.
+    """
     path, _, position = name.rpartition(":")
     assert path == source.name
     return json.loads(source.read_bytes()[int(position) :].splitlines()[0])["family"]

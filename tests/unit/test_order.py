@@ -1,4 +1,7 @@
-"""The order of samples: a pure function, whoever asks and wherever the run was stopped; and local to shards."""
+"""Test the order of samples.
+
+It is a pure function, the same on every rank and after every restart, and local to shards.
+"""
 
 import hashlib
 import itertools
@@ -85,7 +88,10 @@ def test_ranks_keep_to_the_shards_of_their_lanes():
 
 
 def test_the_order_is_the_one_that_runs_began_with():
-    """A change of these ids is a change of ORDER_VERSION: runs in the middle of an epoch cannot follow it."""
+    """Check the ids: a change of them needs another ORDER_VERSION.
+
+    Runs in the middle of an epoch cannot follow such a change.
+    """
     order = Order((Stream(17, (8192,) * 20 + (77,), 95), Stream(18, (500, 20), 5)))
     ids = np.concatenate([order.batch(start, 512) for start in (0, 512, 10**6, 10**9)])
     assert ORDER_VERSION == 1
@@ -96,7 +102,7 @@ def test_the_order_is_the_one_that_runs_began_with():
 
 
 def place(rank: int, sizes: tuple[int, int, int, int]) -> Topology:
-    """The place of one rank in a layout (TP, CP, DP, PP), in megatron's order of ranks."""
+    """Return the position of a rank in a layout (TP, CP, DP, PP), in megatron's order of ranks."""
     tp, cp, dp, pp = sizes
     data_parallel_rank, stage = rank // (tp * cp) % dp, rank // (tp * cp * dp)
     return Topology(

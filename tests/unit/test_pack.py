@@ -1,4 +1,4 @@
-"""Packing, on lengths: every token placed once, nothing cut that need not be."""
+"""Test packing on lengths: every token placed once, nothing cut without need."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -11,7 +11,7 @@ SEQ_LENGTH = st.integers(1, 20)
 
 
 def covered(samples) -> dict[int, list[tuple[int, int]]]:
-    """document -> its pieces as (start, end), in order of start."""
+    """Return document -> its pieces as (start, end), in order of start."""
     pieces: dict[int, list] = {}
     for sample in samples:
         for document, start, count in sample:
@@ -70,7 +70,7 @@ def test_samples_are_shuffled_by_the_seed():
 
 
 def bucket_of(lengths: list[int]):
-    """A bucket of documents of these lengths, in order of priority."""
+    """Return a bucket of documents of these lengths, in order of priority."""
     from retemper.tokenize.spool import RECORD, Bucket
 
     records = np.zeros(len(lengths), RECORD)
@@ -82,7 +82,10 @@ def bucket_of(lengths: list[int]):
 
 
 def test_a_budget_of_whole_documents_ends_before_the_first_that_does_not_fit(workspace):
-    """A long document further down takes no other's place: packing puts its pieces first."""
+    """Check that a long document further down takes no other's position.
+
+    Packing puts its pieces first.
+    """
     from conftest import data_config
 
     from retemper.tokenize.write_shards import _within, pack

@@ -1,4 +1,4 @@
-"""`retemper plan`: its figures against counts by hand, what it refuses and proposes, and that it is light."""
+"""Test the figures of `retemper plan` against hand counts, its errors, proposals and CPU time."""
 
 import json
 import resource
@@ -33,7 +33,7 @@ SEVEN_B = [
 
 @pytest.fixture
 def refused(capsys):
-    """What the verb says on standard error, with exit code 1."""
+    """Return a function that runs the verb, with exit code 1, and returns its standard error."""
 
     def run(*arguments: str) -> str:
         assert main(["plan", *arguments]) == 1
@@ -44,7 +44,7 @@ def refused(capsys):
 
 @pytest.fixture
 def plan(capsys):
-    """What the verb prints."""
+    """Return a function that runs the verb and returns its output."""
 
     def run(*arguments: str) -> str:
         code = main(["plan", *arguments])
@@ -122,7 +122,8 @@ def test_time_is_by_the_nearest_measurement(plan, asked, tokens_per_second, comm
         (
             ["--gpu", "A100"],
             0.4,
-            "this MFU is assumed: nothing was measured with method=full precision=bf16 on a card like A100",
+            "this MFU is assumed: nothing was measured with method=full precision=bf16 "
+            "on a card like A100",
         ),
         (["--mfu", "0.4"], 0.4, "this MFU was asked for"),
         (["--mfu", "0.3"], 0.3, "this MFU was asked for"),
@@ -228,7 +229,7 @@ def test_every_layout_fits_what_it_is_for(plan, refused, preset):
 
 
 def test_70b_does_not_fit_one_gpu(refused):
-    """Not even its frozen weights in FP8: so there is no layout for it."""
+    """Check that no layout is proposed: not even the frozen weights in FP8 fit."""
     asked = [
         "model=llama2_70b",
         "parallel=single",
@@ -245,8 +246,14 @@ def test_every_shipped_run_is_planned(plan, preset):
 
 
 def test_a_plan_is_light():
-    """It takes less of the processor than to import torch does: both in turn, for machines differ and are busy."""
-    code = "import sys; from retemper.pipeline.cli import main; main(sys.argv[1:]); print({'torch', 'megatron'} & sys.modules.keys())"
+    """Check that a plan takes less CPU time than an import of torch.
+
+    Both run in turn, because machines differ and are busy.
+    """
+    code = (
+        "import sys; from retemper.pipeline.cli import main; main(sys.argv[1:]); "
+        "print({'torch', 'megatron'} & sys.modules.keys())"
+    )
 
     def measured(*command: str) -> tuple[float, subprocess.CompletedProcess]:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

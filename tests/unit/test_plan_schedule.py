@@ -1,4 +1,4 @@
-"""What `plan`, `launch` and a run's first lines say of bases that are not here, of branches, and of their trunk."""
+"""Test what `plan`, `launch` and a run's start print on missing bases, branches and their trunk."""
 
 import json
 
@@ -24,7 +24,7 @@ def planned(config: Config) -> list[str]:
 
 @pytest.fixture
 def said(capsys):
-    """Exit code, standard output and standard error of the command."""
+    """Return the exit code, standard output and standard error of the command."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         code = main(list(arguments))
@@ -75,7 +75,7 @@ def test_a_base_that_is_here_is_planned_without_a_word(tmp_path, said):
 
 
 def write(config: Config, *steps: int) -> Config:
-    """The folder of a run that has begun, with the names of checkpoints."""
+    """Write the folder of a run that has begun, with empty checkpoint folders after these steps."""
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.json").write_text(config.to_json())
     for step in steps:

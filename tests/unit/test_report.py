@@ -1,4 +1,4 @@
-"""The report reads run folders and says what was measured, whichever way it fell."""
+"""Test that the report reads run folders and states what was measured, whatever the result."""
 
 import html
 import json
@@ -28,7 +28,10 @@ WAVE = [0.02, -0.01, 0.01, -0.02, 0.01, -0.01]  # what a sample adds to its run'
 
 
 def score(run, step, sign=1.0, sizes=SIZES, **domains):
-    """Held-out scores of a step: each domain's bits per byte, and `sign` × WAVE on its samples."""
+    """Write held-out scores of a step.
+
+    They are each domain's bits per byte, and `sign` × WAVE on its samples.
+    """
     scores, samples = {}, {}
     for domain, value in domains.items():
         bits = [size * (value + sign * wave) for size, wave in zip(sizes, WAVE)]
@@ -45,7 +48,7 @@ def score(run, step, sign=1.0, sizes=SIZES, **domains):
 
 
 def started(workspace, runs_dir, name, *changes):
-    """The config of a run, written into its folder with one logged step."""
+    """Return the config of a run, written into its folder with one logged step."""
     asked = [*changes] if name == "base" else ["init_from=base", *changes]
     corpus = "math" if name == "base" else "code"
     config = load_config(
@@ -58,7 +61,10 @@ def started(workspace, runs_dir, name, *changes):
 
 
 def record(workspace, tmp_path, name, method, end, sign=-1.0):
-    """A run folder whose held-out scores go from (code 3, math 2) to `end`, by about as much on every sample."""
+    """Write a run folder whose held-out scores go from (code 3, math 2) to `end`.
+
+    They change by about as much on every sample.
+    """
     config = started(workspace, tmp_path, name, *method)
     for step, (code, math) in ((0, (3.0, 2.0)), (10, end)):
         score(config.run_dir, step, sign=sign if step else 1.0, code=code, math=math)
@@ -77,29 +83,36 @@ PAPER = '"LoRA Learns Less and Forgets Less" found.'
         (
             (2.8, 2.1),
             (2.0, 2.5),
-            ["learned less, +0.200 against +1.000 bits/byte on code (difference -0.800, 95% interval",
-             "forgot less, +0.100 against +0.500 bits/byte on math (difference -0.400, 95% interval"],
+            ["learned less, +0.200 against +1.000 bits/byte on code "
+             "(difference -0.800, 95% interval",
+             "forgot less, +0.100 against +0.500 bits/byte on math "
+             "(difference -0.400, 95% interval"],
             f"As {PAPER}",
         ),
         (
             (1.5, 2.7),
             (2.0, 2.5),
-            ["learned more, +1.500 against +1.000 bits/byte on code (difference +0.500, 95% interval",
-             "forgot more, +0.700 against +0.500 bits/byte on math (difference +0.200, 95% interval"],
+            ["learned more, +1.500 against +1.000 bits/byte on code "
+             "(difference +0.500, 95% interval",
+             "forgot more, +0.700 against +0.500 bits/byte on math "
+             "(difference +0.200, 95% interval"],
             f"Not as {PAPER}",
         ),
         (  # reported as "forgot no less" before
             (2.8, 1.989),
             (2.0, 1.791),
             ["learned less, +0.200 against +1.000 bits/byte on code",
-             "both improved on the old domain, lora less, +0.011 against +0.209 bits/byte on math (difference -0.198, 95% interval"],
+             "both improved on the old domain, lora less, +0.011 against +0.209 bits/byte on math "
+             "(difference -0.198, 95% interval"],
             f"Nothing was forgotten that could be compared with what {PAPER}",
         ),
         (
             (2.001, 2.1),
             (2.0, 2.099),
-            ["learned: no difference measured, +0.999 against +1.000 bits/byte on code (difference -0.001, 95% interval",
-             "forgot: no difference measured, +0.100 against +0.099 bits/byte on math (difference +0.001, 95% interval"],
+            ["learned: no difference measured, +0.999 against +1.000 bits/byte on code "
+             "(difference -0.001, 95% interval",
+             "forgot: no difference measured, +0.100 against +0.099 bits/byte on math "
+             "(difference +0.001, 95% interval"],
             f"Not decided whether as {PAPER}",
         ),
         (  # one of two improved
@@ -143,7 +156,10 @@ def test_the_page_has_the_finding_and_the_table(workspace, tmp_path):
         for name in ("code", "math")
     ]
     for name, found in zip(("code", "math"), counts):
-        of = f"{found['documents']:,} near-duplicates of its {found['compared_with']:,} held-out documents"
+        of = (
+            f"{found['documents']:,} near-duplicates of its {found['compared_with']:,} "
+            "held-out documents"
+        )
         assert f"<li>{name}: {of} are trained on.</li>" in page
     assert counts[0]["compared_with"] > 0
     assert page.count("<svg") == 2 and "<td>cooled down</td>" in page
@@ -161,7 +177,8 @@ def test_the_interval_of_a_finding_is_students_of_the_samples_differences(worksp
     full = record(workspace, tmp_path, "full", [], (2.0, 2.5))
     record(workspace, tmp_path, "lora", LORA, (2.8, 2.1), sign=1.0)
     (said,) = comparison(read_study(full.run_dir.parent))
-    # Of sizes and waves ±: residuals 2 × size × (wave − their mean), their error, times t(5) = 2.5706.
+    # Of sizes and waves ±: residuals 2 × size × (wave − their mean), their error, times
+    # t(5) = 2.5706.
     mean = sum(s * w for s, w in zip(SIZES, WAVE)) / sum(SIZES)
     residuals = [2 * size * (wave - mean) for size, wave in zip(SIZES, WAVE)]
     half = 2.5706 * (sum(r * r for r in residuals) / 5 * 6) ** 0.5 / sum(SIZES)
@@ -192,28 +209,37 @@ def test_runs_are_compared_at_equal_tokens_and_gaps_stay_gaps(workspace, tmp_pat
     row = next(row for row in table(runs) if row[0] == "full" and row[2] == "0")
     assert row[3:8] == ["start", "3.0000", "", "", ""]
     assert (
-        f"full: nothing to compare with, for its start was not scored on math: `retemper eval {full.run_dir}`"
-        in comparison(runs)[-1]
+        "full: nothing to compare with, for its start was not scored on math: "
+        f"`retemper eval {full.run_dir}`" in comparison(runs)[-1]
     )
 
 
 @pytest.mark.parametrize("broken", ["missing", "other samples", "one sample"])
 def test_without_the_samples_there_is_no_verdict(workspace, tmp_path, broken):
-    """As of folders from before each sample's worth was kept."""
+    """Check the verdict on folders without each sample's score, as older versions wrote them."""
     full = record(workspace, tmp_path, "full", [], (2.0, 2.5))
     lora = record(workspace, tmp_path, "lora", LORA, (2.8, 2.1))
     path = eval_folder.samples_path(lora.run_dir, 10, "heldout-code")
     if broken == "missing":
         path.unlink()
-        expected = f"learned: no verdict, +0.200 against +1.000 bits/byte on code (no interval: {path} is not here"
+        expected = (
+            "learned: no verdict, +0.200 against +1.000 bits/byte on code "
+            f"(no interval: {path} does not exist"
+        )
     elif broken == "other samples":
         score(lora.run_dir, 10, sizes=[*SIZES[:-1], 101.0], code=2.8, math=2.1)
-        expected = "learned: no verdict, +0.200 against +1.000 bits/byte on code (no interval: scored on other samples)"
+        expected = (
+            "learned: no verdict, +0.200 against +1.000 bits/byte on code "
+            "(no interval: scored on other samples)"
+        )
     else:
         for config, code in ((full, 2.0), (lora, 2.8)):
             for step, value in ((0, 3.0), (10, code)):
                 score(config.run_dir, step, sizes=SIZES[:1], code=value)
-        expected = "learned: no difference measured, +0.200 against +1.000 bits/byte on code (difference -0.800, of one sample and without an interval)"
+        expected = (
+            "learned: no difference measured, +0.200 against +1.000 bits/byte on code "
+            "(difference -0.800, of one sample and without an interval)"
+        )
     (said,) = comparison(read_study(full.run_dir.parent))
     assert expected in said and said.endswith(f"Not decided whether as {PAPER}")
 
@@ -258,7 +284,7 @@ def test_what_a_mixture_trains_on_is_learned_and_what_it_replays_is_old(workspac
 
 
 def write_task(config, step, task, scores):
-    """A task's scores: each problem's 0 or 1."""
+    """Write a task's scores: each problem's 0 or 1."""
     found = estimate(scores).headline("acc") | {
         "decontaminated": {},
         "settings": {"shots": 0},
@@ -293,16 +319,22 @@ def test_the_forgetting_score_has_an_interval_and_a_paired_difference(workspace,
     (said,) = comparison(read_study(full.run_dir.parent))
     difference = fmean(scores["lora", 10]) - fmean(scores["full", 10])
     assert (
-        f"; forgetting score, {fmean(scores['lora', 10]):.3f} against {fmean(scores['full', 10]):.3f} on HellaSwag, ARC-Challenge "
+        f"; forgetting score, {fmean(scores['lora', 10]):.3f} against "
+        f"{fmean(scores['full', 10]):.3f} on HellaSwag, ARC-Challenge "
         f"and WinoGrande: higher (difference {difference:+.3f}, 95% interval" in said
     )
     eval_folder.samples_path(lora.run_dir, 10, "hellaswag").unlink()
     (said,) = comparison(read_study(full.run_dir.parent))
-    assert "WinoGrande: no verdict (" in said and "hellaswag.samples.jsonl.zst is not here" in said
+    assert (
+        "WinoGrande: no verdict (" in said and "hellaswag.samples.jsonl.zst does not exist" in said
+    )
 
 
 def test_runs_without_a_difference_are_seldom_said_to_differ(workspace, tmp_path):
-    """300 pairs of runs whose samples and problems differ by chance alone: each verdict claims a difference in 8% of them at most."""
+    """Compare 300 pairs of runs whose samples and problems differ by chance alone.
+
+    Each verdict claims a difference in 8% of them at most.
+    """
     chance, pairs, count = random.Random(11), 300, 24
     full = record(workspace, tmp_path, "full", [], (2.0, 2.5))
     record(workspace, tmp_path, "lora", LORA, (2.0, 2.5))

@@ -1,4 +1,4 @@
-"""Trunks and branches in the report: where a branch began, kinds of points, and what is compared with what."""
+"""Test trunks and branches in the report: starts of branches, kinds of points, and comparisons."""
 
 import json
 import re
@@ -16,7 +16,10 @@ BRANCHES = {3: "ended in the warm-up", 10: "cooled down", 20: "cooled down"}
 
 
 def branched(workspace, runs_dir, method, ends):
-    """A trunk with scores at its start and after 10 steps, and branches of 3, 10 and 20 steps that have no start of their own."""
+    """Write a trunk with scores at its start and after 10 steps, and its branches.
+
+    The branches have 3, 10 and 20 steps, and no scores of a start.
+    """
     name = "lora" if method else "full"
     changes = [*method, f"schedule.warmup_tokens={4 * STEP}"]
     milestones = [
@@ -129,7 +132,8 @@ def test_a_trunk_is_not_compared_with_what_cooled_down(study):
     shutil.rmtree(eval_folder.scores_path(study / "lora", 10).parent)
     (said,) = comparison(read_study(study))
     assert said == (
-        "lora-10 (LoRA) beside full (full): not compared, for they have no points of equal tokens and equal kind: "
+        "lora-10 (LoRA) beside full (full): not compared, "
+        "for they have no points of equal tokens and equal kind: "
         "after 5,120 tokens lora-10 is cooled down, full a point of a trunk."
     )
 
@@ -155,7 +159,7 @@ def test_the_starts_of_a_branch_are_shown_with_its_scores(study):
 
 
 def test_a_start_scored_in_a_branchs_own_folder_is_still_read(study):
-    """As workers left it before branches shared one: of two, the trunk's counts."""
+    """Check scores that workers wrote before branches shared a start: of two, the trunk's count."""
     config = next(run.config for run in read_study(study) if run.config.name == "lora-10")
     trunk = config.model_copy(update={"name": "lora"})
     for step, right in ((0, 0.5), (10, 1.0)):

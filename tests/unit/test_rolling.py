@@ -1,5 +1,6 @@
-"""Texts that lm-eval's rolling tasks score begin with one begin-of-text, whatever the tokenizer
-puts before them.
+"""Test that texts of lm-eval's rolling tasks begin with one begin-of-text.
+
+The tokenizer may put others before them.
 """
 
 from types import SimpleNamespace
@@ -24,8 +25,9 @@ TEXT = "a text of words, and a second one"
 
 
 class Asked:
-    """A team of ranks that notes what it is asked to score: of every sequence all tokens, and how
-    many of them count.
+    """A team of ranks that records its requests.
+
+    Of every sequence it records all tokens, and how many of them count.
     """
 
     def __init__(self, length: int):
@@ -44,7 +46,10 @@ class Asked:
 def language_model(
     tmp_path, *, bos: bool, before: str = "", after: str = "", length: int = 512
 ) -> tuple[ShardedLM, Asked]:
-    """before, after: what the tokenizer puts around every text."""
+    """Return a language model over a team that records its requests.
+
+    `before` and `after` are what the tokenizer puts around every text.
+    """
     train_tokenizer([TEXT], 262, tmp_path / "t")
     backend = Tokenizer(tmp_path / "t").backend
     backend.encode_special_tokens = False

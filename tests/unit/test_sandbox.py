@@ -1,4 +1,7 @@
-"""No hostile program gets what it wants, each is a scored failure, nothing of it is left; and each would, without the walls."""
+"""Test that hostile programs achieve nothing in the sandbox, and that they would without it.
+
+Each is a scored failure, and nothing of it remains.
+"""
 
 import os
 import re
@@ -29,7 +32,7 @@ SECRET = "a secret of 30 letters or more"
 
 
 class World:
-    """What hostile programs are after, and what has become of it."""
+    """The targets of hostile programs, and their state."""
 
     def __init__(self, folder: Path):
         self.folder, self.home, self.temporary = folder, folder / "home", folder / "tmp"
@@ -53,12 +56,13 @@ class World:
     def prelude(self) -> str:
         port = self.server.getsockname()[1]
         return (
-            f"SECRET, OUTSIDE, ABSTRACT = {str(self.secret)!r}, {str(self.outside)!r}, {self.abstract.getsockname()!r}\n"
+            f"SECRET, OUTSIDE, ABSTRACT = {str(self.secret)!r}, {str(self.outside)!r}, "
+            f"{self.abstract.getsockname()!r}\n"
             f"VICTIM, PARENT, PORT = {self.victim.pid}, {os.getpid()}, {port}\n"
         )
 
     def state(self) -> dict:
-        """All that a program could change."""
+        """Return everything that a program could change."""
         stat = self.outside.stat() if self.outside.exists() else None
         victim = Path(f"/proc/{self.victim.pid}")
         return {
@@ -78,7 +82,10 @@ class World:
         }
 
     def left_over(self) -> list[int]:
-        """Processes whose environment names our temporary folder: programs, and what they have started."""
+        """Return the ids of processes whose environment names our temporary folder.
+
+        They are the programs and the processes that they have started.
+        """
         found = []
         for environment in Path("/proc").glob("[0-9]*/environ"):
             try:
@@ -131,7 +138,7 @@ def with_or_without(bubblewrap: bool) -> Layers:
 
 @pytest.fixture(params=["landlock", "landlock of Linux 5.13", "bubblewrap", "everything"])
 def layers(request) -> Layers:
-    """Every combination that programs may run behind."""
+    """Return every combination of layers that programs may run behind."""
     there = with_or_without(request.param in ("bubblewrap", "everything"))
     if request.param == "bubblewrap":
         return replace(there, landlock=0)
@@ -148,7 +155,11 @@ def programs(world: World, sources: dict[str, str]) -> list[Program]:
 def judge(
     world: World, sources: dict[str, str], layers: Layers, limits: Limits = LIMITS
 ) -> dict[str, str]:
-    """Name -> reason, of hostile programs of which none may pass, say the secret or leave a trace."""
+    """Run hostile programs, of which none may pass, print the secret or leave a trace.
+
+    Returns:
+        Name -> reason of the failure.
+    """
     verdicts = dict(zip(sources, run_programs(programs(world, sources), limits, layers)))
     assert not [
         name
@@ -197,7 +208,7 @@ def test_no_program_takes_more_than_its_share(world, bubblewrap):
         "endless loop that ignores signals": "signal: SIGKILL",
         "endless loop in a thread": "cpu time",
         "huge output": "cpu time",
-        "words to every pipe": "no verdict: words without end",
+        "words to every pipe": "no verdict: output too long",
         "sleep": "wall time",
         "deadlock": "wall time",
     }
@@ -206,7 +217,7 @@ def test_no_program_takes_more_than_its_share(world, bubblewrap):
 
 @pytest.mark.parametrize("name", UNLEASHED)
 def test_without_walls_it_would(world, name):
-    """Else the test above could not fail."""
+    """Check that the test above can fail."""
     [verdict] = run_programs(programs(world, {name: UNLEASHED[name]}), LIMITS, Layers())
     took_effect = verdict.passed or world.state() != world.untouched
     if name in attacks.WHERE_ALLOWED and not took_effect:
@@ -259,17 +270,20 @@ def test_no_right_answer_passes_the_control(right, value):
 
 def test_an_ordinary_program_finds_an_ordinary_python(layers):
     useful = """
-import collections, dataclasses, datetime, decimal, functools, hashlib, heapq, itertools, json, math, random, re, statistics, string
+import collections, dataclasses, datetime, decimal, functools, hashlib, heapq, itertools, json, \
+math, random, re, statistics, string
 import tempfile, threading, typing, zoneinfo
 with tempfile.TemporaryDirectory() as folder:
     with open(folder + '/file', 'w') as file: print('kept', file=file)
     import os, shutil
-    os.rename(folder + '/file', folder + '/other'); shutil.copyfile(folder + '/other', folder + '/again')
+    os.rename(folder + '/file', folder + '/other'); \
+shutil.copyfile(folder + '/other', folder + '/again')
     text = open(folder + '/again').read()
 results = []
 threads = [threading.Thread(target=results.append, args=(n,)) for n in range(3)]
 [t.start() for t in threads]; [t.join() for t in threads]
-import signal; signal.signal(signal.SIGALRM, lambda *_: results.append('rang')); signal.raise_signal(signal.SIGALRM)
+import signal; signal.signal(signal.SIGALRM, lambda *_: results.append('rang')); \
+signal.raise_signal(signal.SIGALRM)
 """
     program = Program(useful, "assert (text, len(results), __name__) == ('kept\\n', 4, 'builtins')")
     assert run_programs([program], LIMITS, layers) == [Verdict(True)]
@@ -293,8 +307,10 @@ def test_programs_run_on_all_cores_and_verdicts_keep_their_order():
 def test_a_program_dies_with_the_worker(tmp_path, bubblewrap):
     used = with_or_without(bubblewrap)
     code = (
-        "from retemper.pipeline.evals.sandbox.run import *\nfrom retemper.pipeline.evals.sandbox.layers import Layers\n"
-        f"run_programs([Program('import time; open(\"here\", \"w\"); time.sleep(1000)', '')], Limits(wall_seconds=1000), {used!r})"
+        "from retemper.pipeline.evals.sandbox.run import *\n"
+        "from retemper.pipeline.evals.sandbox.layers import Layers\n"
+        "run_programs([Program('import time; open(\"here\", \"w\"); time.sleep(1000)', '')], "
+        f"Limits(wall_seconds=1000), {used!r})"
     )
     worker = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}
@@ -310,7 +326,7 @@ def test_a_program_dies_with_the_worker(tmp_path, bubblewrap):
 
 
 def _alive(folder: Path) -> list[int]:
-    """Processes, no zombies, that work in a folder."""
+    """Return the processes, except zombies, that work in a folder."""
     found = []
     for link in Path("/proc").glob("[0-9]*/cwd"):
         try:
@@ -416,7 +432,7 @@ def test_the_numbers_of_system_calls_are_the_kernels():
 
 @pytest.mark.parametrize("machine, architecture", [("x86_64", 0xC000003E), ("aarch64", 0xC00000B7)])
 def test_the_filter_lets_through_what_it_names(machine, architecture):
-    """On machines that we are not on as well: the filter's instructions, carried out here."""
+    """Check the filters of other machines, too, by interpreting their instructions."""
     column = ["x86_64", "aarch64"].index(machine)
     program = seccomp.program(machine, 77)
     allowed = {numbers[column] for numbers in seccomp.CALLS.values()} - {None}
@@ -428,11 +444,16 @@ def test_the_filter_lets_through_what_it_names(machine, architecture):
         program, architecture, min(allowed) | 0x40000000
     )  # x86_64's other names for its calls
     for name, arguments, expected in (
-        ("kill", [77, 9], True), ("kill", [78, 9], False), ("kill", [2**32 - 1, 9], False), ("tgkill", [77, 77, 6], True),
-        ("tgkill", [1, 1, 9], False), ("clone", [0x3D0F00], True), ("clone", [17], False), ("clone", [0x3D0F00 | 0x10000000], False),
-        ("prlimit64", [0, 0, 0, 1], True), ("prlimit64", [0, 0, 4096, 0], False), ("prlimit64", [0, 0, 2**32, 0], False),
-        ("openat", [3, 0, os.O_RDONLY | os.O_CLOEXEC], True), ("openat", [3, 0, os.O_RDONLY | os.O_TRUNC], False),
-        ("openat", [3, 0, os.O_WRONLY | os.O_CREAT | os.O_TRUNC], True), ("fcntl", [3, 1], True), ("fcntl", [3, 8], False), ("fcntl", [3, 10], False),
+        ("kill", [77, 9], True), ("kill", [78, 9], False), ("kill", [2**32 - 1, 9], False),
+        ("tgkill", [77, 77, 6], True), ("tgkill", [1, 1, 9], False),
+        ("clone", [0x3D0F00], True), ("clone", [17], False),
+        ("clone", [0x3D0F00 | 0x10000000], False),
+        ("prlimit64", [0, 0, 0, 1], True), ("prlimit64", [0, 0, 4096, 0], False),
+        ("prlimit64", [0, 0, 2**32, 0], False),
+        ("openat", [3, 0, os.O_RDONLY | os.O_CLOEXEC], True),
+        ("openat", [3, 0, os.O_RDONLY | os.O_TRUNC], False),
+        ("openat", [3, 0, os.O_WRONLY | os.O_CREAT | os.O_TRUNC], True),
+        ("fcntl", [3, 1], True), ("fcntl", [3, 8], False), ("fcntl", [3, 10], False),
     ):  # fmt: skip
         assert _filtered(program, architecture, checked[name], arguments) == expected, (
             name,
@@ -441,7 +462,10 @@ def test_the_filter_lets_through_what_it_names(machine, architecture):
 
 
 def _filtered(program: bytes, architecture: int, number: int, arguments: list[int] = ()) -> bool:
-    """Whether the filter lets a call through: the four instructions of classic BPF that it is made of."""
+    """Return whether the filter allows a call.
+
+    This interprets the four instructions of classic BPF that the filter consists of.
+    """
     data = struct.pack("=IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
     lines, place, word = list(struct.iter_unpack("HBBI", program)), 0, 0
     while True:

@@ -1,4 +1,4 @@
-"""The learning rate is the closed form of consumed tokens."""
+"""Test that the learning rate is the closed form of consumed tokens."""
 
 import math
 from fractions import Fraction
@@ -36,7 +36,7 @@ RATIO = 16  # of a LoRA+ group's rate
 
 
 def closed_form(config, tokens: int) -> float:
-    """Of the peak, with exact fractions."""
+    """Return the fraction of the peak rate, with exact fractions."""
     settings, total = config.schedule, config.steps * config.tokens_per_step
     if tokens <= settings.warmup_tokens and settings.warmup_tokens:
         return tokens / settings.warmup_tokens
@@ -72,7 +72,7 @@ def config(request):
 
 
 def schedule_of(config):
-    """A schedule over a real optimizer with a plain group and LoRA+'s."""
+    """Return a schedule over a real optimizer with a plain group and LoRA+'s."""
     prepare_megatron()
     import torch
 
@@ -176,7 +176,7 @@ def test_a_warmup_that_reaches_into_the_cooldown_is_refused_and_what_is_named_fi
     "changes", [["schedule=cosine"], ["schedule.cooldown_fraction=0"], ["train.branches=[5120]"]]
 )
 def test_without_a_cooldown_a_warmup_may_take_the_whole_run(changes):
-    """A trunk has none: its branches cool down."""
+    """Check a trunk, which has no cooldown: its branches cool down."""
     asked = overrides(Path("unread"), "x", *changes)
     assert load_config([*asked, f"schedule.warmup_tokens={10 * STEP - 1}"])
     with pytest.raises(
@@ -193,7 +193,8 @@ def test_without_a_cooldown_a_warmup_may_take_the_whole_run(changes):
         (9 * STEP, "ends within its warm-up at 100% of the peak rate"),
         (
             9 * STEP - 1,
-            "warms up into its cooldown: after 4,607 tokens the rate falls from 100% to 50% at once; its last step is at 50% of",
+            "warms up into its cooldown: after 4,607 tokens the rate falls from 100% to 50% "
+            "at once; its last step is at 50% of",
         ),
         (8 * STEP, "cools down; its last step is at 50% of the peak rate"),
         (0, "cools down; its last step is at 50% of the peak rate"),

@@ -1,4 +1,4 @@
-"""Set-up on machines where it cannot work: one clear sentence, and a non-zero exit."""
+"""Test set-up on machines where it cannot work: one clear sentence, and a non-zero exit."""
 
 import os
 import shutil
@@ -13,7 +13,10 @@ TOOLS = ["sh", "dirname", "df", "awk", "grep", "tail", "touch"]
 
 
 def set_up(folder: Path, *, python: bool, **environment: str) -> subprocess.CompletedProcess:
-    """Run .ci/setup in a copy of the project, with a PATH of the bare tools and, where asked, Python 3.12."""
+    """Run .ci/setup in a copy of the project, with a PATH of the bare tools.
+
+    With `python` the PATH has Python 3.12, too.
+    """
     for name in (".ci", "constraints.txt", "pyproject.toml"):
         source = ROOT / name
         shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder)

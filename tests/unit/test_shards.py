@@ -1,4 +1,7 @@
-"""Shards from a disk and from a store, whole, damaged, slow and gone: right samples, or an error that names the file."""
+"""Test shards from a disk and from a store, whole, damaged, slow and deleted.
+
+The result is the right samples, or an error that names the file.
+"""
 
 import hashlib
 import json
@@ -36,7 +39,7 @@ def client(store):
 
 @pytest.fixture(scope="module")
 def corpus(workspace, tmp_path_factory, client) -> Path:
-    """A corpus of many small shards, compressed; a copy of it lies in the store at REMOTE."""
+    """Return a corpus of many small shards, compressed; a copy of it is in the store at REMOTE."""
     import email
 
     folder = tmp_path_factory.mktemp("faults") / "corpus"
@@ -63,7 +66,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def content(path: str | Path, cache: Path | None = None) -> str:
-    """A hash of all samples of the training split."""
+    """Return a hash of all samples of the training split."""
     shards = TokenShards(path, "train", cache)
     return hashlib.sha256(shards.samples(np.arange(len(shards))).tokens_NT.tobytes()).hexdigest()
 
@@ -91,7 +94,10 @@ def test_a_store_gives_what_the_disk_gives_and_the_cache_spares_it(corpus, tmp_p
 
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_damages_none_of_them_silent(corpus, tmp_path, client, count):
-    """Whatever is flipped, cut off or deleted, in the store or in the cache: the right samples, or an error within a minute."""
+    """Flip, cut off or delete anything in the store or in the cache.
+
+    The result is the right samples, or an error within a minute.
+    """
     rng, whole, right, outcomes = random.Random(5), files(corpus), content(corpus), {}
     shards = [name for name in whole if name.startswith("train/") and ".mds" in name]
     assert len(shards) >= 8
@@ -163,7 +169,8 @@ def test_a_store_that_does_not_recover_ends_the_run(corpus, tmp_path, store, mon
     store.set(fault, of="shard.")
     with pytest.raises(
         UserError,
-        match=r"shard\.00000\.mds\.zstd could not be read for \d s .*goes on from the last checkpoint",
+        match=r"shard\.00000\.mds\.zstd could not be read for \d s "
+        r".*goes on from the last checkpoint",
     ):
         content(REMOTE, tmp_path)
     store.set(None)
@@ -269,6 +276,6 @@ def test_a_disk_too_small_for_the_cache_is_refused_before_anything_is_fetched(
 def test_too_little_shared_memory_is_refused_where_ranks_share_a_node(small_disk):
     _check_shared_memory(1, small_disk)
     with pytest.raises(
-        UserError, match="8 ranks on one node need 512: start the container with --ipc=host"
+        UserError, match="8 ranks on one node need 512 MiB: start the container with --ipc=host"
     ):
         _check_shared_memory(8, small_disk)

@@ -1,4 +1,4 @@
-"""Local files in the place of hub datasets, and the tokenizer that tasks are read with."""
+"""Test local files in the place of hub datasets, and the tokenizer that tasks are read with."""
 
 import json
 from types import SimpleNamespace
@@ -58,7 +58,7 @@ def test_a_record_that_is_none_is_named_by_its_line(name, tmp_path):
     file, record = BROKEN[name]
     for text in (json.dumps(record), "{", "7", "{}"):
         (tmp_path / file).write_text(text + "\n")
-        assert f"{tmp_path / file}, line 1: no record of the form" in refusal(name, tmp_path)
+        assert f"{tmp_path / file}, line 1: not a record of the form" in refusal(name, tmp_path)
     (tmp_path / file).write_text("")
     assert "is empty" in refusal(name, tmp_path)
 
@@ -117,7 +117,7 @@ def test_text_ends_with_the_token_that_completes_a_stop_string(workspace, monkey
 
 
 def knowing(right: bool):
-    """A model that says of every problem the right answer, or a wrong one."""
+    """Return a model that gives the right answer to every problem, or a wrong one."""
     from lm_eval.api.model import TemplateLM
 
     class Knowing(TemplateLM):

@@ -1,5 +1,6 @@
-"""The bytes that tokens stand for add up to the text, whatever was added to the vocabulary; and
-which tokenizer a run names.
+"""Test that the bytes of tokens add up to the text, and which tokenizer a run records.
+
+Tokens may have been added to the vocabulary.
 """
 
 import heapq
@@ -34,7 +35,7 @@ ADDED = [
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory) -> Path:
-    """The folder of a byte-level BPE trained on Python."""
+    """Return the folder of a byte-level BPE trained on Python."""
     folder = tmp_path_factory.mktemp("byte-level")
     train_tokenizer([PYTHON], 400, folder)
     return folder
@@ -113,7 +114,7 @@ def test_sentencepiece_bytes_and_spaces(shared_data):
 
 
 def corpus(folder: Path, tokenizer: str) -> Path:
-    """The manifest of a corpus that was made with a tokenizer of this hash."""
+    """Return the manifest of a corpus that was tokenized with a tokenizer of this hash."""
     splits = {split: {"samples": 100} for split in ("train", "heldout")}
     manifest = {
         "made_from": {},
@@ -150,7 +151,8 @@ def test_a_tokenizer_other_than_that_of_the_shards_is_refused_at_start(
     other = with_added(byte_level, tmp_path / "other", [AddedToken("<tool>")]).folder
     with pytest.raises(
         UserError,
-        match=rf"data.tokenizer={other} is another tokenizer than the one that corpus docs in {made}",
+        match=rf"data.tokenizer={other} is another tokenizer than the one that "
+        rf"corpus docs in {made}",
     ):
         check_corpora(config_of(made, str(other)))
     # What is not on this machine is not compared, and nothing is fetched for it.

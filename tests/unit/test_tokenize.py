@@ -1,4 +1,7 @@
-"""The tokenize job: the same corpus whatever the tasks and restarts, exact budgets, masks, remote folders, refusals."""
+"""Test the tokenize job: the same corpus whatever the tasks and restarts, exact budgets, masks.
+
+Remote folders and refused configurations are covered, too.
+"""
 
 import fcntl
 import gzip
@@ -25,7 +28,7 @@ from retemper.tokenize.sources import read_documents
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory) -> Path:
-    """Real code and prose as rows, in every format, a few of them copies."""
+    """Write real code and prose as rows, in every format, a few of them copies."""
     import email
 
     folder = tmp_path_factory.mktemp("documents")
@@ -62,7 +65,7 @@ def rows_config(workspace, documents: Path, path: Path, **changes):
 
 
 def folder_hash(folder: Path) -> str:
-    """Of every file's name and content."""
+    """Return a hash of every file's name and content."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -118,7 +121,7 @@ def test_parts_cover_every_record_once(documents, monkeypatch):
 def test_a_budget_takes_the_first_documents_in_order(
     workspace, documents, tmp_path, small_parts, packing
 ):
-    """concat cuts the last of them, best_fit leaves it out; what is counted is what was written."""
+    """Check that concat cuts the last of them and best_fit omits it, and the counts of both."""
     chosen = {}
     total = tokenize(
         rows_config(workspace, documents, tmp_path / "None", packing=packing), progress=False
@@ -231,7 +234,7 @@ def test_nothing_of_anyone_elses_is_touched(workspace, documents, tmp_path):
         (documents / "out", None),
         (tmp_path / "new", tmp_path / "new" / "work"),
     ):
-        with pytest.raises(UserError, match="outside of it|lie in each other"):
+        with pytest.raises(UserError, match="outside of it|overlap: choose"):
             tokenize(
                 rows_config(workspace, documents, path, work_dir=work_dir and str(work_dir)),
                 progress=False,
@@ -271,7 +274,7 @@ def test_links_are_followed_and_dangling_ones_named(workspace, documents, tmp_pa
     ]
     assert [document.text for document in read_documents(corpus.source)] == [*whole, *first]
     (source / "gone.jsonl").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="gone.jsonl leads nowhere"):
+    with pytest.raises(UserError, match="gone.jsonl is a dangling link"):
         tokenize(corpus, progress=False)
 
 
@@ -359,8 +362,11 @@ PRESETS = {
 def test_a_preset_runs_on_a_local_copy(preset, shared_data, tmp_path):
     data = load_data_config(
         [
-            f"data={preset}", f"data.source.path={shared_data}/samples/{PRESETS[preset]}_like.jsonl", f"data.path={tmp_path / 'out'}",
-            f"data.tokenizer={shared_data / 'llama2-tokenizer'}", "data.tokens=null", "data.seq_length=1024", "data.heldout_fraction=0.0",
+            f"data={preset}",
+            f"data.source.path={shared_data}/samples/{PRESETS[preset]}_like.jsonl",
+            f"data.path={tmp_path / 'out'}",
+            f"data.tokenizer={shared_data / 'llama2-tokenizer'}",
+            "data.tokens=null", "data.seq_length=1024", "data.heldout_fraction=0.0",
             "data.decontaminate=null", "data.tasks=1",
         ]
     )  # fmt: skip
@@ -394,7 +400,8 @@ def test_a_preset_runs_on_a_local_copy(preset, shared_data, tmp_path):
 def test_decontamination_drops_reworded_problems_and_nothing_else(shared_data, tmp_path):
     evals = shared_data / "evals"
     tasks = {
-        "humaneval": "humaneval.jsonl", "mbpp": "mbpp_test.jsonl", "gsm8k": "gsm8k_test.jsonl", "hellaswag": "hellaswag_validation_1000.jsonl",
+        "humaneval": "humaneval.jsonl", "mbpp": "mbpp_test.jsonl", "gsm8k": "gsm8k_test.jsonl",
+        "hellaswag": "hellaswag_validation_1000.jsonl",
         "winogrande": "winogrande_validation.jsonl", "arc_challenge": "arc_challenge_test.jsonl",
     }  # fmt: skip
     code = json.loads((evals / tasks["humaneval"]).read_text().splitlines()[5])
@@ -417,7 +424,8 @@ def test_decontamination_drops_reworded_problems_and_nothing_else(shared_data, t
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load_data_config(
         [
-            "data=openwebmath", f"data.source.path={tmp_path / 'docs.jsonl'}", f"data.path={tmp_path / 'out'}", "data.tasks=1",
+            "data=openwebmath", f"data.source.path={tmp_path / 'docs.jsonl'}",
+            f"data.path={tmp_path / 'out'}", "data.tasks=1",
             f"data.tokenizer={shared_data / 'llama2-tokenizer'}", "data.seq_length=512",
             *(f"data.decontaminate.tasks.{task}={evals / file}" for task, file in tasks.items()),
         ]

@@ -1,4 +1,4 @@
-"""What W&B is told, read from its offline files, and that two processes never tell it at a time."""
+"""Test what W&B receives, from its offline files, and that two processes never send at once."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def config(workspace, tmp_path):
 
 
 def records(path: Path):
-    """The records of a .wandb file."""
+    """Return the records of a .wandb file."""
     content, place, record = path.read_bytes(), 7, b""
     while place + HEADER.size <= len(content):
         if BLOCK - place % BLOCK < HEADER.size:
@@ -48,7 +48,10 @@ def records(path: Path):
 
 
 def finished(path: Path) -> list[Record]:
-    """The records of a .wandb file once its last is there: wandb's own process writes it a moment after the run was finished."""
+    """Return the records of a .wandb file once the last one is written.
+
+    wandb's own process writes it a moment after the run has finished.
+    """
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         found = list(records(path))
@@ -59,7 +62,7 @@ def finished(path: Path) -> list[Record]:
 
 
 def told(config) -> list[dict]:
-    """Every row of history, in the order of the processes that wrote them."""
+    """Return every row of history, in the order of the processes that wrote them."""
     rows = []
     for path in sorted(
         config.run_dir.glob("wandb/offline-run-*/run-*.wandb"),

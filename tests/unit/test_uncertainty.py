@@ -1,4 +1,4 @@
-"""Scores, errors and intervals against exact arithmetic, published tables and numbers worked out by hand."""
+"""Test scores, errors and intervals against exact arithmetic, published tables and hand counts."""
 
 import math
 import random
@@ -42,7 +42,8 @@ def test_impossible_counts_are_refused(n, c, k):
         pass_at_k(n, c, k)
 
 
-# Newcombe 1998, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17, table I, method 3 (Wilson's score).
+# Newcombe 1998, "Two-sided confidence intervals for the single proportion", Statistics in
+# Medicine 17, table I, method 3 (Wilson's score).
 @pytest.mark.parametrize(
     "passed, n, low, high",
     [
@@ -60,7 +61,7 @@ def test_the_interval_of_ones_and_zeros_is_wilsons(passed, n, low, high):
 
 
 def test_problems_and_not_samples_are_counted():
-    """Four problems of 50 samples of which all pass or none are four, and not two hundred."""
+    """Check that four problems of 50 equal samples each count as four, and not as two hundred."""
     whole = estimate([pass_at_k(50, c, 1) for c in (50, 50, 0, 0)])
     assert whole == estimate([1, 1, 0, 0])
     assert whole.stderr == pytest.approx(
@@ -70,7 +71,8 @@ def test_problems_and_not_samples_are_counted():
     assert mixed.value == pytest.approx(0.5)
     assert mixed.stderr == pytest.approx(math.sqrt(0.2 / 3 / 4))
     assert mixed.low > whole.low and mixed.high < whole.high
-    # Wilson's with p(1 - p) / (squares / n²) = 0.25 / (0.2 / 16) = 20 problems: 0.5 ± 1.96 √(0.25/20 + 1.96²/1600) / (1 + 1.96²/20)
+    # Wilson's with p(1 - p) / (squares / n²) = 0.25 / (0.2 / 16) = 20 problems:
+    # 0.5 ± 1.96 √(0.25/20 + 1.96²/1600) / (1 + 1.96²/20)
     assert (round(mixed.low, 3), round(mixed.high, 3)) == (0.299, 0.701)
 
 
@@ -106,7 +108,8 @@ def test_one_problem_has_no_standard_error():
 
 
 def test_a_pair_of_checkpoints_is_compared_problem_by_problem():
-    # Differences 0.2, 0.1, 0.3, 0.2: mean 0.2, squares 0.02, standard error √(0.02 / 3 / 4) = 0.0408, times 1.96 = 0.0800
+    # Differences 0.2, 0.1, 0.3, 0.2: mean 0.2, squares 0.02,
+    # standard error √(0.02 / 3 / 4) = 0.0408, times 1.96 = 0.0800
     before = {"a": 0.1, "b": 0.5, "c": 0.6, "d": 0.0}
     after = {"d": 0.2, "c": 0.9, "b": 0.6, "a": 0.3}
     found = paired_difference(before, after)
@@ -117,7 +120,10 @@ def test_a_pair_of_checkpoints_is_compared_problem_by_problem():
 
 
 def test_pairing_takes_the_covariance_off():
-    """Miller 2024, equation 7: the variance of the difference is that of both less twice their covariance."""
+    """Check Miller 2024, equation 7.
+
+    The variance of the difference is that of both less twice their covariance.
+    """
     chance = random.Random(2)
     before = {n: chance.random() for n in range(300)}
     after = {n: min(1.0, score + 0.1 * chance.random()) for n, score in before.items()}
@@ -130,7 +136,9 @@ def test_pairing_takes_the_covariance_off():
 
 
 def test_checkpoints_on_other_problems_do_not_compare():
-    with pytest.raises(UserError, match="same problems.*2 are in one alone, b among them"):
+    with pytest.raises(
+        UserError, match="same problems.*2 problems are in only one of them, such as b"
+    ):
         paired_difference({"a": 1, "b": 0}, {"a": 1, "c": 0})
 
 
@@ -143,7 +151,10 @@ def test_a_ratio_is_the_mean_where_all_samples_are_of_one_size():
 
 
 def test_the_interval_of_a_ratio_covers_what_it_says():
-    """Samples of unlike length whose bits go with their length, and once more as the difference of two checkpoints."""
+    """Draw samples of unlike length whose bits grow with their length.
+
+    The same is checked for the difference of two checkpoints.
+    """
     chance, drawn, covered, covered_pairs = random.Random(3), 1000, 0, 0
     for _ in range(drawn):
         sizes = [chance.uniform(50, 400) for _ in range(100)]
@@ -162,7 +173,7 @@ def test_a_mean_of_independent_estimates_adds_their_variances():
     assert (found.value, found.problems) == (pytest.approx(0.45), 120)
     assert found.stderr == pytest.approx(0.025)  # half of the root of 0.03² + 0.04²
     assert (found.low, found.high) == (pytest.approx(0.40), pytest.approx(0.50))
-    # Wilson's intervals keep their shape: where all problems of each task failed, nothing lies below.
+    # Wilson's intervals keep their shape: if all problems of each task failed, the low end is 0.
     nothing = mean([estimate([0.0] * 20)] * 3)
     assert nothing.low == nothing.stderr == 0 and 0.05 < nothing.high < estimate([0.0] * 20).high
     with pytest.raises(UserError):

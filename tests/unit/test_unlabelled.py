@@ -1,4 +1,7 @@
-"""Steps without a labelled token: no loss, one warning, nothing that later steps are held against, and an end after an epoch of them."""
+"""Test steps without a labelled token: no loss, one warning, and an end after an epoch of them.
+
+Later steps are not compared with them.
+"""
 
 import itertools
 import json
@@ -29,7 +32,10 @@ BATCH = 8
 
 
 def stepped(workspace, state: TrainState, losses, masks, grad_norm: float = 1.0):
-    """A training step on micro-batches of these losses, of the positions where the masks are 1; the model is stood in for."""
+    """Run a training step on micro-batches of these losses, at the positions where the masks are 1.
+
+    A function stands in for the model.
+    """
     sums = [
         {
             "loss": (torch.tensor(loss) * torch.tensor(mask)).sum(),
@@ -73,7 +79,11 @@ def test_what_is_no_number_is_an_anomaly_without_labels_too(workspace, losses, g
 def followed(
     sizes: dict[str, int], shares: list[int], labelled, *, begin: int = 0, data: str = "stop"
 ) -> int:
-    """The step after which a run over streams of these sizes is ended; labelled: step -> whether it had a label."""
+    """Return the step after which a run over streams of these sizes is ended.
+
+    Args:
+        labelled: step -> whether it had a label.
+    """
     order = Order(
         tuple(
             Stream(number, (size,), share)
@@ -105,7 +115,8 @@ def followed(
 def test_an_epoch_without_labels_ends_a_run(sizes, shares, labelled, begin, last):
     with pytest.raises(
         UserError,
-        match=rf"^step {last}: an epoch of the data \({', '.join(sizes)}\) has passed without one labelled",
+        match=rf"^step {last}: an epoch of the data \({', '.join(sizes)}\) "
+        r"has passed without one labelled",
     ):
         followed(sizes, shares, labelled, begin=begin)
 
@@ -116,7 +127,10 @@ def test_a_label_in_every_epoch_lets_a_run_go_on():
 
 @pytest.fixture
 def log(workspace, tmp_path, capsys):
-    """A Log of rank 0 whose state the test moves on; capsys has forgotten its first lines."""
+    """Return a Log of rank 0 whose state the test advances.
+
+    capsys has discarded its first lines.
+    """
     config = load_config([*overrides(workspace, "logged"), f"runs_dir={tmp_path}"])
     streams = SimpleNamespace(epochs=lambda _samples: {"math": 0.5})
     batches = SimpleNamespace(streams=streams, seconds_waited=0.0)

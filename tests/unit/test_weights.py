@@ -1,4 +1,4 @@
-"""Transformers folders that are not what they should be, and the table of names."""
+"""Test invalid transformers folders, and the table of names."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def write(folder: Path, held: dict | None = None, **config) -> Path:
 
 
 def write_index(folder: Path, held: dict[str, torch.Tensor], **changes) -> None:
-    """Two files and an index of them."""
+    """Write two files and an index of them."""
     names = sorted(held)
     parts = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
     for file, part in parts.items():
@@ -78,7 +78,7 @@ def test_torch_files_are_read_as_tensors_alone(tmp_path):
 
 
 class Evil:
-    """Runs a command where it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, sentinel: Path):
         self.sentinel = sentinel
@@ -116,8 +116,10 @@ def damage(kind: str, folder: Path) -> None:
         file.unlink()
     elif kind.startswith("index"):
         file.unlink()
-        write_index(folder, held, **{"index outside": {"lm_head.weight": "../evil.safetensors"}, "index absent": {"x": "c.safetensors"},
-                                     "index wrong": {"lm_head.weight": "b.safetensors"}, "index damaged": {}}[kind])  # fmt: skip
+        write_index(folder, held, **{"index outside": {"lm_head.weight": "../evil.safetensors"},
+                                     "index absent": {"x": "c.safetensors"},
+                                     "index wrong": {"lm_head.weight": "b.safetensors"},
+                                     "index damaged": {}}[kind])  # fmt: skip
         if kind == "index damaged":
             (folder / "model.safetensors.index.json").write_text("{")
     elif kind == "config damaged":
@@ -201,7 +203,7 @@ def test_what_config_json_says_is_refused_before_ranks_start(tmp_path, capfd):
     ):
         assert main(["import", *arguments]) == 1 and said in capfd.readouterr().err
     assert main(["export", "run", str(tmp_path / "out"), "--base", folder]) == 1
-    assert "--base goes with --adapter" in capfd.readouterr().err
+    assert "--base requires --adapter" in capfd.readouterr().err
 
 
 def test_the_same_weights_are_the_same_base_however_they_are_imported(tmp_path):
@@ -220,15 +222,17 @@ def models(draw):
     )
     biased, normed = draw(st.sampled_from([(False, False), (True, False), (False, True)]))
     return size, ModelConfig(
-        num_layers=draw(st.integers(1, 3)), hidden_size=draw(st.integers(1, 20)), ffn_hidden_size=size * draw(st.integers(1, 9)),
-        num_attention_heads=groups * draw(st.integers(1, 3)), num_query_groups=groups, head_size=2 * draw(st.integers(1, 4)),
-        vocab_size=draw(st.integers(1, 300)), max_sequence_length=64, tie_embeddings=draw(st.booleans()),
+        num_layers=draw(st.integers(1, 3)), hidden_size=draw(st.integers(1, 20)),
+        ffn_hidden_size=size * draw(st.integers(1, 9)),
+        num_attention_heads=groups * draw(st.integers(1, 3)), num_query_groups=groups,
+        head_size=2 * draw(st.integers(1, 4)), vocab_size=draw(st.integers(1, 300)),
+        max_sequence_length=64, tie_embeddings=draw(st.booleans()),
         qkv_bias=biased, qk_norm=normed, rope_scaling=draw(st.none() | scaling),
     )  # fmt: skip
 
 
 def megatron_shapes(model: ModelConfig, size: int) -> dict[str, tuple[int, ...]]:
-    """What megatron-core holds on one of `size` tensor-parallel ranks."""
+    """Return the shapes of megatron-core's weights on one of `size` tensor-parallel ranks."""
     hidden, head = model.hidden_size, model.kv_channels
     qkv = (model.num_attention_heads + 2 * model.num_query_groups) * head // size
     vocab = -(-model.vocab_size // 128) * 128 // size
@@ -307,9 +311,7 @@ LAST[-1, -1] += 1
 
 
 def tied(folder: Path, head: torch.Tensor | None) -> Path:
-    """A folder whose config.json ties the head to the embedding, and that may hold one all the
-    same.
-    """
+    """Write a folder whose config ties the head to the embedding, but that may store a head."""
     held = {name: torch.ones(shape) for name, shape in tensor_shapes(TIED).items()} | {
         "model.embed_tokens.weight": EMBEDDING
     }
@@ -340,7 +342,8 @@ def test_a_head_that_is_tied_and_another_is_refused_and_not_dropped(tmp_path, he
     folder = tied(tmp_path / "m", head)
     with pytest.raises(
         UserError,
-        match=r"lm_head.weight is not the same matrix as model.embed_tokens.weight.*tie_word_embeddings to false",
+        match=r"lm_head.weight is not the same matrix as model.embed_tokens.weight"
+        r".*tie_word_embeddings to false",
     ):
         Weights(folder)
     if head.shape == EMBEDDING.shape:  # what the message advises

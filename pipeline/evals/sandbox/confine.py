@@ -1,20 +1,31 @@
-"""What a process can be bounded by without asking which files it reads: limits, privileges, and its parent's life."""
+"""Confine a process irrespective of files: resource limits, privileges, its parent's lifetime."""
 
 import ctypes
 import os
 import resource
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
-_SIGKILL = 9  # not by the signal module, which takes a third of a start to import
-_CAPABILITY_VERSION = 0x20080522  # of struct __user_cap_header_struct
+_SIGKILL = 9  # importing the signal module would take a third of the start-up time
+_CAPABILITY_VERSION = 0x20080522  # the version field of struct __user_cap_header_struct
 
 
 def set_limits(cpu_seconds: int, memory_bytes: int, file_bytes: int, open_files: int) -> None:
-    """Of this process, for good.
+    """Set this process's resource limits irrevocably.
 
-    There is none on processes: RLIMIT_NPROC counts all that a user runs anywhere, so that a verdict would hang on what else runs;
-    seccomp refuses processes, and memory bounds threads. The soft limit's SIGXCPU says in the exit status what happened,
-    and who ignores it is killed a second later.
+    The number of processes has no limit here: RLIMIT_NPROC counts all processes of the user, so a
+    verdict would depend on what else runs. seccomp refuses new processes, and the memory limit
+    bounds the threads.
+
+    Args:
+        cpu_seconds: At this limit SIGXCPU ends the process, which shows in its exit status. A
+            process that ignores the signal is killed one second later.
+        memory_bytes: The limit on the address space.
+        file_bytes: The limit on the size of each file.
+        open_files: The limit on open file descriptors.
+
+    Raises:
+        OSError: The kernel refuses a limit.
+        ValueError: A limit is higher than the one already in force.
     """
     for kind, soft, hard in (
         (resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1),
@@ -27,14 +38,17 @@ def set_limits(cpu_seconds: int, memory_bytes: int, file_bytes: int, open_files:
 
 
 def die_with(parent: int) -> None:
-    """Be killed when the process `parent` ends, which may have happened already. Raises OSError."""
+    """Have this process killed when its parent, the process `parent`, ends.
+
+    Exits at once where the parent has already ended. Raises OSError.
+    """
     _prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def drop_privileges() -> None:
-    """No capability that root has by birth, and none by a program. Raises OSError."""
+    """Drop all capabilities and set no_new_privs. Raises OSError."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
     none = (ctypes.c_uint32 * 6)()

@@ -1,12 +1,16 @@
-"""Tests that no honest program passes: who passes them, forged the verdict or returned what equals everything.
+"""Control tests, which no honest program passes.
 
-Candidate and tests share an interpreter, for the benchmarks' tests call whatever a candidate defines. So nothing inside can be
-kept from a candidate for certain, but it must know whether it is being tested or controlled.
+A program that passes them has forged its verdict, or returned an object that equals everything.
+
+Candidate and tests share an interpreter, because the benchmarks' tests call what the candidate
+defines. So nothing in that interpreter can be hidden from the candidate with certainty; but to
+cheat unnoticed, it must also find out whether it runs with the real tests or with the control.
 """
 
 import ast
 
-# A value of the same kind that differs, so that an `__eq__` which looks at the other's type learns nothing from it.
+# A different value of the same type, so that an `__eq__` that checks the other operand's type
+# cannot tell the control from the tests.
 _OTHER = """
 def _other(value):
     if isinstance(value, bool):
@@ -27,7 +31,11 @@ def _other(value):
 
 
 def unpassable(tests: str) -> str:
-    """The tests with every asserted comparison made false for a right answer; where they compare nothing, one that fails."""
+    """Rewrite tests so that every asserted comparison is false for a correct answer.
+
+    If the tests contain no such comparison, append an assertion that fails. Raises SyntaxError
+    where the tests cannot be parsed.
+    """
     changed = _Falsify()
     tree = changed.visit(ast.parse(tests))
     control = _OTHER + ast.unparse(ast.fix_missing_locations(tree))
@@ -39,17 +47,18 @@ class _Falsify(ast.NodeTransformer):
         self.count = 0
 
     def visit_Assert(self, node: ast.Assert) -> ast.Assert:
-        compared = node.test
-        if isinstance(compared, ast.Compare) and len(compared.ops) == 1:
-            wrong = self._wrong(compared.ops[0], compared.comparators[0])
-            if wrong is not None:
+        comparison = node.test
+        if isinstance(comparison, ast.Compare) and len(comparison.ops) == 1:
+            operand = self._falsifying_operand(comparison.ops[0], comparison.comparators[0])
+            if operand is not None:
                 self.count += 1
-                compared.comparators = [wrong]
+                comparison.comparators = [operand]
         return node
 
-    def _wrong(self, operator: ast.cmpop, right: ast.expr) -> ast.expr | None:
+    def _falsifying_operand(self, operator: ast.cmpop, right: ast.expr) -> ast.expr | None:
         if isinstance(operator, (ast.Eq, ast.Is)):
             return ast.Call(ast.Name("_other", ast.Load()), [right], [])
         if isinstance(operator, (ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
-            return ast.parse("float('nan')", mode="eval").body  # no number is on either side of it
+            # Every ordering comparison with nan is false.
+            return ast.parse("float('nan')", mode="eval").body
         return None

@@ -1,7 +1,8 @@
-"""Runs generated programs, each in an interpreter of its own behind the layers of this machine, and judges them from outside.
+"""Run generated programs, each in a separate sandboxed interpreter, and judge them from outside.
 
-A program has passed when the pipe it was started with holds the nonce it was given, and when it then fails a control that no
-honest program passes. Everything else is a failure with its reason. What could not be started is nobody's failure but an error.
+A program passes if its interpreter writes a secret nonce to a pipe after the tests, and if the
+program then fails a control that no honest program passes. Everything else is a failure with a
+reason. A sandbox that cannot be started is an error, not a failure of the program.
 """
 
 import marshal
@@ -24,26 +25,26 @@ from retemper.pipeline.evals.sandbox.folder import overflows, private_folder
 from retemper.pipeline.evals.sandbox.inside import READY
 from retemper.pipeline.evals.sandbox.layers import READABLE, Layers
 
-_START_SECONDS = 60  # for the doors to shut, on a machine with much else to do
-_TICK_MS = 50
-_MOST_SAID = 2000  # bytes, of which the first 200 characters are a reason
-_SHELLS_SIGNAL = 128  # bubblewrap reports a signal as shells do
+_SETUP_SECONDS = 60  # time limit for sandbox setup, long enough for a busy machine
+_POLL_MS = 50
+_MAX_OUTPUT_BYTES = 2000  # the first 200 characters are the reason of a verdict
+_SHELL_SIGNAL_BASE = 128  # bubblewrap reports a signal as shells do: 128 + its number
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program. What it may do at most in its folder is four files of the largest size."""
+    """The limits of one program."""
 
     cpu_seconds: int = 3
-    wall_seconds: float = 20  # looser, for other work on the machine is not the program's doing
-    memory_bytes: int = 2**30  # of addresses
-    file_bytes: int = 2**24
+    wall_seconds: float = 20  # generous, because other processes may slow the program down
+    memory_bytes: int = 2**30  # of address space
+    file_bytes: int = 2**24  # of one file; the program's folder may hold four times as much
     open_files: int = 64
 
 
 @dataclass(frozen=True)
 class Program:
-    """A candidate's code and the tests that run behind it in the same namespace."""
+    """A candidate's code and the tests that run after it in the same namespace."""
 
     candidate: str
     tests: str
@@ -54,23 +55,39 @@ class Program:
 
     @property
     def control(self) -> str:
-        """The same with tests that cannot be passed."""
+        """The candidate's code with tests that cannot be passed."""
         return f"{self.candidate}\n{unpassable(self.tests)}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Passed, or why not: the exception, or "cpu time", "wall time", "disk", "signal", "forged" or "no verdict", and details."""
+    """The result of running a program.
+
+    The reason of a failure is the program's exception, or "cpu time", "wall time", "disk",
+    "signal", "forged" or "no verdict", followed by a colon and details.
+    """
 
     passed: bool
-    reason: str = ""
+    reason: str = ""  # empty if passed
 
 
 def run_programs(programs: Sequence[Program], limits: Limits, layers: Layers) -> list[Verdict]:
-    """The programs' verdicts in their order, as many at a time as there are cores. Raises UserError where none can be started."""
+    """Run programs, one per CPU core at a time.
+
+    Args:
+        programs: The programs.
+        limits: The limits of each program.
+        layers: The sandbox, as find_layers returns it.
+
+    Returns:
+        The verdicts, in the order of the programs.
+
+    Raises:
+        UserError: The sandbox could not be set up.
+    """
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         verdicts = pool.map(lambda program: _judge(program, limits, layers), programs)
-        # disable=None: a bar on a terminal only.
+        # disable=None: show the bar on a terminal only.
         return list(
             tqdm(
                 verdicts,
@@ -95,17 +112,21 @@ def _run(source: str, limits: Limits, layers: Layers) -> Verdict:
     with private_folder() as folder:
         process, pipe = _start(_request(source, nonce, folder, limits, layers), folder, layers)
         try:
-            said, stopped = _listen(pipe, folder, limits)
+            output, stop_reason = _read_output(pipe, folder, limits)
         finally:
             _kill(process)
             os.close(pipe)
-    return _verdict(said, stopped, nonce, process.returncode)
+    return _verdict(output, stop_reason, nonce, process.returncode)
 
 
 def _start(request: dict, folder: str, layers: Layers) -> tuple[subprocess.Popen, int]:
-    """The process, and a pipe of what it says as standard error: complaints of bubblewrap and interpreter, then inside.py's word."""
+    """Start a sandboxed interpreter.
+
+    Returns the process and the reading end of a pipe from its standard error, which carries any
+    errors of bubblewrap and the interpreter, then the messages of inside.py.
+    """
     reading, writing = os.pipe()
-    with tempfile.TemporaryFile() as file, open(writing, "wb") as said:
+    with tempfile.TemporaryFile() as file, open(writing, "wb") as stderr:
         file.write(marshal.dumps(request))
         file.seek(0)
         command = layers.command(folder)
@@ -114,7 +135,7 @@ def _start(request: dict, folder: str, layers: Layers) -> tuple[subprocess.Popen
             command,
             stdin=file,
             stdout=subprocess.DEVNULL,
-            stderr=said,
+            stderr=stderr,
             env=environment,
             cwd=folder,
             start_new_session=True,
@@ -123,7 +144,7 @@ def _start(request: dict, folder: str, layers: Layers) -> tuple[subprocess.Popen
 
 
 def _request(source: str, nonce: bytes, folder: str, limits: Limits, layers: Layers) -> dict:
-    """What inside.py is told."""
+    """Return the request that inside.py reads from its standard input."""
     rlimits = asdict(limits)
     del rlimits["wall_seconds"]
     return {
@@ -134,37 +155,44 @@ def _request(source: str, nonce: bytes, folder: str, limits: Limits, layers: Lay
         "landlock": layers.landlock,
         "seccomp": layers.seccomp,
         "readable": READABLE,
-        # Behind bubblewrap the parent is its first process in a namespace of their own.
+        # Under bubblewrap the parent is process 1 of a separate PID namespace.
         "parent": 1 if layers.bubblewrap else os.getpid(),
     }
 
 
-def _listen(pipe: int, folder: str, limits: Limits) -> tuple[bytes, str]:
-    """All that a process says until it ends, or until there is a reason to stop it, which is given as well."""
-    said = b""
-    deadline = time.monotonic() + _START_SECONDS
+def _read_output(pipe: int, folder: str, limits: Limits) -> tuple[bytes, str]:
+    """Read a process's output until it ends or exceeds a limit.
+
+    Returns the output, and the reason to stop the process, or "" if it has ended.
+    """
+    output = b""
+    deadline = time.monotonic() + _SETUP_SECONDS
     started = False
-    waiting = select.poll()
-    waiting.register(pipe, select.POLLIN)
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
     while True:
-        if waiting.poll(_TICK_MS):
-            heard = os.read(pipe, _MOST_SAID)
-            if not heard:
-                return said, ""
-            said += heard
-            if not started and said.startswith(READY):
+        if poll.poll(_POLL_MS):
+            chunk = os.read(pipe, _MAX_OUTPUT_BYTES)
+            if not chunk:
+                return output, ""
+            output += chunk
+            if not started and output.startswith(READY):
                 started = True
                 deadline = time.monotonic() + limits.wall_seconds
-        if len(said) > _MOST_SAID:
-            return said, "no verdict: words without end"
+        if len(output) > _MAX_OUTPUT_BYTES:
+            return output, "no verdict: output too long"
         if time.monotonic() > deadline:
-            return said, f"wall time: more than {limits.wall_seconds:g} s"
+            return output, f"wall time: more than {limits.wall_seconds:g} s"
         if overflows(folder, 4 * limits.file_bytes):
-            return said, "disk: more than the folder may hold"
+            return output, "disk: more than the folder may hold"
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """End the process's group. Where we are a container's first process, orphans of it are ours to wait for."""
+    """Kill the process's group and reap it.
+
+    Where this process is the first of a container, it inherits the group's orphans and must reap
+    them as well.
+    """
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     try:
@@ -174,24 +202,25 @@ def _kill(process: subprocess.Popen) -> None:
         return
 
 
-def _verdict(said: bytes, stopped: str, nonce: bytes, status: int) -> Verdict:
-    if not said.startswith(READY):
+def _verdict(output: bytes, stop_reason: str, nonce: bytes, status: int) -> Verdict:
+    if not output.startswith(READY):
         raise UserError(
-            f"a generated program's sandbox could not be set up: {stopped or said.decode(errors='replace')[-500:] or status}"
+            "the sandbox of a generated program could not be set up: "
+            f"{stop_reason or output.decode(errors='replace')[-500:] or status}"
         )
-    said = said.removeprefix(READY)
-    if stopped:
-        return Verdict(False, stopped)
-    if said == nonce:
+    output = output.removeprefix(READY)
+    if stop_reason:
+        return Verdict(False, stop_reason)
+    if output == nonce:
         return Verdict(True)
-    if said:
+    if output:
         return Verdict(
             False,
-            "".join(c if c.isprintable() else " " for c in said.decode(errors="replace")[:200]),
+            "".join(c if c.isprintable() else " " for c in output.decode(errors="replace")[:200]),
         )
-    ended_by = -status if status < 0 else status - _SHELLS_SIGNAL
-    if ended_by == signal.SIGXCPU:
+    signal_number = -status if status < 0 else status - _SHELL_SIGNAL_BASE
+    if signal_number == signal.SIGXCPU:
         return Verdict(False, "cpu time: more than its limit")
-    if ended_by in set(signal.Signals):
-        return Verdict(False, f"signal: {signal.Signals(ended_by).name}")
-    return Verdict(False, f"no verdict: left with status {status} before its tests ended")
+    if signal_number in set(signal.Signals):
+        return Verdict(False, f"signal: {signal.Signals(signal_number).name}")
+    return Verdict(False, f"no verdict: exited with status {status} before its tests ended")

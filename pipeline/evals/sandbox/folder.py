@@ -1,4 +1,4 @@
-"""A candidate's private folder: measured while it lives, and gone after it, whatever was made of it."""
+"""The private folder of a candidate: measured while the candidate runs, removed afterwards."""
 
 import os
 import stat
@@ -12,7 +12,7 @@ _MOST_ENTRIES = 1000
 
 @contextmanager
 def private_folder() -> Iterator[str]:
-    """An empty folder in the system's temporary one, removed at the end."""
+    """Create an empty folder in the system's temporary folder, and remove it on exit."""
     folder = os.path.realpath(tempfile.mkdtemp(prefix="retemper-sandbox-"))
     try:
         yield folder
@@ -21,18 +21,21 @@ def private_folder() -> Iterator[str]:
 
 
 def overflows(folder: str, most_bytes: int) -> bool:
-    """Whether it holds more than so many bytes or 1,000 entries: a limit on the size of a file is none on their number."""
+    """Return whether a folder contains more than `most_bytes` on disk or 1,000 entries.
+
+    This is needed because RLIMIT_FSIZE limits the size of each file, not the number of files.
+    """
     entries = used = 0
-    for here, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder):
         entries += len(folders) + len(files)
-        used += sum(_size(os.path.join(here, name)) for name in files)
+        used += sum(_size(os.path.join(root, name)) for name in files)
         if entries > _MOST_ENTRIES or used > most_bytes:
             return True
     return False
 
 
 def _size(path: str) -> int:
-    """Bytes on the disk; 0 for what has gone since it was listed."""
+    """Return a file's size on disk in bytes; 0 if it was removed in the meantime."""
     try:
         return os.lstat(path).st_blocks * 512
     except OSError:
@@ -40,10 +43,10 @@ def _size(path: str) -> int:
 
 
 def remove(folder: str) -> None:
-    """Remove a folder that no process works in any more. No link is followed, no mode and no depth stops it.
+    """Remove a folder that no process uses any more, whatever its links, modes and depth.
 
-    What lies in a subfolder is lifted to the top instead of walked down to: shutil.rmtree descends by recursion, with an open
-    file for every level.
+    Links are not followed. The content of a subfolder is moved to the top level instead of being
+    visited by recursion, as shutil.rmtree does, which keeps one open file per level.
     """
     os.chmod(folder, 0o700)
     top = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -66,7 +69,7 @@ def _lift_children(name: str, top: int) -> None:
     try:
         for child in os.listdir(below):
             if _is_folder(child, below):
-                os.chmod(child, 0o700, dir_fd=below)  # to be moved, it must be writable itself
+                os.chmod(child, 0o700, dir_fd=below)  # a folder must be writable to be moved
             os.rename(child, uuid.uuid4().hex, src_dir_fd=below, dst_dir_fd=top)
     finally:
         os.close(below)

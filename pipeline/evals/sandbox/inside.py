@@ -1,8 +1,8 @@
-"""What runs in the candidate's own process: shut every door, say so, run the program, say how it ended.
+"""The code in the candidate's process: confine the process, run the program, report how it ended.
 
-Started by a bare interpreter that finds only this folder, so it imports the standard library and its neighbours alone. What
-it says goes to the pipe it was given as standard error: first READY, then the nonce where the program ran to its end, else
-why it did not.
+It runs in a bare interpreter that finds only this folder, so it imports only the standard library
+and the modules next to it. It reports to the pipe that is its standard error: first READY, then
+the nonce if the program ran to its end, otherwise the reason why not.
 """
 
 import builtins
@@ -12,26 +12,27 @@ import sys
 
 from . import confine, landlock, seccomp
 
-READY = b"the doors are shut\n"  # before it, what comes is an error of ours; after it, the candidate's doing
+# Output before this line is an error of the sandbox; output after it is the candidate's.
+READY = b"sandbox ready\n"
 
 
 def main() -> None:
-    """Never returns."""
+    """Run the request on standard input, report on standard error, and exit. Never returns."""
     request = marshal.loads(sys.stdin.buffer.read())
     nonce = request.pop("nonce")
-    # The candidate may replace these in their modules, not in this frame.
-    write, leave = os.write, os._exit
+    # The candidate can replace these functions in their module, but not in this frame.
+    write, exit_now = os.write, os._exit
     pipe = os.dup(2)
     _close_standard_streams()
     try:
-        _shut_doors(request)
+        _confine(request)
     except Exception as error:
         write(pipe, f"{type(error).__name__}: {error}".encode())
-        leave(1)
+        exit_now(1)
     write(pipe, READY)
     failure = _run(request["source"])
     write(pipe, nonce if failure is None else failure.encode(errors="replace"))
-    leave(0)
+    exit_now(0)
 
 
 def _close_standard_streams() -> None:
@@ -41,7 +42,7 @@ def _close_standard_streams() -> None:
     os.close(null)
 
 
-def _shut_doors(request: dict) -> None:
+def _confine(request: dict) -> None:
     confine.die_with(request["parent"])
     confine.drop_privileges()
     confine.set_limits(**request["limits"])
@@ -52,22 +53,22 @@ def _shut_doors(request: dict) -> None:
 
 
 def _run(source: str) -> str | None:
-    """Why the program failed; None where it ran to its end.
+    """Run the program. Returns the reason of its failure, or None if it ran to its end.
 
-    In an empty namespace as bigcode's harness has it, so that `__name__` is not "__main__".
+    It runs in an empty namespace, as in bigcode's harness, so `__name__` is not "__main__".
     """
-    built_in = dict(vars(builtins))
+    original_builtins = dict(vars(builtins))
     try:
         exec(compile(source, "<program>", "exec", dont_inherit=True), {})
     except BaseException as error:
         return _describe(error)
-    if any(vars(builtins).get(name) is not value for name, value in built_in.items()):
-        return "forged: the program replaced what the tests are made of (builtins)"
+    if any(vars(builtins).get(name) is not value for name, value in original_builtins.items()):
+        return "forged: the program replaced a builtin, which the tests may use"
     return None
 
 
 def _describe(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
-    except BaseException:  # its __str__ is the candidate's
+    except BaseException:  # __str__ may be the candidate's code
         return "an exception that cannot be printed"

@@ -1,13 +1,14 @@
-"""Landlock: which paths a process may read and which folder it may write in, from now on and without privileges.
+"""Landlock: restrict the paths that a process can read and write, irrevocably, without privileges.
 
-https://docs.kernel.org/userspace-api/landlock.html: what an older kernel (a lower ABI) cannot refuse is left out of the request.
+https://docs.kernel.org/userspace-api/landlock.html. Restrictions that an older kernel (a lower ABI)
+does not support are left out.
 """
 
 import ctypes
 import os
 import struct
 
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on every machine
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on all architectures
 _VERSION = 1
 _PATH_BENEATH = 1
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_DIR, _REMOVE_FILE = (
@@ -17,19 +18,27 @@ _MAKE_DIR = 1 << 7
 _MAKE_REG = 1 << 8
 _MAKE_SYM = 1 << 12
 _TRUNCATE = 1 << 14
-_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # ABI -> how many rights on files it knows
+_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # ABI -> the number of its file-system rights
 _TCP, _SCOPES = 0b11, 0b11  # bind and connect (ABI 4); abstract sockets and signals (ABI 6)
 
 
 def abi() -> int:
-    """The kernel's version of Landlock; 0 where it has none, or it is switched off."""
+    """Return the kernel's Landlock ABI version; 0 if Landlock is missing or disabled."""
     return max(0, ctypes.CDLL(None).syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION))
 
 
 def restrict(version: int, readable: list[str], folder: str) -> None:
-    """Leave this process the paths in `readable` to read and `folder` to read and write, none to execute, and no TCP.
+    """Restrict this process to reading some paths and reading and writing one folder.
 
-    Paths that are not there are left out. Raises OSError.
+    Nothing may be executed, and TCP is refused.
+
+    Args:
+        version: The ABI, as abi() returns it.
+        readable: The files and folders that stay readable; those that do not exist are ignored.
+        folder: The folder that stays readable and writable.
+
+    Raises:
+        OSError: The kernel refuses the ruleset.
     """
     handled = (1 << _RIGHTS[min(version, 5)]) - 1
     network = _TCP * (version >= 4)

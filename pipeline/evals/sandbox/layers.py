@@ -1,4 +1,4 @@
-"""Which walls this machine has around a generated program, and the command that puts a bare interpreter behind them."""
+"""Detect the sandbox layers of this machine, and build the command that starts an interpreter."""
 
 import shutil
 import subprocess
@@ -13,11 +13,15 @@ from retemper.pipeline.evals.sandbox import landlock, seccomp
 
 _PROBE_SECONDS = 30
 _HERE = Path(__file__).parent
-# The interpreter of the environment's base: the environment itself is not to be seen.
+# The base interpreter of the virtual environment; the environment itself stays invisible.
 _INTERPRETER = sys._base_executable
-# Found from behind its neighbours, so that none of them shadows the standard library.
-_INSIDE = f"import sys; sys.path.append({str(_HERE.parent)!r}); from {_HERE.name}.inside import main; sys.path.pop(); main()"
-# What an interpreter reads: its library and those of the system.
+# Imported as a package, and with its folder last in sys.path, so that no module next to inside.py
+# shadows the standard library.
+_INSIDE = (
+    f"import sys; sys.path.append({str(_HERE.parent)!r}); "
+    f"from {_HERE.name}.inside import main; sys.path.pop(); main()"
+)
+# The paths that an interpreter needs to read: its own library and the system's.
 READABLE = sorted(
     {
         *(str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "platstdlib")),
@@ -40,55 +44,75 @@ READABLE = sorted(
 
 @dataclass(frozen=True)
 class Layers:
-    """What can be put around a program beside limits, lost privileges and an empty environment, which are there always."""
+    """The optional layers of the sandbox.
 
-    landlock: int = 0  # its ABI; 0: none
+    Resource limits, dropped privileges and an empty environment are always in force.
+    """
+
+    landlock: int = 0  # ABI version; 0: not available
     seccomp: bool = False
-    bubblewrap: str | None = None  # the path of bwrap, where it works
+    bubblewrap: str | None = None  # the path of bwrap if it works
 
     def __str__(self) -> str:
         names = [f"landlock ABI {self.landlock}"] * (self.landlock > 0) + ["seccomp"] * self.seccomp
         return ", ".join(names + ["bubblewrap"] * (self.bubblewrap is not None)) or "none"
 
     def command(self, folder: str, code: str = _INSIDE) -> list[str]:
-        """A bare interpreter: isolated from environment and working folder (-I), without site-packages (-S)."""
-        around = [] if self.bubblewrap is None else _bubblewrap(self.bubblewrap, folder)
-        return [*around, _INTERPRETER, "-I", "-S", "-X", "utf8", "-c", code]
+        """Return the command of a bare interpreter, wrapped in bubblewrap if that is available.
+
+        It ignores environment variables and the working folder (-I) and has no site-packages (-S).
+
+        Args:
+            folder: The only folder that is writable under bubblewrap.
+            code: The source to run.
+        """
+        prefix = [] if self.bubblewrap is None else _bubblewrap(self.bubblewrap, folder)
+        return [*prefix, _INTERPRETER, "-I", "-S", "-X", "utf8", "-c", code]
 
 
 @cache
 def find_layers(unsafe_code: bool = False) -> Layers:
-    """All layers of this machine. Raises UserError where they are too few to run strangers' programs, unless `unsafe_code`."""
-    bwrap, why_not = _working_bubblewrap()
+    """Return all sandbox layers of this machine.
+
+    Raises UserError where they are too few to run untrusted programs, unless `unsafe_code`.
+    """
+    bwrap, reason = _working_bubblewrap()
     layers = Layers(landlock.abi(), seccomp.available(), bwrap)
     if not unsafe_code and not (layers.seccomp and (layers.landlock or layers.bubblewrap)):
         raise UserError(
-            "generated programs are not run here, their generations are kept: "
+            "this machine cannot isolate generated programs, so they are not run "
+            "(the generations are kept): "
             + (
                 ""
                 if layers.seccomp
-                else "this kernel takes no seccomp filter (or this is neither x86_64 nor aarch64); "
+                else "the kernel supports no seccomp filter "
+                "(or the machine is neither x86_64 nor aarch64); "
             )
             + (
                 ""
                 if layers.landlock
-                else "it has no Landlock (Linux 5.13 or later, `landlock` among its lsm=); "
+                else "the kernel has no Landlock "
+                "(it needs Linux 5.13 or later and `landlock` in lsm=); "
             )
-            + (f"bubblewrap {why_not}; " if why_not else "")
-            + "score them on a machine with seccomp and either of the two (apt-get install bubblewrap), or let them run "
-            "with what protection there is by evals.unsafe_code=true"
+            + (f"bubblewrap {reason}; " if reason else "")
+            + "score them on a machine with seccomp and either Landlock or bubblewrap "
+            "(apt-get install bubblewrap), or set evals.unsafe_code=true to run them "
+            "with the available protection only"
         )
     return layers
 
 
 def _working_bubblewrap() -> tuple[str | None, str]:
-    """The path of bwrap, or why it cannot be used: it may be there and be refused the namespaces it is made of."""
+    """Return the path of bwrap, or None and the reason why it cannot be used.
+
+    It may be installed but not allowed to create the namespaces that it needs.
+    """
     path = shutil.which("bwrap")
     if path is None:
         return None, "is not installed"
     try:
         command = Layers(bubblewrap=path).command("/tmp", "pass")
-        tried = subprocess.run(
+        probe = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -96,22 +120,26 @@ def _working_bubblewrap() -> tuple[str | None, str]:
             timeout=_PROBE_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return None, f"does not answer ({error})"
+        return None, f"does not start or respond ({error})"
     return (
         (path, "")
-        if tried.returncode == 0
-        else (None, f"does not work ({tried.stderr.strip()[-200:]})")
+        if probe.returncode == 0
+        else (None, f"does not work ({probe.stderr.strip()[-200:]})")
     )
 
 
 def _bubblewrap(path: str, folder: str) -> list[str]:
-    """Its own namespaces of everything, a root of READABLE paths that nobody can write to, and `folder`."""
+    """Return bwrap's part of the command.
+
+    It creates new namespaces of every kind, with a read-only root that contains only the READABLE
+    paths, the interpreter and the writable `folder`.
+    """
     command = [path, "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--dev", "/dev"]
     for readable in [*READABLE, str(Path(_INTERPRETER).resolve()), _INTERPRETER]:
         if not readable.startswith("/dev/"):
             command += ["--ro-bind-try", readable, readable]
     command += ["--bind", folder, folder, "--remount-ro", "/dev", "--remount-ro", "/"]
-    # bwrap itself sets PWD.
+    # bwrap also sets PWD.
     return [
         *command,
         "--clearenv",

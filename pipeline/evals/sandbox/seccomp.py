@@ -1,8 +1,9 @@
-"""A seccomp filter written by hand: the system calls that a calculating Python needs, and for all others a kernel without them.
+"""A seccomp filter that allows the system calls of a computing Python, and refuses all others.
 
-A list of what is allowed, so that a call which a later kernel brings is refused without anybody's work. Refused calls
-fail with ENOSYS, for which libc has its ways around. Classic BPF of 200 instructions needs no library on the machine, and can
-be loaded by an interpreter that sees no packages.
+It is an allow list, so that the calls of later kernels are refused as well. Refused calls fail with
+ENOSYS, as on a kernel that lacks them, for which libc has fallbacks. The filter is written directly
+in classic BPF, about 200 instructions: it needs no library, and an interpreter without
+site-packages can install it.
 """
 
 import ctypes
@@ -11,35 +12,40 @@ import fcntl
 import os
 import struct
 
-# name -> its number on x86_64 and on aarch64, which never had the older calls.
+# Name -> its number on x86_64 and on aarch64, which lacks some older calls.
 CALLS: dict[str, tuple[int, int | None]] = {
-    # files; what a path may reach is Landlock's and bubblewrap's to say
-    "read": (0, 63), "write": (1, 64), "close": (3, 57), "lseek": (8, 62), "pread64": (17, 67), "pwrite64": (18, 68),
-    "readv": (19, 65), "writev": (20, 66), "flock": (73, 32), "fsync": (74, 82), "fdatasync": (75, 83),
-    "ftruncate": (77, 46), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "pipe": (22, None), "pipe2": (293, 59),
-    "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291), "statfs": (137, 43),
-    "fstatfs": (138, 44), "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439), "getdents64": (217, 61),
-    "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50), "umask": (95, 166), "close_range": (436, 436),
-    "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35),
-    "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "symlink": (88, None), "symlinkat": (266, 36),
-    "readlink": (89, None), "readlinkat": (267, 78),
+    # files; Landlock and bubblewrap restrict the paths
+    "read": (0, 63), "write": (1, 64), "close": (3, 57), "lseek": (8, 62), "pread64": (17, 67),
+    "pwrite64": (18, 68), "readv": (19, 65), "writev": (20, 66), "flock": (73, 32),
+    "fsync": (74, 82), "fdatasync": (75, 83), "ftruncate": (77, 46), "dup": (32, 23),
+    "dup2": (33, None), "dup3": (292, 24), "pipe": (22, None), "pipe2": (293, 59),
+    "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79),
+    "statx": (332, 291), "statfs": (137, 43), "fstatfs": (138, 44), "access": (21, None),
+    "faccessat": (269, 48), "faccessat2": (439, 439), "getdents64": (217, 61), "getcwd": (79, 17),
+    "chdir": (80, 49), "fchdir": (81, 50), "umask": (95, 166), "close_range": (436, 436),
+    "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "unlink": (87, None),
+    "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
+    "symlink": (88, None), "symlinkat": (266, 36), "readlink": (89, None), "readlinkat": (267, 78),
     # memory
-    "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216), "madvise": (28, 233),
+    "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214),
+    "mremap": (25, 216), "madvise": (28, 233),
     # threads, and waiting
-    "futex": (202, 98), "set_robust_list": (273, 99), "rseq": (334, 293), "sched_yield": (24, 124), "gettid": (186, 178),
-    "sched_getaffinity": (204, 123), "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "pause": (34, None),
-    "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
-    # its own signals and timers
-    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132),
-    "alarm": (37, None), "getitimer": (36, 102), "setitimer": (38, 103),
-    # questions
-    "getpid": (39, 172), "getppid": (110, 173), "getpgrp": (111, None), "getpgid": (121, 155), "getsid": (124, 156),
-    "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177), "getgroups": (115, 158),
-    "getrandom": (318, 278), "clock_gettime": (228, 113), "clock_getres": (229, 114), "gettimeofday": (96, 169),
-    "times": (100, 153), "getrusage": (98, 165), "getrlimit": (97, 163), "sysinfo": (99, 179), "uname": (63, 160),
-    "exit": (60, 93), "exit_group": (231, 94),
+    "futex": (202, 98), "set_robust_list": (273, 99), "rseq": (334, 293), "sched_yield": (24, 124),
+    "gettid": (186, 178), "sched_getaffinity": (204, 123), "nanosleep": (35, 101),
+    "clock_nanosleep": (230, 115), "pause": (34, None), "poll": (7, None), "ppoll": (271, 73),
+    "select": (23, None), "pselect6": (270, 72),
+    # signal handlers and timers of the process itself
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132), "alarm": (37, None), "getitimer": (36, 102), "setitimer": (38, 103),
+    # queries, and exit
+    "getpid": (39, 172), "getppid": (110, 173), "getpgrp": (111, None), "getpgid": (121, 155),
+    "getsid": (124, 156), "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176),
+    "getegid": (108, 177), "getgroups": (115, 158), "getrandom": (318, 278),
+    "clock_gettime": (228, 113), "clock_getres": (229, 114), "gettimeofday": (96, 169),
+    "times": (100, 153), "getrusage": (98, 165), "getrlimit": (97, 163), "sysinfo": (99, 179),
+    "uname": (63, 160), "exit": (60, 93), "exit_group": (231, 94),
 }  # fmt: skip
-# Allowed for some arguments only, see _checks.
+# Allowed only with certain arguments, see _checks. Numbers as above.
 CHECKED_CALLS: dict[str, tuple[int, int]] = {
     "openat": (257, 56),
     "fcntl": (72, 25),
@@ -72,7 +78,10 @@ _PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 
 
 def available() -> bool:
-    """Whether this kernel takes filters, on a machine whose numbers are known. Asks with a filter at no address, which fits none."""
+    """Return whether this kernel supports filters, on an architecture with known call numbers.
+
+    Tries to install a filter at a null address: a kernel that supports filters fails with EFAULT.
+    """
     if os.uname().machine not in _MACHINES:
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -83,20 +92,20 @@ def available() -> bool:
 
 
 def install() -> None:
-    """Filter this process's system calls for good. Raises OSError."""
+    """Filter this process's system calls irrevocably. Raises OSError."""
     instructions = program(os.uname().machine, os.getpid())
     buffer = ctypes.create_string_buffer(instructions)
-    # struct sock_fprog: the number of instructions, and where they are.
+    # struct sock_fprog: the number of instructions and their address.
     filter_ = ctypes.create_string_buffer(
         struct.pack("HxxxxxxQ", len(instructions) // 8, ctypes.addressof(buffer))
     )
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, filter_, 0, 0):
-        raise OSError(ctypes.get_errno(), "seccomp refuses its filter")
+        raise OSError(ctypes.get_errno(), "seccomp: the filter was refused")
 
 
 def program(machine: str, pid: int) -> bytes:
-    """The filter for process `pid` as BPF."""
+    """Return the filter for process `pid` as BPF."""
     column = _MACHINES.index(machine)
     lines = [
         _load(_ARCHITECTURE),
@@ -114,11 +123,14 @@ def program(machine: str, pid: int) -> bytes:
 
 
 def _checks(pid: int) -> dict[str, list[tuple[int, int, tuple[int, ...]]]]:
-    """Call -> the half arguments (argument 2's low half is 4) that, under a mask, must have one of some values."""
+    """Return call -> its checks, each an argument half, a mask and the values allowed under it.
+
+    Argument n, of 64 bits, has the halves 2n (low) and 2n + 1 (high).
+    """
     truncate = os.O_TRUNC
     threads, namespaces = 0x00010000, 0x7E020000  # CLONE_THREAD; every CLONE_NEW…
     return {
-        # Not O_RDONLY | O_TRUNC: Landlock before ABI 3 takes it for reading.
+        # Without O_RDONLY | O_TRUNC, which Landlock before ABI 3 treats as reading only.
         "openat": [
             (
                 4,
@@ -126,11 +138,12 @@ def _checks(pid: int) -> dict[str, list[tuple[int, int, tuple[int, ...]]]]:
                 (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | truncate, os.O_RDWR | truncate),
             )
         ],
-        # Not F_SETOWN and F_SETSIG, by which a pipe sends any signal to anyone.
+        # Without F_SETOWN and F_SETSIG, which let a pipe send any signal to any process.
         "fcntl": [(2, _WHOLE, _FCNTL_COMMANDS)],
-        # Threads but no processes. clone3, whose flags no filter can see, is refused, and libc falls back to this.
+        # Threads, but no processes. clone3 is refused, because a filter cannot see its flags; libc
+        # then falls back to clone.
         "clone": [(0, threads | namespaces, (threads,))],
-        # Limits are read, not set: their new values are at no address.
+        # Limits can be read but not set: the pointer to new values must be null.
         "prlimit64": [(4, _WHOLE, (0,)), (5, _WHOLE, (0,))],
         # abort() and raise() need these for the process itself.
         "kill": [(0, _WHOLE, (pid,))],
@@ -139,8 +152,8 @@ def _checks(pid: int) -> dict[str, list[tuple[int, int, tuple[int, ...]]]]:
 
 
 def _check(half: int, mask: int, values: tuple[int, ...]) -> list[bytes]:
-    """Go on behind these lines if the half argument has one of the values under the mask, else refuse."""
-    choices = [_skip_if(value, len(values) - place) for place, value in enumerate(values)]
+    """Return lines that refuse the call unless the argument half has one of the masked values."""
+    choices = [_skip_if(value, len(values) - index) for index, value in enumerate(values)]
     return [_load(_ARGUMENTS + 4 * half), _line(_AND, mask), *choices, _return(_REFUSE)]
 
 
@@ -149,7 +162,7 @@ def _load(offset: int) -> bytes:
 
 
 def _skip_if(value: int, lines: int, otherwise: int = 0) -> bytes:
-    """Skip so many lines if the loaded word is `value`, and so many otherwise."""
+    """Skip `lines` lines if the loaded word is `value`, else `otherwise` lines."""
     return _line(_JUMP_IF_EQUAL, value, lines, otherwise)
 
 
