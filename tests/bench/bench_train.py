@@ -105,7 +105,7 @@ class BareSteps:
     def take_bare_steps(self) -> None:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        from retemper.pipeline.model.forward import _forward_step
+        from retemper.pipeline.model.forward import forward_step
 
         (stage,) = self.model
         shape = self.batches[0].shape
@@ -114,7 +114,7 @@ class BareSteps:
             stage.zero_grad_buffer()
             self.optimizer.zero_grad()
             get_forward_backward_func()(
-                forward_step_func=_forward_step, data_iterator=iter(self.batches),
+                forward_step_func=forward_step, data_iterator=iter(self.batches),
                 model=stage, num_microbatches=len(self.batches),
                 seq_length=shape[1], micro_batch_size=shape[0], forward_only=False,
             )  # fmt: skip

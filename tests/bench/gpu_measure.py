@@ -149,6 +149,7 @@ def train(asked: list[str], watch: Watch, *, random_weights: bool) -> None:
     from retemper.pipeline.distributed import topology
 
     topology.prepare_megatron()
+    from retemper.pipeline.checkpoint import base
     from retemper.pipeline.checkpoint.sharded import Checkpointer
     from retemper.pipeline.checkpoint.state import TrainState
     from retemper.pipeline.model import build
@@ -168,6 +169,7 @@ def train(asked: list[str], watch: Watch, *, random_weights: bool) -> None:
         check_precision(config)
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         stack.enter_context(mock.patch.object(Checkpointer, "restore", lambda _self: TrainState()))
+        stack.enter_context(mock.patch.object(base, "record", lambda *_: None))
         stack.enter_context(mock.patch.object(Log, "step", step))
         if random_weights:
             stack.enter_context(

@@ -103,7 +103,8 @@ def test_of_many_that_find_an_expired_lease_one_takes_it(tmp_path):
 WORK = """
 import os, random, sys, time
 from pathlib import Path
-from retemper.pipeline.leases import lease, write_once
+from retemper.pipeline.files.atomic import write_once
+from retemper.pipeline.runs.leases import lease
 
 folder, names = Path(sys.argv[1]), [f"job{number}" for number in range(int(sys.argv[2]))]
 while todo := [name for name in names if not (folder / name).exists()]:

@@ -307,7 +307,7 @@ def test_programs_run_on_all_cores_and_verdicts_keep_their_order():
 def test_a_program_dies_with_the_worker(tmp_path, bubblewrap):
     used = with_or_without(bubblewrap)
     code = (
-        "from retemper.pipeline.evals.sandbox.run import *\n"
+        "from retemper.pipeline.evals.sandbox.execute import *\n"
         "from retemper.pipeline.evals.sandbox.layers import Layers\n"
         "run_programs([Program('import time; open(\"here\", \"w\"); time.sleep(1000)', '')], "
         f"Limits(wall_seconds=1000), {used!r})"
