@@ -1,11 +1,15 @@
 # Two commands: `make demo` and `make test`. Both set up .venv first; what is done is not done again.
 
-.PHONY: demo test test-slow
+.PHONY: demo lint test test-slow
 
 demo: .venv/.installed
 	@.venv/bin/retemper demo
 
-test: .venv/.installed
+lint: .venv/.installed
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --check --quiet .
+
+test: lint
 	@.venv/bin/python -m pytest -m "not slow and not gpu"
 
 test-slow: .venv/.installed

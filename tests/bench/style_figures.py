@@ -1,4 +1,4 @@
-"""Figures of style of the product code: lines, functions, assignments. `python tests/bench/style_figures.py`"""
+"""Print figures of style of the product code: `python tests/bench/style_figures.py`."""
 
 import ast
 from pathlib import Path
