@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _tokenize(arguments) -> int:
     from retemper.pipeline.config.compose import load_data_config
+    from retemper.pipeline.corpus.manifest import describe_near_duplicates
     from retemper.tokenize.job import tokenize
 
     data = load_data_config(arguments.overrides)
@@ -62,36 +63,13 @@ def _tokenize(arguments) -> int:
         f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items()
     )
     print(f"{manifest['documents_read']:,} documents read; dropped: {dropped or 'none'}")
-    if line := _near_duplicates(manifest):
+    if line := describe_near_duplicates(manifest):
         print(line)
     reason = manifest["encoder"].get("reason")
     print(f"encoded by {manifest['encoder']['name']}{f': {reason}' if reason else ''}")
     for file in manifest["broken_files"]:
         print(f"damaged: {file['file']} ({file['error']}; {file['records_read']:,} records read)")
     return 0
-
-
-def _near_duplicates(manifest: dict) -> str:
-    """Describe what happened to training documents that are near-duplicates of held-out ones.
-
-    Returns an empty string where the corpus has no held-out text.
-    """
-    if not manifest["splits"]["heldout"]["documents"]:
-        return ""
-    near_duplicates = manifest.get("near_duplicates", {"action": "keep"})
-    if near_duplicates["action"] == "keep":
-        return (
-            "near-duplicates of held-out documents were not looked for: "
-            "data.near_duplicates=count with another data.path does"
-        )
-    of_heldout = f"near-duplicates of the {near_duplicates['compared_with']:,} held-out documents"
-    documents = f"{near_duplicates['documents']:,}"
-    if near_duplicates["action"] == "drop":
-        return f"{of_heldout}: {documents} documents left out of training (near_duplicates.jsonl)"
-    return (
-        f"{of_heldout}: {documents} of {manifest['splits']['train']['documents']:,} "
-        "training documents (near_duplicates.jsonl); data.near_duplicates=drop leaves them out"
-    )
 
 
 def _train(arguments) -> int:

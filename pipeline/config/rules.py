@@ -4,7 +4,7 @@ import math
 
 from retemper.pipeline.config.schedules import largest_warmup, length_of
 from retemper.pipeline.errors import nearest
-from retemper.pipeline.schema.data import DataConfig
+from retemper.pipeline.schema.data import REPLAY, DataConfig
 from retemper.pipeline.schema.evals import TASKS_WITH_FILES
 from retemper.pipeline.schema.model import ModelSetup
 from retemper.pipeline.schema.run import Config
@@ -38,8 +38,8 @@ def data_conflicts(data: DataConfig):
 
 
 def _mixture_conflicts(data: DataConfig):
-    streams = data.mixture | ({"replay": data.replay} if data.replay else {})
-    for name in {data.name, "replay"} & data.mixture.keys():
+    streams = data.mixed_in
+    for name in {data.name, REPLAY} & data.mixture.keys():
         yield f"data.mixture.{name}: that name is taken; choose another for this corpus"
     for name, stream in streams.items():
         samples = stream.fraction * data.mixture_window
@@ -330,11 +330,12 @@ def conflicts(config: Config):
     )
     parts = (tp if parallel.sequence_parallel else 1) * (2 * cp if cp > 1 else 1)
     if config.data.seq_length % parts:
+        keys = ["2 × parallel.context_parallel_size"] if cp > 1 else []
+        if parallel.sequence_parallel or cp == 1:
+            keys.append("parallel.tensor_parallel_size")
         yield (
             f"data.seq_length={config.data.seq_length} is not divisible by the {parts} parts that "
-            f"{'2 × parallel.context_parallel_size' if cp > 1 else 'parallel.tensor_parallel_size'}"
-            f"{' × parallel.tensor_parallel_size' if cp > 1 and parallel.sequence_parallel else ''}"
-            " splits it into"
+            f"{' × '.join(keys)} splits it into"
         )
     if config.fp8.attention and config.data.mask_documents:
         yield (

@@ -83,3 +83,26 @@ def read_listed(path: str, manifest: dict, name: str) -> bytes:
     raise Damaged(
         f"{path}/{name} is damaged: run the `retemper tokenize` command that made {path} again"
     )
+
+
+def describe_near_duplicates(manifest: dict) -> str:
+    """Describe what happened to training documents that are near-duplicates of held-out ones.
+
+    Returns an empty string where the corpus has no held-out text.
+    """
+    if not manifest["splits"][HELDOUT]["documents"]:
+        return ""
+    near_duplicates = manifest.get("near_duplicates", {"action": "keep"})
+    if near_duplicates["action"] == "keep":
+        return (
+            "near-duplicates of held-out documents were not looked for: "
+            "data.near_duplicates=count with another data.path does"
+        )
+    of_heldout = f"near-duplicates of the {near_duplicates['compared_with']:,} held-out documents"
+    documents = f"{near_duplicates['documents']:,}"
+    if near_duplicates["action"] == "drop":
+        return f"{of_heldout}: {documents} documents left out of training (near_duplicates.jsonl)"
+    return (
+        f"{of_heldout}: {documents} of {manifest['splits'][TRAIN]['documents']:,} "
+        "training documents (near_duplicates.jsonl); data.near_duplicates=drop leaves them out"
+    )

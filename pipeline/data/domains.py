@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from retemper.pipeline.data.streams import REPLAY, stream_paths
+from retemper.pipeline.data.streams import stream_paths
+from retemper.pipeline.schema.data import REPLAY
 from retemper.pipeline.schema.run import Config
 
 

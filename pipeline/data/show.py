@@ -69,7 +69,8 @@ def show_step(
             + (f", {padding} padding" if padding else "")
         )
         for document, tokens_T, counts_T in _pieces(sample, loss_mask_T):
-            yield f"▸ document {document:#018x}, {sources[name](document)}, {len(tokens_T)} tokens"
+            source = sources[name](document)
+            yield f"▸ document {document:#018x}, {source}, {len(tokens_T)} tokens"
             yield "".join(_marked(tokenizer, tokens_T, counts_T, colours=colours))
 
 

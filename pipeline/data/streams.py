@@ -8,10 +8,7 @@ from retemper.pipeline.corpus.manifest import find_manifest, read_manifest
 from retemper.pipeline.corpus.tokenizer import sha256_here
 from retemper.pipeline.data.order import ORDER_VERSION
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema.data import StreamConfig
 from retemper.pipeline.schema.run import Config
-
-REPLAY = "replay"  # the name of data.replay among the training streams
 
 
 def stream_paths(config: Config) -> dict[str, str]:
@@ -19,14 +16,16 @@ def stream_paths(config: Config) -> dict[str, str]:
 
     The ids of samples, and so their order, depend on this order.
     """
-    mixed_in = {name: stream.path for name, stream in _mixed_in(config).items()}
+    mixed_in = {name: stream.path for name, stream in config.data.mixed_in.items()}
     return dict(sorted(({config.data.name: config.data.path} | mixed_in).items()))
 
 
 def samples_per_window(config: Config) -> dict[str, int]:
     """Return name -> number of samples in every data.mixture_window."""
     window = config.data.mixture_window
-    mixed_in = {name: round(stream.fraction * window) for name, stream in _mixed_in(config).items()}
+    mixed_in = {
+        name: round(stream.fraction * window) for name, stream in config.data.mixed_in.items()
+    }
     return {config.data.name: window - sum(mixed_in.values())} | mixed_in
 
 
@@ -109,10 +108,6 @@ def check_corpora(config: Config) -> dict[str, Any]:
         "data": {"order": ORDER_VERSION, "streams": streams},
         "tokenizer": own["tokenizer_sha256"],
     }
-
-
-def _mixed_in(config: Config) -> dict[str, StreamConfig]:
-    return config.data.mixture | ({REPLAY: config.data.replay} if config.data.replay else {})
 
 
 def _mismatches(config: Config, name: str, manifest: dict, own: dict):

@@ -5,7 +5,7 @@
 # https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
 # for H200: https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446
 # for A100:
-# https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
+# https://www.nvidia.com/en-us/data-center/a100/
 _PEAKS = {
     "H100 PCIe": {"bf16": 756e12, "fp8": 1513e12},
     "H100 NVL": {"bf16": 835e12, "fp8": 1671e12},

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from retemper.pipeline.config.compose import to_yaml
-from retemper.pipeline.corpus.manifest import find_manifest
+from retemper.pipeline.corpus.manifest import describe_near_duplicates, find_manifest
 from retemper.pipeline.data.streams import stream_paths
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals import show_scores
@@ -106,18 +106,8 @@ def _near_duplicates(path: str) -> list[str]:
         manifest = find_manifest(path)
     except UserError:
         return []
-    if manifest is None or not manifest["splits"]["heldout"]["documents"]:
-        return []
-    found = manifest.get("near_duplicates", {"action": "keep"})
-    if found["action"] == "keep":
-        return [
-            f"{manifest['name']}: near-duplicates of its held-out documents were not looked for."
-        ]
-    trained_on = "left out of training" if found["action"] == "drop" else "are trained on"
-    return [
-        f"{manifest['name']}: {found['documents']:,} near-duplicates of its "
-        f"{found['compared_with']:,} held-out documents {trained_on}."
-    ]
+    line = describe_near_duplicates(manifest) if manifest else ""
+    return [f"{manifest['name']}: {line}"] if line else []
 
 
 def _tasks(runs: list[RunResult]) -> str:

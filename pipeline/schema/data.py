@@ -196,6 +196,9 @@ class CorpusConfig(Section):
     )
 
 
+REPLAY = "replay"  # the name of data.replay among the training streams
+
+
 class StreamConfig(Section):
     """A corpus that is mixed into the run's own corpus."""
 
@@ -247,3 +250,8 @@ class DataConfig(CorpusConfig):
     ledger: bool = Field(
         False, description="Record the samples of every step, for `retemper data verify`."
     )
+
+    @property
+    def mixed_in(self) -> dict[str, StreamConfig]:
+        """The streams beside the run's own corpus, by name."""
+        return self.mixture | ({REPLAY: self.replay} if self.replay else {})

@@ -131,7 +131,8 @@ def test_the_report_has_the_scores_of_tasks(runs, tmp_path):
     page = (study / "report.html").read_text()
     score = eval_folder.read_tasks(study / "tasked", 4)["arc_challenge"]["score"]
     assert re.search(
-        rf"<td>tasked</td><td>4</td><td>arc_challenge</td><td>acc_token_loss</td><td>2</td><td>{score:.4f}</td>",
+        r"<td>tasked</td><td>4</td><td>arc_challenge</td><td>acc_token_loss</td>"
+        rf"<td>2</td><td>{score:.4f}</td>",
         page,
     )
     assert re.search(

@@ -15,7 +15,8 @@ RANK_16 = LoraConfig(rank=16, alpha=32.0, targets="all")
 def test_llama2_7b_in_full_is_the_count_by_hand():
     attention_matrices = 4 * 4096 * 4096  # q, k, v, o
     ffn_matrices = 3 * 4096 * 11008  # gate, up, down
-    # half of 4096 keys on average, for scores and for values: 2 × 1/2 × 4096 keys × 4096 features
+    # half of 4096 keys on average, for scores and for values:
+    # 2 × 1/2 × 4096 keys × 4096 features
     causal_attention = 4096 * 4096
     head = 4096 * 32000
     forward = 2 * (32 * (attention_matrices + ffn_matrices + causal_attention) + head)

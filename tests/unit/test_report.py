@@ -151,17 +151,15 @@ def test_the_page_has_the_finding_and_the_table(workspace, tmp_path):
     page = (config.run_dir.parent / "report.html").read_text()
     for said in comparison(runs):
         assert html.escape(said) in page
-    counts = [
-        read_manifest(str(workspace / "data" / name))["near_duplicates"]
-        for name in ("code", "math")
-    ]
-    for name, found in zip(("code", "math"), counts):
-        of = (
-            f"{found['documents']:,} near-duplicates of its {found['compared_with']:,} "
-            "held-out documents"
-        )
-        assert f"<li>{name}: {of} are trained on.</li>" in page
-    assert counts[0]["compared_with"] > 0
+    manifests = [read_manifest(str(workspace / "data" / name)) for name in ("code", "math")]
+    for manifest in manifests:
+        found = manifest["near_duplicates"]
+        documents = manifest["splits"]["train"]["documents"]
+        assert (
+            f"<li>{manifest['name']}: near-duplicates of the {found['compared_with']:,} held-out "
+            f"documents: {found['documents']:,} of {documents:,} training documents "
+        ) in page
+    assert manifests[0]["near_duplicates"]["compared_with"] > 0
     assert page.count("<svg") == 2 and "<td>cooled down</td>" in page
     for known in (
         "http://www.w3.org",
