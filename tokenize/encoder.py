@@ -4,14 +4,16 @@ The encoder is gigatoken where it produces the same ids as tokenizers, and token
 """
 
 import functools
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import orjson
 
-from retemper.pipeline.corpus.tokenizer import Tokenizer
+from retemper.pipeline.corpus.tokenizer import Tokenizer, sha256_here
 from retemper.pipeline.errors import UserError
 
 # The memory and time of both encoders grow out of proportion for long texts: a megabyte without a
@@ -38,14 +40,19 @@ class Encoder:
     have the same tokens over the middle of the overlap: time and memory are linear in its length.
     """
 
-    def __init__(self, tokenizer: Tokenizer, name: Literal["gigatoken", "tokenizers"]):
-        self.tokenizer = tokenizer
-        self._encode = (
-            _gigatoken(tokenizer)
-            if name == "gigatoken"
-            else functools.partial(_tokenizers, tokenizer)
-        )
-        self._token_bytes = tokenizer.token_bytes()
+    def __init__(self, folder: str | Path, name: Literal["gigatoken", "tokenizers"]):
+        """Load the tokenizer of a folder into one of the two libraries."""
+        self.folder = folder
+        self._encode = _gigatoken(folder) if name == "gigatoken" else self._encode_with_tokenizers
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The same tokenizer in the tokenizers library; it is loaded when it is first used."""
+        return Tokenizer(self.folder)
+
+    @functools.cached_property
+    def _token_bytes(self) -> np.ndarray:
+        return self.tokenizer.token_bytes()
 
     def encode(self, texts: list[bytes]) -> list[np.ndarray]:
         """Return the ids of each UTF-8 text, integer (tokens,), without special tokens."""
@@ -53,6 +60,12 @@ class Encoder:
         return [
             next(short) if len(text) <= _WINDOW_BYTES else self._encode_long(text) for text in texts
         ]
+
+    def _encode_with_tokenizers(self, texts: list[bytes]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        ids = self.tokenizer.encode([text.decode() for text in texts])
+        return [np.array(ids_of_text, np.uint32) for ids_of_text in ids]
 
     def _encode_long(self, text: bytes) -> np.ndarray:
         parts: list[np.ndarray] = []
@@ -140,7 +153,8 @@ def choose_encoder(tokenizer: Tokenizer, documents: list[str]) -> dict:
         ),
     ]
     try:
-        ids_of_texts = _gigatoken(tokenizer)([text.encode() for text in [*strings, *documents]])
+        encoder = load_encoder(str(tokenizer.folder), tokenizer.sha256, "gigatoken")
+        ids_of_texts = encoder.encode([text.encode() for text in [*strings, *documents]])
     except Exception as error:  # a Rust library: tokenizers does whatever gigatoken cannot
         return {
             "name": "tokenizers",
@@ -159,7 +173,7 @@ def choose_encoder(tokenizer: Tokenizer, documents: list[str]) -> dict:
 def load_encoder(folder: str, sha256: str, name: str) -> Encoder:
     """Return the encoder of this process.
 
-    It is cached: loading it takes a second, and its cache of words makes it faster over time.
+    It is cached: a task would load it again, and its cache of words makes it faster over time.
 
     Args:
         folder: The folder of the tokenizer.
@@ -169,23 +183,22 @@ def load_encoder(folder: str, sha256: str, name: str) -> Encoder:
     Raises:
         UserError: The tokenizer changed while the job ran.
     """
-    tokenizer = Tokenizer(folder)
-    if tokenizer.sha256 != sha256:
+    if sha256_here(folder) != sha256:
         raise UserError(
             f"{folder}/tokenizer.json changed while the job ran: restore the old one, or remove "
             "the job's folder and start again"
         )
-    return Encoder(tokenizer, name)
+    return Encoder(folder, name)
 
 
-def _gigatoken(tokenizer: Tokenizer):
+def _gigatoken(folder: str | Path) -> Callable[[list[bytes]], list[np.ndarray]]:
     import gigatoken
 
     # Special tokens are removed: gigatoken would encode their spelling in a text as the tokens.
-    config = json.loads((tokenizer.folder / "tokenizer.json").read_bytes())
+    config = orjson.loads(Path(folder, "tokenizer.json").read_bytes())
     config["added_tokens"] = [token for token in config["added_tokens"] if not token["special"]]
     config["post_processor"] = None
-    backend = gigatoken.Tokenizer.from_json(json.dumps(config))
+    backend = gigatoken.Tokenizer.from_json(orjson.dumps(config))
 
     def encode(texts: list[bytes]) -> list[np.ndarray]:
         if not texts:
@@ -196,14 +209,6 @@ def _gigatoken(tokenizer: Tokenizer):
         return [ids[start:end] for start, end in zip(ends, ends[1:])]
 
     return encode
-
-
-def _tokenizers(tokenizer: Tokenizer, texts: list[bytes]) -> list[np.ndarray]:
-    return (
-        [np.array(ids, np.uint32) for ids in tokenizer.encode([text.decode() for text in texts])]
-        if texts
-        else []
-    )
 
 
 def _character_start(text: bytes, position: int) -> int:

@@ -16,7 +16,6 @@ from datatrove.pipeline.base import PipelineStep
 
 from retemper.pipeline.corpus.format import HELDOUT, TRAIN, split_number
 from retemper.pipeline.corpus.manifest import MANIFEST, READ_BY_TRAINING, Damaged, read_listed
-from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.atomic import replace_file
 from retemper.pipeline.files.sealed import seal
@@ -30,11 +29,14 @@ class Finish(PipelineStep):
 
     name, type = "🏁 Finish", "💽 - WRITER"
 
-    def __init__(self, data: CorpusConfig, work: Path, tokenizer: str):
+    def __init__(
+        self, data: CorpusConfig, work: Path, tokenizer_sha256: str, token_bytes: np.ndarray
+    ):
         super().__init__()
         self.data = data
         self.work = work
-        self.tokenizer = tokenizer
+        self.tokenizer_sha256 = tokenizer_sha256
+        self.token_bytes = token_bytes
 
     def run(
         self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
@@ -48,7 +50,6 @@ class Finish(PipelineStep):
         out = self.work / "out"
         parts = job_folder.all_parts_done(self.work, plan)
         buckets = _finished_buckets(self.work, plan)
-        tokenizer = Tokenizer(self.tokenizer)
         splits = {
             split: _totals([done["counts"] for done in markers])
             for split, markers in buckets.items()
@@ -77,9 +78,11 @@ class Finish(PipelineStep):
             out / "contaminated.jsonl",
             [match for part in parts for match in part.get("matches", [])],
         )
-        np.save(out / "token_bytes.npy", tokenizer.token_bytes())
-        manifest = _manifest(self.data, plan, parts, splits, tokenizer) | {
-            "fingerprint": fingerprint.hexdigest()
+        np.save(out / "token_bytes.npy", self.token_bytes)
+        manifest = _manifest(self.data, plan, parts, splits) | {
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "vocab_size": len(self.token_bytes),
+            "fingerprint": fingerprint.hexdigest(),
         }
         manifest["near_duplicates"] = {"action": self.data.near_duplicates}
         if self.data.near_duplicates != "keep":
@@ -206,9 +209,7 @@ def _merge_indexes(folder: Path, count: int) -> bytes:
     return content.digest()
 
 
-def _manifest(
-    data: CorpusConfig, plan: job_folder.Plan, parts: list[dict], splits: dict, tokenizer: Tokenizer
-) -> dict:
+def _manifest(data: CorpusConfig, plan: job_folder.Plan, parts: list[dict], splits: dict) -> dict:
     count_names = (
         "documents",
         "samples",
@@ -223,8 +224,6 @@ def _manifest(
     manifest = {
         "name": data.name,
         "made_from": plan.made_from,
-        "tokenizer_sha256": tokenizer.sha256,
-        "vocab_size": tokenizer.vocab_size,
         "seq_length": data.seq_length,
         "packing": data.packing,
         "encoder": plan.encoder,

@@ -34,7 +34,7 @@ _WHERE = {"path", "work_dir", "executor", "tasks", "slurm", "allow_broken_files"
 # Unless near-duplicates are dropped, the shards do not depend on this key, and equal those of
 # corpora that were made before the key existed.
 _UNLESS_DROPPED = {"near_duplicates": "count or keep"}
-_SAMPLE_PARTS, _SAMPLE_DOCUMENTS = 8, 16
+_SAMPLE_PARTS, _SAMPLE_DOCUMENTS, _SAMPLE_CHARS = 8, 16, 20_000
 
 
 def tokenize(data: CorpusConfig, *, progress: bool = True) -> dict | None:
@@ -100,6 +100,7 @@ def _stages(
         steps.append(Decontaminate(work / "problems.npz"))
     if plan.near_duplicates != "keep":
         steps.append(Sketch(prompt_wording(data.source)))
+    token_bytes = tokenizer.token_bytes()
     encode = Encode(tokenizer, plan.encoder["name"], bos=data.bos, eos=data.eos)
     return [
         Stage(
@@ -110,10 +111,10 @@ def _stages(
         Stage("choose", [Choose(data, work, dtype)], 1),
         Stage(
             "write",
-            [WriteBucket(data, work, dtype, padding_id, tokenizer.token_bytes())],
+            [WriteBucket(data, work, dtype, padding_id, token_bytes)],
             len(plan.bucket_ids),
         ),
-        Stage("finish", [Finish(data, work, str(tokenizer.folder))], 1),
+        Stage("finish", [Finish(data, work, tokenizer.sha256, token_bytes)], 1),
     ]
 
 
@@ -148,7 +149,7 @@ def _plan(data: CorpusConfig, work: Path, tokenizer: Tokenizer, made_from: dict)
 def _sample_texts(data: CorpusConfig, root: str, parts: list) -> list[str]:
     reader = DocumentReader(data.source, root, replace_invalid=data.clean.invalid_utf8 == "replace")
     return [
-        document.text[:100_000]
+        document.text[:_SAMPLE_CHARS]
         for part in parts[:: -(-len(parts) // _SAMPLE_PARTS)]
         for document in itertools.islice(reader.read_part(part), _SAMPLE_DOCUMENTS)
     ]

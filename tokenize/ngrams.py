@@ -15,8 +15,7 @@ LOWER_WORDS = bytes(
 # Multipliers of a polynomial hash modulo 2**64 (Karp and Rabin 1987); odd, so they have inverses.
 _BYTE_BASE, _WORD_BASE = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 _ASCII = bytes(range(0x80))
-_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
-_NO_WORD = re.compile(r"\W+")
+_NO_WORD = re.compile(r"\W")
 _FEW_CHARACTERS = 16
 
 
@@ -35,8 +34,8 @@ def normalised(utf8: bytes) -> bytes:
             for char in no_words:
                 utf8 = utf8.replace(char.encode(), SEPARATOR_BYTE)
         else:
-            text = _NOT_ASCII.sub(lambda run: _NO_WORD.sub(" ", run[0]), utf8.decode())
-            utf8 = text.encode()
+            any_of_them = f"[{re.escape(''.join(no_words))}]"
+            utf8 = re.sub(any_of_them, " ", utf8.decode()).encode()
     return utf8.translate(LOWER_WORDS)
 
 
@@ -78,11 +77,14 @@ def word_hashes(words: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     data = np.frombuffer(words, np.uint8)
     in_word = np.zeros(len(data) + 2, bool)
     np.not_equal(data, SEPARATOR, out=in_word[1:-1])
-    starts, ends = np.flatnonzero(in_word[1:] != in_word[:-1]).reshape(-1, 2).T
+    edges = np.flatnonzero(in_word[1:] != in_word[:-1])
+    starts = edges[::2]
+    ends = edges[1::2]
     powers, inverses = _powers(_BYTE_BASE, len(data))
-    sums = np.cumsum(data * powers)[ends - 1]
+    sums = data * powers
+    np.cumsum(sums, out=sums)
     # Separators are zero and do not change the sums.
-    hashes = np.diff(sums, prepend=np.uint64(0)) * inverses[starts]
+    hashes = np.diff(sums[ends - 1], prepend=np.uint64(0)) * inverses[starts]
     return starts, ends, (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
 
 

@@ -98,7 +98,8 @@ def _joined(texts: list[bytes]) -> Iterator[tuple[list[int], list[bytes]]]:
     pieces = []
     size = 0
     for number, text in enumerate(texts):
-        for piece in map(normalised, segments(text.translate(LOWER_WORDS), _GRAM)):
+        for segment in segments(text.translate(LOWER_WORDS), _GRAM):
+            piece = segment if segment.isascii() else normalised(segment)
             if pieces and size + len(piece) > SEGMENT_BYTES:
                 yield owners, pieces
                 owners = []

@@ -42,7 +42,9 @@ def test_gigatoken_is_chosen_and_gives_the_ids_of_tokenizers(tokenizer, texts):
         "equal_to_tokenizers_on": {"documents": 20, "strings": pytest.approx(290, abs=270)},
     }  # fmt: skip
     special = [f"it says {token} here" for token in ("<s>", "</s>", "<unk>", "<|endoftext|>")]
-    ids = Encoder(tokenizer, "gigatoken").encode([text.encode() for text in [*texts, *special]])
+    ids = Encoder(tokenizer.folder, "gigatoken").encode(
+        [text.encode() for text in [*texts, *special]]
+    )
     assert [found.tolist() for found in ids] == tokenizer.encode([*texts, *special])
 
 
@@ -54,26 +56,26 @@ def test_a_long_document_has_the_ids_of_the_whole(tokenizer, texts, name, monkey
         + "x=1\n" * 9000
         + "".join(f"{text[:99]}🎉{' ' * 200}" for text in texts)
     ).encode()
-    (whole,) = Encoder(tokenizer, name).encode([long])
+    (whole,) = Encoder(tokenizer.folder, name).encode([long])
     monkeypatch.setattr(encoders, "_WINDOW_BYTES", 1 << 15)
     monkeypatch.setattr(encoders, "_OVERLAP_BYTES", 1 << 11)
-    (ids,) = Encoder(tokenizer, name).encode([long])
+    (ids,) = Encoder(tokenizer.folder, name).encode([long])
     assert len(long) > 12 << 15 and np.array_equal(ids, whole)
 
 
 @pytest.mark.parametrize("name", ["gigatoken", "tokenizers"])
 def test_a_run_longer_than_the_overlap_is_cut_but_stays_the_text(tokenizer, name, monkeypatch):
     long = ("🎉" * 30_001 + " " * 90_001 + "a" * 90_001 + "é").encode()
-    (whole,) = Encoder(tokenizer, name).encode([long])
+    (whole,) = Encoder(tokenizer.folder, name).encode([long])
     monkeypatch.setattr(encoders, "_WINDOW_BYTES", 1 << 15)
     monkeypatch.setattr(encoders, "_OVERLAP_BYTES", 1 << 11)
-    (ids,) = Encoder(tokenizer, name).encode([long])
+    (ids,) = Encoder(tokenizer.folder, name).encode([long])
     assert tokenizer.backend.decode(ids.tolist()).encode() == long
     assert len(whole) <= len(ids) <= len(whole) + 2 * len(long) / (1 << 15)
 
 
 def test_time_grows_with_length_only(shared_data):
-    encoder = Encoder(Tokenizer(shared_data / "llama2-tokenizer"), "gigatoken")
+    encoder = Encoder(shared_data / "llama2-tokenizer", "gigatoken")
     seconds = []
     for megabytes in (2, 8):
         started = time.process_time()
