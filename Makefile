@@ -8,6 +8,7 @@ demo: .venv/.installed
 lint: .venv/.installed
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --check --quiet .
+	@.venv/bin/mypy --no-error-summary
 
 test: lint
 	@.venv/bin/python -m pytest -m "not slow and not gpu"

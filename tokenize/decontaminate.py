@@ -66,9 +66,9 @@ class Problems:
         Raises:
             UserError: A file is missing, cannot be read, or contains no problem.
         """
-        names = []
+        names: list[str] = []
         counts = {}
-        hashes_of_length = {}
+        hashes_of_length: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         for task, path in config.tasks.items():
             counts[task] = {"problems": 0, "without_ngram": 0}
             for row, problem in enumerate(_rows(task, path)):
@@ -191,7 +191,7 @@ def _rows(task: str, path: str) -> Iterator[dict]:
                 ) from None
 
 
-def _texts(value) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """Yield every string in a problem; WinoGrande's blank is filled with each of its options."""
     if isinstance(value, str):
         yield value
@@ -246,5 +246,5 @@ def _first_of_each(pieces: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndar
     return unique, problems[first]
 
 
-def _printable(value):
+def _printable(value: object) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

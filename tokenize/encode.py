@@ -7,7 +7,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from retemper.pipeline.corpus.tokenizer import Tokenizer
-from retemper.tokenize.encoder import load_encoder
+from retemper.tokenize.encoder import EncoderName, load_encoder
 
 _BATCH_DOCUMENTS = 512
 _BATCH_BYTES = 4 << 20
@@ -18,7 +18,7 @@ class Encode(PipelineStep):
 
     name, type = "🔢 Encode", "🔢 - TOKENIZER"
 
-    def __init__(self, tokenizer: Tokenizer, encoder: str, *, bos: bool, eos: bool):
+    def __init__(self, tokenizer: Tokenizer, encoder: EncoderName, *, bos: bool, eos: bool):
         super().__init__()
         self.folder = str(tokenizer.folder)
         self.sha256 = tokenizer.sha256

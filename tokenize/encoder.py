@@ -33,6 +33,9 @@ _HOSTILE = [
 ]  # fmt: skip
 
 
+EncoderName = Literal["gigatoken", "tokenizers"]
+
+
 class Encoder:
     """An encoder of texts to token ids; special tokens that a text spells out are encoded as text.
 
@@ -40,7 +43,7 @@ class Encoder:
     have the same tokens over the middle of the overlap: time and memory are linear in its length.
     """
 
-    def __init__(self, folder: str | Path, name: Literal["gigatoken", "tokenizers"]):
+    def __init__(self, folder: str | Path, name: EncoderName):
         """Load the tokenizer of a folder into one of the two libraries."""
         self.folder = folder
         self._encode = _gigatoken(folder) if name == "gigatoken" else self._encode_with_tokenizers
@@ -69,21 +72,20 @@ class Encoder:
 
     def _encode_long(self, text: bytes) -> np.ndarray:
         parts: list[np.ndarray] = []
-        before = None
-        for start in range(0, len(text), _WINDOW_BYTES):
+        before = self._window(text, 0, _character_start(text, _WINDOW_BYTES))
+        for start in range(_WINDOW_BYTES, len(text), _WINDOW_BYTES):
             cut, end = (
                 _character_start(text, position) for position in (start, start + _WINDOW_BYTES)
             )
-            window = self._window(text, _character_start(text, max(0, start - _OVERLAP_BYTES)), end)
-            if before:
-                if joint := _joint(before, window, cut):
-                    before = before.before(joint)
-                    window = window.after(joint)
-                else:
-                    # The windows still encode the text, but at this one position the tokens differ
-                    # from those of the whole text.
-                    window = self._window(text, cut, end)
-                parts.append(before.ids.astype(self.tokenizer.dtype))
+            window = self._window(text, _character_start(text, start - _OVERLAP_BYTES), end)
+            if joint := _joint(before, window, cut):
+                before = before.before(joint)
+                window = window.after(joint)
+            else:
+                # The windows still encode the text, but at this one position the tokens differ
+                # from those of the whole text.
+                window = self._window(text, cut, end)
+            parts.append(before.ids.astype(self.tokenizer.dtype))
             before = window
         return np.concatenate([*parts, before.ids], dtype=self.tokenizer.dtype, casting="unsafe")
 
@@ -127,15 +129,17 @@ def _joint(first: _Window, second: _Window, cut: int) -> int | None:
     the overlap around it. Returns None if they do not.
     """
     quarter = (cut - second.begin) // 4
-    inner = [
+    of_first, of_second = (
         window.ends[(window.ends >= second.begin + quarter) & (window.ends <= cut - quarter)]
         for window in (first, second)
-    ]
-    common = np.intersect1d(*inner)
+    )
+    common = np.intersect1d(of_first, of_second)
     if not (first.exact and second.exact) or len(common) < 2:
         return None
-    middles = [window.after(common[0]).before(common[-1]).ids for window in (first, second)]
-    return int(common[len(common) // 2]) if np.array_equal(*middles) else None
+    of_first, of_second = (
+        window.after(common[0]).before(common[-1]).ids for window in (first, second)
+    )
+    return int(common[len(common) // 2]) if np.array_equal(of_first, of_second) else None
 
 
 def choose_encoder(tokenizer: Tokenizer, documents: list[str]) -> dict:
@@ -170,7 +174,7 @@ def choose_encoder(tokenizer: Tokenizer, documents: list[str]) -> dict:
 
 
 @functools.lru_cache(maxsize=1)
-def load_encoder(folder: str, sha256: str, name: str) -> Encoder:
+def load_encoder(folder: str, sha256: str, name: EncoderName) -> Encoder:
     """Return the encoder of this process.
 
     It is cached: a task would load it again, and its cache of words makes it faster over time.

@@ -22,7 +22,14 @@ from datatrove.pipeline.base import PipelineStep
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.data import CorpusConfig
 from retemper.tokenize import job_folder
-from retemper.tokenize.progress import PROCESSES, count_in, progress_bar, shared_counters
+from retemper.tokenize.leftovers import name_after
+from retemper.tokenize.progress import (
+    PROCESSES,
+    Counters,
+    progress_bar,
+    shared_counters,
+    use_counters,
+)
 
 
 @dataclass(frozen=True)
@@ -80,16 +87,16 @@ class _LocalExecutor(LocalPipelineExecutor):
         counters = shared_counters()
         with progress_bar(self.name, self.tasks, counters, show=self.progress) as advance:
             if self.workers == 1:
-                count_in(counters)
+                use_counters(counters)
                 for rank in range(self.tasks):
                     # A copy, because every task needs steps with fresh counts.
                     copy.deepcopy(self)._run_for_rank(rank)
                     advance()
-                count_in(None)
+                use_counters(None)
             else:
                 self._run_pool(counters, advance)
 
-    def _run_pool(self, counters, advance: Callable[[], None]) -> None:
+    def _run_pool(self, counters: Counters, advance: Callable[[], None]) -> None:
         pool = ProcessPoolExecutor(
             self.workers, PROCESSES, initializer=_start_worker, initargs=(counters,)
         )
@@ -111,14 +118,16 @@ class _LocalExecutor(LocalPipelineExecutor):
             pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(counters) -> None:
+def _start_worker(counters: Counters) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
-    count_in(counters)
+    use_counters(counters)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "the main process has no parent to end with"
+    parent.join()
     os._exit(1)  # a surviving worker would interfere with the job when it is started again
 
 
@@ -127,10 +136,13 @@ def _workers(data: CorpusConfig, stage: Stage) -> int:
 
 
 def _run_local(stages: list[Stage], data: CorpusConfig, work: Path, progress: bool) -> bool:
+    # The workers' imports take longer than all the work on a single part.
+    one_process = stages[0].tasks == 1
+    if not one_process:
+        name_after(work)
     for stage in stages:
-        _LocalExecutor(
-            stage, _workers(data, stage), str(work / "logs" / stage.name), progress
-        ).run()
+        workers = 1 if one_process else _workers(data, stage)
+        _LocalExecutor(stage, workers, str(work / "logs" / stage.name), progress).run()
     return True
 
 
@@ -156,7 +168,7 @@ def _run_ray(stages: list[Stage], data: CorpusConfig, work: Path, progress: bool
         # datatrove only logs failed tasks.
         if failed := executor.get_incomplete_ranks(skip_completed=True):
             raise UserError(
-                job_folder.take_error(work)
+                job_folder.pop_error(work)
                 or f"{len(failed)} of {stage.tasks} tasks of stage {stage.name} failed: see {logs}"
             )
     return True
@@ -165,26 +177,29 @@ def _run_ray(stages: list[Stage], data: CorpusConfig, work: Path, progress: bool
 def _submit_slurm(stages: list[Stage], data: CorpusConfig, work: Path, progress: bool) -> bool:
     from datatrove.executor import SlurmPipelineExecutor
 
-    previous = None
+    slurm = data.slurm
+    assert slurm is not None, "data.executor=slurm requires data.slurm"
+    executors: list[SlurmPipelineExecutor] = []
     for stage in stages:
-        previous = SlurmPipelineExecutor(
+        executor = SlurmPipelineExecutor(
             stage.steps,
             tasks=stage.tasks,
             workers=data.tasks or -1,
-            partition=data.slurm.partition,
-            time=data.slurm.time,
-            mem_per_cpu_gb=data.slurm.mem_per_cpu_gb,
+            partition=slurm.partition,
+            time=slurm.time,
+            mem_per_cpu_gb=slurm.mem_per_cpu_gb,
             qos="",
             job_name=f"{data.name}-{stage.name}",
             env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',
             # Otherwise a stage would wait forever after the previous stage failed.
-            sbatch_args={"kill-on-invalid-dep": "yes"} | data.slurm.sbatch_args,
+            sbatch_args={"kill-on-invalid-dep": "yes"} | slurm.sbatch_args,
             logging_dir=str(work.resolve() / "logs" / stage.name),
             skip_completed=False,
-            depends=previous,
+            depends=executors[-1] if executors else None,
         )
+        executors.append(executor)
     try:
-        previous.run()
+        executors[-1].run()
     except subprocess.CalledProcessError:
         raise UserError(
             "sbatch refused the job for the reason above: correct data.slurm, "
@@ -216,7 +231,7 @@ def refuse_queued(data: CorpusConfig, work: Path) -> None:
         raise UserError(
             "\n".join(["this job is already queued or running; wait for it, or cancel it:", *mine])
         )
-    if reason := job_folder.take_error(work):
+    if reason := job_folder.pop_error(work):
         raise UserError(
             f"the job stopped: {reason}\n"
             "When that is fixed, run the same command again to resume from what is finished"

@@ -8,6 +8,7 @@ import fcntl
 import itertools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from retemper.pipeline.config.differences import changed_keys
@@ -21,13 +22,14 @@ from retemper.tokenize.decontaminate import Decontaminate, Problems
 from retemper.tokenize.encode import Encode
 from retemper.tokenize.encoder import choose_encoder
 from retemper.tokenize.executors import Stage, refuse_queued, run_stages
-from retemper.tokenize.finish import Finish, is_whole
+from retemper.tokenize.identify import Identify
 from retemper.tokenize.listing import list_parts, locate
+from retemper.tokenize.publish import Publish, is_whole
+from retemper.tokenize.select import Select
 from retemper.tokenize.sketch import Sketch
 from retemper.tokenize.sources import DocumentReader, prompt_wording
-from retemper.tokenize.split import Identify
 from retemper.tokenize.spool import ReadPart, Spool
-from retemper.tokenize.write_shards import Choose, WriteBucket
+from retemper.tokenize.write_shards import WriteBucket
 
 # Settings that may change between runs of a job: they do not change what it writes.
 _WHERE = {"path", "work_dir", "executor", "tasks", "slurm", "allow_broken_files"}
@@ -85,6 +87,7 @@ def _stages(
     plan = _plan(data, work, tokenizer, made_from)
     dtype = tokenizer.dtype
     padding_id = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
+    assert padding_id is not None, "Tokenizer.require has found one of the two"
     reader = DocumentReader(
         data.source, plan.root, replace_invalid=data.clean.invalid_utf8 == "replace"
     )
@@ -108,13 +111,13 @@ def _stages(
             [ReadPart(work, reader), *steps[1:], encode, Spool(work, dtype, steps)],
             len(plan.parts),
         ),
-        Stage("choose", [Choose(data, work, dtype)], 1),
+        Stage("select", [Select(data, work, dtype)], 1),
         Stage(
             "write",
             [WriteBucket(data, work, dtype, padding_id, token_bytes)],
             len(plan.bucket_ids),
         ),
-        Stage("finish", [Finish(data, work, tokenizer.sha256, token_bytes)], 1),
+        Stage("publish", [Publish(data, work, tokenizer.sha256, token_bytes)], 1),
     ]
 
 
@@ -211,7 +214,7 @@ def _refuse_changes(folder: str, before: dict, after: dict) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(work: Path):
+def _only_one(work: Path) -> Iterator[None]:
     """Lock the work folder against a second job on it and against the workers of a killed one."""
     work.mkdir(parents=True, exist_ok=True)
     with open(work.with_name(work.name + ".lock"), "w") as lock:

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -129,7 +130,7 @@ _PACKING_KEYS = (
 
 
 @contextlib.contextmanager
-def told(work: Path):
+def record_failure(work: Path) -> Iterator[None]:
     """Record the reason of a failure in error.txt and raise it again.
 
     Otherwise the process that started the job would not see an exception on another machine.
@@ -144,7 +145,7 @@ def told(work: Path):
         raise
 
 
-def take_error(work: Path) -> str | None:
+def pop_error(work: Path) -> str | None:
     """Return the reason of a failure that a task recorded, and delete it; None if there is none."""
     path = work / "error.txt"
     reason = path.read_text() if path.is_file() else None
@@ -249,10 +250,10 @@ def read_limit(work: Path, split: str, number: int) -> int | None:
 
 def all_parts_done(work: Path, plan: Plan) -> list[dict]:
     """Return the done-markers of all parts, in order; raise UserError if a part is not done."""
-    done = [part_done(work, part) for part in plan.parts]
-    if missing := done.count(None):
+    done = [marker for part in plan.parts if (marker := part_done(work, part)) is not None]
+    if missing := len(plan.parts) - len(done):
         raise UserError(
-            f"{missing} of {len(done)} parts in {work} are not finished or were damaged "
+            f"{missing} of {len(plan.parts)} parts in {work} are not finished or were damaged "
             "afterwards: run the same command again"
         )
     return done
@@ -264,5 +265,5 @@ def _text_bytes(file: FileRange) -> int:
     return (file.end - file.start) * (_EXPANSION if compressed else 1)
 
 
-def _hash(value) -> str:
+def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

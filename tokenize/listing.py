@@ -8,6 +8,7 @@ import stat
 import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from datatrove.io import get_datafolder
 from fsspec.utils import glob_translate
@@ -69,8 +70,8 @@ def locate(source: SourceConfig) -> tuple[str, str]:
         return _package_folder(source.path.removeprefix("package:")), glob
     if "://" in source.path:
         path = _pinned(source) if source.path.startswith("hf://") else source.path
-        folder, _, name = path.rpartition("/")
-        return (folder, name) if path.endswith(_ROWS) else (path, glob)
+        parent, _, name = path.rpartition("/")
+        return (parent, name) if path.endswith(_ROWS) else (path, glob)
     folder = Path(os.path.abspath(source.path))
     if not folder.exists():
         raise UserError(
@@ -185,7 +186,7 @@ def _walk(root: str, glob: str) -> dict[str, dict]:
         names = []
         seen = set()
 
-        def refuse(error: OSError):
+        def refuse(error: OSError) -> NoReturn:
             raise error
 
         for folder, folders, filenames in os.walk(root, onerror=refuse, followlinks=True):

@@ -109,6 +109,7 @@ def _powers(base: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 def _table(base: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
     inverse = pow(base, -1, 1 << 64)
     repeated = (1 << bits) - 1
-    return tuple(
+    powers, inverses = (
         np.cumprod(np.array([1] + [factor] * repeated, np.uint64)) for factor in (base, inverse)
     )
+    return powers, inverses

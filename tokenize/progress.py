@@ -5,25 +5,35 @@ import multiprocessing
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing.sharedctypes import SynchronizedArray
 
 # Pool workers are forked from a small server process: a fork of this process would copy the locks
 # of its threads.
 PROCESSES = multiprocessing.get_context("forkserver")
-# These imports take seconds (streaming imports torch and transformers); the server process does
-# them once for all workers of all stages.
+# These imports take seconds (the writer's needs torch); the server process does them once for all
+# workers of all stages.
 PROCESSES.set_forkserver_preload(
-    ["retemper.tokenize.job", "streaming", "gigatoken", "awkward", "pyarrow.parquet"]
+    [
+        "retemper.tokenize.job",
+        "retemper.tokenize.mds_writer",
+        "gigatoken",
+        "awkward",
+        "pyarrow.parquet",
+    ]
 )
 
-_counters = None
+type Counters = SynchronizedArray[int]
+
+_counters: Counters | None = None
 
 
-def shared_counters():
+def shared_counters() -> Counters:
     """Return shared counters of documents and tokens for the workers of one pool."""
     return PROCESSES.Array("q", 2)
 
 
-def count_in(counters) -> None:
+def use_counters(counters: Counters | None) -> None:
     """Set the counters that `advance` adds to in this process; None stops the counting."""
     global _counters
     _counters = counters
@@ -38,7 +48,9 @@ def advance(*, documents: int, tokens: int) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(name: str, total: int, counters, *, show: bool):
+def progress_bar(
+    name: str, total: int, counters: Counters, *, show: bool
+) -> Iterator[Callable[[], None]]:
     """Show a progress bar of finished tasks, with documents/s and tokens/s while they run.
 
     Args:
@@ -58,7 +70,7 @@ def progress_bar(name: str, total: int, counters, *, show: bool):
         total=total, desc=name, unit="part", file=sys.stderr, disable=not show, dynamic_ncols=True
     ) as bar:
 
-        def watch():
+        def watch() -> None:
             while not stop.wait(1):
                 seconds = time.monotonic() - started
                 documents = counters[0]

@@ -94,8 +94,8 @@ def _joined(texts: list[bytes]) -> Iterator[tuple[list[int], list[bytes]]]:
 
     Yields the index of each piece's text, and the pieces.
     """
-    owners = []
-    pieces = []
+    owners: list[int] = []
+    pieces: list[bytes] = []
     size = 0
     for number, text in enumerate(texts):
         for segment in segments(text.translate(LOWER_WORDS), _GRAM):

@@ -7,15 +7,20 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Buffer, Iterable, Iterator
+from typing import TYPE_CHECKING, BinaryIO
 
 import orjson
 from datatrove.data import Document, DocumentsPipeline
+from datatrove.io import DataFolder
 from datatrove.pipeline.readers.base import BaseDiskReader
 from loguru import logger
 
 from retemper.pipeline.schema.data import SourceConfig
 from retemper.tokenize.listing import COMPRESSED, FileRange, list_parts, locate
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # datatrove logs every file that it opens; the progress bar and the counts in the manifest suffice.
 logger.disable("datatrove")
@@ -99,7 +104,7 @@ class DocumentReader(BaseDiskReader):
             with _decompressed(self.data_folder, file.path) as stream:
                 yield from _lines(stream, file.start, file.end if file.end < file.size else None)
 
-    def _parquet_rows(self, stream, file: FileRange) -> Iterator[tuple[int, dict]]:
+    def _parquet_rows(self, stream: BinaryIO, file: FileRange) -> Iterator[tuple[int, dict]]:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(stream) as parquet:
@@ -118,7 +123,7 @@ class DocumentReader(BaseDiskReader):
                     yield from enumerate(_batch_rows(batches, columns, layout.num_rows), row)
                 row += layout.num_rows
 
-    def _document(self, record, path: str, number: int, position: int) -> Document:
+    def _document(self, record: object, path: str, number: int, position: int) -> Document:
         if isinstance(record, bytes):
             if len(record) > MAX_RECORD_BYTES:
                 raise Rejected("too_large")
@@ -138,7 +143,7 @@ class DocumentReader(BaseDiskReader):
         }
         return Document(prompt + text, f"{path}:{position}", metadata=metadata)
 
-    def _text(self, value) -> str:
+    def _text(self, value: object) -> str:
         if isinstance(value, bytes):
             return self._decoded(value)
         if not isinstance(value, str):
@@ -162,7 +167,7 @@ class DocumentReader(BaseDiskReader):
             else row
         )
 
-    def _without_surrogates(self, value):
+    def _without_surrogates(self, value: object) -> object:
         if not isinstance(value, str) or not _SURROGATE.search(value):
             return value
         if not self.replace_invalid:
@@ -199,7 +204,9 @@ def read_documents(source: SourceConfig, *, every: int = 1) -> Iterator[Document
         yield from reader.read_part([file])
 
 
-def _batch_rows(batches, columns: list[str], num_rows: int) -> Iterator[dict]:
+def _batch_rows(
+    batches: Iterable["pa.RecordBatch"], columns: list[str], num_rows: int
+) -> Iterator[dict]:
     """Yield the rows of a row group.
 
     Strings are bytes, so that invalid UTF-8 in one row does not affect other rows.
@@ -211,7 +218,7 @@ def _batch_rows(batches, columns: list[str], num_rows: int) -> Iterator[dict]:
             yield dict(zip(columns, values))
 
 
-def _values(column) -> list:
+def _values(column: "pa.Array") -> list:
     import pyarrow as pa
 
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
@@ -223,7 +230,7 @@ def _values(column) -> list:
         return [{}] * len(column)
 
 
-def _lines(stream, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
+def _lines(stream: io.BufferedReader, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
     """Yield (byte offset, line) of the lines that begin in [start, end)."""
     position = start
     if start:
@@ -241,7 +248,7 @@ def _lines(stream, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
         position += size
 
 
-def _skip_line(stream) -> int:
+def _skip_line(stream: io.BufferedReader) -> int:
     """Skip the rest of a line and return its bytes."""
     size = 0
     while chunk := stream.readline(1 << 20):
@@ -251,7 +258,7 @@ def _skip_line(stream) -> int:
     return size
 
 
-def _decompressed(folder, path: str):
+def _decompressed(folder: DataFolder, path: str) -> io.BufferedReader:
     """Open a file as a stream of lines, decompressed by its suffix."""
     if path.endswith(".zst"):
         import pyarrow as pa
@@ -271,15 +278,16 @@ class _Piecewise(io.RawIOBase):
     Where a file is truncated, the data before the end is not lost with an incomplete buffer.
     """
 
-    def __init__(self, stream):
+    def __init__(self, stream: io.BufferedIOBase):
         self._stream = stream
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
-        piece = self._stream.read1(len(buffer))
-        buffer[: len(piece)] = piece
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer)
+        piece = self._stream.read1(len(view))
+        view[: len(piece)] = piece
         return len(piece)
 
 

@@ -22,7 +22,7 @@ from retemper.tokenize.job_folder import (
     part_done,
     part_folder,
     part_inputs,
-    told,
+    record_failure,
     write_done,
 )
 from retemper.tokenize.progress import advance
@@ -75,7 +75,7 @@ class Spool(PipelineStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         part = load_plan(self.work).parts[rank]
-        with told(self.work):
+        with record_failure(self.work):
             if part_done(self.work, part) is None:
                 self._write_part(data, part)
         yield from ()
@@ -288,7 +288,7 @@ def _without_duplicates(bucket: Bucket, plan: Plan) -> Bucket:
 
 def _pieces(documents: DocumentsPipeline) -> Iterator[list[Document]]:
     """Yield the documents in lists that are limited to what fits into memory."""
-    piece = []
+    piece: list[Document] = []
     tokens = 0
     for batch in itertools.batched(documents, 64):
         piece += batch
@@ -303,7 +303,7 @@ def _pieces(documents: DocumentsPipeline) -> Iterator[list[Document]]:
         yield piece
 
 
-def _order(document: Document):
+def _order(document: Document) -> tuple[bool, int, bytes, int, int]:
     """Return the key by which the documents of a piece are sorted."""
     about = document.metadata
     return (

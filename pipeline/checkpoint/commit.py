@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.files.sealed import is_intact, seal
+from retemper.pipeline.files.sealed import dump_sealed, is_intact
 
 META = "meta.json"
 _SEAL = "sha256"  # in meta.json: a hash of all its other keys
@@ -77,7 +77,7 @@ def commit(run_dir: Path, step: int, meta: dict) -> None:
     meta = {**meta, "files": {path.name: sha256(path) for path in sorted(temporary.iterdir())}}
     as_json = json.loads(json.dumps(meta))  # JSON turns tuples into lists, and keys into strings
     with open(temporary / META, "w") as file:
-        file.write(seal(as_json))
+        file.write(dump_sealed(as_json))
         file.flush()
         os.fsync(file.fileno())
     shutil.rmtree(target, ignore_errors=True)

@@ -16,11 +16,11 @@ from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.base import base_of, locate
 from retemper.pipeline.checkpoint.state import TrainState, state_of
 from retemper.pipeline.config.differences import changed_keys
-from retemper.pipeline.distributed.collectives import barrier, from_rank_zero, on_rank_zero
+from retemper.pipeline.distributed.collectives import barrier, broadcast_from_rank0, run_on_rank0
 from retemper.pipeline.distributed.topology import Topology, trust_extra_state
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.model.adapter import is_adapter
-from retemper.pipeline.model.lora import begin_at_base
+from retemper.pipeline.model.lora import init_from_base
 from retemper.pipeline.schema.run import Config
 
 # Optimizer states in a form that loads at another TP, PP or DP; megatron's default form does not.
@@ -48,7 +48,7 @@ def write_checkpoint(
     Collective: every rank must call this.
     """
     temporary = Path(
-        from_rank_zero(str(commit.begin(run_dir, step)) if topology.rank == 0 else None)
+        broadcast_from_rank0(str(commit.begin(run_dir, step)) if topology.rank == 0 else None)
     )
     try:
         dist_checkpointing.save(sharded_state, str(temporary))
@@ -110,11 +110,11 @@ class Checkpointer:
 
         Collective: every rank must call this.
         """
-        steps = from_rank_zero(commit.committed_steps(self.config.run_dir))
+        steps = broadcast_from_rank0(commit.committed_steps(self.config.run_dir))
         if self.config.init_from and (
             self.config.method.name == "lora" or not (steps or self.config.branch_of)
         ):
-            self._load_base()
+            self._load_base(self.config.init_from)
         if steps:
             return self.load(steps[-1])
         if trunk := self.config.branch_of:
@@ -127,7 +127,7 @@ class Checkpointer:
         Collective: every rank must call this.
         """
         if self.config.init_from:
-            self._load_base()
+            self._load_base(self.config.init_from)
 
     def load(self, step: int, run_dir: Path | None = None) -> TrainState:
         """Load the checkpoint after `step` steps, and return its train state.
@@ -180,13 +180,12 @@ class Checkpointer:
             f"{folder} was made with other inputs than this run's:\n{listed}\nTo go on, {advice}"
         )
 
-    def _load_base(self) -> None:
-        init_from = self.config.init_from
-        chosen = on_rank_zero(base_of, self.config, self.fingerprints["base"])
+    def _load_base(self, init_from: str) -> None:
+        chosen = run_on_rank0(base_of, self.config, self.fingerprints["base"])
         # The same path may lead to other files on another node.
         base = locate(chosen, init_from, self.config.run_dir)
         folder = base.folder
-        meta = on_rank_zero(base.read_meta)
+        meta = run_on_rank0(base.read_meta)
         if meta["config"]["method"]["name"] != "full":
             raise UserError(
                 f"init_from={init_from}: {folder} holds adapters, not a model; "
@@ -212,7 +211,7 @@ class Checkpointer:
         ]
         loaded = _read({"model": weights}, folder)["model"]
         self._fill_model(loaded)
-        begin_at_base(self.model)
+        init_from_base(self.model)
         if self.optimizer:
             # Taken from the loaded weights: those in the model may be in FP8.
             names = (
@@ -302,4 +301,4 @@ def verified_meta(folder: Path) -> dict:
 
     Collective: every rank must call this.
     """
-    return on_rank_zero(commit.read_meta, folder)
+    return run_on_rank0(commit.read_meta, folder)

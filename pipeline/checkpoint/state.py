@@ -34,8 +34,8 @@ class TrainState:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "TrainState":
-        """Return a state from its fields.
+    def from_dict(cls, values: object) -> "TrainState":
+        """Return a state from its fields, as they are in meta.json.
 
         Raises:
             UserError: a field is missing, unknown, of another type or negative.

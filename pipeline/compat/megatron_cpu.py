@@ -124,7 +124,8 @@ def _hide_cuda_packages() -> None:
     CUDA tensors only. Without them megatron-core uses torch.
     """
     for name in _CUDA_ONLY:
-        sys.modules[name] = None  # import raises ModuleNotFoundError, find_spec finds nothing
+        # None makes import raise ModuleNotFoundError, and find_spec find nothing.
+        sys.modules[name] = None  # type: ignore[assignment]  # documented, but not in typeshed
 
 
 def _redirect_megatron() -> None:

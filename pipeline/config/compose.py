@@ -13,6 +13,7 @@ from retemper.pipeline.errors import UserError, nearest
 from retemper.pipeline.schema.data import DataConfig
 from retemper.pipeline.schema.model import ModelConfig, ParallelConfig
 from retemper.pipeline.schema.run import Config
+from retemper.pipeline.schema.section import defaults_of
 
 
 def load_config(overrides: list[str]) -> Config:
@@ -127,10 +128,9 @@ def _preset_selects_model(run: str) -> bool:
 
 def _existing_config(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the stored config of this run, or an empty one if the run has not begun."""
-    folder = [raw.get(key) for key in ("runs_dir", "study", "name")]
-    if not all(isinstance(part, str) for part in folder):
-        return {}
-    return read_config(Path(*folder)) or {}
+    values = (raw.get(key) for key in ("runs_dir", "study", "name"))
+    folder = [value for value in values if isinstance(value, str)]
+    return read_config(Path(*folder)) or {} if len(folder) == 3 else {}
 
 
 def _keep_lora_alpha(raw: dict[str, Any], existing: dict[str, Any]) -> None:
@@ -204,9 +204,10 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     """
     from hydra import compose as compose_presets
     from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
     groups = {
         path.name
@@ -214,6 +215,7 @@ def compose(overrides: list[str]) -> dict[str, Any]:
         if path.is_dir() and not path.name.startswith("_")
     }
     _check_presets(overrides, groups)
+    ConfigStore.instance().store("schema_defaults", defaults_of(Config))
     # Hydra stops at the first unknown key. Added with ++, it reaches the schema, which reports all
     # unknown keys together.
     arguments = []
@@ -229,6 +231,11 @@ def compose(overrides: list[str]) -> dict[str, Any]:
                     compose_presets("config", arguments), resolve=True, throw_on_missing=False
                 )
             )
+    except InterpolationKeyError as error:
+        raise UserError(
+            f"{error.full_key} of a preset uses a key that is not set: set it, or {error.full_key} "
+            f"({str(error).splitlines()[0]})"
+        ) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(
             f"The configuration cannot be composed from {' '.join(overrides) or 'its defaults'}: "

@@ -13,11 +13,11 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.run import Config
 
 # The sections that may be overridden when an existing run is evaluated.
-OF_EVALUATIONS = ("evals",)
+EVAL_OVERRIDES = ("evals",)
 
 # The same where the ranks of a launch evaluate it, which need its inputs and a parallel layout.
-OF_SCORING = (
-    *OF_EVALUATIONS,
+SCORING_OVERRIDES = (
+    *EVAL_OVERRIDES,
     "parallel",
     "train.micro_batch_size",
     "track",
@@ -26,6 +26,8 @@ OF_SCORING = (
     "data.tokenizer",
 )
 
+# What may have moved since, where the samples of an existing run are shown.
+DATA_LOCATIONS = ("data.path", "data.tokenizer", "data.replay.path")
 
 # Keys of evals that a preset leaves as they are: what the run has been scored on, and what fits
 # its machine.
@@ -33,7 +35,7 @@ _PRESERVED_BY_PRESET = ("heldout", "learned", "max_samples", "micro_batch_size",
 
 
 def load_run(
-    run_dir: Path, overrides: list[str], may_change: tuple[str, ...] = OF_EVALUATIONS
+    run_dir: Path, overrides: list[str], may_change: tuple[str, ...] = EVAL_OVERRIDES
 ) -> Config:
     """Load the config of a run from its folder, wherever that is located now.
 

@@ -1,6 +1,7 @@
 """The rules between config keys: each broken rule becomes a sentence that says what to change."""
 
 import math
+from collections.abc import Iterator
 
 from retemper.pipeline.config.schedules import largest_warmup, length_of
 from retemper.pipeline.errors import nearest
@@ -12,7 +13,7 @@ from retemper.pipeline.schema.shapes import linear_layers
 from retemper.pipeline.schema.train import ScheduleConfig
 
 
-def data_conflicts(data: DataConfig):
+def data_conflicts(data: DataConfig) -> Iterator[str]:
     """Yield a message for every broken rule between the keys of a corpus."""
     if data.executor == "slurm" and data.slurm is None:
         yield "data.executor=slurm needs data.slurm.partition=NAME"
@@ -37,7 +38,7 @@ def data_conflicts(data: DataConfig):
     yield from _mixture_conflicts(data)
 
 
-def _mixture_conflicts(data: DataConfig):
+def _mixture_conflicts(data: DataConfig) -> Iterator[str]:
     streams = data.mixed_in
     for name in {data.name, REPLAY} & data.mixture.keys():
         yield f"data.mixture.{name}: that name is taken; choose another for this corpus"
@@ -58,7 +59,7 @@ def _mixture_conflicts(data: DataConfig):
         )
 
 
-def setup_conflicts(config: ModelSetup):
+def setup_conflicts(config: ModelSetup) -> Iterator[str]:
     """Yield a message for every broken rule between a model and its parallel layout."""
     model, parallel, method = config.model, config.parallel, config.method
     tp, pp, vpp = (
@@ -142,7 +143,7 @@ def fp8_token_multiple(config: ModelSetup) -> int:
     return _FP8_MULTIPLES[config.fp8_recipe][1] if config.fp8_recipe else 1
 
 
-def _fp8_conflicts(config: ModelSetup):
+def _fp8_conflicts(config: ModelSetup) -> Iterator[str]:
     recipe = config.fp8_recipe
     lora = config.method.lora
     tp = config.parallel.tensor_parallel_size
@@ -210,7 +211,7 @@ def _fp8_conflicts(config: ModelSetup):
             )
 
 
-def _fp8_batch_conflicts(config: Config):
+def _fp8_batch_conflicts(config: Config) -> Iterator[str]:
     parallel = config.parallel
     multiple = fp8_token_multiple(config)
     parts = parallel.context_parallel_size * (
@@ -231,7 +232,7 @@ def _fp8_batch_conflicts(config: Config):
         )
 
 
-def _overlap_conflicts(config: Config):
+def _overlap_conflicts(config: Config) -> Iterator[str]:
     train, evals = config.train, config.evals
     if not (config.parallel.tensor_parallel_overlap and evals.heldout):
         return
@@ -244,7 +245,7 @@ def _overlap_conflicts(config: Config):
         )
 
 
-def _branch_conflicts(config: Config):
+def _branch_conflicts(config: Config) -> Iterator[str]:
     if config.train.branches and config.branch_of:
         yield "train.branches: a branch has no branches; remove branch_of or train.branches"
     if (config.train.branches or config.branch_of) and not (
@@ -263,7 +264,7 @@ def _branch_conflicts(config: Config):
             )
 
 
-def graph_conflicts(config: Config):
+def graph_conflicts(config: Config) -> Iterator[str]:
     """Yield every reason why a micro-batch's passes cannot be recorded as a CUDA graph.
 
     The graph itself is in model/graph.py.
@@ -282,13 +283,13 @@ def graph_conflicts(config: Config):
         )
 
 
-def _graph_conflicts(config: Config):
+def _graph_conflicts(config: Config) -> Iterator[str]:
     if config.train.cuda_graph == "on":
         for reason in graph_conflicts(config):
             yield f"train.cuda_graph=on cannot be combined with {reason}; set train.cuda_graph=auto"
 
 
-def _schedule_conflicts(schedule: ScheduleConfig):
+def _schedule_conflicts(schedule: ScheduleConfig) -> Iterator[str]:
     if schedule.name == "inverse_sqrt" and not schedule.warmup_tokens:
         yield (
             "schedule.name=inverse_sqrt decays as sqrt(schedule.warmup_tokens / tokens): "
@@ -301,7 +302,7 @@ def _schedule_conflicts(schedule: ScheduleConfig):
         )
 
 
-def beginning_conflicts(config: Config):
+def beginning_conflicts(config: Config) -> Iterator[str]:
     """Yield a message for every broken rule that only a new run must keep.
 
     An existing run that breaks one may still be resumed and read.
@@ -318,7 +319,7 @@ def beginning_conflicts(config: Config):
         )
 
 
-def conflicts(config: Config):
+def conflicts(config: Config) -> Iterator[str]:
     """Yield a message for every broken rule between the keys of a run's config."""
     yield from data_conflicts(config.data)
     yield from setup_conflicts(config)
@@ -397,7 +398,7 @@ def conflicts(config: Config):
                 f"{nearest(name, list(TASKS_WITH_FILES))}"
             )
     for name in ("humaneval", "mbpp"):
-        if name in config.evals.inline:
+        if name in config.evals.inline_tasks:
             yield (
                 f"evals.tasks.{name}.where=inline: generated programs are run by workers only; "
                 "set it to worker"

@@ -7,6 +7,8 @@ from typing import Any
 
 from retemper.pipeline.errors import UserError
 
+# Keys that were renamed: configs of older runs have the old name.
+RENAMED_KEYS = {"anomaly.left_out_steps": "anomaly.skip_batches"}
 _STEP = re.compile(r"@(\d+)$")
 
 
@@ -39,4 +41,12 @@ def read_config(folder: Path) -> dict[str, Any] | None:
             f"{path} is damaged: it is not a JSON object. Restore it "
             "(meta.json of each checkpoint beside it contains it under config)"
         )
+    return _with_new_names(config)
+
+
+def _with_new_names(config: dict[str, Any]) -> dict[str, Any]:
+    for old, new in RENAMED_KEYS.items():
+        section, _, key = old.partition(".")
+        if key in config.get(section, {}):
+            config[section][new.partition(".")[2]] = config[section].pop(key)
     return config

@@ -1,17 +1,17 @@
 """Validation of a plain dictionary against schema and rules, with every problem in one message."""
 
 import copy
-import functools
-import operator
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from retemper.pipeline.config.rules import beginning_conflicts, conflicts, setup_conflicts
+from retemper.pipeline.config.stored import RENAMED_KEYS
 from retemper.pipeline.errors import UserError, nearest
 from retemper.pipeline.schema.model import ModelSetup
 from retemper.pipeline.schema.run import Config
-from retemper.pipeline.schema.section import Section
+from retemper.pipeline.schema.section import fields_of
 
 
 def check_setup(setup: ModelSetup) -> ModelSetup:
@@ -59,7 +59,10 @@ def _conflicts_beside(error: ValidationError, raw: dict[str, Any]) -> list[str]:
         if problem["type"] != "extra_forbidden":
             return []
         *path, key = problem["loc"]
-        functools.reduce(operator.getitem, path, known).pop(key)
+        section: Any = known
+        for part in path:
+            section = section[part]
+        del section[key]
     return list(conflicts(Config.model_validate(known)))
 
 
@@ -71,27 +74,13 @@ def config_error(problems: list[str]) -> UserError:
     )
 
 
-def describe_problem(problem: dict[str, Any], prefix: str = "") -> str:
+def describe_problem(problem: ErrorDetails, prefix: str = "") -> str:
     """Return the message for one problem that pydantic found, with its key below `prefix`."""
     key = prefix + ".".join(str(part) for part in problem["loc"])
+    if new_name := RENAMED_KEYS.get(key):
+        return f"{key} is now {new_name}"
     if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(key, _schema_keys(Config))}"
+        return f"{key}: unknown key{nearest(key, [name for name, _ in fields_of(Config)])}"
     if problem["type"] == "missing":
         return f"{key} is required: set {key}=…"
     return f"{key}: {problem['msg']} (got {problem['input']!r})"
-
-
-def _schema_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        inner = [
-            kind
-            for kind in (field.annotation, *getattr(field.annotation, "__args__", ()))
-            if _is_section(kind)
-        ]
-        keys += _schema_keys(inner[0], f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-    return keys
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Section)

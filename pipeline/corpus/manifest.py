@@ -16,7 +16,7 @@ MANIFEST = "manifest.json"
 READ_BY_TRAINING = (f"{TRAIN}/index.json", f"{HELDOUT}/index.json", "token_bytes.npy")
 
 
-class Damaged(UserError):
+class FileDamaged(UserError):
     """The content of a file differs from what was written."""
 
 
@@ -28,7 +28,7 @@ def find_manifest(path: str) -> dict | None:
     """
     try:
         manifest = json.loads(store.read(f"{path}/{MANIFEST}"))
-    except store.Missing:
+    except store.FileMissing:
         return None
     except ValueError as error:
         if isinstance(error, UserError):
@@ -64,7 +64,7 @@ def read_manifest(path: str) -> dict:
     )
 
 
-def read_listed(path: str, manifest: dict, name: str) -> bytes:
+def read_verified(path: str, manifest: dict, name: str) -> bytes:
     """Return the content of a file beside the manifest, verified against its hash there.
 
     Args:
@@ -73,14 +73,14 @@ def read_listed(path: str, manifest: dict, name: str) -> bytes:
         name: The name of the file, one of READ_BY_TRAINING.
 
     Raises:
-        Damaged: The content differs from what was written.
+        FileDamaged: The content differs from what was written.
         UserError: The file is missing or cannot be read.
     """
     for _attempt in range(2):
         content = store.read(f"{path}/{name}")
         if hashlib.sha256(content).hexdigest() == manifest["files"][name]:
             return content
-    raise Damaged(
+    raise FileDamaged(
         f"{path}/{name} is damaged: run the `retemper tokenize` command that made {path} again"
     )
 

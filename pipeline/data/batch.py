@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from retemper.pipeline.data.loss_mask import lengths_and_loss_mask, ranges
 from retemper.pipeline.data.mds import Samples
 
 
@@ -56,7 +57,7 @@ class Batch:
             name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
 
-    def of_context_rank(self, rank: int, size: int) -> "Batch":
+    def shard_for_context_parallel(self, rank: int, size: int) -> "Batch":
         """Return the part of every sequence that belongs to a context-parallel rank.
 
         It is an early and a late chunk, as megatron-core distributes them, so that causal attention
@@ -94,7 +95,7 @@ def make_batches(samples: Samples, micro_batch_size: int, *, mask_documents: boo
         mask_documents: restrict every token to its own document, whose first token is not a label
             and whose positions begin at 0.
     """
-    lengths, loss_mask = learned_tokens(samples, mask_documents=mask_documents)
+    lengths, loss_mask = lengths_and_loss_mask(samples, mask_documents=mask_documents)
     size = micro_batch_size * samples.seq_length
     # Labels and their loss mask are views of the same memory, shifted by one token.
     parts = zip(
@@ -111,39 +112,6 @@ def make_batches(samples: Samples, micro_batch_size: int, *, mask_documents: boo
     return [_document_batch(*pair) for pair in zip(lengths_of_batch, parts, strict=True)]
 
 
-def learned_tokens(samples: Samples, *, mask_documents: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lengths of all document pieces, and the loss mask of their tokens.
-
-    The pieces of all samples are concatenated; padding is a separate piece. The loss mask is
-    float32, 1 for each token with loss, and has one more entry at the end, which is 0.
-    """
-    lengths = samples.values("lengths").astype(np.int64)
-    prompts = samples.values("prompt_lengths").astype(np.int64)
-    ends = (
-        np.cumsum([len(pieces) for pieces in samples.pieces["lengths"]])
-        // samples.values("lengths").itemsize
-    )
-    padding = samples.seq_length - np.add.reduceat(lengths, np.append(0, ends[:-1]))
-    # Padding counts as a prompt.
-    lengths, prompts = (np.insert(pieces, ends, padding) for pieces in (lengths, prompts))
-    nonempty = lengths > 0
-    lengths = lengths[nonempty]
-    prompts = prompts[nonempty]
-    starts = lengths.cumsum() - lengths
-    loss_mask = np.ones(len(samples.tokens), np.float32)
-    # The first token of a sample has no context, so it is no target.
-    loss_mask[:: samples.seq_length] = 0
-    if mask_documents:
-        loss_mask[starts] = 0
-    loss_mask[_ranges(starts, prompts)] = 0
-    return lengths, loss_mask
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the concatenation of ranges, each given by its start and length."""
-    return np.arange(lengths.sum()) + np.repeat(starts - (lengths.cumsum() - lengths), lengths)
-
-
 def _sample_batch(seq_length: int, part: tuple[torch.Tensor, ...]) -> Batch:
     tokens_BT, labels_BT, loss_mask_BT = (flat.view(-1, seq_length) for flat in part)
     return Batch(
@@ -158,7 +126,7 @@ def _sample_batch(seq_length: int, part: tuple[torch.Tensor, ...]) -> Batch:
 def _document_batch(lengths: np.ndarray, part: tuple[torch.Tensor, ...]) -> Batch:
     tokens_BT, labels_BT, loss_mask_BT = (flat.view(1, -1) for flat in part)
     edges = np.append(0, lengths.cumsum())
-    positions = torch.from_numpy(_ranges(np.zeros_like(lengths), lengths)).view(1, -1)
+    positions = torch.from_numpy(ranges(np.zeros_like(lengths), lengths)).view(1, -1)
     return Batch(
         tokens_BT.shape,
         tokens_BT,

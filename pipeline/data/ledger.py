@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from retemper.pipeline.data.reader import StepData, Streams
+from retemper.pipeline.data.open_streams import Streams
+from retemper.pipeline.data.reader import StepData
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.jsonl import append_line, read_lines
@@ -109,7 +110,7 @@ def verify(config: Config, began_at: int) -> str:
         )
     skipped_records = [
         record
-        for path in run_folder.noted(config.run_dir, run_folder.SKIPPED)
+        for path in run_folder.rank_files(config.run_dir, run_folder.SKIPPED)
         for record in read_lines(path)
     ]
     if skipped := sum(len(record["ids"]) for record in skipped_records):
@@ -165,7 +166,7 @@ def _steps(run_dir: Path) -> dict[int, dict[tuple[int, int], list[list[int]]]]:
 
 
 def _entries(run_dir: Path) -> Iterator[dict]:
-    for path in run_folder.noted(run_dir, run_folder.LEDGER):
+    for path in run_folder.rank_files(run_dir, run_folder.LEDGER):
         for line in path.read_text().splitlines():
             try:
                 yield json.loads(line)

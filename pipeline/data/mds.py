@@ -45,7 +45,7 @@ class Samples:
         """The tokens as an array (N, T), a view of `tokens`."""
         return self.tokens[:-1].reshape(-1, self.seq_length)
 
-    def leave_out(self, row: int) -> None:
+    def mask_sample(self, row: int) -> None:
         """Exclude a sample from the loss: it becomes one prompt of zeros."""
         whole = np.array([self.seq_length], PIECES["lengths"]).tobytes()
         self.tokens_NT[row] = 0

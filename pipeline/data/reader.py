@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from retemper.pipeline.corpus.format import TRAIN
 from retemper.pipeline.data.batch import Batch, make_batches
 from retemper.pipeline.data.mds import Samples
-from retemper.pipeline.data.order import LANES, Order, Stream
-from retemper.pipeline.data.shards import BadShard, TokenShards
-from retemper.pipeline.data.streams import cache_folder, samples_per_window, stream_paths
-from retemper.pipeline.distributed.collectives import anywhere_in_model
-from retemper.pipeline.distributed.seeds import derive_seed
+from retemper.pipeline.data.open_streams import Streams
+from retemper.pipeline.data.order import LANES
+from retemper.pipeline.data.shards import BadShard
+from retemper.pipeline.data.streams import cache_folder
+from retemper.pipeline.distributed.collectives import any_model_parallel_rank
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.run import Config
@@ -25,41 +24,6 @@ from retemper.pipeline.schema.run import Config
 # Steps that are read while one computes, so that the next shards are open before they are needed.
 _STEPS_AHEAD = 4
 _OPENED_AT_ONCE = 8  # shards of a step that are fetched and hashed in parallel
-
-
-class Streams:
-    """The opened training streams of a run, and the order of their samples."""
-
-    def __init__(self, config: Config):
-        self.shards = {
-            name: TokenShards(path, TRAIN, cache_folder(config, name))
-            for name, path in stream_paths(config).items()
-        }
-        shares = samples_per_window(config)
-        self.order = Order(
-            tuple(
-                Stream(derive_seed(config.seed, "stream", name), shards.shard_sizes, shares[name])
-                for name, shards in self.shards.items()
-            )
-        )
-        self._ends = np.cumsum([len(shards) for shards in self.shards.values()])
-
-    def located(self, ids: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Locate ids of the order in the streams.
-
-        Returns:
-            stream -> (indices of those ids that belong to it, numbers of their samples within it).
-        """
-        numbers = np.searchsorted(self._ends, ids, side="right")
-        rows = {name: np.flatnonzero(numbers == number) for number, name in enumerate(self.shards)}
-        return {
-            name: (rows[name], ids[rows[name]] - end + len(self.shards[name]))
-            for name, end in zip(rows, self._ends, strict=True)
-        }
-
-    def epochs(self, samples: int) -> dict[str, float]:
-        """Return how many times each stream has been read after `samples` samples of the order."""
-        return dict(zip(self.shards, self.order.epochs(samples), strict=True))
 
 
 @dataclass(frozen=True)
@@ -108,7 +72,7 @@ class TrainingBatches:
     def __enter__(self) -> "TrainingBatches":
         return self
 
-    def __exit__(self, *_error) -> None:
+    def __exit__(self, *_error: object) -> None:
         for executor in (self._reader, self._openers):
             executor.shutdown(wait=False, cancel_futures=True)
 
@@ -132,7 +96,8 @@ class TrainingBatches:
             data = self._sync_skipped(data)
         part = self.topology.context_parallel_rank, self.config.parallel.context_parallel_size
         micro_batches = [
-            batch.of_context_rank(*part).to(self.topology.device) for batch in data.micro_batches
+            batch.shard_for_context_parallel(*part).to(self.topology.device)
+            for batch in data.micro_batches
         ]
         data = replace(data, micro_batches=micro_batches)
         self.seconds_waited += time.perf_counter() - started
@@ -161,7 +126,7 @@ class TrainingBatches:
 
     def _samples(self, ids: np.ndarray) -> tuple[Samples, np.ndarray]:
         """Return the samples, and bool (n,), which of them are skipped because of a bad shard."""
-        located = self.streams.located(ids)
+        located = self.streams.locate(ids)
         wanted = {
             (name, number)
             for name, (_, numbers) in located.items()
@@ -176,7 +141,7 @@ class TrainingBatches:
             skipped[rows[bad]] = True
             shards.read(numbers[~bad], samples, rows[~bad])
         for row in np.flatnonzero(skipped).tolist():
-            samples.leave_out(row)
+            samples.mask_sample(row)
         return samples, skipped
 
     def _open(self, shard: tuple[str, int]) -> None:
@@ -203,11 +168,13 @@ class TrainingBatches:
 
         Collective: every rank must call this.
         """
-        skipped = anywhere_in_model(data.skipped)
+        skipped = any_model_parallel_rank(data.skipped)
         if self._reads:
             for number in np.flatnonzero(skipped):
                 part, row = divmod(int(number), self.config.train.micro_batch_size)
-                data.micro_batches[part].loss_mask_BT.view(-1, self.config.data.seq_length)[row] = 0
+                mask_BT = data.micro_batches[part].loss_mask_BT
+                assert mask_BT is not None, "a rank that reads samples has their masks"
+                mask_BT.view(-1, self.config.data.seq_length)[row] = 0
         return replace(data, skipped=skipped)
 
 

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 import zstandard
 
-from retemper.pipeline.corpus.manifest import read_listed, read_manifest
+from retemper.pipeline.corpus.manifest import read_manifest, read_verified
 from retemper.pipeline.data.mds import Samples, Shard, ShardFile
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files import store
@@ -46,10 +46,12 @@ class TokenShards:
         self.path = str(path)
         self.source = f"{path}/{split}"
         self.manifest = read_manifest(self.path)
-        self._temporary = None if cache else tempfile.TemporaryDirectory(prefix="retemper-shards-")
-        self._cache = Path(cache or self._temporary.name, split)
+        if cache is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="retemper-shards-")
+            cache = Path(self._temporary.name)
+        self._cache = cache / split
         self._shards = _shards(
-            read_listed(self.path, self.manifest, f"{split}/index.json"), self.source
+            read_verified(self.path, self.manifest, f"{split}/index.json"), self.source
         )
         self._ends = np.cumsum([0, *self.shard_sizes])[1:]
         self._open: dict[int, ShardFile] = {}
@@ -174,7 +176,7 @@ class TokenShards:
         shard = self._shards[number]
         try:
             content = store.read(self._source_path(shard))
-        except store.Missing:
+        except store.FileMissing:
             raise self._bad(number, self._source_path(shard)) from None
         if shard.is_compressed:
             try:

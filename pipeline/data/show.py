@@ -3,14 +3,15 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from retemper.pipeline.corpus.format import split_number
-from retemper.pipeline.data.batch import learned_tokens
+from retemper.pipeline.corpus.tokenizer import Tokenizer
+from retemper.pipeline.data.loss_mask import lengths_and_loss_mask
 from retemper.pipeline.data.mds import Samples
-from retemper.pipeline.data.reader import Streams
+from retemper.pipeline.data.open_streams import Streams
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files import store
 from retemper.pipeline.schema.run import Config
@@ -51,7 +52,7 @@ def show_step(
     ids = streams.order.batch(consumed, config.train.global_batch_size)[:samples]
     locations = {
         row: (name, number)
-        for name, located in streams.located(ids).items()
+        for name, located in streams.locate(ids).items()
         for row, number in zip(*located, strict=True)
     }
     for row, id in enumerate(ids):
@@ -59,9 +60,8 @@ def show_step(
         shards = streams.shards[name]
         sample = shards.samples(np.array([number]))
         [shard] = shards.shards_of(np.array([number]))
-        loss_mask_T = learned_tokens(sample, mask_documents=config.data.mask_documents)[1][
-            :-1
-        ].astype(bool)
+        _, loss_mask = lengths_and_loss_mask(sample, mask_documents=config.data.mask_documents)
+        loss_mask_T = loss_mask[:-1].astype(bool)
         padding = len(loss_mask_T) - int(sample.values("lengths").sum())
         yield (
             f"── step {step} · sample {id} · {name} {number}, shard {shard} · "
@@ -74,7 +74,7 @@ def show_step(
             yield "".join(_marked(tokenizer, tokens_T, counts_T, colours=colours))
 
 
-def _sources(path: str):
+def _sources(path: str) -> Callable[[np.uint64], str]:
     """Return a function from a document's number to file:position, by the corpus's sources."""
     files = [json.loads(line)["path"] for line in store.read(f"{path}/sources.jsonl").splitlines()]
 
@@ -95,7 +95,7 @@ def _pieces(
 
 
 def _marked(
-    tokenizer, tokens_T: np.ndarray, counts_T: np.ndarray, *, colours: bool
+    tokenizer: Tokenizer, tokens_T: np.ndarray, counts_T: np.ndarray, *, colours: bool
 ) -> Iterator[str]:
     before, after = ("\x1b[2m", "\x1b[0m") if colours else ("⟦", "⟧")
     for counts, run in itertools.groupby(

@@ -1,5 +1,6 @@
 """The corpora of a run, training streams and held-out domains, checked before anything starts."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def decontaminated(config: Config, task: str) -> dict[str, bool | None]:
     """
     manifests = {name: find_manifest(path) for name, path in stream_paths(config).items()}
     return {
-        name: manifest and task in manifest.get("decontamination", {}).get("tasks", {})
+        name: task in manifest.get("decontamination", {}).get("tasks", {}) if manifest else None
         for name, manifest in manifests.items()
     }
 
@@ -110,7 +111,7 @@ def check_corpora(config: Config) -> dict[str, Any]:
     }
 
 
-def _mismatches(config: Config, name: str, manifest: dict, own: dict):
+def _mismatches(config: Config, name: str, manifest: dict, own: dict) -> Iterator[str]:
     if manifest["vocab_size"] > config.model.vocab_size:
         yield (
             f"{name}: the tokenizer of corpus {manifest['name']} has {manifest['vocab_size']} "

@@ -1,10 +1,16 @@
 """Collectives for values other than the model's tensors."""
 
+from typing import TYPE_CHECKING
+
 from retemper.pipeline.distributed.topology import is_main_process, local_device
 from retemper.pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
-def from_last_stage(values: "torch.Tensor") -> list[float]:  # noqa: F821
+
+def all_reduce_from_last_stage(values: "torch.Tensor") -> list[float]:
     """Sum values over the data- and context-parallel ranks of the last pipeline stage.
 
     The host waits once, for the result.
@@ -34,7 +40,7 @@ def from_last_stage(values: "torch.Tensor") -> list[float]:  # noqa: F821
     return summed.tolist()
 
 
-def sum_over_ranks(values: list[float]) -> list[float]:
+def all_reduce_sum(values: list[float]) -> list[float]:
     """Return the element-wise sums of the values over all ranks.
 
     Collective: every rank must call this.
@@ -46,7 +52,7 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     return summed.tolist()
 
 
-def from_each_replica(value) -> list:
+def all_gather_data_parallel(value) -> list:
     """Return the values of all data-parallel replicas, in the order of the replicas.
 
     Every rank receives the values of its peers in the data-parallel group, the ranks that have the
@@ -63,7 +69,7 @@ def from_each_replica(value) -> list:
     return values
 
 
-def sum_over_stages(counts: list[int]) -> list[int]:
+def all_reduce_over_stages(counts: list[int]) -> list[int]:
     """Return the element-wise sums of integer counts over the pipeline stages of a model.
 
     Collective: every rank must call this.
@@ -76,7 +82,7 @@ def sum_over_stages(counts: list[int]) -> list[int]:
     return summed.tolist()
 
 
-def anywhere_in_model(flags: "np.ndarray") -> "np.ndarray":  # noqa: F821
+def any_model_parallel_rank(flags: "np.ndarray") -> "np.ndarray":
     """Return which flags are set on any tensor-, pipeline- or context-parallel peer.
 
     Both the flags and the result are bool (n,).
@@ -105,7 +111,7 @@ def barrier() -> None:
     torch.distributed.barrier()
 
 
-def from_rank_zero(value):
+def broadcast_from_rank0(value):
     """Return rank 0's value, which must be picklable, on every rank.
 
     Collective: every rank must call this.
@@ -117,7 +123,7 @@ def from_rank_zero(value):
     return box[0]
 
 
-def on_rank_zero(function, *arguments):
+def run_on_rank0(function, *arguments):
     """Call a function on rank 0 and return its result on every rank.
 
     Raises:
@@ -131,7 +137,7 @@ def on_rank_zero(function, *arguments):
             outcome = function(*arguments), None
         except UserError as error:
             outcome = None, str(error)
-    result, problem = from_rank_zero(outcome)
+    result, problem = broadcast_from_rank0(outcome)
     if problem:
         raise UserError(problem)
     return result

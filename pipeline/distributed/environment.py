@@ -92,8 +92,8 @@ def wanted(parallel: ParallelConfig, capability: int | None) -> dict[str, tuple[
 
 def apply(table: dict[str, tuple[str, str]], parallel: ParallelConfig) -> Environment:
     """Set the variables of a table that are not set yet under any of their names."""
-    chosen = {}
-    kept = {}
+    chosen: dict[str, str] = {}
+    kept: dict[str, str] = {}
     for name, (value, _) in table.items():
         names = (name, *_ALIASES.get(name, ()))
         found = next((other for other in names if other in os.environ), name)

@@ -1,18 +1,12 @@
 """Random state as a pure function of (seed, step, rank): not saved, identical after any restart."""
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 
 import torch
 
+from retemper.pipeline.config.derive_seed import derive_seed
 from retemper.pipeline.distributed.topology import Topology
-
-
-def derive_seed(*parts) -> int:
-    """Return a 63-bit seed of printable parts, the same on every machine and Python."""
-    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def seed_step(seed: int, step: int, topology: Topology) -> None:

@@ -11,7 +11,7 @@ from retemper.pipeline.distributed.topology import launched_world_size, local_de
 _stop_signal_received = False
 
 
-def follow_launcher() -> None:
+def die_with_launcher() -> None:
     """End this rank at once on Ctrl-C and when its torchrun agent dies.
 
     An orphaned rank would continue to write into the run's folder.
@@ -24,10 +24,10 @@ def follow_launcher() -> None:
 
 
 @contextlib.contextmanager
-def noting_signals():
+def catch_stop_signals():
     """Record SIGTERM and SIGUSR1 within the context instead of ending the process.
 
-    Schedulers send these signals before they end a job; `asked_to_stop` reports them.
+    Schedulers send these signals before they end a job; `stop_requested` reports them.
     """
 
     def record(*_signal) -> None:
@@ -44,7 +44,7 @@ def noting_signals():
             signal.signal(number, handler)
 
 
-def asked_to_stop() -> bool:
+def stop_requested() -> bool:
     """Return whether any rank has received a signal to stop.
 
     Collective: every rank must call this.

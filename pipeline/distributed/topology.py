@@ -7,9 +7,13 @@ import os
 import shutil
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.model import ModelSetup, ParallelConfig
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Topology:
     data_parallel_size: int
     is_first_stage: bool
     is_last_stage: bool
-    device: "torch.device"  # noqa: F821
+    device: "torch.device"
 
 
 def launched_world_size() -> int | None:

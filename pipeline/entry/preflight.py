@@ -18,7 +18,7 @@ def preflight(config: Config) -> dict[str, Any]:
     Raises:
         UserError: one of them is missing, was changed, or does not fit the config.
     """
-    run_folder.check(config)
+    run_folder.check_resumable(config)
     check_trunk(config)
     fingerprints = check_corpora(config)
     if base := base_of(config):

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from retemper.pipeline.config.differences import changed_keys
 from retemper.pipeline.distributed import environment
 from retemper.pipeline.distributed import topology as topologies
-from retemper.pipeline.distributed.collectives import from_rank_zero
-from retemper.pipeline.distributed.signals import follow_launcher
+from retemper.pipeline.distributed.collectives import broadcast_from_rank0
+from retemper.pipeline.distributed.signals import die_with_launcher
 from retemper.pipeline.entry.preflight import preflight
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.model import ModelSetup
@@ -65,7 +65,7 @@ def run_prepared[Setup: ModelSetup](
     Returns:
         The exit code.
     """
-    follow_launcher()
+    die_with_launcher()
     try:
         setup, prepared = prepare()
         topology = topologies.start(setup.parallel)
@@ -78,7 +78,7 @@ def run_prepared[Setup: ModelSetup](
     return 0
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """Exit at once, when everything is closed already.
 
     This skips interpreter teardown: NCCL and CUDA print spurious errors there.
@@ -106,7 +106,7 @@ def _inputs_of_rank_zero(rank: int, fingerprints: dict[str, Any]) -> dict[str, A
 
     Collective: every rank must call this.
     """
-    expected = from_rank_zero(fingerprints)
+    expected = broadcast_from_rank0(fingerprints)
     changes = [
         change for change in changed_keys(expected, fingerprints) if not change.startswith("base:")
     ]

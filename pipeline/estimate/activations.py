@@ -31,8 +31,12 @@ class Activations:
         tp, self.context = parallel.tensor_parallel_size, parallel.context_parallel_size
         self.config = config
         self.element = bytes_of_element(config)
-        self.lora = config.method.lora
         self.full = config.method.lora is None
+        self.targets: list[str] = []
+        self.dropout = 0.0
+        if lora := config.method.lora:
+            self.targets += lora.targets
+            self.dropout = lora.dropout
         self.sequence = config.data.seq_length // self.context
         self.tokens = micro_batch_size * self.sequence
         self.own = self.tokens // (tp if parallel.sequence_parallel else 1)
@@ -42,10 +46,9 @@ class Activations:
         self.vocabulary = config.padded_vocab_size // tp
         self.q = model.kv_channels * self.heads
         self.k = model.kv_channels * model.num_query_groups // tp
-        targets = self.lora.targets if self.lora else []
-        self.adapted = not {"gate", "up"}.isdisjoint(targets)
+        self.adapted = not {"gate", "up"}.isdisjoint(self.targets)
         # Whether the input of down is saved for the gradient of a weight.
-        self.reads_product = self.full or "down" in targets
+        self.reads_product = self.full or "down" in self.targets
         outputs = {"q": self.q, "k": self.k, "v": self.k, "gate": self.f, "up": self.f}
         self.features = {target: (self.h, out) for target, out in outputs.items()} | {
             "o": (self.q, self.h),
@@ -72,8 +75,8 @@ class Activations:
         if (
             stage == 0
             and parallel.recompute == "none"
-            and self.lora
-            and not {"q", "k", "v", "o"} & set(self.lora.targets)
+            and not self.full
+            and {"q", "k", "v", "o"}.isdisjoint(self.targets)
         ):
             # Without trainable parameters before the first feed-forward layer no gradient passes
             # through what precedes it.
@@ -134,27 +137,27 @@ class Activations:
         kept = elements * 4 + self.own * 4
         if self.full:
             kept += elements * 4  # the normalised input, for the weight's gradient
-        return kept + self.input_of(
-            targets,
-            elements,
-            read_later=self.config.parallel.recompute == "selective" and "gate" in targets,
-        )
+        read_later = self.config.parallel.recompute == "selective" and "gate" in targets
+        return kept + self._input_of(targets, elements, read_later=read_later)
 
-    def input_of(self, targets: tuple[str, ...], elements: int, *, read_later: bool = False) -> int:
+    def input_of(self, targets: tuple[str, ...], elements: int) -> int:
         """Return the bytes that a linear layer saves: its input, and its adapters' hidden states.
 
         Args:
             targets: the names of its parts.
             elements: of the input, which is saved where a weight that multiplies it is trainable.
-            read_later: whether recomputation needs the input in any case.
         """
-        adapted = [target for target in targets if self.lora and target in self.lora.targets]
-        kept = elements * self.element if read_later or (adapted and not self.lora.dropout) else 0
+        return self._input_of(targets, elements, read_later=False)
+
+    def _input_of(self, targets: tuple[str, ...], elements: int, *, read_later: bool) -> int:
+        """Do what input_of does; with read_later, recomputation needs the input in any case."""
+        adapted = [target for target in targets if target in self.targets]
+        kept = elements * self.element if read_later or (adapted and not self.dropout) else 0
         if self.full and not read_later:
             in_fp8 = self.config.fp8_recipe and "head" not in targets
             # For the weight's gradient, in the precision of the multiplication.
             kept = elements * (1 if in_fp8 else self.element)
-        if adapted and self.lora.dropout:
+        if adapted and self.dropout:
             kept += elements * 2 * self.element  # the output of dropout, and its mask
         return kept + (self.adapters(adapted, targets) if adapted else 0)
 
@@ -168,15 +171,16 @@ class Activations:
             adapted: the parts of the layer that have adapters.
             parts: all parts of the layer.
         """
+        lora = self.config.method.adapters
         features_in = self.features[adapted[0]][0]
         features_out = sum(self.features[part][1] for part in parts)
-        rank = len(adapted) * self.lora.rank * (2 if self.lora.pissa else 1)
+        rank = len(adapted) * lora.rank * (2 if lora.pissa else 1)
         by_input = parts[0] in SHARDED_BY_INPUT
         tokens = self.own if by_input else self.tokens
         elements = tokens * rank
-        if self.lora.pissa or not by_input:
+        if lora.pissa or not by_input:
             elements += rank * (features_in + features_out)
-        if self.lora.dora:
+        if lora.dora:
             elements += 2 * tokens * features_out  # the outputs of the base and of the adapters
         return elements * self.element
 
@@ -195,9 +199,7 @@ class Activations:
             kept += self.in_context()
         # The output of attention, and the logarithms of the softmax's sums.
         kept += tokens * self.q * element + tokens * self.heads * 4
-        return kept + self.input_of(
-            ("o",), 0 if not (self.lora and self.lora.dropout) else tokens * self.q
-        )
+        return kept + self.input_of(("o",), tokens * self.q if self.dropout else 0)
 
     def in_context(self) -> int:
         """Return the additional bytes of attention under context parallelism.

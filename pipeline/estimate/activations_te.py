@@ -83,10 +83,10 @@ class TransformerEngineActivations(Activations):
 
         See model/adapted.py.
         """
-        adapted = [part for part in parts if part in self.lora.targets]
-        rank = len(adapted) * self.lora.rank
+        adapter_rank = self.config.method.adapters.rank
+        rank = sum(adapter_rank for part in parts if part in self.targets)
         elements = rank * self.h
-        if self.lora.rank < APART_FROM_RANK:
+        if adapter_rank < APART_FROM_RANK:
             elements += rank * sum(self.features[part][1] for part in parts)
         return elements * (self.element + 4)
 
@@ -107,11 +107,11 @@ class TransformerEngineActivations(Activations):
         if self.full:  # for the weight's gradient, in the precision of the multiplication
             quantized = self.fp8 and "head" not in targets
             return self.in_fp8(elements) if quantized else elements * self.element
-        adapted = [target for target in targets if target in self.lora.targets]
+        adapted = [target for target in targets if target in self.targets]
         if not adapted:
             return 0
         kept = elements * self.element
-        if self.lora.dropout:
+        if self.dropout:
             kept += elements  # the mask of dropout, besides its output
         if not self.fused_adapters and targets[0] not in SHARDED_BY_INPUT:
             kept += self._beside_returned_norm(elements)
@@ -125,7 +125,7 @@ class TransformerEngineActivations(Activations):
         """
         if self.fp8:
             return self.in_fp8(elements)
-        return elements * self.element if self.lora.dropout else 0
+        return elements * self.element if self.dropout else 0
 
     def adapters(self, adapted: list[str], parts: tuple[str, ...]) -> int:
         """Return the bytes that adapters save besides a layer's input.
@@ -135,7 +135,7 @@ class TransformerEngineActivations(Activations):
         if not self.fused_adapters:
             return super().adapters(adapted, parts)
         tokens = self.own if parts[0] in SHARDED_BY_INPUT else self.tokens
-        return tokens * len(adapted) * self.lora.rank * self.element
+        return tokens * len(adapted) * self.config.method.adapters.rank * self.element
 
     def attention(self) -> int:
         """Return the bytes saved from the norm before attention to the input of o."""
@@ -170,7 +170,7 @@ class TransformerEngineActivations(Activations):
         """Return the bytes that o saves in addition to those that attention saves."""
         elements = self.tokens * self.q
         kept = self.input_of(("o",), elements)
-        separate_copy = self.fp8 if self.full else self.lora.dropout
+        separate_copy = self.fp8 if self.full else self.dropout
         shared = kept and self._keeps_output() and not separate_copy
         return kept - (elements * self.element if shared else 0)
 

@@ -47,7 +47,7 @@ def _trainable_and_frozen(setup: ModelSetup, count: dict[str, int]) -> tuple[int
 def _layer_weights(setup: ModelSetup) -> Weights:
     model = setup.model
     lora = setup.method.lora
-    count = Counter()
+    count: Weights = Counter()
     sizes = linear_layers(model)
     count["base", True] = sum(
         features_in * features_out for features_in, features_out in sizes.values()
@@ -57,7 +57,9 @@ def _layer_weights(setup: ModelSetup) -> Weights:
     )  # norms
     if model.qkv_bias:
         count["base", True] += sum(sizes[name][1] for name in ("q", "k", "v"))
-    for target in lora.targets if lora else ():
+    if lora is None:
+        return count
+    for target in lora.targets:
         features_in, features_out = sizes[target]
         A = lora.rank * features_in
         B = lora.rank * features_out
@@ -143,7 +145,7 @@ def rank_memory(config: Config, stage: int, *, fused: bool = True) -> RankMemory
     }
     if config.fp8_weights:
         # While the model is built, only weights exist: those initialised in bf16, and beside them
-        # those that Transformer Engine has created in FP8 (model/fp8.py, plain_weights).
+        # those that Transformer Engine has created in FP8 (model/fp8.py, dequantized_weights).
         building = elements["base"] * element + _both_orders(config, stage)
         peaks.append((0, building - sum(states.values())))
     activations, temporary = max(peaks, key=sum)
@@ -176,6 +178,7 @@ def _both_orders(config: ModelSetup, stage: int) -> int:
 
     Each weight, its transpose and their scales are counted.
     """
+    assert config.fp8_recipe is not None, "without a recipe nothing is in FP8"
     scale = {"delayed": 0, "tensorwise": 0, "blockwise": 4 / 128**2, "mxfp8": 1 / 32}[
         config.fp8_recipe
     ]

@@ -23,7 +23,7 @@ _MODEL = ModelConfig(
     vocab_size=32000,
     max_sequence_length=SEQ_LENGTH,
 )
-_LORA = LoraConfig(rank=16, alpha=32, targets="all")
+_LORA = LoraConfig(rank=16, alpha=32, targets=["q", "k", "v", "o", "gate", "up", "down"])
 
 # Cards of one generation, whose MFU is assumed to be the same.
 _ALIKE = ("H100", "H200")
@@ -53,7 +53,9 @@ class Measurement:
     def mfu(self) -> float:
         """The model FLOP/s over the card's peak."""
         flops = flops_per_token(_MODEL, _LORA if self.method == "lora" else None, SEQ_LENGTH)
-        return self.tokens_per_second * flops / peak_flops(self.gpu, self.precision)
+        peak = peak_flops(self.gpu, self.precision)
+        assert peak is not None, f"the peak of {self.gpu} in {self.precision} is not in gpus.py"
+        return self.tokens_per_second * flops / peak
 
 
 def _full(precision: str, rate: float) -> Measurement:

@@ -7,15 +7,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from retemper.pipeline.config.existing_run import OF_SCORING, load_run
-from retemper.pipeline.entry.rank import leave, run_rank
+from retemper.pipeline.config.existing_run import SCORING_OVERRIDES, load_run
+from retemper.pipeline.entry.rank import exit_now, run_rank
 from retemper.pipeline.errors import UserError
 
 
 def main(run_dir: str = "", *overrides: str) -> int:
     """Score a run's checkpoints as one rank, and return the exit code."""
     return run_rank(
-        partial(load_run, Path(run_dir), list(overrides), OF_SCORING), score_checkpoints
+        partial(load_run, Path(run_dir), list(overrides), SCORING_OVERRIDES), score_checkpoints
     )
 
 
@@ -34,20 +34,22 @@ def score_checkpoints(config, topology, fingerprints) -> None:
     """
     from retemper.pipeline.checkpoint import commit
     from retemper.pipeline.checkpoint.sharded import Checkpointer
-    from retemper.pipeline.distributed.collectives import from_rank_zero
+    from retemper.pipeline.distributed.collectives import broadcast_from_rank0
     from retemper.pipeline.distributed.seeds import seed_step
     from retemper.pipeline.evals.hook import evaluate, format_scores, unscored
     from retemper.pipeline.model.build import build_model
     from retemper.pipeline.runs import eval_folder
     from retemper.pipeline.runs.track import mirror_scores
 
-    eval_folder.check_settings(config, config.evals.inline)
-    start = from_rank_zero(eval_folder.start_of(config))
+    eval_folder.check_settings(config, config.evals.inline_tasks)
+    start = broadcast_from_rank0(eval_folder.start_of(config))
     runs = {
         step: config if step else start
         for step in _steps(start, commit.committed_steps(config.run_dir))
     }
-    runs = from_rank_zero({step: run for step, run in runs.items() if any(unscored(run, step))})
+    runs = broadcast_from_rank0(
+        {step: run for step, run in runs.items() if any(unscored(run, step))}
+    )
     if start is None and topology.rank == 0:
         print(
             f"{config.run_dir}: the trunk {config.branch_of} was not found, "
@@ -65,7 +67,7 @@ def score_checkpoints(config, topology, fingerprints) -> None:
         if step:
             checkpointer.load(step)
         scores = evaluate(run, topology, model, step)
-        if topology.rank == 0:
+        if topology.rank == 0 and scores:  # None where another process has scored it meanwhile
             print(format_scores(step, scores), flush=True)
             failed += [
                 f"step {step}: {task}" for task, result in scores.tasks.items() if "error" in result
@@ -75,7 +77,7 @@ def score_checkpoints(config, topology, fingerprints) -> None:
             print(f"{config.run_dir}: all checkpoints already have scores")
         for run in {run.run_dir: run for run in (config, *runs.values())}.values():
             mirror_scores(run)
-    if failed := from_rank_zero(failed):
+    if failed := broadcast_from_rank0(failed):
         raise UserError(f"not scored (the reasons are printed above): {'; '.join(failed)}")
 
 
@@ -85,4 +87,4 @@ def _steps(start, committed: list[int]) -> list[int]:
 
 
 if __name__ == "__main__":
-    leave(main(*sys.argv[1:]))
+    exit_now(main(*sys.argv[1:]))

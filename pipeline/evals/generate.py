@@ -36,14 +36,25 @@ def language_model(config: Config, folder: Path) -> TemplateLM:
         from lm_eval.models.vllm_causallms import VLLM
 
         tensor_parallel_size = math.gcd(max(gpus, 1), config.model.num_attention_heads)
-        settings = {"seed": config.seed, "tensor_parallel_size": tensor_parallel_size}
-        return _with_single_bos(VLLM(pretrained=str(folder), dtype="auto", **settings))
+        return _with_single_bos(
+            VLLM(
+                pretrained=str(folder),
+                dtype="auto",
+                seed=config.seed,
+                tensor_parallel_size=tensor_parallel_size,
+            )
+        )
     from lm_eval.models.huggingface import HFLM
 
     batch_size = config.evals.micro_batch_size
-    settings = {"device": "cuda" if gpus else "cpu", "parallelize": gpus > 1}
     return _with_single_bos(
-        HFLM(pretrained=str(folder), dtype="auto", batch_size=batch_size, **settings)
+        HFLM(
+            pretrained=str(folder),
+            dtype="auto",
+            batch_size=batch_size,
+            device="cuda" if gpus else "cpu",
+            parallelize=gpus > 1,
+        )
     )
 
 

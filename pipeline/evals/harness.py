@@ -107,7 +107,7 @@ def _cut_prompts(problems: list[dict], lengths: list[list[tuple[int, int]]], lm:
 
 def _by_token_loss(
     task, problems: list[dict], lengths: list[list[tuple[int, int]]]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Return the share of problems whose correct choice has the lowest mean loss per token.
 
     MosaicML's Gauntlet scores so; it is the measure of forgetting in "LoRA Learns Less and Forgets

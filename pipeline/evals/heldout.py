@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from retemper.pipeline.corpus.format import HELDOUT
-from retemper.pipeline.corpus.manifest import read_listed
+from retemper.pipeline.corpus.manifest import read_verified
 from retemper.pipeline.data.batch import make_batches
 from retemper.pipeline.data.order import Order, Stream
 from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.data.streams import cache_folder
-from retemper.pipeline.distributed.collectives import from_last_stage
+from retemper.pipeline.distributed.collectives import all_reduce_from_last_stage
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.uncertainty import ratio
@@ -67,7 +67,7 @@ def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
     path = config.evals.heldout[domain]
     shards = TokenShards(path, HELDOUT, cache_folder(config, f"heldout-{domain}"))
     token_bytes = np.load(
-        io.BytesIO(read_listed(path, shards.manifest, "token_bytes.npy")), allow_pickle=False
+        io.BytesIO(read_verified(path, shards.manifest, "token_bytes.npy")), allow_pickle=False
     )
     token_bytes = torch.from_numpy(token_bytes).to(topology.device)
     samples = min(len(shards), config.evals.max_samples)
@@ -81,7 +81,7 @@ def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
         [batch] = make_batches(
             shards.samples(chosen[indices]), len(indices), mask_documents=config.data.mask_documents
         )
-        batch = batch.of_context_rank(
+        batch = batch.shard_for_context_parallel(
             topology.context_parallel_rank, config.parallel.context_parallel_size
         ).to(topology.device)
         for output in run_schedule(model, [batch], forward_only=True):
@@ -89,7 +89,7 @@ def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
             sums_B3 = _sums_of_samples(output["losses_BT"], bytes_BT, len(indices))
             sums_N3[indices] = sums_B3.cpu().numpy()
     nats_N, tokens_N, bytes_N = (
-        np.array(from_last_stage(torch.from_numpy(sums_N3.ravel()))).reshape(-1, 3).T
+        np.array(all_reduce_from_last_stage(torch.from_numpy(sums_N3.ravel()))).reshape(-1, 3).T
     )
     if not tokens_N.sum():
         raise UserError(

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from retemper.pipeline.distributed.collectives import from_rank_zero
+from retemper.pipeline.distributed.collectives import broadcast_from_rank0
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.evals.heldout import heldout_scores
 from retemper.pipeline.evals.paired import forgetting
@@ -37,7 +37,7 @@ def evaluate(config: Config, topology: Topology, model, step: int) -> Scores | N
 
     Collective: every rank must call this.
     """
-    missing, tasks = from_rank_zero(unscored(config, step))
+    missing, tasks = broadcast_from_rank0(unscored(config, step))
     if not (missing or tasks):
         return None
     started = time.perf_counter()
@@ -63,18 +63,18 @@ def evaluate(config: Config, topology: Topology, model, step: int) -> Scores | N
 def unscored(config: Config, step: int) -> tuple[list[str], list[str]]:
     """Return the held-out domains and the inline tasks without scores at a step."""
     domains = eval_folder.read_scores(config.run_dir).get(step, {})
-    tasks = eval_folder.read_tasks(config.run_dir, step) if config.evals.inline else {}
+    tasks = eval_folder.read_tasks(config.run_dir, step) if config.evals.inline_tasks else {}
     return [name for name in config.evals.heldout if name not in domains], [
-        name for name in config.evals.inline if name not in tasks
+        name for name in config.evals.inline_tasks if name not in tasks
     ]
 
 
 def _score(
     config: Config, topology: Topology, model, step: int, names: list[str]
 ) -> dict[str, dict]:
-    from retemper.pipeline.evals.team import Team
+    from retemper.pipeline.evals.team import RankZeroServer
 
-    team = Team(config, topology, model)
+    team = RankZeroServer(config, topology, model)
     if topology.rank != 0:
         team.serve()
         return {}
@@ -84,7 +84,7 @@ def _score(
     for name, scores, problems in score_tasks(config, team, names):
         eval_folder.write_result(config.run_dir, step, name, scores, problems)
         scored[name] = scores
-    team.dismiss()
+    team.shutdown()
     return scored
 
 
@@ -111,7 +111,9 @@ def format_scores(step: int, scores: Scores) -> str:
         )
     if scores.forgetting is not None:
         score = f"{scores.forgetting.value:.4f} ± {scores.forgetting.stderr:.4f}"
-        lines.append(f"forgetting score {score} (mean of {', '.join(eval_folder.FORGOTTEN)})")
+        lines.append(
+            f"forgetting score {score} (mean of {', '.join(eval_folder.FORGETTING_TASKS)})"
+        )
     return "\n".join(f"step {step:>6}  {line}" for line in lines)
 
 

@@ -9,12 +9,12 @@ from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.harness import score_task
 from retemper.pipeline.evals.run_tokenizer import load_tokenizer
 from retemper.pipeline.evals.sharded_lm import ShardedLM
-from retemper.pipeline.evals.team import Team
+from retemper.pipeline.evals.team import RankZeroServer
 from retemper.pipeline.schema.run import Config
 
 
 def score_tasks(
-    config: Config, team: Team, names: list[str]
+    config: Config, team: RankZeroServer, names: list[str]
 ) -> Iterator[tuple[str, dict, list[dict]]]:
     """Score tasks on the live model.
 
@@ -33,7 +33,7 @@ def score_tasks(
         yield name, *_attempt(name, config, team)
 
 
-def _attempt(name: str, config: Config, team: Team) -> tuple[dict, list[dict]]:
+def _attempt(name: str, config: Config, team: RankZeroServer) -> tuple[dict, list[dict]]:
     try:
         return _score(name, config, team)
     except Exception as error:  # from files, the hub or lm-eval: training continues
@@ -43,5 +43,5 @@ def _attempt(name: str, config: Config, team: Team) -> tuple[dict, list[dict]]:
         return {"error": message}, []
 
 
-def _score(name: str, config: Config, team: Team) -> tuple[dict, list[dict]]:
+def _score(name: str, config: Config, team: RankZeroServer) -> tuple[dict, list[dict]]:
     return score_task(name, config, ShardedLM(team, load_tokenizer(config), config.seed, name))

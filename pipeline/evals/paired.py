@@ -99,7 +99,7 @@ def forgetting(tasks: dict[str, dict]) -> Estimate | None:
     """
     if eval_folder.forgetting(tasks) is None:
         return None
-    return mean([_estimate(tasks[name]) for name in eval_folder.FORGOTTEN])
+    return mean([_estimate(tasks[name]) for name in eval_folder.FORGETTING_TASKS])
 
 
 def forgetting_difference(first: Scored, second: Scored) -> Estimate:
@@ -107,11 +107,12 @@ def forgetting_difference(first: Scored, second: Scored) -> Estimate:
 
     It is the mean of the differences of the tasks. Raises UserError as task_difference does.
     """
-    return mean([task_difference(first, second, name) for name in eval_folder.FORGOTTEN])
+    return mean([task_difference(first, second, name) for name in eval_folder.FORGETTING_TASKS])
 
 
 def _estimate(scores: dict) -> Estimate:
-    return Estimate(scores["score"], scores["stderr"], *scores["interval"], scores["samples"])
+    low, high = scores["interval"]
+    return Estimate(scores["score"], scores["stderr"], low, high, scores["samples"])
 
 
 def _scores(scored: Scored, task: str) -> dict:

@@ -18,7 +18,12 @@ from retemper.pipeline.evals.uncertainty import estimate, pass_at_k
 from retemper.pipeline.files.atomic import replace_file
 from retemper.pipeline.files.records import read_records
 
-_KEYS = {"task_id": (str, int), "sample": int, "completion": str}  # required in a generation
+# Required in a generation.
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "task_id": (str, int),
+    "sample": int,
+    "completion": str,
+}
 
 
 def score_generations(
@@ -114,7 +119,7 @@ def _samples(records: list[dict], problems: dict, generations: Path, problems_pa
 
     Raises UserError where a record is of an unknown problem, duplicated or missing.
     """
-    seen = defaultdict(set)
+    seen: defaultdict[str | int, set[int]] = defaultdict(set)
     for record in records:
         name = record["task_id"]
         sample = record["sample"]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.harness import NEW_TOKENS
-from retemper.pipeline.evals.team import Team
+from retemper.pipeline.evals.team import RankZeroServer
 from retemper.pipeline.model.inference import Sampling
 
 _SAMPLING_KEYS = {"do_sample", "temperature", "top_p"}
@@ -28,7 +28,9 @@ class ShardedLM(TemplateLM):
     Text is tokenized, cut and scored as lm-eval's `hf` class does.
     """
 
-    def __init__(self, team: Team, tokenizer: PreTrainedTokenizerFast, seed: int, label: str):
+    def __init__(
+        self, team: RankZeroServer, tokenizer: PreTrainedTokenizerFast, seed: int, label: str
+    ):
         """Wrap the ranks of a model.
 
         Args:
@@ -77,7 +79,7 @@ class ShardedLM(TemplateLM):
                 f"the task has an answer of {max(lengths)} tokens, "
                 f"model.max_sequence_length is only {self.max_length}"
             )
-        scores_N2 = self.team.ask(
+        scores_N2 = self.team.call(
             "log_likelihoods", sequences=sequences, lengths=lengths, label=self.label
         )
         return [(nats, mismatches == 0) for nats, mismatches in scores_N2.tolist()]
@@ -143,7 +145,7 @@ class ShardedLM(TemplateLM):
                 f"the task may generate {sampling.max_new_tokens} tokens, model.max_sequence_length"
                 f"={self.max_length} leaves no room for its prompt: set max_new_tokens of the task"
             )
-        generated = self.team.ask(
+        generated = self.team.call(
             "generate",
             prompts=[
                 np.array(self.tok_encode(context)[-max_prompt_tokens:], np.int32)

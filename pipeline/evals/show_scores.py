@@ -24,8 +24,8 @@ def table(config: Config) -> Iterator[str]:
     """
     if not (steps := eval_folder.steps_of(config)):
         raise UserError(
-            f"{config.run_dir} has no scores yet: run `retemper eval {config.run_dir}` or "
-            f"`retemper evals worker {config.run_dir}`"
+            f"{config.run_dir} has no scores yet: run `retemper eval run {config.run_dir}` or "
+            f"`retemper eval worker {config.run_dir}`"
         )
     heldout = eval_folder.heldout_of(config)
     for row in [
@@ -54,7 +54,7 @@ def task_rows(config: Config, step: int) -> Iterator[tuple[str, ...]]:
             step, task, scores["metric"], scores, "  ".join([difference, *_warnings(scores)])
         )
     if (score := forgetting(tasks)) is not None:
-        metric = f"mean of {len(eval_folder.FORGOTTEN)}"
+        metric = f"mean of {len(eval_folder.FORGETTING_TASKS)}"
         compared = step and eval_folder.forgetting(base) is not None
         difference = _format_difference(forgetting_difference, *pair) if compared else ""
         yield _row(step, "forgetting score", metric, score.headline(metric), difference)

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from retemper.pipeline.config.rules import fp8_token_multiple
 from retemper.pipeline.data.batch import Batch
 from retemper.pipeline.distributed.collectives import (
-    from_each_replica,
-    from_last_stage,
-    from_rank_zero,
+    all_gather_data_parallel,
+    all_reduce_from_last_stage,
+    broadcast_from_rank0,
 )
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model.inference import Sampling, generate, log_likelihoods
@@ -25,10 +25,10 @@ from retemper.pipeline.schema.run import Config
 _IN_FLIGHT = 2
 
 
-class Team:
+class RankZeroServer:
     """A live sharded model, called from rank 0.
 
-    Rank 0 calls `ask`, and `dismiss` at the end; all other ranks call `serve`.
+    Rank 0 calls `call`, and `shutdown` at the end; all other ranks call `serve`.
     """
 
     def __init__(self, config: Config, topology: Topology, model: torch.nn.ModuleList):
@@ -37,26 +37,26 @@ class Team:
         self.model = model
         self.in_flight = False  # after an error: whether the other ranks may still be computing
 
-    def ask(self, what: str, **arguments):
-        """Call the method named `what` on every rank, and return this rank's result.
+    def call(self, method: str, **arguments):
+        """Call the method `method` on every rank, and return this rank's result.
 
         Only rank 0 calls this, while all other ranks are in `serve`.
         """
         self.in_flight = True
-        from_rank_zero((what, arguments))
-        result = getattr(self, what)(**arguments)
+        broadcast_from_rank0((method, arguments))
+        result = getattr(self, method)(**arguments)
         self.in_flight = False
         return result
 
     def serve(self) -> None:
-        """Execute the calls of rank 0 until it calls `dismiss`. All ranks but 0 call this."""
-        while request := from_rank_zero(None):
-            what, arguments = request
-            getattr(self, what)(**arguments)
+        """Execute the calls of rank 0 until it calls `shutdown`. All ranks but 0 call this."""
+        while request := broadcast_from_rank0(None):
+            method, arguments = request
+            getattr(self, method)(**arguments)
 
-    def dismiss(self) -> None:
+    def shutdown(self) -> None:
         """Let the other ranks return from `serve`. Only rank 0 calls this."""
-        from_rank_zero(None)
+        broadcast_from_rank0(None)
 
     def log_likelihoods(
         self, sequences: list[np.ndarray], lengths: list[int], label: str
@@ -89,7 +89,9 @@ class Team:
             scored = log_likelihoods(self.model, batches)
             if scored:
                 scores_N2[ids] = torch.cat(scored)[: len(ids)].cpu().numpy()
-        return np.array(from_last_stage(torch.from_numpy(scores_N2.ravel()))).reshape(-1, 2)
+        return np.array(all_reduce_from_last_stage(torch.from_numpy(scores_N2.ravel()))).reshape(
+            -1, 2
+        )
 
     def generate(
         self,
@@ -126,7 +128,7 @@ class Team:
             text = tokenizer.decode(new[-tail:])
             return new[-1] == eos_id or any(stop in text for stop in stops)
 
-        generated = {}
+        generated: dict[int, list[int]] = {}
         multiple = fp8_token_multiple(self.config)
         for ids in self._parts(
             np.array([len(prompt) for prompt in prompts]), self.config.evals.micro_batch_size, label
@@ -143,7 +145,9 @@ class Team:
                 ),
                 strict=True,
             )
-        gathered = {id: new for part in from_each_replica(generated) for id, new in part.items()}
+        gathered = {
+            id: new for part in all_gather_data_parallel(generated) for id, new in part.items()
+        }
         return [gathered[id] for id in range(len(prompts))]
 
     def _parts(self, lengths: np.ndarray, size: int, label: str):
@@ -193,6 +197,6 @@ class Team:
         batch = Batch(
             tuple(inputs_BT.shape), inputs_BT, labels_BT, torch.from_numpy(mask_BT), positions_BT
         )
-        return batch.of_context_rank(
+        return batch.shard_for_context_parallel(
             self.topology.context_parallel_rank, self.config.parallel.context_parallel_size
         ).to(self.topology.device)

@@ -5,7 +5,7 @@ samples of one problem are never counted as independent.
 """
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
@@ -191,7 +191,7 @@ def _standard_error(squares: float, n: int) -> float:
     return math.sqrt(squares / (n - 1) / n) if n > 1 else math.nan
 
 
-def _count(scores: Sequence[float]) -> int:
+def _count(scores: Sized) -> int:
     if not scores:
         raise UserError("there are no problems to score")
     return len(scores)

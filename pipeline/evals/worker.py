@@ -76,8 +76,8 @@ class Worker:
 
         Raises UserError where one is wrong, or where settings differ from those of earlier scores.
         """
-        eval_folder.check_settings(self.config, self.config.evals.of_workers)
-        for task in self.config.evals.of_workers:
+        eval_folder.check_settings(self.config, self.config.evals.worker_tasks)
+        for task in self.config.evals.worker_tasks:
             if task in CODE_TASKS:
                 read_problems(self.config, task)
         if "generate" in self.parts:
@@ -85,7 +85,7 @@ class Worker:
             from retemper.pipeline.evals.tasks import load_task
 
             load_tokenizer(self.config)
-            for task in self.config.evals.of_workers:
+            for task in self.config.evals.worker_tasks:
                 if task not in CODE_TASKS:
                     load_task(task, self.config.evals)
 
@@ -151,7 +151,7 @@ class Worker:
         scored = eval_folder.tasks_of(self.config, step)
         tasks = [
             task
-            for task in self.config.evals.of_workers
+            for task in self.config.evals.worker_tasks
             if task not in scored and (step, task) not in self.failed
         ]
         generated = [
@@ -268,7 +268,9 @@ def export_options(config: Config, step: int, folder: Path) -> dict[str, Any]:
     """
     run = config.run_dir
     if not step:
-        base = base_of(eval_folder.start_of(config))
+        start = eval_folder.start_of(config)
+        base = base_of(start) if start else None
+        assert base is not None, "step 0 is evaluated only where the run has a base"
         run = base.path
         step = base.step
     options = {"run": str(run), "folder": str(folder), "step": step}

@@ -1,7 +1,7 @@
 """JSON-lines files, plain or compressed as .zst; errors name the line that is wrong."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import zstandard
@@ -14,7 +14,7 @@ def compress_records(records: Iterable[dict]) -> bytes:
     return zstandard.compress("".join(json.dumps(record) + "\n" for record in records).encode())
 
 
-def read_records(path: Path, keys: dict[str, type | tuple[type, ...]]) -> Iterator[dict]:
+def read_records(path: Path, keys: Mapping[str, type | tuple[type, ...]]) -> Iterator[dict]:
     """Yield the records of a jsonl or jsonl.zst file.
 
     Args:
@@ -30,7 +30,7 @@ def read_records(path: Path, keys: dict[str, type | tuple[type, ...]]) -> Iterat
             yield _record(line, keys, f"{path}, line {number}")
 
 
-def _record(line: str, keys: dict, location: str) -> dict:
+def _record(line: str, keys: Mapping[str, type | tuple[type, ...]], location: str) -> dict:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:

@@ -4,13 +4,13 @@ import hashlib
 import json
 
 
-def seal(manifest: dict) -> str:
+def dump_sealed(manifest: dict) -> str:
     """Return a manifest as JSON text whose last key is a hash over the other content."""
     return json.dumps(manifest | {"sha256": _hash_of(manifest)}, indent=2)
 
 
 def is_intact(sealed: dict) -> bool:
-    """Return whether the hash that `seal` wrote matches the other content, in any order of keys."""
+    """Return whether the hash of `dump_sealed` matches the content, in any order of keys."""
     content = {key: value for key, value in sealed.items() if key != "sha256"}
     return sealed.get("sha256") == _hash_of(content)
 

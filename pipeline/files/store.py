@@ -15,7 +15,7 @@ _PATIENCE_SECONDS = 40
 _S3_OPTIONS = {"connect_timeout": 5, "read_timeout": 10, "retries": {"max_attempts": 0}}
 
 
-class Missing(UserError):
+class FileMissing(UserError):
     """The file does not exist."""
 
 
@@ -28,7 +28,7 @@ def read(path: str) -> bytes:
     """Return the content of a file.
 
     Raises:
-        Missing: The file does not exist.
+        FileMissing: The file does not exist.
         UserError: Permission is denied, or the file cannot be read: local files get one attempt,
             remote ones are retried. The message names the file.
     """
@@ -39,7 +39,7 @@ def read(path: str) -> bytes:
         try:
             return fs.cat_file(name)
         except (FileNotFoundError, NotADirectoryError):
-            raise Missing(f"{path} is missing") from None
+            raise FileMissing(f"{path} is missing") from None
         except PermissionError:
             raise UserError(
                 f"no permission to read {path}: check its permissions, or the store's credentials"

@@ -16,13 +16,14 @@ from retemper.pipeline.config.compose import load_parallel
 from retemper.pipeline.config.validate import check_setup
 from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.distributed.collectives import barrier
-from retemper.pipeline.entry.rank import leave, run_prepared
+from retemper.pipeline.entry.rank import exit_now, run_prepared
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.model import MethodConfig, ModelSetup, ParallelConfig
 
 
 def main(verb: str, options: dict[str, Any]) -> int:
-    return run_prepared(*{"import": importing, "export": exporting}[verb](**options))
+    prepare, work = importing(**options) if verb == "import" else exporting(**options)
+    return run_prepared(prepare, work)
 
 
 def importing(
@@ -166,4 +167,4 @@ def _whole_or_nothing(target: Path, topology: topologies.Topology) -> Iterator[P
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1], json.loads(sys.argv[2])))
+    exit_now(main(sys.argv[1], json.loads(sys.argv[2])))

@@ -30,7 +30,7 @@ from retemper.pipeline.huggingface.source_config import (
     transformers_folder,
 )
 from retemper.pipeline.huggingface.streamed import StreamedModel
-from retemper.pipeline.model.adapter import is_adapter, joined_factors, scale_of
+from retemper.pipeline.model.adapter import is_adapter, joined_factors, lora_scaling
 
 _FILE_BYTES = 5 * 10**9  # the default shard size of transformers
 
@@ -150,7 +150,7 @@ def export_adapter(streamed: StreamedModel, target: Path, base: str) -> None:
         base: the name or folder of the model that the adapters belong to.
     """
     base_name, _, revision = base.partition("@") if is_hub_name(base) else (base, "", "")
-    lora = streamed.setup.method.lora
+    lora = streamed.setup.method.adapters
     tensors = {}
     for module, adapter in _adapters(streamed.load(filter(is_adapter, streamed.names))).items():
         for name, tensor in zip(("lora_A", "lora_B"), joined_factors(adapter), strict=True):
@@ -165,7 +165,7 @@ def export_adapter(streamed: StreamedModel, target: Path, base: str) -> None:
         "base_model_name_or_path": base_name,
         "revision": revision or None,
         "r": rank,
-        "lora_alpha": scale_of(lora) * (math.sqrt(rank) if lora.rslora else rank),
+        "lora_alpha": lora_scaling(lora) * (math.sqrt(rank) if lora.rslora else rank),
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
@@ -193,14 +193,15 @@ def base_of(streamed: StreamedModel, base: str | None) -> tuple[str, Path]:
     Raises:
         UserError: no folder of the base is known, or it holds another model.
     """
-    if streamed.setup.method.name != "lora":
+    started_from = streamed.base
+    if started_from is None:
         raise UserError(
             f"{streamed.folder} is of full training and holds no adapters: leave out --adapter"
         )
     origin = origin_of(streamed.folder, streamed.meta)
     source = json.loads((origin / SOURCE).read_text()) if origin else {}
     name = base or source.get("name")
-    folder = Path(source["folder"]) if origin else streamed.base.path
+    folder = Path(source["folder"]) if origin else started_from.path
     if base and Path(base).exists():
         name = None
         folder = Path(base)
@@ -209,8 +210,8 @@ def base_of(streamed: StreamedModel, base: str | None) -> tuple[str, Path]:
     if not _is_model(folder) or not (origin or base):
         raise UserError(
             f"{folder} is no transformers folder that is here: name that of the adapters' base, "
-            f"{streamed.base}, with --base FOLDER, or make one: "
-            f"retemper export {streamed.base.path} FOLDER --step {streamed.base.step}"
+            f"{started_from}, with --base FOLDER, or make one: "
+            f"retemper export {started_from.path} FOLDER --step {started_from.step}"
         )
     expected = tensor_shapes(streamed.setup.model)
     actual = tensor_shapes(model_of(read_config(folder), folder))
@@ -218,7 +219,7 @@ def base_of(streamed: StreamedModel, base: str | None) -> tuple[str, Path]:
         name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)
     ):
         raise UserError(
-            f"{folder} is not the adapters' base {streamed.base}: "
+            f"{folder} is not the adapters' base {started_from}: "
             f"{len(differing)} tensors are others, {differing[0]} among them"
         )
     return name or str(folder.resolve()), folder.resolve()
@@ -256,16 +257,16 @@ def _tensors(streamed: StreamedModel) -> Iterator[tuple[str, torch.Tensor]]:
         layers.setdefault(".".join(name.split(".")[:3]), []).append(name)
     for names in layers.values():
         loaded = streamed.load(names)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, parameter in loaded.items():
             if is_adapter(name):
                 continue
             for block in shard.blocks(name, parameter.shape):
                 tensor = tensors.setdefault(block.name, torch.empty(shapes[block.name]))
-                tensor[block.there] = parameter[block.here]
+                tensor[block.source_region] = parameter[block.target_region]
         for module, adapter in _adapters(loaded).items():
             tensors[f"{module}.weight"] = _merged(
-                tensors[f"{module}.weight"], adapter, scale_of(streamed.setup.method.lora)
+                tensors[f"{module}.weight"], adapter, lora_scaling(streamed.setup.method.adapters)
             )
         yield from tensors.items()
 
@@ -289,14 +290,14 @@ def _adapters(loaded: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tens
 
 def _write_tensors(
     tensors: Iterator[tuple[str, torch.Tensor]], target: Path
-) -> list[dict[str, Any]]:
+) -> list[dict[str, int]]:
     """Write numbered files of at most _FILE_BYTES, or of a single tensor that is larger.
 
     Returns:
         Of each file, {name: bytes} of its tensors.
     """
-    files = []
-    pending = {}
+    files: list[dict[str, int]] = []
+    pending: dict[str, torch.Tensor] = {}
     size = 0
 
     def write() -> None:
@@ -326,7 +327,7 @@ def _write_index(files: list[dict[str, int]], target: Path) -> None:
     if len(files) == 1:
         (target / "00000.safetensors").rename(target / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files):
         file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         (target / f"{number:05d}.safetensors").rename(target / file)

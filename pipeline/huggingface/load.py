@@ -86,7 +86,7 @@ def fill(model: torch.nn.Module, weights: Weights, shard: Shard) -> None:
     for name, parameter in _global_names(model):
         parameter.zero_()
         for block in shard.blocks(name, parameter.shape):
-            parameter[block.here].copy_(weights.read(block.name, block.there))
+            parameter[block.target_region].copy_(weights.read(block.name, block.source_region))
 
 
 def _global_names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

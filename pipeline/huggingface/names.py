@@ -41,11 +41,14 @@ EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "mo
 
 @dataclass(frozen=True)
 class Block:
-    """A block that a parameter and a tensor share: parameter[here] == tensor `name`[there]."""
+    """A block that a parameter of ours and a tensor of a transformers folder share.
+
+    parameter[target_region] == tensor `name`[source_region].
+    """
 
     name: str
-    there: Region
-    here: Region
+    source_region: Region
+    target_region: Region
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ class Shard:
             return self._vocabulary(EMBEDDING if is_embedding else HEAD, shape[0])
         if parameter == "decoder.final_layernorm.weight":
             return [Block(FINAL_NORM, (slice(None),), (slice(None),))]
-        layer, name = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter).groups()
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)
+        assert match, parameter
+        layer, name = match.groups()
         prefix = f"model.layers.{layer}."
         if name in _WHOLE:
             return [Block(prefix + _WHOLE[name], (slice(None),), (slice(None),))]
@@ -101,26 +106,27 @@ class Shard:
         heads = (
             self.model.num_attention_heads // self.model.num_query_groups * self.model.kv_channels
         )
-        here = 0
+        target_row = 0
         for group in range(self.rank * groups, (self.rank + 1) * groups):
             for target, rows in (
                 ("q", heads),
                 ("k", self.model.kv_channels),
                 ("v", self.model.kv_channels),
             ):
-                there = slice(group * rows, (group + 1) * rows)
                 yield Block(
-                    f"{prefix}{LINEAR[target]}.{kind}", (there,), (slice(here, here + rows),)
+                    f"{prefix}{LINEAR[target]}.{kind}",
+                    (slice(group * rows, (group + 1) * rows),),
+                    (slice(target_row, target_row + rows),),
                 )
-                here += rows
+                target_row += rows
 
     def _gate_up(self, prefix: str, kind: str) -> Iterator[Block]:
         rows = self.model.ffn_hidden_size // self.size
-        there = slice(self.rank * rows, (self.rank + 1) * rows)
+        source_rows = slice(self.rank * rows, (self.rank + 1) * rows)
         for number, target in enumerate(("gate", "up")):
             yield Block(
                 f"{prefix}{LINEAR[target]}.{kind}",
-                (there,),
+                (source_rows,),
                 (slice(number * rows, (number + 1) * rows),),
             )
 

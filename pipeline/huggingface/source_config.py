@@ -162,7 +162,7 @@ def config_of(
         raise UserError(
             "transformers has no architecture with both model.qkv_bias and model.qk_norm"
         )
-    config = {
+    config: dict[str, Any] = {
         "architectures": architectures[:1],
         "model_type": architectures[0].removesuffix("ForCausalLM").lower(),
         "hidden_act": "silu",

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from retemper.pipeline.checkpoint import commit
-from retemper.pipeline.checkpoint.base import base_of_checkpoint
+from retemper.pipeline.checkpoint.base import Base, base_of_checkpoint
 from retemper.pipeline.checkpoint.sharded import METADATA, verified_meta
-from retemper.pipeline.distributed.collectives import on_rank_zero
+from retemper.pipeline.distributed.collectives import run_on_rank0
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model.adapter import is_adapter
 from retemper.pipeline.model.build import build_layers
@@ -52,10 +52,11 @@ class StreamedModel:
         self.device = topology.device
         parallel = ParallelConfig(data_parallel_size=topology.data_parallel_size)
         self.setup = ModelSetup.of(self.meta["config"], parallel, precision="fp32")
-        self.base = None  # of the adapters
+        self.base: Base | None = None  # of the adapters
         if self.setup.method.name == "lora":
             self.base = base_of_checkpoint(folder, self.meta)
-            on_rank_zero(self.base.read_meta)  # which checks its files
+            assert self.base is not None, "method.name=lora requires init_from"
+            run_on_rank0(self.base.read_meta)  # which checks its files
         with torch.device("meta"):
             [model] = build_layers(self.setup, topology)
         self.model = model.eval()

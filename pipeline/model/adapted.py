@@ -34,12 +34,15 @@ class TorchProducts:
     A layer with other kernels overrides them (lora_te.py).
     """
 
+    weight: torch.Tensor  # of the layer class
+
     def add_output(self, output_TO: torch.Tensor, x_TI: torch.Tensor) -> object:
         """Add the frozen weight's output for x.
 
         Returns the context that add_input_gradient receives; None here.
         """
         output_TO.addmm_(x_TI, self.weight.t())
+        return None
 
     def add_input_gradient(
         self, gradient_TI: torch.Tensor, gradient_TO: torch.Tensor, _context

@@ -18,11 +18,12 @@ def is_adapter(name: str) -> bool:
     return name.rpartition(".")[2].startswith("lora_")
 
 
-def scale_of(lora: LoraConfig) -> float:
+def lora_scaling(lora: LoraConfig) -> float:
     """Return the factor of the update B·A.
 
     It is alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732).
     """
+    assert lora.alpha is not None, "with rslora alpha is required, else it has a default"
     return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
@@ -73,7 +74,7 @@ class Adapter(torch.nn.Module):
         """
         return joined_factors(self._parameters)
 
-    def begin(self, A_RI: torch.Tensor, B_OR: torch.Tensor) -> None:
+    def init_factors(self, A_RI: torch.Tensor, B_OR: torch.Tensor) -> None:
         """Initialise the factors, and PiSSA's frozen initial factors, with these values."""
         for parameter, value in zip(
             (self.lora_A, self.lora_A_initial, self.lora_B, self.lora_B_initial),
@@ -160,7 +161,7 @@ class Dropout(torch.nn.Module):
             return torch.nn.functional.dropout(x_SBI, self.probability)
 
 
-def gains_of(adapter: Adapter, norms_O: torch.Tensor) -> torch.Tensor:
+def dora_gain(adapter: Adapter, norms_O: torch.Tensor) -> torch.Tensor:
     """Return DoRA's gain of each row of the updated weight, (O,).
 
     It is the trainable magnitude divided by the row's norm.
@@ -168,7 +169,9 @@ def gains_of(adapter: Adapter, norms_O: torch.Tensor) -> torch.Tensor:
     return (adapter.lora_magnitude / norms_O).to(adapter.lora_B.dtype)
 
 
-def turned(gain_O: torch.Tensor, plain_SBO: torch.Tensor, delta_SBO: torch.Tensor) -> torch.Tensor:
+def dora_delta(
+    gain_O: torch.Tensor, plain_SBO: torch.Tensor, delta_SBO: torch.Tensor
+) -> torch.Tensor:
     """Return the output that DoRA adds to the base layer's output.
 
     With it each row of the updated weight is multiplied by its gain.
@@ -181,7 +184,7 @@ def turned(gain_O: torch.Tensor, plain_SBO: torch.Tensor, delta_SBO: torch.Tenso
     return (gain_O - 1) * plain_SBO + gain_O * delta_SBO
 
 
-def mark(adapter: Adapter, axes: dict[str, int]) -> None:
+def mark_tensor_parallel(adapter: Adapter, axes: dict[str, int]) -> None:
     """Mark the parameters that tensor parallelism shards.
 
     megatron-core then sums their squares over ranks in the gradient norm.

@@ -63,8 +63,8 @@ class SdpaAttention(torch.nn.Module):
     def _attend_in_context(self, query_SBHD, key_SBGD, value_SBGD):
         """Attend from this rank's two chunks of queries to the keys before them.
 
-        The keys and values of the whole sequence are gathered. Batch.of_context_rank defines which
-        chunks of the sequence a rank has.
+        The keys and values of the whole sequence are gathered. Batch.shard_for_context_parallel
+        defines which chunks of the sequence a rank has.
         """
         rank = self.context_group.rank()
         size = self.context_group.size()

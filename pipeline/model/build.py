@@ -5,6 +5,7 @@ Only this module chooses between layer implementations.
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -24,15 +25,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.utils import unwrap_model
 
-from retemper.pipeline.distributed.collectives import sum_over_stages
+from retemper.pipeline.distributed.collectives import all_reduce_over_stages
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model import lora
 from retemper.pipeline.model.adapted import hand_out_gradients
 from retemper.pipeline.model.attention import SdpaAttention
-from retemper.pipeline.model.fp8 import forget_scales, hold_in_fp8_alone, plain_weights
-from retemper.pipeline.model.kernels import kernels_here, start_tensor_parallel_overlap
+from retemper.pipeline.model.fp8 import dequantized_weights, drop_bf16_copies, reset_fp8_state
+from retemper.pipeline.model.kernels import detect_kernels, start_tensor_parallel_overlap
 from retemper.pipeline.model.weights import init_weights
-from retemper.pipeline.schema.model import ModelSetup, RopeScaling
+from retemper.pipeline.schema.model import LoraConfig, ModelSetup, RopeScaling
+from retemper.pipeline.schema.run import Config
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -46,7 +48,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def build_model(config: ModelSetup, topology: Topology) -> torch.nn.ModuleList:
+def build_model(config: Config, topology: Topology) -> torch.nn.ModuleList:
     """Return this rank's part of the model, initialised and on its device.
 
     Only the method's parameters are trainable. The list has one DistributedDataParallel for each of
@@ -58,7 +60,7 @@ def build_model(config: ModelSetup, topology: Topology) -> torch.nn.ModuleList:
     if config.parallel.tensor_parallel_overlap:
         start_tensor_parallel_overlap(config)
     if config.fp8_recipe == "delayed":
-        forget_scales()
+        reset_fp8_state()
     stages = torch.nn.ModuleList(
         [
             _trainable(stage, config, topology)
@@ -75,15 +77,15 @@ def build_model(config: ModelSetup, topology: Topology) -> torch.nn.ModuleList:
 
 
 def _trainable(model: GPTModel, config: ModelSetup, topology: Topology) -> DistributedDataParallel:
-    with plain_weights(model, trained=config.method.name == "full"):
+    with dequantized_weights(model, trained=config.method.name == "full"):
         init_weights(model, config.model, config.seed)
     if config.method.name == "lora":
         lora.freeze_base(model)
         if config.fp8_weights:
-            hold_in_fp8_alone(model, keep_transposed=config.fp8.keep_transposed)
+            drop_bf16_copies(model, keep_transposed=config.fp8.keep_transposed)
         if model.pre_process and config.parallel.recompute != "none":
-            lora.open_to_gradients(model.embedding)
-    lora.check_what_trains(
+            lora.enable_input_require_grads(model.embedding)
+    lora.check_trainable_parameters(
         {name: parameter.requires_grad for name, parameter in model.named_parameters()},
         config.method.lora,
     )
@@ -194,7 +196,7 @@ def _scale_rope(inv_freq: torch.Tensor, scaling: RopeScaling | None) -> torch.Te
 
 # Fused attention kernels store no activations in any case; of the remaining ones, those of the
 # feed-forward layers are the larger half.
-_RECOMPUTE_OPTIONS = {
+_RECOMPUTE_OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_modules": ["mlp"]},
     "full": {"recompute_method": "uniform", "recompute_num_layers": 1},
@@ -208,7 +210,7 @@ def transformer_config(config: ModelSetup, *, local: bool = True) -> Transformer
     """
     model = config.model
     parallel = config.parallel
-    kernels = kernels_here()
+    kernels = detect_kernels()
     bf16 = config.precision != "fp32"
     virtual = parallel.virtual_pipeline_parallel_size
     return TransformerConfig(
@@ -274,7 +276,7 @@ def _finalize_gradients(stages: list[torch.nn.Module], *args, **kwargs) -> None:
     finalize_model_grads(stages, *args, **kwargs)
 
 
-def _fp8(config: ModelSetup) -> dict[str, object]:
+def _fp8(config: ModelSetup) -> dict[str, Any]:
     """Return megatron-core's options for an FP8 precision."""
     if config.fp8_recipe is None:
         return {}
@@ -308,13 +310,14 @@ def parameter_counts(model: torch.nn.ModuleList, tensor_parallel_size: int) -> t
             continue  # the last stage's copy of the first stage's embedding
         parts = tensor_parallel_size if getattr(parameter, "tensor_model_parallel", False) else 1
         counts[parameter.requires_grad] += parameter.numel() * parts
-    return tuple(sum_over_stages([counts[True], counts[False]]))
+    trainable, frozen = all_reduce_over_stages([counts[True], counts[False]])
+    return trainable, frozen
 
 
 def _block_spec(config: ModelSetup, local: bool) -> TransformerBlockSubmodules:
     layer = _local_layer(config) if local else _te_layer(config)
-    if config.method.lora:
-        _use_adapters(layer, config, local)
+    if settings := config.method.lora:
+        _use_adapters(layer, settings, fused=config.fused_adapters, local=local)
     parallel = config.parallel
     layers = config.model.num_layers // (
         parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size
@@ -342,14 +345,14 @@ def _local_layer(config: ModelSetup) -> TransformerLayerSubmodules:
     return layer
 
 
-def _use_adapters(layer: TransformerLayerSubmodules, config: ModelSetup, local: bool) -> None:
+def _use_adapters(
+    layer: TransformerLayerSubmodules, settings: LoraConfig, *, fused: bool, local: bool
+) -> None:
     """Replace the targeted linear layers of a layer spec by layers with adapters."""
     attention = layer.self_attention.submodules
     mlp = layer.mlp.keywords["submodules"]
-    settings = config.method.lora
-    fused = config.fused_adapters
     if local:
-        qkv, gate_up, row = lora.LoraQkvLinear, lora.LoraGateUpLinear, lora.LoraRowLinear
+        qkv, gate_up, row = lora.layers()
     else:
         from retemper.pipeline.model import lora_te
 

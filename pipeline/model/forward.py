@@ -34,10 +34,10 @@ def run_schedule(
     """
     if model.training:
         join_factors(list(model))
-    return through_stages(model, batches, forward_step, forward_only=forward_only)
+    return run_pipeline(model, batches, forward_step, forward_only=forward_only)
 
 
-def through_stages(
+def run_pipeline(
     model: torch.nn.ModuleList, batches: list[Batch], forward_step: Callable, *, forward_only: bool
 ) -> list:
     """Run megatron-core's schedule over micro-batches.
@@ -90,6 +90,7 @@ def forward_step(batches: Iterator[Batch], model):
 
 
 def _loss(losses_BT: torch.Tensor, batch: Batch):
+    assert batch.loss_mask_BT is not None, "the stage that computes a loss has a mask"
     loss = (losses_BT.float() * batch.loss_mask_BT).sum()
     tokens = batch.loss_mask_BT.sum().int()
     # The schedule divides the loss and the number of tokens in place, so copies are reported.

@@ -8,7 +8,7 @@ from megatron.core.fp8_utils import is_float8tensor
 
 
 @contextlib.contextmanager
-def plain_weights(model: torch.nn.Module, *, trained: bool) -> Iterator[None]:
+def dequantized_weights(model: torch.nn.Module, *, trained: bool) -> Iterator[None]:
     """Replace FP8 weights by plain ones with undefined values; quantize them when the context ends.
 
     Args:
@@ -37,7 +37,7 @@ def plain_weights(model: torch.nn.Module, *, trained: bool) -> Iterator[None]:
         layer._parameters["weight"] = weight
 
 
-def hold_in_fp8_alone(model: torch.nn.Module, *, keep_transposed: bool) -> None:
+def drop_bf16_copies(model: torch.nn.Module, *, keep_transposed: bool) -> None:
     """Keep only the FP8 values of frozen weights, one byte per element.
 
     This drops the bf16 copy, and the transposed copy between backward passes. On Hopper, whose FP8
@@ -53,7 +53,7 @@ def hold_in_fp8_alone(model: torch.nn.Module, *, keep_transposed: bool) -> None:
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
         # Only tensors with one scale have this attribute.
-        if is_float8tensor(weight) and hasattr(weight, "_transpose"):
+        if weight is not None and is_float8tensor(weight) and hasattr(weight, "_transpose"):
             weight._quantizer.set_usage(columnwise=False)
             weight.update_usage(columnwise_usage=False)
             if not keep_transposed:
@@ -70,7 +70,7 @@ def _drop_high_precision_init(weight: torch.nn.Parameter) -> None:
         weight.__dict__.pop(name, None)
 
 
-def forget_scales() -> None:
+def reset_fp8_state() -> None:
     """Reset Transformer Engine's FP8 state, the amax history of a previous model's layers.
 
     Otherwise Transformer Engine would continue to reduce that history between ranks.

@@ -17,7 +17,7 @@ from retemper.pipeline.config.rules import graph_conflicts
 from retemper.pipeline.data.batch import Batch
 from retemper.pipeline.distributed.seeds import random_state_kept
 from retemper.pipeline.model.adapted import forget_gradients, join_factors
-from retemper.pipeline.model.forward import forward_step, run_schedule, through_stages
+from retemper.pipeline.model.forward import forward_step, run_pipeline, run_schedule
 from retemper.pipeline.schema.run import Config
 
 # Plain passes before the capture, in which libraries choose kernels, compile, and allocate memory
@@ -77,8 +77,9 @@ class Passes:
             if isinstance(value, torch.Tensor)
         }
         self._batch = replace(batch, **tensors)
-        self._loss = torch.zeros((), device=batch.tokens_BT.device)
-        self._tokens = torch.zeros((), dtype=torch.int, device=batch.tokens_BT.device)
+        device = tensors["tokens_BT"].device
+        self._loss = torch.zeros((), device=device)
+        self._tokens = torch.zeros((), dtype=torch.int, device=device)
         with random_state_kept():
             for _ in range(_WARM_UP_PASSES):
                 self._pass()
@@ -100,7 +101,7 @@ class Passes:
 
     def _pass(self) -> None:
         with _without_gradient_reduction(self.model[0]):
-            [output] = through_stages(self.model, [self._batch], forward_step, forward_only=False)
+            [output] = run_pipeline(self.model, [self._batch], forward_step, forward_only=False)
         self._loss += output["loss"]
         self._tokens += output["tokens"]
 

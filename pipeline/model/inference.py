@@ -20,7 +20,7 @@ from megatron.core.utils import unwrap_model
 
 from retemper.pipeline.data.batch import Batch
 from retemper.pipeline.distributed.topology import Topology
-from retemper.pipeline.model.forward import through_stages
+from retemper.pipeline.model.forward import run_pipeline
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def log_likelihoods(model: torch.nn.ModuleList, batches: list[Batch]) -> list[to
     Collective: every rank of a model replica must call this.
     """
     with _for_inference(model):
-        return through_stages(model, batches, _scoring_step, forward_only=True)
+        return run_pipeline(model, batches, _scoring_step, forward_only=True)
 
 
 def _scoring_step(batches: Iterator[Batch], model):
@@ -54,6 +54,7 @@ def _scoring_step(batches: Iterator[Batch], model):
 def _score(
     *, hidden_states, output_layer, output_weight, batch: Batch, group, **_rest
 ) -> torch.Tensor:
+    assert batch.loss_mask_BT is not None and batch.labels_BT is not None
     counts_BT = batch.loss_mask_BT > 0
     # Compute logits only where the loss mask is set: for a question with few-shot examples that is
     # one token in a hundred.
@@ -247,9 +248,7 @@ _SEQUENCE_PARALLEL_FLAGS = (
     "sequence_parallel",
     "scatter_to_sequence_parallel",
     "reduce_scatter_embeddings",
-)
-# Transformer Engine's attributes, for sequence parallelism that overlaps with matrix products.
-_SEQUENCE_PARALLEL_FLAGS += (
+    # Transformer Engine's, for sequence parallelism that overlaps with matrix products.
     "ub_overlap_ag_fprop",
     "ub_overlap_rs_fprop",
 )

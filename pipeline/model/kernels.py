@@ -62,7 +62,7 @@ class Kernels:
         )
 
 
-def kernels_here() -> Kernels:
+def detect_kernels() -> Kernels:
     """Return the accelerated kernels available on this rank."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
@@ -78,7 +78,7 @@ def check_precision(setup: ModelSetup) -> None:
     """
     if setup.fp8_recipe is None and not setup.parallel.tensor_parallel_overlap:
         return
-    kernels = kernels_here()
+    kernels = detect_kernels()
     setting = (
         f"precision={setup.precision}"
         if setup.fp8_recipe
@@ -110,7 +110,7 @@ def check_graph(config: Config) -> None:
     Raises:
         UserError: If train.cuda_graph=on and there is no GPU.
     """
-    if config.train.cuda_graph == "on" and not kernels_here().gpu:
+    if config.train.cuda_graph == "on" and not detect_kernels().gpu:
         raise UserError(
             "train.cuda_graph=on needs an NVIDIA GPU, and torch finds none here; "
             "train.cuda_graph=auto runs everywhere"

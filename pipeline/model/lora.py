@@ -17,19 +17,20 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from retemper.pipeline.model.adapted import TorchProducts, adapted_column, adapted_row
+from retemper.pipeline.model.adapted import Factors, TorchProducts, adapted_column, adapted_row
 from retemper.pipeline.model.adapter import (
     Adapter,
     Dropout,
-    gains_of,
+    dora_delta,
+    dora_gain,
     is_adapter,
-    mark,
+    lora_scaling,
+    mark_tensor_parallel,
     principal_factors,
     row_norms,
-    scale_of,
-    turned,
 )
 from retemper.pipeline.schema.model import LoraConfig
 
@@ -43,7 +44,7 @@ def freeze_base(model: torch.nn.Module) -> None:
         parameter.requires_grad_(is_adapter(name) and not name.endswith("_initial"))
 
 
-def open_to_gradients(embedding: torch.nn.Module) -> None:
+def enable_input_require_grads(embedding: torch.nn.Module) -> None:
     """Let the embedding's output require gradients.
 
     Recomputed layers take part in the backward pass only if their input requires a gradient, which
@@ -52,7 +53,7 @@ def open_to_gradients(embedding: torch.nn.Module) -> None:
     embedding.register_forward_hook(lambda _embedding, _inputs, output: output.requires_grad_())
 
 
-def check_what_trains(trainable: dict[str, bool], lora: LoraConfig | None) -> None:
+def check_trainable_parameters(trainable: dict[str, bool], lora: LoraConfig | None) -> None:
     """Check that exactly the method's parameters are trainable.
 
     LoRA never becomes full training, nor the reverse.
@@ -79,7 +80,7 @@ def check_what_trains(trainable: dict[str, bool], lora: LoraConfig | None) -> No
 
 
 @torch.no_grad()
-def begin_at_base(model: torch.nn.Module) -> None:
+def init_from_base(model: torch.nn.Module) -> None:
     """Initialise the adapter parameters that depend on the base weights, once those are loaded.
 
     These are PiSSA's factors and DoRA's magnitudes.
@@ -88,7 +89,7 @@ def begin_at_base(model: torch.nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, ColumnAdapters | RowAdapter):
-            layer.begin_at_base()
+            layer.init_from_base()
 
 
 class ColumnAdapters:
@@ -96,6 +97,11 @@ class ColumnAdapters:
 
     A is replicated on every rank; B is sharded by output features, as the base weight is.
     """
+
+    # Of megatron-core's or Transformer Engine's layer.
+    config: TransformerConfig
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
     def add_adapters(
         self, lora: LoraConfig, targets: list[str], in_features: int, group, *, fused: bool
@@ -110,10 +116,10 @@ class ColumnAdapters:
             fused: Whether layer and adapters are one autograd function in training (adapted.py).
         """
         self.lora = lora
-        self.scale = scale_of(lora)
+        self.scale = lora_scaling(lora)
         self.adapter_group = group
         self.fused = fused
-        self.factors = None
+        self.factors: Factors | None = None
         self.dropout = Dropout(lora.dropout, sharded_input=self.config.sequence_parallel)
         sizes = self.output_sizes()
         self.adapters = torch.nn.ModuleDict(
@@ -123,7 +129,7 @@ class ColumnAdapters:
             # Each rank has a part of the sequence, so megatron sums these gradients over the
             # tensor-parallel group.
             adapter.lora_A.sequence_parallel = self.config.sequence_parallel
-            mark(adapter, adapter.sharded_axes(of_B=0, of_magnitude=0))
+            mark_tensor_parallel(adapter, adapter.sharded_axes(of_B=0, of_magnitude=0))
 
     def output_sizes(self) -> dict[str, int]:
         """Return the output features on this rank of each part, adapted or not."""
@@ -174,7 +180,7 @@ class ColumnAdapters:
             plain_SBO = (
                 output_SBO if self.bias is None or not self.bias.numel() else output_SBO - self.bias
             )
-            delta_SBO = turned(self._gains(), plain_SBO, delta_SBO)
+            delta_SBO = dora_delta(self._gains(), plain_SBO, delta_SBO)
         return output_SBO + delta_SBO
 
     def _joined(
@@ -196,7 +202,7 @@ class ColumnAdapters:
 
     def _gains(self) -> torch.Tensor:
         gains = {
-            name: gains_of(adapter, self._row_norms(name))
+            name: dora_gain(adapter, self._row_norms(name))
             for name, adapter in self.adapters.items()
         }
         like = next(iter(gains.values()))
@@ -207,13 +213,13 @@ class ColumnAdapters:
             }
         )
 
-    def begin_at_base(self) -> None:
+    def init_from_base(self) -> None:
         """Initialise PiSSA's factors and DoRA's magnitudes from the base weight."""
         for name, adapter in self.adapters.items():
             if self.lora.pissa:
                 weight_OI = _gather(self.split(self.weight)[name], 0, self.adapter_group)
                 A_RI, B_OR = principal_factors(weight_OI, self.lora.rank, self.scale)
-                adapter.begin(
+                adapter.init_factors(
                     A_RI, B_OR.chunk(self.adapter_group.size())[self.adapter_group.rank()]
                 )
             if self.lora.dora:
@@ -238,6 +244,8 @@ class QkvOutputs:
 
     megatron interleaves them by query group: (group, [heads of q, k, v], head size).
     """
+
+    config: TransformerConfig  # of the layer
 
     def output_sizes(self) -> dict[str, int]:
         tensor_parallel_size = self.config.tensor_model_parallel_size
@@ -266,10 +274,11 @@ class QkvOutputs:
 class GateUpOutputs:
     """The parts gate and up of a fused layer: each rank has its part of gate, then of up."""
 
+    config: TransformerConfig  # of the layer
+
     def output_sizes(self) -> dict[str, int]:
-        return dict.fromkeys(
-            ("gate", "up"), self.config.ffn_hidden_size // self.config.tensor_model_parallel_size
-        )
+        size = self.config.ffn_hidden_size // self.config.tensor_model_parallel_size
+        return {"gate": size, "up": size}
 
     def fuse(self, parts):
         return torch.cat(list(parts.values()))
@@ -283,6 +292,10 @@ class RowAdapter:
 
     A is sharded by input features, as the base weight is; B is replicated on every rank.
     """
+
+    # Of megatron-core's or Transformer Engine's layer.
+    config: TransformerConfig
+    weight: torch.Tensor
 
     def add_adapter(
         self,
@@ -305,13 +318,13 @@ class RowAdapter:
             fused: Whether layer and adapter are one autograd function in training (adapted.py).
         """
         self.lora = lora
-        self.scale = scale_of(lora)
+        self.scale = lora_scaling(lora)
         self.adapter_group = group
         self.fused = fused
-        self.factors = None
+        self.factors: Factors | None = None
         self.dropout = Dropout(lora.dropout, sharded_input=True)
         adapter = Adapter(in_features, out_features, lora, self.config)
-        mark(adapter, adapter.sharded_axes(of_A=1))
+        mark_tensor_parallel(adapter, adapter.sharded_axes(of_A=1))
         for parameter in (adapter.lora_B, *([adapter.lora_magnitude] if lora.dora else [])):
             parameter.sequence_parallel = self.config.sequence_parallel
         self.adapters = torch.nn.ModuleDict({target: adapter})
@@ -335,17 +348,19 @@ class RowAdapter:
             reduce(hidden_SBR, group=self.adapter_group) * self.scale, B_OR
         )
         if self.lora.dora:
-            delta_SBO = turned(gains_of(adapter, self._row_norms(adapter)), output_SBO, delta_SBO)
+            delta_SBO = dora_delta(
+                dora_gain(adapter, self._row_norms(adapter)), output_SBO, delta_SBO
+            )
         return output_SBO + delta_SBO
 
-    def begin_at_base(self) -> None:
+    def init_from_base(self) -> None:
         """Initialise PiSSA's factors and DoRA's magnitudes from the base weights."""
         (adapter,) = self.adapters.values()
         if self.lora.pissa:
             A_RI, B_OR = principal_factors(
                 _gather(self.weight, 1, self.adapter_group), self.lora.rank, self.scale
             )
-            adapter.begin(
+            adapter.init_factors(
                 A_RI.chunk(self.adapter_group.size(), dim=1)[self.adapter_group.rank()], B_OR
             )
         if self.lora.dora:
@@ -392,14 +407,20 @@ class LoraRowLinear(RowAdapter, TorchProducts, RowParallelLinear):
 
     def __init__(self, *args, lora: LoraConfig, targets: list[str], fused: bool, **kwargs):
         super().__init__(*args, **kwargs)
+        (target,) = targets
         sizes = self.input_size_per_partition, self.output_size
-        self.add_adapter(lora, *targets, *sizes, self.tp_group, fused=fused)
+        self.add_adapter(lora, target, *sizes, self.tp_group, fused=fused)
 
     def forward(self, input_):
         if self.fused and self.training:
             return adapted_row(self, input_), None
         output_SBO, bias = super().forward(input_)
         return self.with_adapter(output_SBO, input_), bias
+
+
+def layers() -> tuple[type, type, type]:
+    """Return the adapted layer classes for q-k-v, gate-up and row-parallel layers."""
+    return LoraQkvLinear, LoraGateUpLinear, LoraRowLinear
 
 
 def _named_axes(adapters: torch.nn.ModuleDict, **axes: int) -> dict[str, int]:

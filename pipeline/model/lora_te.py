@@ -165,9 +165,9 @@ class TELoraRowLinear(RowAdapter, TEProducts, TERowParallelLinear):
 
     def __init__(self, *args, lora: LoraConfig, targets: list[str], fused: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.add_adapter(
-            lora, *targets, self.in_features, self.out_features, self._tp_group, fused=fused
-        )
+        (target,) = targets
+        sizes = self.in_features, self.out_features
+        self.add_adapter(lora, target, *sizes, self._tp_group, fused=fused)
 
     def forward(self, x_SBI):
         if self.fused and self.training:

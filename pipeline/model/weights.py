@@ -6,7 +6,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors
 
-from retemper.pipeline.distributed.seeds import derive_seed
+from retemper.pipeline.config.derive_seed import derive_seed
 from retemper.pipeline.schema.model import ModelConfig
 
 

@@ -1,12 +1,14 @@
 """The figures of a report, drawn by matplotlib."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from retemper.pipeline.report.results import RunResult
 
@@ -33,7 +35,7 @@ def _styles(runs: list[RunResult]) -> dict[str, dict]:
     return styles
 
 
-def learning_forgetting(runs: list[RunResult]):
+def learning_forgetting(runs: list[RunResult]) -> Figure:
     """Draw held-out loss on new and old domains over tokens, and learned against forgotten.
 
     Each point is a milestone.
@@ -63,7 +65,7 @@ def learning_forgetting(runs: list[RunResult]):
     return _finish(figure, axes)
 
 
-def training_loss(runs: list[RunResult]):
+def training_loss(runs: list[RunResult]) -> Figure:
     """Draw the training loss and throughput of every run."""
     style = _styles(runs)
     figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
@@ -90,7 +92,7 @@ FIGURES: dict[str, Callable] = {
 }
 
 
-def _finish(figure, axes):
+def _finish(figure: Figure, axes: Iterable[Axes]) -> Figure:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

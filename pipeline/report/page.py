@@ -11,7 +11,13 @@ from retemper.pipeline.data.streams import stream_paths
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals import show_scores
 from retemper.pipeline.files.atomic import replace_file
-from retemper.pipeline.report.results import RunResult, comparison, read_study, table
+from retemper.pipeline.report.results import (
+    RunResult,
+    comparison,
+    format_table,
+    read_study,
+    table,
+)
 from retemper.pipeline.runs import eval_folder
 
 # A backslash continues a line.
@@ -35,18 +41,23 @@ _CAPTIONS = {
 }
 
 
-def write_report(study: Path) -> Path:
+def report(study: Path) -> str:
     """Write study/report.html and study/figures/*.png for the runs of a study.
 
     Returns:
-        The path of the page.
+        The table of its runs, their comparison and the path of the page, for the terminal.
 
     Raises:
-        UserError: the study has no run.
+        UserError: The study has no run.
     """
+    runs = read_study(study)
+    sentences = "\n".join(comparison(runs))
+    return f"{format_table(table(runs))}\n\n{sentences}\n\nreport: {_write(study, runs)}"
+
+
+def _write(study: Path, runs: list[RunResult]) -> Path:
     from retemper.pipeline.report.figures import FIGURES
 
-    runs = read_study(study)
     folder = study / "figures"
     folder.mkdir(exist_ok=True)
     drawings = {}
@@ -106,7 +117,9 @@ def _near_duplicates(path: str) -> list[str]:
         manifest = find_manifest(path)
     except UserError:
         return []
-    line = describe_near_duplicates(manifest) if manifest else ""
+    if manifest is None:
+        return []
+    line = describe_near_duplicates(manifest)
     return [f"{manifest['name']}: {line}"] if line else []
 
 
@@ -128,7 +141,7 @@ def _tasks(runs: list[RunResult]) -> str:
 
 
 def _table(rows: list[list[str]]) -> str:
-    def line(cells, tag):
+    def line(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     body = "".join(line(row, "td") for row in rows[1:])

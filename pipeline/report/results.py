@@ -64,7 +64,10 @@ class RunResult:
     @property
     def family(self) -> Path:
         """A key that a trunk and all of its branches share."""
-        return self.start.run_dir if self.start else Path(os.path.abspath(self.config.branch_of))
+        if self.start:
+            return self.start.run_dir
+        assert self.config.branch_of, "only a branch can lack its start"
+        return Path(os.path.abspath(self.config.branch_of))
 
     def kind(self, tokens: int) -> str:
         """Return the kind of the point after `tokens`: START, TRUNK, COOLING, COOLED or WARMING."""
@@ -216,8 +219,8 @@ def _verdict(lora: _Point, full: _Point) -> str:
     # Means over different domains would not be comparable.
     old = [domain for domain in lora.run.old_domains if domain in full.run.old_domains]
     learned = lora.run.learned_domains
-    gains = tuple(point.gained(learned) for point in (lora, full))
-    losses = tuple(0.0 - point.gained(old) for point in (lora, full))
+    gains = lora.gained(learned), full.gained(learned)
+    losses = 0.0 - lora.gained(old), 0.0 - full.gained(old)
     scored = lora.scored, full.scored
     learned_verdict, learned_clause = verdicts.learned(*scored, learned, gains)
     forgot_verdict, forgot_clause = verdicts.forgot(*scored, old, losses)
@@ -241,7 +244,7 @@ def _missing_start(run: RunResult) -> list[str]:
     if missing := [domain for domain, curve in run.curves.items() if 0 not in curve]:
         unknown = [domain for domain in missing if domain not in run.config.evals.heldout]
         overrides = [f"evals.heldout.{domain}=FOLDER" for domain in unknown]
-        command = " ".join(["retemper eval", str(run.config.run_dir), *overrides])
+        command = " ".join(["retemper eval run", str(run.config.run_dir), *overrides])
         listed = ", ".join(missing)
         return [f"{begins}its start was not scored on {listed}: `{command}` does it."]
     return []

@@ -81,7 +81,7 @@ def kept(first: Scored, second: Scored) -> str | None:
     if None in scores:
         return None
     try:
-        parts = [task_difference(second, first, task) for task in eval_folder.FORGOTTEN]
+        parts = [task_difference(second, first, task) for task in eval_folder.FORGETTING_TASKS]
         difference = mean([student(part) for part in parts])
     except UserError as error:
         result = f"{_UNKNOWN} ({error})"

@@ -17,7 +17,7 @@ from retemper.pipeline.schema.run import Config
 
 # The mean over these tasks is the forgetting score of "LoRA Learns Less and Forgets Less"
 # (arXiv 2405.09673).
-FORGOTTEN = ("hellaswag", "arc_challenge", "winogrande")
+FORGETTING_TASKS = ("hellaswag", "arc_challenge", "winogrande")
 _MIRRORED = "mirrored.txt"  # in a step's folder: names of its figures that W&B has, one per line
 
 
@@ -68,10 +68,11 @@ def start_of(config: Config) -> Config | None:
     visited = set()
     while start.branch_of:
         visited.add(start.run_dir)
-        folder = _trunk_folder(start)
+        folder = _trunk_folder(start.branch_of, start.run_dir.parent)
         if folder is None or folder in visited:
             return None
         trunk = read_config(folder)
+        assert trunk is not None, "_trunk_folder returns folders with a config"
         location = {"runs_dir": str(folder.parent.parent), "study": folder.parent.name}
         location["name"] = folder.name
         origin = {key: trunk.get(key) for key in ("init_from", "branch_of", "seed")}
@@ -81,13 +82,13 @@ def start_of(config: Config) -> Config | None:
     return start
 
 
-def _trunk_folder(branch: Config) -> Path | None:
+def _trunk_folder(branch_of: str, study: Path) -> Path | None:
     """Return the folder that branch_of names, or where a study was moved the branch's sibling.
 
     The result is None where neither is the folder of a run.
     """
-    named = Path(os.path.abspath(branch.branch_of))
-    sibling = Path(os.path.abspath(branch.run_dir.parent / named.name))
+    named = Path(os.path.abspath(branch_of))
+    sibling = Path(os.path.abspath(study / named.name))
     same = sibling.exists() and _is_same(named, sibling)
     folders = [sibling, named] if same else [named, sibling]
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
@@ -112,7 +113,7 @@ def heldout_of(config: Config) -> dict[int, dict]:
     Step 0 of a branch is included.
     """
     scores = read_scores(config.run_dir)
-    start_scores = {}
+    start_scores: dict[str, dict] = {}
     for home in reversed(homes(config, 0)):
         start_scores |= read_scores(home).get(0, {})
     return (
@@ -124,7 +125,7 @@ def heldout_of(config: Config) -> dict[int, dict]:
 
 def tasks_of(config: Config, step: int) -> dict[str, dict]:
     """Return {task: scores} of one step, also for step 0 of a branch, without failed tasks."""
-    scores = {}
+    scores: dict[str, dict] = {}
     for home in reversed(homes(config, step)):
         scores |= read_tasks(home, step)
     return scores
@@ -229,10 +230,10 @@ def generations_path(run_dir: Path, step: int, task: str) -> Path:
 
 
 def forgetting(tasks: dict[str, dict]) -> float | None:
-    """Return the mean score of the tasks in FORGOTTEN, or None where one of them is missing."""
+    """Return the mean score of the FORGETTING_TASKS, or None where one of them is missing."""
     return (
-        sum(tasks[name]["score"] for name in FORGOTTEN) / len(FORGOTTEN)
-        if tasks.keys() >= set(FORGOTTEN)
+        sum(tasks[name]["score"] for name in FORGETTING_TASKS) / len(FORGETTING_TASKS)
+        if tasks.keys() >= set(FORGETTING_TASKS)
         else None
     )
 
@@ -242,7 +243,7 @@ def scored_steps(run_dir: Path) -> list[int]:
     return sorted(int(path.name) for path in (run_dir / "evals").glob("[0-9]*"))
 
 
-def unmirrored(run_dir: Path) -> dict[int, dict[str, float]]:
+def scores_missing_in_wandb(run_dir: Path) -> dict[int, dict[str, float]]:
     """Return {step: {name in W&B: value}} of the figures that W&B does not have yet."""
     missing = {}
     for step in scored_steps(run_dir):

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from retemper.pipeline.config.differences import changed_keys
+from retemper.pipeline.config.stored import read_config
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.atomic import replace_file
 from retemper.pipeline.files.jsonl import read_lines
@@ -18,7 +19,8 @@ from retemper.pipeline.schema.run import Config
 
 # One line per step; the latter two are folders with one file per rank.
 METRICS, LEDGER, SKIPPED = ("metrics.jsonl", "ledger", "skipped")
-LEFT_OUT = "left_out.jsonl"  # one line per batch that is skipped after a rollback
+SKIPPED_BATCHES = "skipped_batches.jsonl"  # one line per batch that is skipped after a rollback
+_OLD_SKIPPED_BATCHES = "left_out.jsonl"  # its name in older runs
 PROFILE = "profile"
 
 # The keys that a restart may change: where and how the run computes, and what is recorded, but not
@@ -54,16 +56,16 @@ MAY_CHANGE = (
 )
 
 
-def check(config: Config) -> None:
+def check_resumable(config: Config) -> None:
     """Check before anything starts that the run's folder does not belong to another config.
 
     Raises:
         UserError: keys differ that a restart may not change; the message lists them.
     """
-    path = config.run_dir / "config.json"
-    if not path.is_file():
+    stored = read_config(config.run_dir)
+    if stored is None:
         return
-    stored = _with_new_keys(json.loads(path.read_text()))
+    stored = _with_new_keys(stored)
     began_otherwise = (stored.get("init_from") is None) != (config.init_from is None)
     changes = [
         change
@@ -109,7 +111,7 @@ def is_of_data(change: str) -> bool:
     return change.startswith("data.") and not change.startswith("data.seq_length:")
 
 
-def claim(config: Config, step: int) -> None:
+def start_or_resume(config: Config, step: int) -> None:
     """Write config.json, and remove all records after `step`. Rank 0 only.
 
     The resumed run will write these records again.
@@ -118,8 +120,8 @@ def claim(config: Config, step: int) -> None:
     replace_file(config.run_dir / "config.json", config.to_json())
     for path in (
         config.run_dir / METRICS,
-        *noted(config.run_dir, LEDGER),
-        *noted(config.run_dir, SKIPPED),
+        *rank_files(config.run_dir, LEDGER),
+        *rank_files(config.run_dir, SKIPPED),
     ):
         replace_file(
             path,
@@ -132,9 +134,15 @@ def claim(config: Config, step: int) -> None:
             shutil.rmtree(folder)
 
 
-def noted(run_dir: Path, name: str) -> list[Path]:
+def rank_files(run_dir: Path, name: str) -> list[Path]:
     """Return the files of all ranks in the folder LEDGER or SKIPPED."""
     return sorted((run_dir / name).glob("rank-*.jsonl"))
+
+
+def read_skipped_batches(run_dir: Path) -> list[dict]:
+    """Return the records of the batches that rollbacks skipped."""
+    files = (SKIPPED_BATCHES, _OLD_SKIPPED_BATCHES)
+    return [record for name in files for record in read_lines(run_dir / name)]
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict]:

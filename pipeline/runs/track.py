@@ -12,11 +12,16 @@ import logging
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from retemper.pipeline.runs.eval_folder import mark_mirrored, unmirrored
+from retemper.pipeline.runs.eval_folder import mark_mirrored, scores_missing_in_wandb
 from retemper.pipeline.runs.leases import is_held, lease
 from retemper.pipeline.schema.run import Config
+
+if TYPE_CHECKING:
+    import wandb
 
 # The axis of all figures. W&B's own step never decreases, and values logged with a smaller one,
 # like those of a checkpoint that is scored late, are dropped.
@@ -30,38 +35,38 @@ class Tracker:
     """One W&B run per run folder, the same one after every restart."""
 
     def __init__(self, config: Config):
-        self._run = None
+        self._run: wandb.Run | None = None
         self._run_dir = config.run_dir
         if config.track.wandb != "off":
             self._guard(lambda: self._start(config))
 
     def log(self, record: dict) -> None:
         """Mirror one record of metrics.jsonl."""
-        if self._run is not None:
-            self._guard(lambda: self._run.log(record))
+        if (run := self._run) is not None:
+            self._guard(lambda: run.log(record))
 
     def scores(self) -> None:
         """Log the scores that W&B does not have yet, of this process or of others."""
-        if self._run is not None:
-            self._guard(self._add_scores)
+        if (run := self._run) is not None:
+            self._guard(lambda: self._add_scores(run))
 
     def close(self) -> None:
         """Finish the W&B run."""
         if self._run is not None:
-            self._guard(lambda: self._run.finish())
+            self._guard(self._run.finish)
 
     def _start(self, config: Config) -> None:
         import wandb
 
         logging.getLogger("wandb").setLevel(logging.ERROR)
-        mode = config.track.wandb
-        if mode == "online" and not wandb.login(prompt=False):
+        online = config.track.wandb == "online"
+        if online and not wandb.login(prompt=False):
             print(
                 "W&B: not logged in (see `wandb login`); recording offline, "
                 "`wandb sync` uploads the run later",
                 file=sys.stderr,
             )
-            mode = "offline"
+            online = False
         id_file = config.run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
@@ -73,7 +78,7 @@ class Tracker:
             name=config.name,
             id=id_file.read_text(),
             resume="allow",
-            mode=mode,
+            mode="online" if online else "offline",
             dir=str(config.run_dir),
             config=config.model_dump(),
             settings=wandb.Settings(
@@ -82,12 +87,12 @@ class Tracker:
         )
         self._run.define_metric("*", step_metric=_AXIS)
 
-    def _add_scores(self) -> None:
-        for step, figures in unmirrored(self._run_dir).items():
-            self._run.log(figures | {_AXIS: step})
+    def _add_scores(self, run: "wandb.Run") -> None:
+        for step, figures in scores_missing_in_wandb(self._run_dir).items():
+            run.log(figures | {_AXIS: step})
             mark_mirrored(self._run_dir, step, figures)
 
-    def _guard(self, call) -> None:
+    def _guard(self, call: Callable[[], None]) -> None:
         try:
             call()
         except Exception as error:  # no failure of the network or the service may stop training
@@ -129,7 +134,7 @@ class TrainingTracker(Tracker):
 
 def mirror_scores(config: Config) -> None:
     """Log to W&B the scores in evals/ that it lacks, unless another process will do so."""
-    if config.track.wandb == "off" or not unmirrored(config.run_dir):
+    if config.track.wandb == "off" or not scores_missing_in_wandb(config.run_dir):
         return
     folder = _leases_of(config)
     with lease(folder, _MIRRORING, _LEASE_SECONDS) as taken:

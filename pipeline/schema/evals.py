@@ -105,11 +105,11 @@ class EvalsConfig(Section):
     )
 
     @property
-    def inline(self) -> list[str]:
+    def inline_tasks(self) -> list[str]:
         """The tasks that the run itself evaluates."""
         return [name for name, task in self.tasks.items() if task.where == "inline"]
 
     @property
-    def of_workers(self) -> list[str]:
+    def worker_tasks(self) -> list[str]:
         """The tasks that workers evaluate."""
         return [name for name, task in self.tasks.items() if task.where == "worker"]

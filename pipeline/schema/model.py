@@ -175,6 +175,12 @@ class MethodConfig(Section):
         None, description="Adapters, required with method.name=lora. null for full training."
     )
 
+    @property
+    def adapters(self) -> LoraConfig:
+        """The settings of the adapters, for code that only method.name=lora reaches."""
+        assert self.lora is not None, "full training has no adapters"
+        return self.lora
+
 
 class ParallelConfig(Section):
     """The distribution of a model and its batches over ranks.
@@ -270,6 +276,17 @@ class Fp8Config(Section):
     )
 
 
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+
+
+_FP8_RECIPES: dict[str, Fp8Recipe] = {
+    "fp8_delayed": "delayed",
+    "fp8_tensorwise": "tensorwise",
+    "fp8_blockwise": "blockwise",
+    "mxfp8": "mxfp8",
+}
+
+
 class ModelSetup(Section):
     """All settings that building a model on its ranks needs."""
 
@@ -291,11 +308,9 @@ class ModelSetup(Section):
     )
 
     @property
-    def fp8_recipe(self) -> Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None:
+    def fp8_recipe(self) -> Fp8Recipe | None:
         """The scaling recipe of FP8 computation, or None for other precisions."""
-        return (
-            self.precision.removeprefix("fp8_") if self.precision not in ("fp32", "bf16") else None
-        )
+        return _FP8_RECIPES.get(self.precision)
 
     @property
     def fp8_weights(self) -> bool:

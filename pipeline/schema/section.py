@@ -1,9 +1,11 @@
 """The base class and the common types of all sections of the schema."""
 
 import re
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -33,7 +35,9 @@ def parse_tokens(value: Any) -> int:
 
 def format_tokens(tokens: int) -> str:
     """Format a token count as short as possible without loss, as 250M, 1B or 81920."""
-    unit = max((unit for unit, size in _UNITS.items() if tokens % size == 0), key=_UNITS.get)
+    unit = max(
+        (unit for unit, size in _UNITS.items() if tokens % size == 0), key=_UNITS.__getitem__
+    )
     return f"{tokens // _UNITS[unit]}{unit}"
 
 
@@ -49,3 +53,30 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
     )
+
+
+def fields_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the key and the field of each value of a section and of the sections within it.
+
+    Where names are free, as those of tasks, NAME stands for one.
+    """
+    for name, field in section.model_fields.items():
+        kinds = (field.annotation, *get_args(field.annotation))
+        kinds += tuple(inner for kind in kinds for inner in get_args(kind))
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        by_name = any(get_origin(kind) is dict for kind in kinds)
+        if sections:
+            yield from fields_of(sections[0], f"{prefix}{name}.{'NAME.' if by_name else ''}")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def defaults_of(section: type[Section]) -> dict[str, Any]:
+    """Return the defaults of a section and of the sections within it, without required keys."""
+    defaults = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            defaults[name] = defaults_of(field.annotation)
+        elif not field.is_required():
+            defaults[name] = field.get_default(call_default_factory=True)
+    return defaults

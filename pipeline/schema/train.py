@@ -105,7 +105,7 @@ class AnomalyConfig(Section):
         "stop",
         description=(
             "stop: end the run; rollback: resume from the newest checkpoint and skip the batch, "
-            "which is recorded in left_out.jsonl in the run's folder."
+            "which is recorded in skipped_batches.jsonl in the run's folder."
         ),
     )
     spike_deviations: float | None = Field(
@@ -116,7 +116,7 @@ class AnomalyConfig(Section):
             "standard deviations. null allows any finite value."
         ),
     )
-    left_out_steps: PositiveInt = Field(
+    skip_batches: PositiveInt = Field(
         1, description="Number of batches that a rollback skips, up to and including the spike."
     )
     max_rollbacks: PositiveInt = Field(

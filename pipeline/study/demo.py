@@ -11,8 +11,7 @@ from retemper.launch.torchrun import run_here
 from retemper.pipeline.checkpoint.commit import committed_steps, folder_of, sealed_meta
 from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.entry.preflight import preflight
-from retemper.pipeline.report.page import write_report
-from retemper.pipeline.report.results import comparison, format_table, read_study, table
+from retemper.pipeline.report.page import report
 from retemper.pipeline.runs import eval_folder, run_folder
 from retemper.pipeline.schema.run import Config
 
@@ -30,7 +29,7 @@ def run_demo(overrides: list[str]) -> int:
     commands = {name: [f"run=demo_{name}", *overrides] for name in ("base", "full", "lora")}
     runs = {name: load_config(command) for name, command in commands.items()}
     for config in runs.values():
-        run_folder.check(config)
+        run_folder.check_resumable(config)
     _prepare_data([runs["base"], runs["full"]])
     for name, config in runs.items():
         if _finished(config):
@@ -43,13 +42,8 @@ def run_demo(overrides: list[str]) -> int:
         preflight(config)
         if code := run_here("retemper.pipeline.train", commands[name], config.parallel.world_size):
             return code
-    study = runs["base"].run_dir.parent
-    page = write_report(study)
-    results = read_study(study)
-    print(
-        f"\n{format_table(table(results))}\n\n{chr(10).join(comparison(results))}\n\n"
-        f"report: {page}  ({time.perf_counter() - started:.0f} s)"
-    )
+    summary = report(runs["base"].run_dir.parent)
+    print(f"\n{summary}  ({time.perf_counter() - started:.0f} s)")
     return 0
 
 
@@ -68,8 +62,8 @@ def _prepare_data(runs: list[Config]) -> None:
 def _train_tokenizer(runs: list[Config]) -> None:
     from retemper.pipeline.corpus.format import TRAIN
     from retemper.pipeline.corpus.tokenizer import train_tokenizer
+    from retemper.tokenize.identify import split_of
     from retemper.tokenize.sources import read_documents
-    from retemper.tokenize.split import split_of
 
     texts = (
         document.text

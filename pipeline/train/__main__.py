@@ -7,15 +7,15 @@ import sys
 from functools import partial
 
 from retemper.pipeline.config.compose import load_config
-from retemper.pipeline.distributed.signals import noting_signals
-from retemper.pipeline.entry.rank import leave, run_rank
+from retemper.pipeline.distributed.signals import catch_stop_signals
+from retemper.pipeline.entry.rank import exit_now, run_rank
 
 
 def main(overrides: list[str]) -> int:
     def work(config, topology, fingerprints):
         from retemper.pipeline.train.branches import train_with_branches
 
-        with noting_signals():
+        with catch_stop_signals():
             train_with_branches(config, topology, fingerprints)
 
     return run_rank(partial(load_config, overrides), work)
@@ -23,4 +23,4 @@ def main(overrides: list[str]) -> int:
 
 # dist_checkpointing may spawn processes, which import this module again.
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_now(main(sys.argv[1:]))

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from retemper.pipeline.checkpoint.state import TrainState
-from retemper.pipeline.distributed.collectives import barrier, from_rank_zero
+from retemper.pipeline.distributed.collectives import barrier, broadcast_from_rank0
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.files.jsonl import append_line, read_lines
+from retemper.pipeline.files.jsonl import append_line
 from retemper.pipeline.runs import run_folder
 from retemper.pipeline.schema.run import Config
 
@@ -27,7 +27,7 @@ class Anomaly:
     """An anomalous step and the reason; the step has changed no weight."""
 
     step: int
-    what: str
+    reason: str
 
 
 class Unlabelled:
@@ -107,23 +107,20 @@ def anomaly_in(config: Config, state: TrainState, name: str, value: float) -> An
     return None
 
 
-def remember(state: TrainState, loss: float, grad_norm: float) -> None:
+def record_step(state: TrainState, loss: float, grad_norm: float) -> None:
     """Add a normal step to the history that later steps are compared with."""
     for recent, value in ((state.recent_losses, loss), (state.recent_grad_norms, grad_norm)):
         recent.append(value)
         del recent[:-_WINDOW]
 
 
-def left_out(config: Config) -> set[int]:
+def skipped_steps(config: Config) -> set[int]:
     """Return the steps whose batches are skipped, as recorded by earlier rollbacks.
 
     Collective: every rank must call this.
     """
-    return set(
-        from_rank_zero(
-            [record["step"] for record in read_lines(config.run_dir / run_folder.LEFT_OUT)]
-        )
-    )
+    records = run_folder.read_skipped_batches(config.run_dir)
+    return set(broadcast_from_rank0([record["step"] for record in records]))
 
 
 def roll_back(config: Config, topology: Topology, anomaly: Anomaly) -> None:
@@ -134,9 +131,9 @@ def roll_back(config: Config, topology: Topology, anomaly: Anomaly) -> None:
 
     Collective: every rank must call this.
     """
-    path = config.run_dir / run_folder.LEFT_OUT
+    path = config.run_dir / run_folder.SKIPPED_BATCHES
     advice = (
-        f"step {anomaly.step}: {anomaly.what}. It changed no weight, "
+        f"step {anomaly.step}: {anomaly.reason}. It changed no weight, "
         f"and the checkpoints in {config.run_dir} are from before it. "
     )
     if config.anomaly.policy == "stop":
@@ -144,19 +141,18 @@ def roll_back(config: Config, topology: Topology, anomaly: Anomaly) -> None:
             f"{advice}Set anomaly.policy=rollback to continue from the newest checkpoint without "
             "this batch, or start a run under another name with a lower optimizer.lr"
         )
-    if len({record["rollback"] for record in read_lines(path)}) >= config.anomaly.max_rollbacks:
+    rollbacks = {record["rollback"] for record in run_folder.read_skipped_batches(config.run_dir)}
+    if len(rollbacks) >= config.anomaly.max_rollbacks:
         raise UserError(
             f"{advice}{path} already has anomaly.max_rollbacks={config.anomaly.max_rollbacks} "
             "rollbacks: the cause is not a single batch"
         )
     barrier()  # every rank has read the file
     if topology.rank == 0:
-        for step in range(
-            max(1, anomaly.step - config.anomaly.left_out_steps + 1), anomaly.step + 1
-        ):
-            append_line(path, {"step": step, "rollback": anomaly.step, "what": anomaly.what})
+        for step in range(max(1, anomaly.step - config.anomaly.skip_batches + 1), anomaly.step + 1):
+            append_line(path, {"step": step, "rollback": anomaly.step, "reason": anomaly.reason})
         print(
-            f"{config.study}/{config.name}: {anomaly.what} at step {anomaly.step}; "
+            f"{config.study}/{config.name}: {anomaly.reason} at step {anomaly.step}; "
             "restarting from the newest checkpoint, skipping that batch",
             flush=True,
         )

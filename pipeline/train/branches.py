@@ -12,11 +12,11 @@ from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.checkpoint.trunk import branches_of, differences_of_training
 from retemper.pipeline.config.schedules import ending
 from retemper.pipeline.data.domains import measures
-from retemper.pipeline.distributed.collectives import from_rank_zero
-from retemper.pipeline.distributed.signals import asked_to_stop
+from retemper.pipeline.distributed.collectives import broadcast_from_rank0
+from retemper.pipeline.distributed.signals import stop_requested
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.evals.hook import unscored
-from retemper.pipeline.model.adapter import scale_of
+from retemper.pipeline.model.adapter import lora_scaling
 from retemper.pipeline.runs import eval_folder, run_folder
 from retemper.pipeline.schema.run import Config
 from retemper.pipeline.train.loop import train
@@ -37,13 +37,13 @@ def train_with_branches(config: Config, topology: Topology, fingerprints: dict[s
     """
     branches = branches_of(config)
     for branch in branches:
-        run_folder.check(branch)
+        run_folder.check_resumable(branch)
     _introduce(config, topology, fingerprints)
     train(config, topology, fingerprints)
     for branch in branches:
-        if asked_to_stop():
+        if stop_requested():
             return
-        if not from_rank_zero(is_complete(branch)):
+        if not broadcast_from_rank0(is_complete(branch)):
             _introduce(branch, topology, fingerprints)
             train(branch, topology, fingerprints)
 
@@ -66,7 +66,7 @@ def introduction(config: Config) -> list[str]:
     """
     lines = []
     if lora := config.method.lora:
-        scale = f"{scale_of(lora):.6g}"
+        scale = f"{lora_scaling(lora):.6g}"
         lines.append(f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}: updates are scaled by {scale}")
     if config.branch_of:
         lines.append(f"branch of {config.branch_of}: {ending(config)}")

@@ -17,7 +17,7 @@ from retemper.pipeline.estimate.gpus import peak_flops
 from retemper.pipeline.evals.hook import Scores, format_scores
 from retemper.pipeline.files.jsonl import append_line
 from retemper.pipeline.model.graph import is_recorded
-from retemper.pipeline.model.kernels import kernels_here
+from retemper.pipeline.model.kernels import detect_kernels
 from retemper.pipeline.runs import run_folder
 from retemper.pipeline.runs.track import TrainingTracker
 from retemper.pipeline.schema.run import Config
@@ -54,7 +54,7 @@ class Log:
         self.enabled = enabled
         if not enabled:
             return
-        run_folder.claim(config, state.step)
+        run_folder.start_or_resume(config, state.step)
         self.tracker = TrainingTracker(config)
         label = f"{config.study}/{config.name}"
         print(
@@ -63,7 +63,7 @@ class Log:
             flush=True,
         )
         graph = "; micro-batches replayed from a CUDA graph" if is_recorded(config) else ""
-        print(f"{label}: kernels: {kernels_here()}{graph}", flush=True)
+        print(f"{label}: kernels: {detect_kernels()}{graph}", flush=True)
         if variables := str(in_force()):
             print(f"{label}: environment: {variables}", flush=True)
         if state.data_changes and state.data_changes[-1]["step"] == state.step:
@@ -75,7 +75,7 @@ class Log:
             )
         if state.step >= config.steps:
             print(
-                f"{label}: complete, {config.steps} steps; `retemper eval {config.run_dir}` "
+                f"{label}: complete, {config.steps} steps; `retemper eval run {config.run_dir}` "
                 "evaluates the checkpoints that have no scores yet",
                 flush=True,
             )
@@ -101,7 +101,7 @@ class Log:
             return
         self.bar.update()
         if not result:
-            self.bar.write(f"step {self.state.step:>6}  skipped ({run_folder.LEFT_OUT})")
+            self.bar.write(f"step {self.state.step:>6}  skipped ({run_folder.SKIPPED_BATCHES})")
             return
         if result.loss is None and not self.warned:
             self._warn_of_no_loss()
@@ -112,19 +112,20 @@ class Log:
             after - before for after, before in zip(now, self.mark, strict=True)
         )
         self.mark = now
+        tokens_per_second = steps * self.config.tokens_per_step / seconds
         record = {
             "step": self.state.step,
             "tokens": self.state.consumed_samples * self.config.data.seq_length,
             **({} if result.loss is None else {"loss": result.loss}),
             "grad_norm": result.grad_norm,
             "lr": result.lr,
-            "tokens_per_second": steps * self.config.tokens_per_step / seconds,
+            "tokens_per_second": tokens_per_second,
             "data_wait_fraction": waited / seconds,
             "checkpoint_seconds": self.checkpoint_seconds,
             "peak_memory_bytes": _peak_memory(),
         }
         self.checkpoint_seconds = 0.0
-        record |= _utilisation(self.config, record["tokens_per_second"]) | result.norms
+        record |= _utilisation(self.config, tokens_per_second) | result.norms
         record |= {
             f"epochs/{name}": epochs
             for name, epochs in self.batches.streams.epochs(self.state.samples_of_data).items()
@@ -134,7 +135,7 @@ class Log:
         loss = "-" if result.loss is None else f"{result.loss:.4f}"
         self.bar.write(
             f"step {record['step']:>6}  loss {loss}  grad_norm {record['grad_norm']:.3f}  "
-            f"lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
+            f"lr {record['lr']:.2e}  {tokens_per_second:,.0f} tokens/s"
         )
 
     def _warn_of_no_loss(self) -> None:
@@ -143,8 +144,8 @@ class Log:
             f"warning: step {self.state.step} has no labelled token: all of its batch is prompt, "
             "padding, or skipped with a bad shard. It has no loss; further such steps are not "
             "reported. "
-            "`retemper data show` with this run's keys and "
-            f"step={self.state.step} shows the samples"
+            f"`retemper data show {self.config.run_dir} --step {self.state.step}` "
+            "shows the samples"
         )
 
     @contextlib.contextmanager
@@ -198,13 +199,10 @@ def _utilisation(config: Config, tokens_per_second: float) -> dict[str, float]:
 def _peak_memory() -> int | None:
     """Return this rank's peak memory in bytes.
 
-    On a GPU it is that of its tensors; elsewhere that of the process, or None without /proc.
+    On a GPU it is that of its tensors; elsewhere that of the process, or None if /proc lacks it.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    return (
-        int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) << 10
-        if status.is_file()
-        else None
-    )
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(peak[1]) << 10 if peak else None

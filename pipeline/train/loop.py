@@ -11,13 +11,13 @@ from retemper.pipeline.checkpoint.sharded import Checkpointer
 from retemper.pipeline.data.ledger import Ledger
 from retemper.pipeline.data.reader import TrainingBatches
 from retemper.pipeline.distributed.seeds import seed_step
-from retemper.pipeline.distributed.signals import asked_to_stop
+from retemper.pipeline.distributed.signals import stop_requested
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.evals.hook import evaluate
 from retemper.pipeline.model.build import build_model, parameter_counts
 from retemper.pipeline.model.graph import Passes
 from retemper.pipeline.schema.run import Config
-from retemper.pipeline.train.anomaly import Anomaly, Unlabelled, left_out, roll_back
+from retemper.pipeline.train.anomaly import Anomaly, Unlabelled, roll_back, skipped_steps
 from retemper.pipeline.train.log import Log
 from retemper.pipeline.train.optimizer import build_optimizer, build_schedule
 from retemper.pipeline.train.profile import profiler
@@ -60,7 +60,7 @@ def train_until_anomaly(
     state = checkpointer.restore()
     schedule.step(state.consumed_samples * config.data.seq_length)
     ledger = Ledger(config, topology)
-    skipped_steps = left_out(config)
+    skipped = skipped_steps(config)
     saved_steps = config.saved_steps
     counts = parameter_counts(model, config.parallel.tensor_parallel_size)
     with (
@@ -82,7 +82,7 @@ def train_until_anomaly(
             started = time.perf_counter()
             seed_step(config.seed, state.step, topology)
             data = next(batches)
-            if state.step + 1 in skipped_steps:
+            if state.step + 1 in skipped:
                 result = None
                 schedule.step(config.tokens_per_step)
             else:
@@ -100,7 +100,7 @@ def train_until_anomaly(
             has_loss = result is not None and result.loss is not None
             unlabelled.check(state.step, state.samples_of_data, has_loss=has_loss)
             profiled()
-            stopping = asked_to_stop()
+            stopping = stop_requested()
             if stopping or state.step in saved_steps:
                 with log.saving():
                     checkpointer.save(state)

@@ -10,7 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from retemper.pipeline.distributed.collectives import sum_over_ranks
+from retemper.pipeline.distributed.collectives import all_reduce_sum
 
 KINDS = ("embedding", "attention", "mlp", "norm", "head", "lora_A", "lora_B", "lora_magnitude")
 
@@ -62,7 +62,7 @@ def norms_of_step(model, optimizer: MegatronOptimizer) -> dict[str, float]:
         ]
     )
     # Per kind: sums of squares of the weights and of the update, and the number of shards.
-    sums = torch.tensor(sum_over_ranks(local_sums.tolist())).view(-1, 3)
+    sums = torch.tensor(all_reduce_sum(local_sums.tolist())).view(-1, 3)
     present = {kind: values for kind, values in zip(KINDS, sums.tolist(), strict=True) if values[2]}
     return {
         f"{quantity}_norm/{kind}": values[index] ** 0.5
@@ -91,7 +91,7 @@ def _update(state: dict[str, torch.Tensor], shard: torch.Tensor, group: dict) ->
     """
     beta1, beta2 = group["betas"]
     if "exp_avg_sq" in state:  # AdamW
-        step = float(group.get("step", state.get("step")))
+        step = float(group["step"] if "step" in group else state["step"])
         root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
         direction = state["exp_avg"] / (1 - beta1**step) / root
         decay = group["lr"] * group["weight_decay"]

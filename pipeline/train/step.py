@@ -7,10 +7,10 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.data.batch import Batch
-from retemper.pipeline.distributed.collectives import from_last_stage
+from retemper.pipeline.distributed.collectives import all_reduce_from_last_stage
 from retemper.pipeline.model.graph import Passes
 from retemper.pipeline.schema.run import Config
-from retemper.pipeline.train.anomaly import Anomaly, anomaly_in, remember
+from retemper.pipeline.train.anomaly import Anomaly, anomaly_in, record_step
 from retemper.pipeline.train.norms import norms_of_step
 
 
@@ -55,7 +55,7 @@ def train_step(
     ]
     # The host waits for the norm here; by then the loss is available.
     grad_norm = norm_of_gradients(optimizer)
-    nats, tokens = from_last_stage(torch.stack(sums) if sums else torch.zeros(2))
+    nats, tokens = all_reduce_from_last_stage(torch.stack(sums) if sums else torch.zeros(2))
     # Without a labelled token the sum is 0, or NaN where the model's output is NaN.
     if anomaly := anomaly_in(config, state, "losses", nats / max(tokens, 1)):
         return anomaly
@@ -68,7 +68,7 @@ def train_step(
     if not tokens:
         return StepResult(None, grad_norm, lr, norms)
     loss = nats / tokens
-    remember(state, loss, grad_norm)
+    record_step(state, loss, grad_norm)
     return StepResult(loss, grad_norm, lr, norms)
 
 

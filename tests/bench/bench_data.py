@@ -47,7 +47,7 @@ def synthetic_corpus(path: Path, shards: int) -> None:
     from streaming import MDSWriter
 
     from retemper.pipeline.corpus.manifest import READ_BY_TRAINING
-    from retemper.pipeline.files.sealed import seal
+    from retemper.pipeline.files.sealed import dump_sealed
 
     rng = np.random.default_rng(0)
     columns = {"tokens": f"ndarray:uint16:{SEQ_LENGTH}", "lengths": "bytes", "documents": "bytes"}
@@ -81,7 +81,7 @@ def synthetic_corpus(path: Path, shards: int) -> None:
     manifest["files"] = {
         name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in READ_BY_TRAINING
     }
-    (path / "manifest.json").write_text(seal(manifest))
+    (path / "manifest.json").write_text(dump_sealed(manifest))
 
 
 def config_of(path: Path):
@@ -126,7 +126,8 @@ def bench_reader(folder: Path, rounds: int = 5, steps: int = 12) -> None:
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
 
-    from retemper.pipeline.data.reader import Streams, TrainingBatches
+    from retemper.pipeline.data.open_streams import Streams
+    from retemper.pipeline.data.reader import TrainingBatches
 
     path = folder / "reader"
     synthetic_corpus(path, shards=4)

@@ -72,10 +72,10 @@ class BareSteps:
 
         The calls of the loop itself stay as they are.
         """
-        build_optimizer, train_step, asked_to_stop = (
+        build_optimizer, train_step, stop_requested = (
             loop.build_optimizer,
             loop.train_step,
-            loop.asked_to_stop,
+            loop.stop_requested,
         )
 
         def noting_optimizer(config, model):
@@ -87,7 +87,7 @@ class BareSteps:
             return train_step(config, state, passes, optimizer, schedule, batches)
 
         def after_step():
-            stopping = asked_to_stop()
+            stopping = stop_requested()
             self.done += 1
             if self.done % STEPS_OF_ROUND == 0:
                 self.ours.append(time.process_time() - self.started)
@@ -99,7 +99,7 @@ class BareSteps:
         return (
             mock.patch.object(loop, "build_optimizer", noting_optimizer),
             mock.patch.object(loop, "train_step", noting_step),
-            mock.patch.object(loop, "asked_to_stop", after_step),
+            mock.patch.object(loop, "stop_requested", after_step),
         )
 
     def take_bare_steps(self) -> None:
@@ -151,14 +151,14 @@ def bench_memory(folder: Path, asked: list[str]) -> None:
     held, small = [], ["train.global_batch_size=4", "train.micro_batch_size=4"]
 
     def watch(loop):
-        asked_to_stop = loop.asked_to_stop
+        stop_requested = loop.stop_requested
 
         def after_step():
             trim()
             held.append(anonymous_kib())
-            return asked_to_stop()
+            return stop_requested()
 
-        return (mock.patch.object(loop, "asked_to_stop", after_step),)
+        return (mock.patch.object(loop, "stop_requested", after_step),)
 
     train(
         [

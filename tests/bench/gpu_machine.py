@@ -62,9 +62,9 @@ def machine() -> dict:
     from retemper.pipeline.schema.model import ParallelConfig
 
     variables = environment.prepare(ParallelConfig())
-    from retemper.pipeline.model.kernels import kernels_here
+    from retemper.pipeline.model.kernels import detect_kernels
 
-    kernels = kernels_here()
+    kernels = detect_kernels()
     on_gpu = torch.cuda.is_available()
     return {
         "date": datetime.date.today().isoformat(),

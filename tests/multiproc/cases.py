@@ -142,7 +142,7 @@ def recompute_closed_to_gradients():
     """
     from retemper.pipeline.model import lora
 
-    return mock.patch.object(lora, "open_to_gradients", lambda embedding: None)
+    return mock.patch.object(lora, "enable_input_require_grads", lambda embedding: None)
 
 
 def lost_optimizer_state():
@@ -170,9 +170,9 @@ def lost_data_position():
 
 def another_seed():
     """Inject a restart that shuffles with another seed."""
-    from retemper.pipeline.data import reader
+    from retemper.pipeline.data import open_streams
 
-    return mock.patch.object(reader, "derive_seed", lambda *parts: 1)
+    return mock.patch.object(open_streams, "derive_seed", lambda *parts: 1)
 
 
 def lost_random_state():

@@ -43,7 +43,7 @@ def equal(config, place) -> None:
     samples = samples_of(config)
     samples.tokens_NT[:] %= config.model.vocab_size
     context = (place.context_parallel_rank, config.parallel.context_parallel_size)
-    batch = batch_of(config, samples).of_context_rank(*context)
+    batch = batch_of(config, samples).shard_for_context_parallel(*context)
     with mock.patch.object(frozen_head, "is_frozen", lambda _stage: False):
         with Operations() as whole:
             expected = stepped(model, batch)

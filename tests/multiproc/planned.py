@@ -105,6 +105,8 @@ def drawn_batches(config, place, count, micro_batch_size):
     )
     batches = make_batches(samples, micro_batch_size, mask_documents=False)
     return [
-        batch.of_context_rank(place.context_parallel_rank, config.parallel.context_parallel_size)
+        batch.shard_for_context_parallel(
+            place.context_parallel_rank, config.parallel.context_parallel_size
+        )
         for batch in batches
     ]

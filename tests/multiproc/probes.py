@@ -74,7 +74,7 @@ def documents(config, place, model) -> None:
 
     def loss_of_one(tokens):
         sample = Samples(1, len(tokens))
-        sample.leave_out(0)
+        sample.mask_sample(0)
         sample.tokens_NT[0] = tokens
         return losses(sample, mask_documents=False)
 
@@ -115,7 +115,7 @@ def dropout(config, place, model) -> None:
                 output.detach() != 0
             )
         )
-    batch = batch_of(config, samples_of(config)).of_context_rank(
+    batch = batch_of(config, samples_of(config)).shard_for_context_parallel(
         place.context_parallel_rank, config.parallel.context_parallel_size
     )
     run_schedule(model, [batch], forward_only=False)

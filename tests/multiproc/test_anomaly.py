@@ -70,7 +70,7 @@ def runs(workspace, unreadable):
     for fault, step in SPOILED.items():
         # What a run is that never had the batch: told from the start to leave it out.
         append_line(
-            folder / f"{fault}-without" / run_folder.LEFT_OUT,
+            folder / f"{fault}-without" / run_folder.SKIPPED_BATCHES,
             {"step": step, "rollback": step, "what": "told"},
         )
         launch(2, [{"overrides": overrides(workspace, f"{fault}-without", *RUN, *ROLLBACK)}])
@@ -100,7 +100,7 @@ def test_a_rollback_trains_on_as_if_the_batch_had_never_been(runs, fault):
     assert all(
         straight[number][2] == unspoiled[number][2] for number in straight
     )  # the rate counts tokens, the batch's too
-    (record,) = read_lines(runs / fault / run_folder.LEFT_OUT)
+    (record,) = read_lines(runs / fault / run_folder.SKIPPED_BATCHES)
     assert (record["step"], record["rollback"]) == (step, step)
     assert {"nan_gradient": "gradient norm is nan", "garbage_batch": "deviations above"}[
         fault
@@ -110,7 +110,7 @@ def test_a_rollback_trains_on_as_if_the_batch_had_never_been(runs, fault):
 def test_an_unspoiled_run_is_left_alone(runs):
     assert (
         sorted(curve(runs / "unspoiled")) == list(range(1, STEPS + 1))
-        and not (runs / "unspoiled" / run_folder.LEFT_OUT).exists()
+        and not (runs / "unspoiled" / run_folder.SKIPPED_BATCHES).exists()
     )
 
 

@@ -17,7 +17,7 @@ from retemper.pipeline.checkpoint.commit import META, folder_of
 from retemper.pipeline.cli import main
 from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.data.ledger import read_ledger
-from retemper.pipeline.data.reader import Streams
+from retemper.pipeline.data.open_streams import Streams
 from retemper.pipeline.files.jsonl import read_lines
 from retemper.pipeline.runs import run_folder
 from retemper.tokenize import job_folder
@@ -91,7 +91,7 @@ def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(
         -3000:
     ]
     run = workspace / "runs" / "test" / "skips"
-    (note,) = run_folder.noted(run, run_folder.SKIPPED)
+    (note,) = run_folder.rank_files(run, run_folder.SKIPPED)
     skipped = list(read_lines(note))
     order = Streams(load_config(command(workspace, "skips", tmp_path / "copy"))).order
     expected = {
@@ -102,7 +102,7 @@ def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(
         step: ids for step, ids in expected.items() if ids
     }
     assert len(list(run_folder.read_metrics(run))) == 10
-    assert main(["data", "verify", *command(workspace, "skips", tmp_path / "copy")]) == 0
+    assert main(["data", "verify", str(run)]) == 0
     assert (
         f"{sum(len(line['ids']) for line in skipped)} of them had no loss"
         in capsys.readouterr().out
@@ -140,5 +140,5 @@ def test_other_data_on_a_restart_is_refused_with_the_difference_or_recorded(
     ledger = read_ledger(run)
     assert list(ledger) == list(range(1, 12))
     assert (ledger[11] == Streams(load_config(changed)).order.batch(0, 8)).all()
-    assert main(["data", "verify", *changed]) == 0
+    assert main(["data", "verify", str(run)]) == 0
     assert "11 steps" in capsys.readouterr().out

@@ -138,7 +138,7 @@ def test_workers_score_the_base_once_whoever_comes_first(study, monkeypatch, cap
     assert list(eval_folder.read_tasks(study / "lora", 0)) == ["hellaswag"]
     assert not any(eval_folder.read_tasks(study / name, 0) for name in (names[0], names[2]))
     capsys.readouterr()
-    assert main(["evals", "show", str(study / names[0])]) == 0
+    assert main(["eval", "show", str(study / names[0])]) == 0
     assert re.search(
         r"^ +10  hellaswag .* \+0\.1000 on each of 9", capsys.readouterr().out, re.MULTILINE
     )

@@ -98,7 +98,7 @@ def test_the_ledger_proves_what_was_read_and_shows_what_was_not(
     assert list(killed) == list(range(1, 11)) and all(
         (killed[step] == straight[step]).all() for step in straight
     )
-    verify = ["data", "verify", *overrides(workspace, "killed", *SAVE)]
+    verify = ["data", "verify", str(folder)]
     assert main(verify) == 0
     assert "10 steps of 8 samples: nothing skipped, nothing repeated" in capsys.readouterr().out
     notes = sorted((folder / "ledger").glob("*.jsonl"))
@@ -155,7 +155,7 @@ def test_eval_scores_the_checkpoints_that_have_none(killed_and_continued, worksp
     before = eval_folder.read_scores(folder)
     assert set(before) == {0, 10}
     eval_folder.scores_path(folder, 0).unlink()
-    result = run_command(["eval", str(folder), "parallel=dp2"])
+    result = run_command(["eval", "run", str(folder), "parallel=dp2"])
     assert result.returncode == 0, result.stderr[-3000:]
     after = eval_folder.read_scores(folder)
     assert set(after) == {0, 5, 10} and after[10] == before[10]

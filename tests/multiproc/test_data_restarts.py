@@ -110,7 +110,7 @@ def test_five_kills_and_five_topologies(command, workspace, tmp_path):
     assert losses(runs / "killed-all") == pytest.approx(
         losses(runs / "straight"), rel=0.02
     )  # dropout differs between topologies
-    result = run_command(["data", "verify", *command("killed-all", "dp4")])
+    result = run_command(["data", "verify", str(runs / "killed-all")])
     assert (
         result.returncode == 0
         and "60 steps of 8 samples: nothing skipped, nothing repeated" in result.stdout

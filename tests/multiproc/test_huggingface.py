@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.config.compose import load_config
-from retemper.pipeline.data.reader import Streams
+from retemper.pipeline.data.open_streams import Streams
 from retemper.pipeline.huggingface.names import LINEAR
 from retemper.pipeline.runs import run_folder
 from retemper.pipeline.schema.run import Config

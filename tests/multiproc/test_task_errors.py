@@ -13,7 +13,7 @@ from conftest import launch, overrides, run_command
 
 from retemper.pipeline.cli import main
 from retemper.pipeline.runs import eval_folder, run_folder
-from retemper.pipeline.runs.eval_folder import FORGOTTEN, forgetting
+from retemper.pipeline.runs.eval_folder import FORGETTING_TASKS, forgetting
 
 QUESTION = {
     "question": "Which is cold?",
@@ -31,7 +31,7 @@ ENDING = {
     "choices": ["and went in.", "and flew.", "and rang.", "and sang."],
     "gold": 0,
 }
-TASKS = [f"evals.tasks.{name}.shots=0" for name in FORGOTTEN]
+TASKS = [f"evals.tasks.{name}.shots=0" for name in FORGETTING_TASKS]
 RUN = ["parallel=dp2", "train.tokens=2048"]
 
 
@@ -92,7 +92,7 @@ def test_a_run_without_tasks_needs_no_lm_eval(runs):
 
 
 def test_heldout_scores_are_shown_with_their_difference_from_the_start(runs, capsys):
-    assert main(["evals", "show", str(runs / "untasked")]) == 0
+    assert main(["eval", "show", str(runs / "untasked")]) == 0
     shown, scores = capsys.readouterr().out, eval_folder.read_scores(runs / "untasked")
     for domain in ("code", "math"):
         now, low, high, difference, error = map(
@@ -111,7 +111,7 @@ def test_heldout_scores_are_shown_with_their_difference_from_the_start(runs, cap
 
 
 def test_tasks_that_failed_are_shown(runs, capsys):
-    assert main(["evals", "show", str(runs / "untokenized")]) == 0
+    assert main(["eval", "show", str(runs / "untokenized")]) == 0
     assert (
         len(
             re.findall(
@@ -144,7 +144,7 @@ def test_the_report_has_the_scores_of_tasks(runs, tmp_path):
 
 def test_each_task_says_what_is_wrong_with_it_and_the_others_are_scored(runs, files):
     found = errors(runs / "tasked")
-    assert found.keys() == set(FORGOTTEN) and found["arc_challenge"] is None
+    assert found.keys() == set(FORGETTING_TASKS) and found["arc_challenge"] is None
     assert f"{files} has no file hellaswag_validation*.jsonl" in found["hellaswag"]
     assert (
         f"{files / 'winogrande_validation.jsonl'}, line 2: not a record of the form"
@@ -164,7 +164,7 @@ def test_training_is_what_it_is_without_tasks(runs):
 
 def test_without_a_tokenizer_nothing_is_scored(runs):
     found = errors(runs / "untokenized")
-    assert found.keys() == set(FORGOTTEN) and all(
+    assert found.keys() == set(FORGETTING_TASKS) and all(
         "there is no" in error for error in found.values()
     )
 
@@ -177,13 +177,13 @@ def test_checkpoints_are_scored_afterwards_on_what_failed_alone(workspace, runs,
     begun = eval_folder.read_tasks(runs / "tasked", 0)["arc_challenge"]
     eval_folder.task_path(runs / "tasked", 0, "arc_challenge").unlink()
     tracked = set((runs / "tasked" / "wandb").glob("offline-run-*/run-*.wandb"))
-    done = run_command(["eval", str(runs / "tasked"), *TASKS, f"evals.tasks_dir={files}"])
+    done = run_command(["eval", "run", str(runs / "tasked"), *TASKS, f"evals.tasks_dir={files}"])
     assert done.returncode == 0, done.stderr
     assert set(errors(runs / "tasked").values()) == {None}
     assert (runs / "tasked" / "evals" / "00000004" / "arc_challenge.json").read_text() == before
     # And of the model that it began with.
     at_begin = eval_folder.read_tasks(runs / "tasked", 0)
-    assert at_begin.keys() == set(FORGOTTEN) and at_begin["arc_challenge"] | {
+    assert at_begin.keys() == set(FORGETTING_TASKS) and at_begin["arc_challenge"] | {
         "seconds": 0
     } == begun | {"seconds": 0}
     scores = eval_folder.read_tasks(runs / "tasked", 4)

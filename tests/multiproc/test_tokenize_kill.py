@@ -3,6 +3,7 @@
 The job is killed anywhere, some of what it wrote is deleted, and the same command runs again.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -86,8 +88,25 @@ def kill_until_done(job, tmp_path: Path, kills: int, rng: random.Random) -> int:
     return finished
 
 
-def test_a_kill(job, tmp_path):
-    assert kill_until_done(job, tmp_path, 1, random.Random(1))
+def names_of(path: Path) -> list[Path]:
+    """Return the semaphores and temporary folders of the job that writes a corpus."""
+    work = path.with_name(f"{path.name}.partial")
+    name = f"retemper-{hashlib.sha256(bytes(work)).hexdigest()[:12]}-*"
+    return [*Path("/dev/shm").glob(f"sem.{name}"), *Path(tempfile.gettempdir()).glob(name)]
+
+
+def test_a_kill_of_all_processes_and_what_it_leaves_in_shared_memory(job, tmp_path):
+    process = job(tmp_path / "out", tmp_path / "log")
+    _worker_at_work(process, tmp_path / "out.partial")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert {path.parent for path in names_of(tmp_path / "out")} == {
+        Path("/dev/shm"),
+        Path(tempfile.gettempdir()),
+    }
+    assert job(tmp_path / "out", tmp_path / "log").wait(timeout=300) == 0
+    assert names_of(tmp_path / "out") == []
+    assert contents(tmp_path / "out") == contents(job.whole)
 
 
 @pytest.mark.slow

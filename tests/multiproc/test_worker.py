@@ -52,13 +52,13 @@ def trained(workspace, shared_data):
 
 
 class Process:
-    """A `retemper evals worker` in a separate process group."""
+    """A `retemper eval worker` in a separate process group."""
 
     def __init__(self, asked: list[str], log: Path, *options: str):
         self.log = log
         command = [
             str(Path(sys.executable).parent / "retemper"),
-            "evals",
+            "eval",
             "worker",
             *asked,
             "--lease",
@@ -120,7 +120,7 @@ def test_what_a_killed_worker_left_others_finish_once(trained, tmp_path, capsys)
     # The first may have been killed between a result and its word of it.
     assert len(said := results(logs)) == len(set(said)) >= (steps + 1) * len(TASKS) - 1
     check_scores(asked, steps)
-    assert main(["evals", "show", asked[0]]) == 0
+    assert main(["eval", "show", asked[0]]) == 0
     shown = capsys.readouterr().out
     assert (
         len(re.findall(r"^ +[01]  (?:humaneval +pass@1|gsm8k +exact_match)", shown, re.MULTILINE))
@@ -128,10 +128,8 @@ def test_what_a_killed_worker_left_others_finish_once(trained, tmp_path, capsys)
     )
     assert re.search(r"^ +1  humaneval .* \+0\.0000 on each of 3 ", shown, re.MULTILINE)
 
-    assert (
-        main(["evals", "worker", *asked, "--once"]) == 0 and "step" not in capsys.readouterr().out
-    )
-    assert main(["evals", "worker", *asked, "evals.tasks.humaneval.limit=4", "--once"]) == 1
+    assert main(["eval", "worker", *asked, "--once"]) == 0 and "step" not in capsys.readouterr().out
+    assert main(["eval", "worker", *asked, "evals.tasks.humaneval.limit=4", "--once"]) == 1
     assert (
         f"{eval_folder.task_path(Path(asked[0]), 0, 'humaneval')}: limit 3, now 4"
         in capsys.readouterr().err
@@ -160,13 +158,13 @@ def test_twenty_kills_lose_and_double_nothing(trained, tmp_path):
 
 
 def test_a_worker_refuses_what_it_cannot_do(workspace, capsys):
-    assert main(["evals", "worker", str(workspace)]) == 1
+    assert main(["eval", "worker", str(workspace)]) == 1
     assert "it has no config.json" in capsys.readouterr().err
     config = load_config(overrides(workspace, "unscored"))
-    run_folder.claim(config, 0)
-    assert main(["evals", "worker", str(config.run_dir)]) == 1
+    run_folder.start_or_resume(config, 0)
+    assert main(["eval", "worker", str(config.run_dir)]) == 1
     assert "has no tasks for workers" in capsys.readouterr().err
-    assert main(["evals", "worker", str(config.run_dir), "seed=3"]) == 1
+    assert main(["eval", "worker", str(config.run_dir), "seed=3"]) == 1
     assert (
         "seed=3: cannot be overridden for an existing run; allowed: evals"
         in capsys.readouterr().err
@@ -178,12 +176,12 @@ def test_a_worker_refuses_bad_files_before_any_work(workspace, shared_data, tmp_
     for file in (workspace / "data" / "tokenizer").iterdir():
         (other / file.name).write_text(file.read_text() + " ")
     config = load_config(overrides(workspace, "retokenized", f"data.tokenizer={other}"))
-    run_folder.claim(config, 0)
-    assert main(["evals", "worker", str(config.run_dir), *asked_tasks(shared_data)]) == 1
+    run_folder.start_or_resume(config, 0)
+    assert main(["eval", "worker", str(config.run_dir), *asked_tasks(shared_data)]) == 1
     assert "is another tokenizer than that of the corpus" in capsys.readouterr().err
 
     config = load_config(overrides(workspace, "unfiled"))
-    run_folder.claim(config, 0)
+    run_folder.start_or_resume(config, 0)
     for name, content, said in (
         ("humaneval.jsonl", "{}\n", f"{tmp_path / 'humaneval.jsonl'}, line 1: task_id must be str"),
         ("gsm8k_test.jsonl", "{}\n", f"evals.tasks_dir={tmp_path} has no file gsm8k_train.jsonl"),
@@ -198,12 +196,12 @@ def test_a_worker_refuses_bad_files_before_any_work(workspace, shared_data, tmp_
             f"evals.tasks.{name.split('.')[0].split('_')[0]}={{where:worker}}",
         ]
         assert (
-            main(["evals", "worker", str(config.run_dir), *asked]) == 1
+            main(["eval", "worker", str(config.run_dir), *asked]) == 1
             and "has no file" in capsys.readouterr().err
         )
         (tmp_path / name).write_text(content)
         assert (
-            main(["evals", "worker", str(config.run_dir), *asked]) == 1
+            main(["eval", "worker", str(config.run_dir), *asked]) == 1
             and said in capsys.readouterr().err
         )
 
@@ -221,7 +219,7 @@ def test_checkpoints_that_vanish_are_named_and_what_is_left_of_them_evaluated(
             "schedule.warmup_tokens=0",
         )
     )
-    run_folder.claim(config, 0)
+    run_folder.start_or_resume(config, 0)
     vanished, emptied = (config.run_dir / "checkpoints" / f"step-{step:08d}" for step in (1, 2))
     emptied.mkdir(parents=True)
     problem = json.loads((shared_data / "evals" / "humaneval.jsonl").read_text().splitlines()[0])
@@ -234,7 +232,7 @@ def test_checkpoints_that_vanish_are_named_and_what_is_left_of_them_evaluated(
         for n in range(2)
     ]
     replace_bytes(generations_path(config, 1, "humaneval"), compress_records(programs))
-    assert main(["evals", "worker", str(config.run_dir), *asked_tasks(shared_data)]) == 1
+    assert main(["eval", "worker", str(config.run_dir), *asked_tasks(shared_data)]) == 1
     said = capsys.readouterr().err
     assert f"step 1, gsm8k: {vanished} was removed before it was evaluated" in said
     for task in TASKS:

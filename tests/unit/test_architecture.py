@@ -136,6 +136,7 @@ FLOORS = [
     {"report", "entry"},
     {"train", "huggingface"},
     {"study"},
+    {"commands"},
     {"cli"},
     {"evals.__main__", "huggingface.__main__", "train.__main__"},
 ]

@@ -38,7 +38,7 @@ def run_of(folder: Path, init_from: str | Path | None, *changes: str, name: str 
 
 
 def begun(config: Config, fingerprint: str | None = None) -> Config:
-    run_folder.claim(config, 0)
+    run_folder.start_or_resume(config, 0)
     record(config, fingerprint)
     return config
 
@@ -170,7 +170,7 @@ def test_a_relative_path_that_leads_nowhere_from_here_is_where_it_was(
 
 def test_an_older_run_has_the_base_of_its_newest_checkpoint(tmp_path, base, first):
     config = run_of(tmp_path, base)
-    run_folder.claim(config, 0)
+    run_folder.start_or_resume(config, 0)
     assert base_of(config).step == 10  # without a checkpoint nothing tells
     checkpoint(config.run_dir, 3, first.fingerprint, str(base))
     saved = commit.folder_of(config.run_dir, 3)
@@ -235,9 +235,9 @@ def test_a_run_begins_with_a_base_or_without_and_so_it_stays(tmp_path, base, beg
     before, now = (with_base, without) if begins_with_base else (without, with_base)
     begun(before)
     assert (before.run_dir / RECORD).exists() == begins_with_base
-    run_folder.check(before)
+    run_folder.check_resumable(before)
     with pytest.raises(UserError, match="another config:\n  - init_from: "):
-        run_folder.check(now)
+        run_folder.check_resumable(now)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"path": 1, "step": 5, "fingerprint": ""}'])

@@ -125,19 +125,20 @@ def test_instruction_pairs_carry_loss_on_the_response_alone(workspace, pairs):
 
 def test_data_show_prints_the_step_with_its_sources(workspace, pairs, capsys):
     changes = [f"data.path={pairs}", "data.name=pairs", "data.mask_documents=true"]
-    assert (
-        main(["data", "show", *overrides(workspace, "shown", *changes), "step=3", "samples=2"]) == 0
-    )
+    config = load_config(overrides(workspace, "shown", *changes))
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.json").write_text(config.to_json())
+    show = ["data", "show", str(config.run_dir), "--step"]
+    assert main([*show, "3", "--samples", "2"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("── step 3 · sample ") == 2 and "pairs.jsonl:" in shown
     assert "⟦Write " in shown and "return" in shown
-    for arguments, said in (
-        (["step=0"], "read from step 1 on"),
-        ([], "step=12"),
-        (["step=x"], "whole number"),
-    ):
-        assert main(["data", "show", *overrides(workspace, "shown", *changes), *arguments]) == 1
-        assert said in capsys.readouterr().err
+    assert main([*show, "0"]) == 1
+    assert "read from step 1 on" in capsys.readouterr().err
+    assert main([*show, "3", f"data.path={pairs / 'moved'}"]) == 1
+    assert f"{pairs / 'moved'}" in capsys.readouterr().err
+    assert main([*show, "3", "seed=3"]) == 1
+    assert "seed=3: cannot be overridden" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Test the command: help at once, the resolved config, launch scripts, and README's commands."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_command
 
-from retemper.pipeline.cli import _parse
+from retemper.pipeline.cli import main, parse
 from retemper.pipeline.config.compose import load_data_config
 
 VERBS = [
@@ -68,7 +69,8 @@ def test_launch_prints_a_command_per_node():
         [
             "launch",
             "run=demo_full",
-            "target=torchrun",
+            "--target",
+            "torchrun",
             "--gpus-per-node",
             "1",
             "--host",
@@ -92,7 +94,8 @@ def test_launch_prints_an_sbatch_script_that_bash_accepts(tmp_path):
         [
             "launch",
             "run=demo_full",
-            "target=slurm",
+            "--target",
+            "slurm",
             "--gpus-per-node",
             "1",
             "checkpoint.milestones=[32768, 65536]",
@@ -132,10 +135,10 @@ def test_launch_prints_an_sbatch_script_that_bash_accepts(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["target=k8s"], "target=torchrun or target=slurm"),
         (
             [
-                "target=slurm",
+                "--target",
+                "slurm",
                 "--gpus-per-node",
                 "3",
                 "parallel.data_parallel_size=4",
@@ -177,12 +180,8 @@ def test_the_readmes_commands_run(workspace, tmp_path):
             check = ["make", "--dry-run", "-C", str(ROOT), command.split()[1]]
         elif command.startswith(". "):
             continue  # the activation; this test runs in the environment already
-        elif command.startswith(("retemper train ", "retemper data ", "torchrun ")):
-            keys = [
-                word
-                for word in command.split()
-                if "=" in word and not word.startswith(("--", "step=", "samples="))
-            ]
+        elif command.startswith(("retemper train ", "torchrun ")):
+            keys = [word for word in command.split() if "=" in word and not word.startswith("--")]
             check = ["retemper", "config", *keys]
         elif command.startswith("retemper tokenize "):
             words = subprocess.run(
@@ -195,10 +194,10 @@ def test_the_readmes_commands_run(workspace, tmp_path):
             assert data.source.prompt is None or "\n" in data.source.prompt
             continue
         elif command.startswith(("retemper import ", "retemper export ")):
-            assert _parse(command.split()[1:]).folder
+            assert parse(command.split()[1:]).folder
             continue
-        elif command.startswith(("retemper eval ", "retemper evals ")):
-            assert _parse(command.split()[1:]).run
+        elif command.startswith(("retemper eval ", "retemper data ")):
+            assert parse(command.split()[1:]).run
             continue
         elif command.startswith("retemper plan "):
             check = ["bash", "-c", command]
@@ -210,3 +209,68 @@ def test_the_readmes_commands_run(workspace, tmp_path):
             check, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
         )
         assert result.returncode == 0, (command, result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "new"),
+    [
+        (["evals", "worker", "runs/a/b", "--once"], "retemper eval worker runs/a/b --once"),
+        (["evals", "show", "runs/a/b"], "retemper eval show runs/a/b"),
+        (["eval", "runs/a/b", "parallel=dp2"], "retemper eval run runs/a/b parallel=dp2"),
+        (["launch", "run=demo_full", "target=slurm"], "launch run=demo_full --target slurm"),
+        (["data", "show", "runs/a/b", "step=3"], "retemper data show runs/a/b --step 3"),
+        (["data", "verify", "run=demo_full"], "retemper data verify runs_dir/study/name"),
+        (["train", "--lr", "3"], "written without dashes: optimizer.lr=3"),
+        (["train", "run=demo_full", "--micro-batch-size=4"], "train.micro_batch_size=4"),
+        (["plan", "--method.lora.rank", "8"], "method.lora.rank=8"),
+    ],
+)
+def test_other_spellings_are_refused_with_the_right_one(words, new, capsys):
+    assert main(words) == 1
+    assert new in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--learning-rate", "3"], "retemper config --docs"),
+        (["export", "runs/a/b", "out", "--lr", "3"], "unrecognized arguments: --lr 3"),
+        (["data", "show", "runs/a/b"], "--step"),
+        (["data", "show", "runs/a/b", "--step", "x"], "--step"),
+        (["launch", "run=demo_full", "--target", "k8s"], "'torchrun', 'slurm'"),
+        (["launch", "run=demo_full"], "--target"),
+        (["eval"], "VERB"),
+    ],
+)
+def test_options_that_do_not_exist_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"retemper {importlib.metadata.version('retemper')}\n"
+
+
+def test_config_docs_has_meaning_type_and_default_of_every_key(capsys):
+    assert main(["config", "--docs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    keys = {line.partition(":")[0] for line in lines if not line.startswith(" ")}
+    assert {"optimizer.lr", "evals.tasks.NAME.shots", "data.mixture.NAME.path"} <= keys
+    assert all(len(line) <= 100 for line in lines)
+    # Every key has a meaning, which is the line after it.
+    assert all(
+        following.startswith("    ")
+        for line, following in zip(lines, [*lines[1:], ""], strict=True)
+        if not line.startswith(" ")
+    )
+    assert main(["config", "--docs", "train.cuda_graph"]) == 0
+    assert capsys.readouterr().out.startswith('train.cuda_graph: auto | on | off, default "auto"')
+    assert main(["config", "--docs", "method.lora"]) == 0
+    assert capsys.readouterr().out.count("\nmethod.lora.") == 8
+    assert main(["config", "--docs", "train.lr"]) == 1
+    assert "did you mean optimizer.lr?" in capsys.readouterr().err

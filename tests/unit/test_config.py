@@ -3,13 +3,20 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import overrides
 
-from retemper.pipeline.config.compose import load_config, load_data_config, preset_names
+from retemper.pipeline.config.compose import (
+    conf_dir,
+    load_config,
+    load_data_config,
+    preset_names,
+)
 from retemper.pipeline.config.differences import changed_keys
-from retemper.pipeline.config.existing_run import OF_SCORING, load_run
+from retemper.pipeline.config.existing_run import SCORING_OVERRIDES, load_run
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.schema.section import format_tokens, parse_tokens
+from retemper.pipeline.schema.run import Config
+from retemper.pipeline.schema.section import defaults_of, fields_of, format_tokens, parse_tokens
 
 
 def problems(*changes: str, tmp="/nowhere") -> str:
@@ -66,6 +73,40 @@ def test_every_group_preset_loads(group):
         assert load_config(["run=demo_base", f"{group}={name}", *lora, *optimizer])
 
 
+@pytest.mark.parametrize("path", sorted(conf_dir().rglob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_have_no_value_that_is_the_default(path):
+    group = path.parent.name if path.parent != conf_dir() else "run"
+    preset = yaml.safe_load(path.read_text()) or {}
+    preset.pop("defaults", None)
+    defaults = defaults_of(Config)
+    values = flat(preset if group in ("run", "_shared") else {group: preset})
+    repeated = {key for key, value in values.items() if value == flat(defaults).get(key, ...)}
+    by_key = {key: field for key, field in fields_of(Config) if not field.is_required()}
+    repeated |= {key for key in values.keys() & by_key if values[key] == by_key[key].default}
+    assert not repeated
+
+
+def flat(section: dict, prefix: str = "") -> dict:
+    """Return the values of a nested dictionary by their dotted keys."""
+    values = {}
+    for key, value in section.items():
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else None
+        values |= inner or {f"{prefix}{key}": value}
+    return values
+
+
+def test_a_preset_resets_what_another_of_its_group_set():
+    assert load_config(["run=demo_full", "schedule=cosine"]).schedule.min_lr_ratio == 0.01
+    again = load_config(["run=demo_full", "schedule=cosine", "schedule=trapezoid"]).schedule
+    assert (again.min_lr_ratio, again.cooldown_fraction) == (0.0, 0.2)
+    assert load_config(["run=demo_lora", "method=full", "init_from=null"]).method.lora is None
+
+
+def test_a_preset_of_a_study_needs_the_study():
+    with pytest.raises(UserError, match="data.path of a preset uses a key that is not set"):
+        load_data_config(["data=demo_code"])
+
+
 @pytest.mark.parametrize(
     ("text", "tokens"),
     [
@@ -107,6 +148,12 @@ def test_all_problems_come_in_one_message_with_the_nearest_key():
     )
     assert "optimizer.beta1:" in message and "'high'" in message
     assert "train.tokens" in message and "20G" in message
+
+
+def test_a_renamed_key_is_refused_with_its_new_name():
+    assert "anomaly.left_out_steps is now anomaly.skip_batches" in problems(
+        "anomaly.left_out_steps=2"
+    )
 
 
 def test_unknown_keys_and_impossible_layouts_come_together():
@@ -256,12 +303,14 @@ def test_a_run_has_the_model_that_it_begins_from(tmp_path):
     for key in ("init_from", "branch_of"):
         for given in (
             [],
-            ["model=llama2_7b"],
+            ["model=llama2_7b", "model.qkv_bias=true"],
             ["model.num_layers=32"],
             ["+model.hidden_size=4096", "model.qkv_bias=true"],
         ):
             found = load_config([*SMALL, f"{key}={base}", *given]).model
             assert (found.num_layers, found.hidden_size, found.qkv_bias) == (32, 4096, True)
+        with pytest.raises(UserError, match="model.qkv_bias: true -> false"):
+            load_config([*SMALL, f"{key}={base}", "model=llama2_7b"])
     assert load_config([*SMALL, f"init_from={base}@1200"]).model.hidden_size == 4096
 
 
@@ -307,7 +356,9 @@ def test_changed_keys_name_both_values():
 def test_every_evals_preset_loads(name):
     evals = load_config(["run=demo_full", f"evals={name}"]).evals
     assert evals.heldout.keys() == {"code", "math"}
-    assert bool(evals.inline) == (name != "none") and not {"humaneval", "gsm8k"} & set(evals.inline)
+    assert bool(evals.inline_tasks) == (name != "none") and not {"humaneval", "gsm8k"} & set(
+        evals.inline_tasks
+    )
 
 
 def test_a_run_is_evaluated_as_its_folder_says_and_as_is_asked(tmp_path):
@@ -316,14 +367,16 @@ def test_a_run_is_evaluated_as_its_folder_says_and_as_is_asked(tmp_path):
     trained = load_config(["run=demo_full", "evals.max_samples=7", "optimizer.lr=0.25"])
     (run / "config.json").write_text(trained.model_dump_json())
     found = load_run(
-        run, ["evals=quick", "parallel=pp2", "parallel.overlap=true", "data.path=there"], OF_SCORING
+        run,
+        ["evals=quick", "parallel=pp2", "parallel.overlap=true", "data.path=there"],
+        SCORING_OVERRIDES,
     )
     assert found.run_dir == run and found.optimizer.lr == 0.25 and found.data.path == "there"
     assert found.parallel.pipeline_parallel_size == 2 and found.parallel.overlap
     assert (
         found.evals.heldout == trained.evals.heldout
         and found.evals.max_samples == 7
-        and "hellaswag" in found.evals.inline
+        and "hellaswag" in found.evals.inline_tasks
     )
     assert load_run(run, []) == trained.model_copy(update={"runs_dir": str(run.parents[1])})
     with pytest.raises(

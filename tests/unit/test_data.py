@@ -14,10 +14,10 @@ from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.data.streams import check_corpora, decontaminated
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.files.sealed import seal
+from retemper.pipeline.files.sealed import dump_sealed
+from retemper.tokenize.identify import split_of
 from retemper.tokenize.job import tokenize
 from retemper.tokenize.sources import read_documents
-from retemper.tokenize.split import split_of
 
 
 def decoded(workspace, corpus: str, split: str) -> str:
@@ -175,7 +175,7 @@ def test_evaluations_are_flagged_by_what_the_corpora_left_out(workspace, tmp_pat
     clean.mkdir()
     manifest = read_manifest(str(workspace / "data" / "math"))
     (clean / "manifest.json").write_text(
-        seal(manifest | {"decontamination": {"tasks": {"humaneval": {"problems": 164}}}})
+        dump_sealed(manifest | {"decontamination": {"tasks": {"humaneval": {"problems": 164}}}})
     )
     asked = [
         f"data.path={clean}",

@@ -7,7 +7,7 @@ from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.config.existing_run import load_run
 from retemper.pipeline.data.domains import Domains, domains_of, measures
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.runs.run_folder import claim
+from retemper.pipeline.runs.run_folder import start_or_resume
 
 LORA = ["method=lora", "init_from=base", "model=gpt_tiny"]
 WIKI = ["data.mixture.wiki.path={data}/wiki", "data.mixture.wiki.fraction=0.25"]
@@ -92,7 +92,7 @@ def test_an_unknown_learned_domain_is_refused_with_the_nearest(tmp_path):
 
 def test_learned_is_kept_when_a_run_is_scored_with_another_preset(tmp_path):
     config = config_of(tmp_path, "evals.learned=[math]")
-    claim(config, 0)
+    start_or_resume(config, 0)
     assert load_run(config.run_dir, ["evals=quick"]).evals.learned == ["math"]
     assert load_run(config.run_dir, ["evals.learned=[code]"]).evals.learned == ["code"]
 

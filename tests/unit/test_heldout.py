@@ -36,7 +36,7 @@ def scored(config, domain: str = "code", model=None):
     )
     with (
         mock.patch.object(heldout, "run_schedule", model or losses),
-        mock.patch.object(heldout, "from_last_stage", torch.Tensor.tolist),
+        mock.patch.object(heldout, "all_reduce_from_last_stage", torch.Tensor.tolist),
     ):
         return heldout.heldout_scores(config, place, torch.nn.Identity(), [domain])[domain]
 
@@ -119,7 +119,7 @@ def test_masks_change_nothing_where_a_sample_is_one_document(
             found = super().samples(ids)
             for row in range(len(found)):
                 if len(found.values("lengths", row)) > 1:
-                    found.leave_out(row)
+                    found.mask_sample(row)
             return found
 
     monkeypatch.setattr(heldout, "TokenShards", OneDocument)
@@ -143,7 +143,7 @@ def test_no_score_over_no_tokens(workspace, monkeypatch, mask_documents):
         def samples(self, ids: np.ndarray) -> Samples:
             found = super().samples(ids)
             for row in range(len(found)):
-                found.leave_out(row)
+                found.mask_sample(row)
             return found
 
     monkeypatch.setattr(heldout, "TokenShards", Prompts)

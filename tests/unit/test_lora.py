@@ -42,12 +42,12 @@ LORA = LoraConfig(rank=2, alpha=4.0, targets=["q"])
     ],
 )
 def test_a_method_never_becomes_another(trainable, lora, said):
-    from retemper.pipeline.model.lora import check_what_trains
+    from retemper.pipeline.model.lora import check_trainable_parameters
 
     with pytest.raises(AssertionError, match=said):
-        check_what_trains(trainable, lora)
-    check_what_trains({A: True, "weight": False}, LORA)
-    check_what_trains({"weight": True}, None)
+        check_trainable_parameters(trainable, lora)
+    check_trainable_parameters({A: True, "weight": False}, LORA)
+    check_trainable_parameters({"weight": True}, None)
 
 
 def test_row_norms_are_those_of_the_updated_weight():
@@ -99,17 +99,17 @@ def lora_config(folder: Path, *changes: str):
 def test_without_an_alpha_it_is_twice_the_rank_and_stored_as_a_number(
     tmp_path, changes, alpha, scale
 ):
-    from retemper.pipeline.model.adapter import scale_of
+    from retemper.pipeline.model.adapter import lora_scaling
 
     config = lora_config(tmp_path, *changes)
     stored = json.loads(config.to_json())["method"]["lora"]
-    assert stored["alpha"] == alpha and scale_of(config.method.lora) == scale
+    assert stored["alpha"] == alpha and lora_scaling(config.method.lora) == scale
     assert LoraConfig(**stored) == config.method.lora
 
 
 @pytest.mark.parametrize("rank", [4, 7, 16, 256])
 def test_with_rslora_an_alpha_is_asked_for_and_the_one_named_gives_a_scale_of_two(tmp_path, rank):
-    from retemper.pipeline.model.adapter import scale_of
+    from retemper.pipeline.model.adapter import lora_scaling
 
     asked = [f"method.lora.rank={rank}", "method.lora.rslora=true"]
     with pytest.raises(UserError) as refusal:
@@ -118,7 +118,9 @@ def test_with_rslora_an_alpha_is_asked_for_and_the_one_named_gives_a_scale_of_tw
         rf"with method.lora.rank={rank} (method.lora.alpha=\S+) gives a scale of 2",
         str(refusal.value),
     )
-    assert scale_of(lora_config(tmp_path, *asked, alpha).method.lora) == pytest.approx(2, rel=1e-5)
+    assert lora_scaling(lora_config(tmp_path, *asked, alpha).method.lora) == pytest.approx(
+        2, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def test_a_run_that_has_begun_keeps_its_alpha(tmp_path):
     before.run_dir.mkdir(parents=True)
     (before.run_dir / "config.json").write_text(before.to_json())
     assert lora_config(tmp_path, *asked) == before == load_run(before.run_dir, [])
-    run_folder.check(lora_config(tmp_path, *asked))
+    run_folder.check_resumable(lora_config(tmp_path, *asked))
     assert lora_config(tmp_path, *asked, "method.lora.alpha=8").method.lora.alpha == 8
 
 

@@ -19,13 +19,13 @@ from retemper.pipeline.corpus.format import HELDOUT, TRAIN
 from retemper.pipeline.corpus.manifest import read_manifest
 from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.files.sealed import seal
+from retemper.pipeline.files.sealed import dump_sealed
 from retemper.pipeline.schema.data import SourceConfig
 from retemper.tokenize import job, job_folder, ngrams
+from retemper.tokenize.identify import split_of
 from retemper.tokenize.job import tokenize
 from retemper.tokenize.sketch import BINS, NONE, HeldoutSketches, sketches
 from retemper.tokenize.sources import read_documents
-from retemper.tokenize.split import split_of
 
 LICENCE = "".join(
     f"# Permission {number} is granted to whoever keeps this notice in every copy.\n"
@@ -300,7 +300,7 @@ def test_a_corpus_from_before_the_key_is_the_same_unless_near_duplicates_are_dro
     manifest = read_manifest(str(tmp_path / "out"))
     del manifest["near_duplicates"]
     assert "near_duplicates" not in manifest["made_from"]
-    (tmp_path / "out" / "manifest.json").write_text(seal(manifest))
+    (tmp_path / "out" / "manifest.json").write_text(dump_sealed(manifest))
     for action in ("count", "keep"):
         assert (
             tokenize(
@@ -325,7 +325,7 @@ def test_a_job_begun_before_the_key_goes_on(workspace, families, made, tmp_path,
     )
     with monkeypatch.context() as patch:
         patch.setattr(
-            job.Finish, "_finish", lambda self: (_ for _ in ()).throw(UserError("stopped here"))
+            job.Publish, "_publish", lambda self: (_ for _ in ()).throw(UserError("stopped here"))
         )
         with pytest.raises(UserError, match="stopped here"):
             tokenize(begun, progress=False)

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retemper.pipeline.config.compose import load_config
+from retemper.pipeline.data.open_streams import Streams
 from retemper.pipeline.data.order import LANES, ORDER_VERSION, Order, Stream
-from retemper.pipeline.data.reader import Streams, TrainingBatches
+from retemper.pipeline.data.reader import TrainingBatches
 from retemper.pipeline.distributed.topology import Topology
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(tuple)

@@ -88,7 +88,8 @@ def test_a_budget_of_whole_documents_ends_before_the_first_that_does_not_fit(wor
     """
     from conftest import data_config
 
-    from retemper.tokenize.write_shards import _within, pack
+    from retemper.tokenize.select import _within
+    from retemper.tokenize.write_shards import pack
 
     lengths = [10, 20, 12, 150, 9, 8, 7]
     data = data_config(workspace, "budget", seq_length=64, packing="best_fit")
@@ -105,7 +106,8 @@ def test_a_budget_of_whole_documents_ends_before_the_first_that_does_not_fit(wor
 def test_a_budget_is_never_exceeded(workspace, lengths, seq_length, most):
     from conftest import data_config
 
-    from retemper.tokenize.write_shards import _within, pack
+    from retemper.tokenize.select import _within
+    from retemper.tokenize.write_shards import pack
 
     data = data_config(workspace, "budget", seq_length=seq_length, packing="best_fit")
     documents, samples, is_all = _within(bucket_of(lengths.tolist()), data, 0, most)

@@ -45,7 +45,8 @@ SEVEN_B += ["train.global_batch_size=8", "train.micro_batch_size=1", "method=lor
 
 
 @pytest.mark.parametrize(
-    "verb", [["plan"], ["launch", "target=slurm"], ["launch", "target=torchrun"], ["train"]]
+    "verb",
+    [["plan"], ["launch", "--target", "slurm"], ["launch", "--target", "torchrun"], ["train"]],
 )
 def test_without_its_base_a_run_is_planned_only_with_a_shape_of_its_own(said, verb, tmp_path):
     asked = [*SEVEN_B, f"init_from={tmp_path / 'typo'}"]
@@ -57,7 +58,7 @@ def test_without_its_base_a_run_is_planned_only_with_a_shape_of_its_own(said, ve
         assert code == 1 and out == ""
         return
     assert code == 0 and line in (out if verb == ["plan"] else error).splitlines()
-    if verb[-1] == "target=slurm":
+    if verb[-1] == "slurm":
         assert out.startswith("#!/bin/bash\n")  # a script, and nothing before it
 
 

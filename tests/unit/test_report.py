@@ -54,7 +54,7 @@ def started(workspace, runs_dir, name, *changes):
     config = load_config(
         [*overrides(workspace, name, *asked, corpus=corpus), f"runs_dir={runs_dir}"]
     )
-    run_folder.claim(config, 0)
+    run_folder.start_or_resume(config, 0)
     line = {"step": 10, "tokens": 5120, "loss": 2.5, "grad_norm": 1.0, "lr": 0.0}
     append_line(config.run_dir / run_folder.METRICS, line | {"tokens_per_second": 1234.0})
     return config
@@ -208,7 +208,7 @@ def test_runs_are_compared_at_equal_tokens_and_gaps_stay_gaps(workspace, tmp_pat
     assert row[3:8] == ["start", "3.0000", "", "", ""]
     assert (
         "full: nothing to compare with, for its start was not scored on math: "
-        f"`retemper eval {full.run_dir}`" in comparison(runs)[-1]
+        f"`retemper eval run {full.run_dir}`" in comparison(runs)[-1]
     )
 
 
@@ -298,7 +298,7 @@ def test_the_forgetting_score_has_an_interval_and_a_paired_difference(workspace,
     lora = record(workspace, tmp_path, "lora", LORA, (2.8, 2.1))
     scores, stderrs = {}, {}
     for config, step, right in ((full, 0, 0.7), (lora, 0, 0.7), (full, 10, 0.3), (lora, 10, 0.65)):
-        for task in eval_folder.FORGOTTEN:
+        for task in eval_folder.FORGETTING_TASKS:
             drawn = random.Random(task)  # the same problems are hard for all
             values = [float(drawn.random() < right) for _ in range(200)]
             values[0] = float(chance.random() < 0.5) if step else 1.0
@@ -364,7 +364,7 @@ def test_runs_without_a_difference_are_seldom_said_to_differ(workspace, tmp_path
                 for domain in ("code", "math")
             }
             drawn.append(replace(run, curves=curves))
-            for task in eval_folder.FORGOTTEN:
+            for task in eval_folder.FORGETTING_TASKS:
                 eval_folder.task_path(run.config.run_dir, 10, task).unlink(missing_ok=True)
                 write_task(run.config, 10, task, [float(chance.random() < 0.4) for _ in range(60)])
         (said,) = comparison(drawn)
@@ -399,5 +399,5 @@ def test_metrics_after_the_resumed_step_are_dropped_and_a_cut_line_ignored(works
     with open(config.run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 11, "lo')
     assert [record["step"] for record in run_folder.read_metrics(config.run_dir)] == [10]
-    run_folder.claim(config, 9)
+    run_folder.start_or_resume(config, 9)
     assert (config.run_dir / "metrics.jsonl").read_text() == ""

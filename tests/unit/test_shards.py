@@ -23,7 +23,7 @@ from retemper.pipeline.data.shards import BadShard, TokenShards
 from retemper.pipeline.distributed.topology import Topology, _check_shared_memory
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files import store as stores
-from retemper.pipeline.files.sealed import seal
+from retemper.pipeline.files.sealed import dump_sealed
 from retemper.tokenize import job_folder
 from retemper.tokenize.job import tokenize
 
@@ -227,7 +227,7 @@ def test_an_index_that_would_do_harm_is_refused_though_its_hash_is_right(
     manifest["files"]["train/index.json"] = hashlib.sha256(
         (forged / "train" / "index.json").read_bytes()
     ).hexdigest()
-    (forged / "manifest.json").write_text(seal(manifest))
+    (forged / "manifest.json").write_text(dump_sealed(manifest))
     with pytest.raises(
         UserError,
         match=f"not written by `retemper tokenize`, do not trust it: .*{said}"

@@ -105,9 +105,9 @@ def test_text_ends_with_the_token_that_completes_a_stop_string(workspace, monkey
         ]
 
     monkeypatch.setattr(team, "generate", recite)
-    monkeypatch.setattr(team, "from_each_replica", lambda mine: [mine])
+    monkeypatch.setattr(team, "all_gather_data_parallel", lambda mine: [mine])
     config = SimpleNamespace(evals=SimpleNamespace(micro_batch_size=2), fp8_recipe=None)
-    alone = team.Team(
+    alone = team.RankZeroServer(
         config, SimpleNamespace(rank=0, data_parallel_rank=0, data_parallel_size=1), None
     )
     [new] = alone.generate(

@@ -16,7 +16,7 @@ from retemper.pipeline.corpus import tokenizer as tokenizers
 from retemper.pipeline.corpus.tokenizer import Tokenizer, train_tokenizer
 from retemper.pipeline.data.streams import check_corpora
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.files.sealed import seal
+from retemper.pipeline.files.sealed import dump_sealed
 
 PYTHON = Path(heapq.__file__).read_text()
 ADDED = [
@@ -125,7 +125,7 @@ def corpus(folder: Path, tokenizer: str) -> Path:
         "seq_length": 64,
     }
     folder.mkdir()
-    (folder / "manifest.json").write_text(seal(manifest | {"tokenizer_sha256": tokenizer}))
+    (folder / "manifest.json").write_text(dump_sealed(manifest | {"tokenizer_sha256": tokenizer}))
     return folder
 
 

@@ -47,7 +47,7 @@ def stepped(workspace, state: TrainState, losses, masks, grad_norm: float = 1.0)
     optimizer = mock.MagicMock(param_groups=[{"lr": 0.1}])
     optimizer.get_grad_norm.return_value = grad_norm
     config = load_config(overrides(workspace, "stepped", "train.log_every_steps=1000"))
-    alone = mock.patch.object(steps, "from_last_stage", torch.Tensor.tolist)
+    alone = mock.patch.object(steps, "all_reduce_from_last_stage", torch.Tensor.tolist)
     with alone, mock.patch.object(steps, "clip_grad_by_total_norm_fp32"):
         return train_step(config, state, passes, optimizer, mock.MagicMock(), [])
 

@@ -14,7 +14,7 @@ from retemper.pipeline.evals.sandbox import landlock, seccomp
 _PROBE_SECONDS = 30
 _HERE = Path(__file__).parent
 # The base interpreter of the virtual environment; the environment itself stays invisible.
-_INTERPRETER = sys._base_executable
+_INTERPRETER = sys._base_executable  # type: ignore[attr-defined]  # undocumented, not in typeshed
 # Imported as a package, and with its folder last in sys.path, so that no module next to inside.py
 # shadows the standard library.
 _INSIDE = (

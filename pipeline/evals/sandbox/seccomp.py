@@ -114,8 +114,8 @@ def program(machine: str, pid: int) -> bytes:
         _load(_NUMBER),
     ]
     for numbers in CALLS.values():
-        if numbers[column] is not None:
-            lines += [_skip_if(numbers[column], 0, 1), _return(_ALLOW)]
+        if (number := numbers[column]) is not None:
+            lines += [_skip_if(number, 0, 1), _return(_ALLOW)]
     for name, checks in _checks(pid).items():
         body = [line for check in checks for line in _check(*check)] + [_return(_ALLOW)]
         lines += [_skip_if(CHECKED_CALLS[name][column], 0, len(body)), *body]

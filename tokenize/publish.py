@@ -15,19 +15,19 @@ from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 
 from retemper.pipeline.corpus.format import HELDOUT, TRAIN, split_number
-from retemper.pipeline.corpus.manifest import MANIFEST, READ_BY_TRAINING, Damaged, read_listed
+from retemper.pipeline.corpus.manifest import MANIFEST, READ_BY_TRAINING, FileDamaged, read_verified
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.atomic import replace_file
-from retemper.pipeline.files.sealed import seal
-from retemper.pipeline.files.store import Missing
+from retemper.pipeline.files.sealed import dump_sealed
+from retemper.pipeline.files.store import FileMissing
 from retemper.pipeline.schema.data import CorpusConfig
 from retemper.tokenize import job_folder
 
 
-class Finish(PipelineStep):
+class Publish(PipelineStep):
     """Assemble the corpus from its buckets, write the manifest last, and move all to data.path."""
 
-    name, type = "🏁 Finish", "💽 - WRITER"
+    name, type = "🏁 Publish", "💽 - WRITER"
 
     def __init__(
         self, data: CorpusConfig, work: Path, tokenizer_sha256: str, token_bytes: np.ndarray
@@ -41,11 +41,11 @@ class Finish(PipelineStep):
     def run(
         self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1
     ) -> DocumentsPipeline:
-        with job_folder.told(self.work):
-            self._finish()
+        with job_folder.record_failure(self.work):
+            self._publish()
         yield from ()
 
-    def _finish(self) -> None:
+    def _publish(self) -> None:
         plan = job_folder.load_plan(self.work)
         out = self.work / "out"
         parts = job_folder.all_parts_done(self.work, plan)
@@ -97,8 +97,8 @@ class Finish(PipelineStep):
             "".join(file["sha256"] for file in sources).encode()
         )
         manifest["files"] = {name: _sha256((out / name).read_bytes()) for name in READ_BY_TRAINING}
-        replace_file(out / MANIFEST, seal(manifest))
-        _deliver(out, self.data.path)
+        replace_file(out / MANIFEST, dump_sealed(manifest))
+        _move_or_upload(out, self.data.path)
         job_folder.remove(self.work)
 
 
@@ -150,9 +150,9 @@ def is_whole(path: str, manifest: dict) -> bool:
     folder = get_datafolder(path)
     folder.fs.invalidate_cache()  # object stores' listings are cached
     try:
-        files = {name: read_listed(path, manifest, name) for name in READ_BY_TRAINING}
+        files = {name: read_verified(path, manifest, name) for name in READ_BY_TRAINING}
         sizes = {name: info["size"] for name, info in folder.find("", detail=True).items()}
-    except (Missing, Damaged, FileNotFoundError):
+    except (FileMissing, FileDamaged, FileNotFoundError):
         return False
     for split in (TRAIN, HELDOUT):
         for shard in json.loads(files[f"{split}/index.json"])["shards"]:
@@ -277,7 +277,7 @@ def _decontamination(plan: job_folder.Plan, parts: list[dict]) -> dict:
     }
 
 
-def _deliver(out: Path, path: str) -> None:
+def _move_or_upload(out: Path, path: str) -> None:
     """Move the finished folder to `path`, or upload it there with the manifest last."""
     if "://" in path:
         _upload(out, path)
