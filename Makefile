@@ -13,8 +13,9 @@ lint: .venv/.installed
 test: lint
 	@.venv/bin/python -m pytest -m "not slow and not gpu"
 
+# All slow tests, or with PACKAGE=checkpoint those whose files import from that package.
 test-slow: .venv/.installed
-	@.venv/bin/python -m pytest -m slow
+	@.venv/bin/python -m pytest -m slow $(if $(PACKAGE),--package $(PACKAGE))
 
 .venv/.installed: constraints.txt pyproject.toml .ci/setup
 	@.ci/setup

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+STARTED = time.monotonic()
 # Real evaluation files, tokenizer and weights, which the project never copies in.
 SHARED_DATA = Path(os.environ.get("RETEMPER_SHARED_DATA", ROOT.parent / "shared" / "data"))
 VOCAB_SIZE = 300  # no multiple of 128: the vocabulary is padded
@@ -131,7 +133,7 @@ class Ranks:
         command += [
             "--local-addr=127.0.0.1",
             f"--nproc-per-node={world_size}",
-            str(ROOT / "tests" / "multiproc" / "ranks.py"),
+            str(ROOT / "tests" / "helpers" / "ranks.py"),
         ]
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
@@ -176,7 +178,7 @@ _RANKS: dict[int, Ranks] = {}
 
 
 def launch(world_size: int, cases: list[dict], script: str = "cases", timeout: int = 900) -> None:
-    """Run cases one after another on the same real ranks: tests/multiproc/cases.py trains them."""
+    """Run cases one after another on the same real ranks: tests/helpers/cases.py trains them."""
     if world_size not in _RANKS:
         _RANKS[world_size] = Ranks(world_size, Path(tempfile.mkdtemp(prefix="retemper-ranks-")))
     try:
@@ -184,6 +186,25 @@ def launch(world_size: int, cases: list[dict], script: str = "cases", timeout: i
     except AssertionError:
         _RANKS.pop(world_size).close()
         raise
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--package", help="only tests whose file imports from this package")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if package := config.getoption("--package"):
+        imports = f"from retemper.{package}.", f"from retemper.pipeline.{package}."
+        kept = [item for item in items if any(text in item.path.read_text() for text in imports)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu_seconds = sum(part.ru_utime + part.ru_stime for part in usage)
+    seconds = time.monotonic() - STARTED
+    terminalreporter.write_line(f"{seconds:.0f} s, {cpu_seconds:.0f} CPU-seconds")
 
 
 def pytest_sessionfinish() -> None:

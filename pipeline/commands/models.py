@@ -1,7 +1,6 @@
 """The verbs for models of other libraries: import and export."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +81,7 @@ def _import(arguments: argparse.Namespace) -> int:
         read_config,
         transformers_folder,
     )
+    from retemper.pipeline.schema.exchange import ImportRequest
     from retemper.pipeline.schema.model import MethodConfig, ModelSetup
 
     parallel = load_parallel(arguments.keys)
@@ -90,29 +90,34 @@ def _import(arguments: argparse.Namespace) -> int:
     folder = transformers_folder(arguments.folder, arguments.folder)
     model = model_of(read_config(folder), folder)
     check_setup(ModelSetup(model=model, method=MethodConfig(name="full"), parallel=parallel))
-    options = {
-        "folder": str(folder),
-        "name": None if Path(arguments.folder).exists() else arguments.folder,
-        "run": arguments.run,
-        "trust": arguments.trust,
-        "overrides": arguments.keys,
-    }
-    return run_here(
-        "retemper.pipeline.huggingface", ["import", json.dumps(options)], parallel.world_size
+    request = ImportRequest(
+        folder=str(folder),
+        run=arguments.run,
+        name=None if Path(arguments.folder).exists() else arguments.folder,
+        trust=arguments.trust,
+        keys=arguments.keys,
     )
+    return run_here("retemper.pipeline.huggingface", request.arguments, parallel.world_size)
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from retemper.launch.torchrun import run_here
+    from retemper.pipeline.schema.exchange import ExportRequest
 
     _refuse_existing(arguments.folder)
     if arguments.base and not arguments.adapter:
         raise UserError(
             "--base requires --adapter: an exported model already contains the weights of its base"
         )
-    names = ("run", "folder", "step", "adapter", "base", "tokenizer")
-    options = {name: getattr(arguments, name) for name in names}
-    return run_here("retemper.pipeline.huggingface", ["export", json.dumps(options)], 1)
+    request = ExportRequest(
+        run=arguments.run,
+        folder=arguments.folder,
+        step=arguments.step,
+        adapter=arguments.adapter,
+        base=arguments.base,
+        tokenizer=arguments.tokenizer,
+    )
+    return run_here("retemper.pipeline.huggingface", request.arguments, 1)
 
 
 def _refuse_existing(target: str) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from retemper.pipeline.config.differences import changed_keys
@@ -53,6 +54,7 @@ def run_rank(
 def run_prepared[Setup: ModelSetup](
     prepare: Callable[[], tuple[Setup, dict[str, Any]]],
     work: Callable[[Setup, topologies.Topology, dict[str, Any]], None],
+    error_file: str | None = None,
 ) -> int:
     """Call prepare(), start the process groups, call work(setup, topology, fingerprints).
 
@@ -61,6 +63,7 @@ def run_prepared[Setup: ModelSetup](
     Args:
         prepare: checks the input and returns a setup and fingerprints.
         work: gets rank 0's fingerprints.
+        error_file: to which the message of an error is written, too.
 
     Returns:
         The exit code.
@@ -72,6 +75,8 @@ def run_prepared[Setup: ModelSetup](
         prepared = _inputs_of_rank_zero(topology.rank, prepared)
         work(setup, topology, prepared)
     except (UserError, OSError) as error:
+        if error_file:
+            Path(error_file).write_text(str(error))
         _print_error(error)
         return 1
     topologies.stop()

@@ -1,7 +1,7 @@
 """Measured training speeds, from which the time of another run is estimated.
 
-They are copied from bench/, which an installed package lacks: tests/unit/test_plan.py compares
-both. A newer measurement replaces that of the same method, precision and micro-batch.
+They are copied from benchmarks/results/, which an installed package lacks: tests/unit/test_plan.py
+compares both. A newer measurement replaces that of the same method, precision and micro-batch.
 """
 
 import math
@@ -31,7 +31,7 @@ _ALIKE = ("H100", "H200")
 
 @dataclass(frozen=True)
 class Measurement:
-    """A part of a result in bench/, on one card."""
+    """A part of a result in benchmarks/results/, on one card."""
 
     file: str
     part: str

@@ -6,7 +6,6 @@ generated programs in the sandbox. Each part of each step is a job that a worker
 """
 
 import contextlib
-import json
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.base import base_of
@@ -27,6 +25,7 @@ from retemper.pipeline.files.atomic import write_once
 from retemper.pipeline.runs import eval_folder
 from retemper.pipeline.runs.leases import lease
 from retemper.pipeline.runs.track import mirror_scores
+from retemper.pipeline.schema.exchange import ExportRequest
 from retemper.pipeline.schema.run import Config
 
 PARTS = ("generate", "score")
@@ -252,16 +251,13 @@ def score_programs(config: Config, step: int, task: str) -> dict:
     }
 
 
-def export_options(config: Config, step: int, folder: Path) -> dict[str, Any]:
-    """Return the options of the export of a step.
+def export_request(config: Config, step: int, folder: Path) -> ExportRequest:
+    """Return the request to export a step.
 
     Args:
         config: The run's config.
         step: The step of the checkpoint; 0 for the base of the run.
         folder: Where the model is to be written.
-
-    Returns:
-        The options of `python -m retemper.pipeline.huggingface export`.
 
     Raises:
         UserError: The base is missing or was changed.
@@ -273,8 +269,8 @@ def export_options(config: Config, step: int, folder: Path) -> dict[str, Any]:
         assert base is not None, "step 0 is evaluated only where the run has a base"
         run = base.path
         step = base.step
-    options = {"run": str(run), "folder": str(folder), "step": step}
-    return options | {"adapter": False, "base": None, "tokenizer": config.data.tokenizer}
+    tokenizer = config.data.tokenizer
+    return ExportRequest(run=str(run), folder=str(folder), step=step, tokenizer=tokenizer)
 
 
 def export(config: Config, step: int, folder: Path) -> None:
@@ -288,18 +284,15 @@ def export(config: Config, step: int, folder: Path) -> None:
     Raises:
         UserError: The export failed; the message is the export's.
     """
-    options = json.dumps(export_options(config, step, folder))
-    command = [sys.executable, "-m", "retemper.pipeline.huggingface", "export", options]
-    # In a separate process, so that all of its memory is freed afterwards.
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise UserError(
-            next(
-                (line.removeprefix("error: ") for line in lines if line.startswith("error: ")),
-                "\n".join(lines[-5:]),
-            )
-        )
+    request = export_request(config, step, folder)
+    with tempfile.NamedTemporaryFile("r") as error_file:
+        request = request.model_copy(update={"error_file": error_file.name})
+        # In a separate process, so that all of its memory is freed afterwards.
+        command = [sys.executable, "-m", "retemper.pipeline.huggingface", *request.arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            last_lines = done.stderr.strip().splitlines()[-5:]
+            raise UserError(error_file.read() or "\n".join(last_lines))
 
 
 def generations_path(config: Config, step: int, task: str) -> Path:

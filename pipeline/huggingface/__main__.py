@@ -1,15 +1,14 @@
 """One rank of `retemper import` or `retemper export`.
 
-Started as `python -m retemper.pipeline.huggingface import '{"folder": …}'`.
+Started as `python -m retemper.pipeline.huggingface import REQUEST`; schema/exchange.py has the
+requests, which are passed as JSON.
 """
 
 import contextlib
-import json
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.config.compose import load_parallel
@@ -18,41 +17,35 @@ from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.distributed.collectives import barrier
 from retemper.pipeline.entry.rank import exit_now, run_prepared
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema.exchange import ExportRequest, ImportRequest
 from retemper.pipeline.schema.model import MethodConfig, ModelSetup, ParallelConfig
 
 
-def main(verb: str, options: dict[str, Any]) -> int:
-    prepare, work = importing(**options) if verb == "import" else exporting(**options)
-    return run_prepared(prepare, work)
+def main(verb: str, request: str) -> int:
+    if verb == "import":
+        return run_prepared(*importing(ImportRequest.model_validate_json(request)))
+    export = ExportRequest.model_validate_json(request)
+    prepare, work = exporting(export)
+    return run_prepared(prepare, work, export.error_file)
 
 
-def importing(
-    folder: str, run: str, trust: str | None, overrides: list[str], name: str | None = None
-):
-    """Return the functions (prepare, work) for `run_prepared` to import a transformers folder.
-
-    Args:
-        folder: of transformers.
-        run: folder of the run to create, from which other runs can start.
-        trust: the name of the folder, if Python code in it may be ignored.
-        overrides: of parallel.*.
-        name: of the model on the hub, where it came from there.
-    """
+def importing(request: ImportRequest):
+    """Return the functions (prepare, work) for `run_prepared` to import a transformers folder."""
     import torch
 
     from retemper.pipeline.corpus.tokenizer import Tokenizer
     from retemper.pipeline.huggingface.source_folder import Weights
 
-    source = Path(folder)
-    target = Path(run)
+    source = Path(request.folder)
+    target = Path(request.run)
     weights = None
 
     def prepare():
         nonlocal weights
-        weights = Weights(source, trusted=trust == source.resolve().name)
+        weights = Weights(source, trusted=request.trust == source.resolve().name)
         bf16 = all(weights.dtype(name) == torch.bfloat16 for name in weights.names)
         method = MethodConfig(name="full")
-        parallel = load_parallel(overrides)
+        parallel = load_parallel(request.keys)
         setup = check_setup(
             ModelSetup(
                 model=weights.model,
@@ -77,7 +70,8 @@ def importing(
         from retemper.pipeline.huggingface.verify import summary, verify
 
         with _whole_or_nothing(target, topology) as partial:
-            import_weights(weights, name, setup, topology, fingerprints["tokenizer"], partial)
+            tokenizer = fingerprints["tokenizer"]
+            import_weights(weights, request.name, setup, topology, tokenizer, partial)
             topologies.stop(leave=False)
             topology = topologies.start(ParallelConfig(data_parallel_size=topology.world_size))
             streamed = StreamedModel(partial, 0, topology)
@@ -92,21 +86,11 @@ def importing(
     return prepare, work
 
 
-def exporting(
-    run: str, folder: str, step: int | None, adapter: bool, base: str | None, tokenizer: str | None
-):
-    """Return the functions (prepare, work) for `run_prepared` to export a checkpoint.
-
-    Args:
-        run: folder of the run.
-        folder: to create.
-        step: of the checkpoint; None for the newest.
-        adapter: write adapters for peft instead of a whole model for transformers.
-        base: see `export.base_of`.
-        tokenizer: see `export.tokenizer_of`.
-    """
-    run_dir = Path(run)
-    target = Path(folder)
+def exporting(request: ExportRequest):
+    """Return the functions (prepare, work) for `run_prepared` to export a checkpoint."""
+    run_dir = Path(request.run)
+    target = Path(request.folder)
+    step = request.step
 
     def prepare():
         chosen = commit.folder_of(run_dir, step) if step is not None else commit.newest(run_dir)
@@ -116,10 +100,10 @@ def exporting(
                 f"{run_dir} has those after the steps {commit.committed_steps(run_dir)}"
             )
         meta = commit.sealed_meta(chosen)
-        if not adapter:
+        if not request.adapter:
             from retemper.pipeline.huggingface.export import tokenizer_of
 
-            tokenizer_of(chosen, meta, tokenizer)
+            tokenizer_of(chosen, meta, request.tokenizer)
         return ModelSetup.of(meta["config"], ParallelConfig()), {
             "checkpoint": commit.fingerprint(chosen)
         }
@@ -131,13 +115,13 @@ def exporting(
 
         streamed = StreamedModel(run_dir, step, topology)
         with _whole_or_nothing(target, topology) as partial:
-            if adapter:
-                name, reference = export.base_of(streamed, base)
+            if request.adapter:
+                name, reference = export.base_of(streamed, request.base)
                 export.export_adapter(streamed, partial, name)
                 verify(streamed, reference, partial, partial, rounded=False)
                 description = f"as a peft adapter of {name}"
             else:
-                chosen = export.tokenizer_of(streamed.folder, streamed.meta, tokenizer)
+                chosen = export.tokenizer_of(streamed.folder, streamed.meta, request.tokenizer)
                 rounding = export.export_model(streamed, partial, chosen)
                 verify(streamed, partial, None, partial, rounded=bool(rounding.rounded))
                 description = f"for transformers; {rounding}"
@@ -167,4 +151,4 @@ def _whole_or_nothing(target: Path, topology: topologies.Topology) -> Iterator[P
 
 
 if __name__ == "__main__":
-    exit_now(main(sys.argv[1], json.loads(sys.argv[2])))
+    exit_now(main(*sys.argv[1:]))

@@ -20,37 +20,21 @@ TASKS_WITH_FILES = (
 class TaskConfig(Section):
     """The settings of one lm-eval task; where a value is null, the task's default applies."""
 
-    where: Literal["inline", "worker"] = Field(
-        "inline",
-        description=(
-            "inline: evaluated by the run itself at its milestones; "
-            "worker: evaluated by separate worker processes from committed checkpoints."
-        ),
-    )
-    shots: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Number of solved examples before each problem."
-    )
-    limit: PositiveInt | None = Field(
-        None,
-        description=(
-            "Number of problems; the selection is the same for every run. null uses all problems."
-        ),
-    )
-    repeats: PositiveInt = Field(1, description="Number of answers generated per problem.")
-    temperature: float | None = Field(
-        None, ge=0, description="Sampling temperature; 0 is greedy decoding."
-    )
-    top_p: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description=(
-            "Nucleus sampling: sample from the smallest set of tokens with this total probability."
-        ),
-    )
-    max_new_tokens: PositiveInt | None = Field(
-        None, description="Maximum number of tokens of one answer."
-    )
+    where: Literal["inline", "worker"] = "inline"
+    """inline: evaluated by the run itself at its milestones; worker: evaluated by separate
+    worker processes from committed checkpoints."""
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Number of solved examples before each problem."""
+    limit: PositiveInt | None = None
+    """Number of problems; the selection is the same for every run. null uses all problems."""
+    repeats: PositiveInt = 1
+    """Number of answers generated per problem."""
+    temperature: float | None = Field(None, ge=0)
+    """Sampling temperature; 0 is greedy decoding."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Nucleus sampling: sample from the smallest set of tokens with this total probability."""
+    max_new_tokens: PositiveInt | None = None
+    """Maximum number of tokens of one answer."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -72,37 +56,23 @@ class TaskConfig(Section):
 class EvalsConfig(Section):
     """The evaluations at each milestone."""
 
-    heldout: dict[Name, str] = Field(
-        default={},
-        description="Domain name -> folder of token shards, on which bits per byte are measured.",
-    )
-    learned: list[Name] | None = Field(
-        None,
-        description=(
-            "Domains on which learning is measured; all others measure forgetting. By default the "
-            "domains of data.name and data.mixture, matched by folder or name."
-        ),
-    )
-    max_samples: PositiveInt = Field(
-        512, description="Maximum number of held-out samples read per domain."
-    )
-    micro_batch_size: PositiveInt = Field(
-        16, description="Samples per forward pass of one rank during evaluation."
-    )
-    tasks: dict[Name, TaskConfig] = Field(
-        default={}, description="Tasks to evaluate, by their names in lm-eval."
-    )
-    tasks_dir: str | None = Field(
-        None, description="Folder with the tasks' files, read instead of the hub's datasets."
-    )
+    heldout: dict[Name, str] = Field(default={})
+    """Domain name -> folder of token shards, on which bits per byte are measured."""
+    learned: list[Name] | None = None
+    """Domains on which learning is measured; all others measure forgetting. By default the
+    domains of data.name and data.mixture, matched by folder or name."""
+    max_samples: PositiveInt = 512
+    """Maximum number of held-out samples read per domain."""
+    micro_batch_size: PositiveInt = 16
+    """Samples per forward pass of one rank during evaluation."""
+    tasks: dict[Name, TaskConfig] = Field(default={})
+    """Tasks to evaluate, by their names in lm-eval."""
+    tasks_dir: str | None = None
+    """Folder with the tasks' files, read instead of the hub's datasets."""
 
-    unsafe_code: bool = Field(
-        False,
-        description=(
-            "Where no sandbox is available, run generated programs without one, "
-            "with all permissions of this user."
-        ),
-    )
+    unsafe_code: bool = False
+    """Where no sandbox is available, run generated programs without one, with all permissions of
+    this user."""
 
     @property
     def inline_tasks(self) -> list[str]:

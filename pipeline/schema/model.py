@@ -11,75 +11,54 @@ from retemper.pipeline.schema.section import PositiveInt, Section
 class RopeScaling(Section):
     """The scaling of rotary frequencies for sequences longer than in the first pretraining."""
 
-    kind: Literal["linear", "llama3"] = Field(
-        description=(
-            "linear: all frequencies are divided by factor; "
-            "llama3: only the low ones, as in Llama 3.1."
-        )
-    )
-    factor: float = Field(gt=0, description="Divisor of the frequencies.")
-    low_freq_factor: float = Field(
-        1.0,
-        gt=0,
-        description=(
-            "llama3: frequencies with a wavelength longer than original_max_sequence_length "
-            "divided by this number are divided by factor."
-        ),
-    )
-    high_freq_factor: float = Field(
-        4.0,
-        gt=0,
-        description=(
-            "llama3: frequencies with a wavelength shorter than original_max_sequence_length "
-            "divided by this number stay as they are; those between are interpolated."
-        ),
-    )
-    original_max_sequence_length: PositiveInt = Field(
-        8192, description="llama3: the sequence length of the first pretraining."
-    )
+    kind: Literal["linear", "llama3"]
+    """linear: all frequencies are divided by factor; llama3: only the low ones, as in Llama 3.1."""
+    factor: float = Field(gt=0)
+    """Divisor of the frequencies."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    """llama3: frequencies with a wavelength longer than original_max_sequence_length divided by
+    this number are divided by factor."""
+    high_freq_factor: float = Field(4.0, gt=0)
+    """llama3: frequencies with a wavelength shorter than original_max_sequence_length divided by
+    this number stay as they are; those between are interpolated."""
+    original_max_sequence_length: PositiveInt = 8192
+    """llama3: the sequence length of the first pretraining."""
 
 
 class ModelConfig(Section):
     """A Llama-style decoder: RMSNorm, SwiGLU, rotary embeddings, grouped-query attention."""
 
-    num_layers: PositiveInt = Field(description="Number of transformer layers.")
-    hidden_size: PositiveInt = Field(description="Features of the hidden state.")
-    ffn_hidden_size: PositiveInt = Field(description="Features inside the feed-forward layers.")
-    num_attention_heads: PositiveInt = Field(description="Number of query heads.")
-    num_query_groups: PositiveInt = Field(
-        description="Number of key/value heads; equal to num_attention_heads without GQA."
-    )
-    vocab_size: PositiveInt = Field(
-        description=(
-            "Vocabulary size of the tokenizer; padding for tensor parallelism is added to it."
-        )
-    )
-    max_sequence_length: PositiveInt = Field(description="Maximum number of tokens of a sequence.")
-    head_size: PositiveInt | None = Field(
-        None,
-        description="Features of one attention head. By default hidden_size / num_attention_heads.",
-    )
-    qkv_bias: bool = Field(
-        False, description="Add biases to the query, key and value projections, as in Qwen 2."
-    )
-    qk_norm: bool = Field(
-        False, description="Apply RMSNorm to the query and key of each head, as in Qwen 3."
-    )
-    rotary_base: float = Field(10000.0, description="Base of the rotary embeddings (theta).")
-    rope_scaling: RopeScaling | None = Field(
-        None, description="Scaling of the rotary frequencies. null applies none."
-    )
-    norm_epsilon: float = Field(1e-5, description="Epsilon of RMSNorm.")
-    init_std: float = Field(
-        0.02,
-        description=(
-            "Standard deviation of the normal initialization; "
-            "that of output projections is divided by sqrt(2 × num_layers)."
-        ),
-    )
-    tie_embeddings: bool = Field(
-        False, description="Share the weights of the input embedding and the output layer."
-    )
+    num_layers: PositiveInt
+    """Number of transformer layers."""
+    hidden_size: PositiveInt
+    """Features of the hidden state."""
+    ffn_hidden_size: PositiveInt
+    """Features inside the feed-forward layers."""
+    num_attention_heads: PositiveInt
+    """Number of query heads."""
+    num_query_groups: PositiveInt
+    """Number of key/value heads; equal to num_attention_heads without GQA."""
+    vocab_size: PositiveInt
+    """Vocabulary size of the tokenizer; padding for tensor parallelism is added to it."""
+    max_sequence_length: PositiveInt
+    """Maximum number of tokens of a sequence."""
+    head_size: PositiveInt | None = None
+    """Features of one attention head. By default hidden_size / num_attention_heads."""
+    qkv_bias: bool = False
+    """Add biases to the query, key and value projections, as in Qwen 2."""
+    qk_norm: bool = False
+    """Apply RMSNorm to the query and key of each head, as in Qwen 3."""
+    rotary_base: float = 10000.0
+    """Base of the rotary embeddings (theta)."""
+    rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies. null applies none."""
+    norm_epsilon: float = 1e-5
+    """Epsilon of RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initialization; that of output projections is divided by
+    sqrt(2 × num_layers)."""
+    tie_embeddings: bool = False
+    """Share the weights of the input embedding and the output layer."""
 
     @property
     def kv_channels(self) -> int:
@@ -113,47 +92,29 @@ def _expand_targets(targets: Any) -> Any:
 class LoraConfig(Section):
     """Low-rank adapters as in peft: one A and one B for each linear layer."""
 
-    rank: PositiveInt = Field(description="Rank of the adapters.")
-    alpha: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description=(
-            "The update is scaled by alpha / rank. By default alpha is 2 × rank, as in the paper; "
-            "with rslora it is required."
-        ),
-    )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Dropout probability of the adapters' input."
-    )
-    rslora: bool = Field(False, description="Scale the update by alpha / sqrt(rank) instead.")
-    dora: bool = Field(
-        False,
-        description="Train the norm of each weight row separately from its direction (DoRA).",
-    )
-    pissa: bool = Field(
-        False,
-        description=(
-            "Initialize the adapters from the principal components of each weight "
-            "instead of zero (PiSSA)."
-        ),
-    )
-    lr_ratio: float = Field(
-        1.0, ge=1, description="Learning rate of B divided by that of A, as in LoRA+."
-    )
-    targets: Annotated[list[LoraTarget], BeforeValidator(_expand_targets)] = Field(
-        min_length=1,
-        description=(
-            "Layers with adapters: all, attention (q, k, v, o), mlp (gate, up, down), "
-            "or a list of them, e.g. [q,v]."
-        ),
-    )
-    kernel: Literal["fused", "plain"] = Field(
-        "fused",
-        description=(
-            "fused: a frozen layer and its adapters are one function, which adds the product of "
-            "the base to theirs; plain: each product and sum is a separate operation. "
-            "dropout, dora, pissa and parallel.overlap always use plain."
-        ),
-    )
+    rank: PositiveInt
+    """Rank of the adapters."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank. By default alpha is 2 × rank, as in the paper; with
+    rslora it is required."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability of the adapters' input."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """Train the norm of each weight row separately from its direction (DoRA)."""
+    pissa: bool = False
+    """Initialize the adapters from the principal components of each weight instead of zero
+    (PiSSA)."""
+    lr_ratio: float = Field(1.0, ge=1)
+    """Learning rate of B divided by that of A, as in LoRA+."""
+    targets: Annotated[list[LoraTarget], BeforeValidator(_expand_targets)] = Field(min_length=1)
+    """Layers with adapters: all, attention (q, k, v, o), mlp (gate, up, down), or a list of
+    them, e.g. [q,v]."""
+    kernel: Literal["fused", "plain"] = "fused"
+    """fused: a frozen layer and its adapters are one function, which adds the product of the
+    base to theirs; plain: each product and sum is a separate operation. dropout, dora, pissa and
+    parallel.overlap always use plain."""
 
     @model_validator(mode="before")
     @classmethod
@@ -168,12 +129,10 @@ class LoraConfig(Section):
 class MethodConfig(Section):
     """The method of training: full training or LoRA."""
 
-    name: Literal["full", "lora"] = Field(
-        description="full: train all weights; lora: train adapters on a frozen base."
-    )
-    lora: LoraConfig | None = Field(
-        None, description="Adapters, required with method.name=lora. null for full training."
-    )
+    name: Literal["full", "lora"]
+    """full: train all weights; lora: train adapters on a frozen base."""
+    lora: LoraConfig | None = None
+    """Adapters, required with method.name=lora. null for full training."""
 
     @property
     def adapters(self) -> LoraConfig:
@@ -188,53 +147,29 @@ class ParallelConfig(Section):
     The world size is the product of the tensor, pipeline, context and data-parallel sizes.
     """
 
-    tensor_parallel_size: PositiveInt = Field(
-        1, description="Number of ranks that share the weights of every layer."
-    )
-    pipeline_parallel_size: PositiveInt = Field(
-        1, description="Number of ranks over which the layers are distributed in stages."
-    )
-    virtual_pipeline_parallel_size: PositiveInt = Field(
-        1,
-        description=(
-            "Number of stages per pipeline rank, interleaved to reduce the pipeline bubble."
-        ),
-    )
-    context_parallel_size: PositiveInt = Field(
-        1, description="Number of ranks that share the tokens of every sequence."
-    )
-    data_parallel_size: PositiveInt = Field(
-        1, description="Number of model replicas that share the samples of every batch."
-    )
-    sequence_parallel: bool = Field(
-        False,
-        description=(
-            "Distribute tokens over tensor-parallel ranks where these would repeat work: "
-            "norms and residuals."
-        ),
-    )
-    recompute: Literal["none", "selective", "full"] = Field(
-        "none",
-        description=(
-            "Activations that are recomputed in the backward pass instead of stored. "
-            "selective: those of feed-forward layers; full: all."
-        ),
-    )
-    overlap: bool = Field(
-        False,
-        description=(
-            "Overlap communication with computation: reduce gradients during the backward pass, "
-            "gather weights during the forward pass and, with virtual stages, send activations "
-            "during computation."
-        ),
-    )
-    tensor_parallel_overlap: bool = Field(
-        False,
-        description=(
-            "Overlap tensor-parallel communication with matrix multiplications. Requires "
-            "Transformer Engine and sequence_parallel."
-        ),
-    )
+    tensor_parallel_size: PositiveInt = 1
+    """Number of ranks that share the weights of every layer."""
+    pipeline_parallel_size: PositiveInt = 1
+    """Number of ranks over which the layers are distributed in stages."""
+    virtual_pipeline_parallel_size: PositiveInt = 1
+    """Number of stages per pipeline rank, interleaved to reduce the pipeline bubble."""
+    context_parallel_size: PositiveInt = 1
+    """Number of ranks that share the tokens of every sequence."""
+    data_parallel_size: PositiveInt = 1
+    """Number of model replicas that share the samples of every batch."""
+    sequence_parallel: bool = False
+    """Distribute tokens over tensor-parallel ranks where these would repeat work: norms and
+    residuals."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that are recomputed in the backward pass instead of stored. selective: those
+    of feed-forward layers; full: all."""
+    overlap: bool = False
+    """Overlap communication with computation: reduce gradients during the backward pass, gather
+    weights during the forward pass and, with virtual stages, send activations during computation.
+    """
+    tensor_parallel_overlap: bool = False
+    """Overlap tensor-parallel communication with matrix multiplications. Requires Transformer
+    Engine and sequence_parallel."""
 
     @property
     def model_parallel_size(self) -> int:
@@ -250,30 +185,16 @@ class ParallelConfig(Section):
 class Fp8Config(Section):
     """The settings of FP8 precisions, in addition to the recipe."""
 
-    param_gather: bool = Field(
-        False,
-        description=(
-            "In full training, store and gather weights in FP8, beside float32 weights in the "
-            "optimizer. A frozen base is always stored in FP8."
-        ),
-    )
-    bf16_layers: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description=("Number of layers at the start, and as many at the end, that stay in bf16."),
-    )
-    keep_transposed: bool = Field(
-        False,
-        description=(
-            "With method=lora, store the transpose of each frozen weight, one more byte per "
-            "weight, instead of computing it in every backward pass."
-        ),
-    )
-    attention: bool = Field(
-        False,
-        description=(
-            "Compute attention in FP8, too, with precision=fp8_tensorwise or fp8_delayed."
-        ),
-    )
+    param_gather: bool = False
+    """In full training, store and gather weights in FP8, beside float32 weights in the
+    optimizer. A frozen base is always stored in FP8."""
+    bf16_layers: Annotated[int, Field(ge=0)] = 0
+    """Number of layers at the start, and as many at the end, that stay in bf16."""
+    keep_transposed: bool = False
+    """With method=lora, store the transpose of each frozen weight, one more byte per weight,
+    instead of computing it in every backward pass."""
+    attention: bool = False
+    """Compute attention in FP8, too, with precision=fp8_tensorwise or fp8_delayed."""
 
 
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
@@ -290,22 +211,21 @@ _FP8_RECIPES: dict[str, Fp8Recipe] = {
 class ModelSetup(Section):
     """All settings that building a model on its ranks needs."""
 
-    model: ModelConfig = Field(description="Shape of the model.")
-    method: MethodConfig = Field(description="Training method.")
-    parallel: ParallelConfig = Field(description="Distribution over ranks.")
+    model: ModelConfig
+    """Shape of the model."""
+    method: MethodConfig
+    """Training method."""
+    parallel: ParallelConfig
+    """Distribution over ranks."""
     precision: Literal[
         "fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "mxfp8"
-    ] = Field(
-        "bf16",
-        description=(
-            "Precision of computation. The 8-bit precisions are Transformer Engine's recipes for "
-            "the linear layers; everything else is then computed in bf16."
-        ),
-    )
-    fp8: Fp8Config = Field(Fp8Config(), description="Settings of the 8-bit precisions.")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        17, description="Seed of initial weights, data order and dropout."
-    )
+    ] = "bf16"
+    """Precision of computation. The 8-bit precisions are Transformer Engine's recipes for the
+    linear layers; everything else is then computed in bf16."""
+    fp8: Fp8Config = Fp8Config()
+    """Settings of the 8-bit precisions."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
+    """Seed of initial weights, data order and dropout."""
 
     @property
     def fp8_recipe(self) -> Fp8Recipe | None:

@@ -5,8 +5,6 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
 from retemper.pipeline.schema.data import DataConfig
 from retemper.pipeline.schema.evals import EvalsConfig
 from retemper.pipeline.schema.model import ModelSetup
@@ -27,47 +25,46 @@ class TrackConfig(Section):
     The file runs/<study>/<name>/metrics.jsonl is always written.
     """
 
-    wandb: Literal["offline", "online", "off"] = Field(
-        "offline",
-        description=(
-            "W&B mode. offline: record to the run's folder, to be uploaded by `wandb sync`; "
-            "online: upload during the run; off: do not record."
-        ),
-    )
-    project: str = Field("retemper", description="W&B project.")
+    wandb: Literal["offline", "online", "off"] = "offline"
+    """W&B mode. offline: record to the run's folder, to be uploaded by `wandb sync`; online:
+    upload during the run; off: do not record."""
+    project: str = "retemper"
+    """W&B project."""
 
 
 class Config(ModelSetup):
     """The config of one run."""
 
-    study: Name = Field(
-        description="Name of the experiment that this run belongs to; also the W&B group."
-    )
-    name: Name = Field(description="Name of the run; its folder is runs_dir/study/name.")
-    runs_dir: str = Field("runs", description="Folder of all studies.")
-    init_from: str | None = Field(
-        None,
-        description=(
-            "Run folder with the checkpoint of the initial weights: RUN for the newest checkpoint "
-            "when this run begins, RUN@STEP for another one. base.json records which one it was."
-        ),
-    )
-    branch_of: str | None = Field(
-        None,
-        description=(
-            "Run folder that this run continues, with weights, optimizer and data, "
-            "from the step at which its own cooldown begins."
-        ),
-    )
-    data: DataConfig = Field(description="Corpora and how they are read.")
-    optimizer: OptimizerConfig = Field(description="Optimizer.")
-    schedule: ScheduleConfig = Field(description="Learning-rate schedule.")
-    train: TrainConfig = Field(description="Length and batch sizes of training.")
-    anomaly: AnomalyConfig = Field(description="Handling of anomalous steps.")
-    profile: ProfileConfig = Field(description="Trace of some steps.")
-    checkpoint: CheckpointConfig = Field(description="Steps at which checkpoints are saved.")
-    evals: EvalsConfig = Field(description="Evaluations.")
-    track: TrackConfig = Field(description="Tracking of metrics.")
+    study: Name
+    """Name of the experiment that this run belongs to; also the W&B group."""
+    name: Name
+    """Name of the run; its folder is runs_dir/study/name."""
+    runs_dir: str = "runs"
+    """Folder of all studies."""
+    init_from: str | None = None
+    """Run folder with the checkpoint of the initial weights: RUN for the newest checkpoint when
+    this run begins, RUN@STEP for another one. base.json records which one it was."""
+    branch_of: str | None = None
+    """Run folder that this run continues, with weights, optimizer and data, from the step at
+    which its own cooldown begins."""
+    data: DataConfig
+    """Corpora and how they are read."""
+    optimizer: OptimizerConfig
+    """Optimizer."""
+    schedule: ScheduleConfig
+    """Learning-rate schedule."""
+    train: TrainConfig
+    """Length and batch sizes of training."""
+    anomaly: AnomalyConfig
+    """Handling of anomalous steps."""
+    profile: ProfileConfig
+    """Trace of some steps."""
+    checkpoint: CheckpointConfig
+    """Steps at which checkpoints are saved."""
+    evals: EvalsConfig
+    """Evaluations."""
+    track: TrackConfig
+    """Tracking of metrics."""
 
     @property
     def run_dir(self) -> Path:

@@ -10,39 +10,23 @@ from retemper.pipeline.schema.section import Fraction, PositiveInt, Section, Tok
 class OptimizerConfig(Section):
     """The optimizer. Biases and norms have no weight decay."""
 
-    name: Literal["adamw", "lion"] = Field(
-        description=(
-            "Optimizer. Each step of adamw multiplies weights by 1 - lr × weight_decay, each step "
-            "of lion by 1 - lr / peak lr × weight_decay: weight decay is decoupled from the "
-            "learning rate for Lion; use much smaller values than for AdamW. 1e-6 is not small."
-        )
-    )
-    lr: float = Field(gt=0, description="Peak learning rate.")
-    beta1: float = Field(
-        0.9,
-        ge=0,
-        lt=1,
-        description=(
-            "adamw: decay rate of the average of gradients; lion: weight of the momentum against "
-            "the gradient in an update."
-        ),
-    )
-    beta2: float = Field(
-        0.95,
-        ge=0,
-        lt=1,
-        description=(
-            "adamw: decay rate of the average of squared gradients; "
-            "lion: decay rate of the momentum."
-        ),
-    )
-    eps: float = Field(
-        1e-8, gt=0, description="Term added to the denominator for numerical stability (adamw)."
-    )
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay; see name for its effect.")
-    clip_grad: float = Field(
-        1.0, ge=0, description="Maximum global gradient norm; 0 disables clipping."
-    )
+    name: Literal["adamw", "lion"]
+    """Optimizer. Each step of adamw multiplies weights by 1 - lr × weight_decay, each step of
+    lion by 1 - lr / peak lr × weight_decay: weight decay is decoupled from the learning rate for
+    Lion; use much smaller values than for AdamW. 1e-6 is not small."""
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """adamw: decay rate of the average of gradients; lion: weight of the momentum against the
+    gradient in an update."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """adamw: decay rate of the average of squared gradients; lion: decay rate of the momentum."""
+    eps: float = Field(1e-8, gt=0)
+    """Term added to the denominator for numerical stability (adamw)."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay; see name for its effect."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Maximum global gradient norm; 0 disables clipping."""
 
 
 class ScheduleConfig(Section):
@@ -53,46 +37,35 @@ class ScheduleConfig(Section):
     for inverse_sqrt: peak × sqrt(warmup_tokens / tokens).
     """
 
-    name: Literal["trapezoid", "cosine", "inverse_sqrt"] = Field(
-        description="Shape of the learning rate after warm-up."
-    )
-    warmup_tokens: Tokens = Field(description="Length of the linear warm-up in tokens.")
-    cooldown_fraction: Fraction = Field(
-        0.2, description="Fraction of train.tokens for the cooldown at the end of a trapezoid."
-    )
-    min_lr_ratio: Fraction = Field(
-        0.0,
-        description=(
-            "Final learning rate as a fraction of the peak; for inverse_sqrt the minimum."
-        ),
-    )
+    name: Literal["trapezoid", "cosine", "inverse_sqrt"]
+    """Shape of the learning rate after warm-up."""
+    warmup_tokens: Tokens
+    """Length of the linear warm-up in tokens."""
+    cooldown_fraction: Fraction = 0.2
+    """Fraction of train.tokens for the cooldown at the end of a trapezoid."""
+    min_lr_ratio: Fraction = 0.0
+    """Final learning rate as a fraction of the peak; for inverse_sqrt the minimum."""
 
 
 class TrainConfig(Section):
     """The length of training and the size of its batches."""
 
-    tokens: Tokens = Field(description="Length of the run in tokens, rounded down to whole steps.")
-    global_batch_size: PositiveInt = Field(
-        description="Samples per optimizer step, over all ranks."
-    )
-    micro_batch_size: PositiveInt = Field(description="Samples per forward pass of one rank.")
-    log_every_steps: PositiveInt = Field(10, description="Number of steps between log lines.")
-    cuda_graph: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description=(
-            "Record the kernels of one micro-batch as a CUDA graph and replay it, so that the GPU "
-            "does not wait for the host. auto: only for LoRA on a GPU, with data parallelism "
-            "alone, without recomputation and without dropout."
-        ),
-    )
-    branches: list[Tokens] = Field(
-        default=[],
-        description=(
-            "Milestones as in the paper: the learning rate of this run stays constant, and for "
-            "each of these token counts a separate run continues from the checkpoint of this one "
-            "at which its cooldown begins (schedule.cooldown_fraction)."
-        ),
-    )
+    tokens: Tokens
+    """Length of the run in tokens, rounded down to whole steps."""
+    global_batch_size: PositiveInt
+    """Samples per optimizer step, over all ranks."""
+    micro_batch_size: PositiveInt
+    """Samples per forward pass of one rank."""
+    log_every_steps: PositiveInt = 10
+    """Number of steps between log lines."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Record the kernels of one micro-batch as a CUDA graph and replay it, so that the GPU does
+    not wait for the host. auto: only for LoRA on a GPU, with data parallelism alone, without
+    recomputation and without dropout."""
+    branches: list[Tokens] = Field(default=[])
+    """Milestones as in the paper: the learning rate of this run stays constant, and for each of
+    these token counts a separate run continues from the checkpoint of this one at which its
+    cooldown begins (schedule.cooldown_fraction)."""
 
 
 class AnomalyConfig(Section):
@@ -101,49 +74,29 @@ class AnomalyConfig(Section):
     Such a step changes no weight and is never saved.
     """
 
-    policy: Literal["stop", "rollback"] = Field(
-        "stop",
-        description=(
-            "stop: end the run; rollback: resume from the newest checkpoint and skip the batch, "
-            "which is recorded in skipped_batches.jsonl in the run's folder."
-        ),
-    )
-    spike_deviations: float | None = Field(
-        None,
-        gt=0,
-        description=(
-            "Maximum distance of loss or gradient norm above the mean of the last 100 steps, in "
-            "standard deviations. null allows any finite value."
-        ),
-    )
-    skip_batches: PositiveInt = Field(
-        1, description="Number of batches that a rollback skips, up to and including the spike."
-    )
-    max_rollbacks: PositiveInt = Field(
-        10,
-        description=("Maximum number of rollbacks, counted across restarts; then the run fails."),
-    )
+    policy: Literal["stop", "rollback"] = "stop"
+    """stop: end the run; rollback: resume from the newest checkpoint and skip the batch, which
+    is recorded in skipped_batches.jsonl in the run's folder."""
+    spike_deviations: float | None = Field(None, gt=0)
+    """Maximum distance of loss or gradient norm above the mean of the last 100 steps, in
+    standard deviations. null allows any finite value."""
+    skip_batches: PositiveInt = 1
+    """Number of batches that a rollback skips, up to and including the spike."""
+    max_rollbacks: PositiveInt = 10
+    """Maximum number of rollbacks, counted across restarts; then the run fails."""
 
 
 class ProfileConfig(Section):
     """A trace of some steps of rank 0, for chrome://tracing or Perfetto."""
 
-    steps: list[PositiveInt] | None = Field(
-        None,
-        min_length=2,
-        max_length=2,
-        description="First and last step of the trace, e.g. [10,12]. null records none.",
-    )
+    steps: list[PositiveInt] | None = Field(None, min_length=2, max_length=2)
+    """First and last step of the trace, e.g. [10,12]. null records none."""
 
 
 class CheckpointConfig(Section):
     """The steps at which the run is saved, in addition to its last step."""
 
-    save_every_steps: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="Number of steps between checkpoints for restarts; 0 saves at milestones only.",
-    )
-    milestones: list[Tokens] = Field(
-        default=[],
-        description="Token counts at which a checkpoint is saved and evaluated.",
-    )
+    save_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Number of steps between checkpoints for restarts; 0 saves at milestones only."""
+    milestones: list[Tokens] = Field(default=[])
+    """Token counts at which a checkpoint is saved and evaluated."""

@@ -71,7 +71,7 @@ def runs(workspace, unreadable):
         # What a run is that never had the batch: told from the start to leave it out.
         append_line(
             folder / f"{fault}-without" / run_folder.SKIPPED_BATCHES,
-            {"step": step, "rollback": step, "what": "told"},
+            {"step": step, "rollback": step, "reason": "told"},
         )
         launch(2, [{"overrides": overrides(workspace, f"{fault}-without", *RUN, *ROLLBACK)}])
         launch(2, [{"overrides": overrides(workspace, fault, *RUN, *ROLLBACK), "fault": fault}])
@@ -104,7 +104,7 @@ def test_a_rollback_trains_on_as_if_the_batch_had_never_been(runs, fault):
     assert (record["step"], record["rollback"]) == (step, step)
     assert {"nan_gradient": "gradient norm is nan", "garbage_batch": "deviations above"}[
         fault
-    ] in record["what"]
+    ] in record["reason"]
 
 
 def test_an_unspoiled_run_is_left_alone(runs):

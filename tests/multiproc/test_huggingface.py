@@ -179,8 +179,7 @@ class Exchange:
         options = {
             "folder": str(self.folders[name]),
             "run": str(base),
-            "trust": None,
-            "overrides": LAYOUTS[layout],
+            "keys": LAYOUTS[layout],
         }
         self.on_two.append({"import": options | {"name": HUB_NAMES.get(name)}})
         self._export(base, out)
@@ -214,14 +213,7 @@ class Exchange:
         return load_config(asked), out
 
     def _export(self, run: Path, folder: Path, *, adapter: bool = False) -> None:
-        options = {
-            "run": str(run),
-            "folder": str(folder),
-            "step": None,
-            "adapter": adapter,
-            "base": None,
-            "tokenizer": None,
-        }
+        options = {"run": str(run), "folder": str(folder), "adapter": adapter}
         self.on_one.append({"export": options})
 
 

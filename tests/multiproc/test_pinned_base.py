@@ -78,7 +78,7 @@ def test_scores_made_later_are_of_the_checkpoint_that_the_run_began_from(study, 
 
 def test_exports_are_of_the_checkpoint_that_the_run_began_from(study, tmp_path):
     begun, merged, adapter = (tmp_path / name for name in ("begun", "merged", "adapter"))
-    first = worker.export_options(load_run(study / "straight", []), 0, begun)
+    first = worker.export_request(load_run(study / "straight", []), 0, begun).model_dump()
     whole = first | {"run": str(study / "straight"), "step": None, "folder": str(merged)}
     # Before an adapter is done, its logits on this base are compared with the run's.
     adapted = whole | {"folder": str(adapter), "adapter": True, "base": str(begun)}

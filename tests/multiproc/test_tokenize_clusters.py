@@ -12,11 +12,11 @@ from pathlib import Path
 
 import one_node_slurm
 import pytest
-from conftest import data_config
+from conftest import ROOT, data_config
 
 pytestmark = pytest.mark.slow  # four minutes of Slurm's and Ray's own start
 
-JOB = Path(__file__).parent / "tokenize_job.py"
+JOB = ROOT / "tests" / "helpers" / "tokenize_job.py"
 
 
 @pytest.fixture(scope="module")

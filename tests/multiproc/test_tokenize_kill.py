@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import data_config
+from conftest import ROOT, data_config
 
-JOB = Path(__file__).parent / "tokenize_job.py"
+JOB = ROOT / "tests" / "helpers" / "tokenize_job.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Test which labels count, where positions begin, and what attention sees."""
+"""Test the loss masks, position ids and attention of packed documents."""
 
 import json
 from types import SimpleNamespace
@@ -22,16 +22,19 @@ from retemper.pipeline.errors import UserError
 @st.composite
 def pieces(draw, length: int = 24):
     """Draw (length, prompt length) of the pieces of documents of a sample; the rest is padding."""
-    lengths, room = [], length
-    while room and (not lengths or draw(st.booleans())):
-        lengths.append(draw(st.integers(1, room)))
-        room -= lengths[-1]
+    lengths = []
+    remaining = length
+    while remaining and (not lengths or draw(st.booleans())):
+        lengths.append(draw(st.integers(1, remaining)))
+        remaining -= lengths[-1]
     return [(piece, draw(st.integers(0, piece))) for piece in lengths]
 
 
 @settings(deadline=None)
 @given(st.lists(pieces(), min_size=1, max_size=5), st.integers(1, 5), st.booleans())
-def test_masks_positions_and_edges_are_what_the_pieces_say(drawn, micro_batch_size, mask_documents):
+def test_masks_positions_and_document_edges_match_the_pieces(
+    drawn, micro_batch_size, mask_documents
+):
     total = 24
     samples = Samples(len(drawn), total)
     samples.tokens[:-1] = np.arange(len(drawn) * total)
@@ -47,9 +50,12 @@ def test_masks_positions_and_edges_are_what_the_pieces_say(drawn, micro_batch_si
 
 
 def check_batch(batch, drawn, first_token, total, mask_documents):
-    expected_mask, expected_positions, edges = [], [], [0]
+    expected_mask = []
+    expected_positions = []
+    edges = [0]
     for found in drawn:
-        counts, positions = [], []
+        counts = []
+        positions = []
         for length, prompt in found:
             counts += [
                 index >= prompt and not (mask_documents and index == 0) for index in range(length)
@@ -70,14 +76,16 @@ def check_batch(batch, drawn, first_token, total, mask_documents):
     counted = batch.loss_mask_BT.bool()
     assert (batch.labels_BT[counted] == batch.tokens_BT[counted] + 1).all()
     if mask_documents:
-        assert batch.document_edges.tolist() == edges and batch.shape == (1, total * len(drawn))
+        assert batch.document_edges.tolist() == edges
+        assert batch.shape == (1, total * len(drawn))
         assert batch.longest_document == int(np.diff(edges).max())
     else:
-        assert batch.document_edges is None and batch.shape == (len(drawn), total)
+        assert batch.document_edges is None
+        assert batch.shape == (len(drawn), total)
 
 
 @pytest.mark.filterwarnings("ignore")  # of megatron-core's imports
-def test_attention_over_documents_is_that_of_a_block_diagonal_mask():
+def test_attention_over_packed_documents_matches_a_block_diagonal_mask():
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from retemper.pipeline.model.attention import SdpaAttention
@@ -85,10 +93,9 @@ def test_attention_over_documents_is_that_of_a_block_diagonal_mask():
     torch.manual_seed(1)
     edges = torch.tensor([0, 5, 6, 19, 32], dtype=torch.int32)
     query, key, value = (torch.randn(32, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    alone = SimpleNamespace(
-        cp=SimpleNamespace(size=lambda: 1)
-    )  # a context-parallel group of one rank
-    attention = SdpaAttention(SimpleNamespace(attention_dropout=0.0), pg_collection=alone)
+    # A context-parallel group of one rank.
+    one_rank = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))
+    attention = SdpaAttention(SimpleNamespace(attention_dropout=0.0), pg_collection=one_rank)
     got = attention(
         query,
         key,
@@ -108,8 +115,9 @@ def test_attention_over_documents_is_that_of_a_block_diagonal_mask():
     torch.testing.assert_close(got, expected.transpose(0, 1).flatten(1))
 
 
-def test_instruction_pairs_carry_loss_on_the_response_alone(workspace, pairs):
-    tokenizer, shards = Tokenizer(workspace / "data" / "tokenizer"), TokenShards(pairs, "train")
+def test_instruction_pairs_have_loss_on_the_response_only(workspace, pairs):
+    tokenizer = Tokenizer(workspace / "data" / "tokenizer")
+    shards = TokenShards(pairs, "train")
     answers = {
         json.loads(line)["answer"]
         for line in (workspace / "pairs" / "pairs.jsonl").read_text().splitlines()
@@ -120,29 +128,33 @@ def test_instruction_pairs_carry_loss_on_the_response_alone(workspace, pairs):
             batch.labels_BT[batch.loss_mask_BT.bool()].tolist(), skip_special_tokens=False
         )
         *found, rest = text.split("<|endoftext|>")
-        assert len(found) > 8 and rest == "" and set(found) <= answers
+        assert len(found) > 8
+        assert rest == ""
+        assert set(found) <= answers
 
 
-def test_data_show_prints_the_step_with_its_sources(workspace, pairs, capsys):
+def test_data_show_prints_the_samples_of_a_step_with_their_sources(workspace, pairs, capsys):
     changes = [f"data.path={pairs}", "data.name=pairs", "data.mask_documents=true"]
-    config = load_config(overrides(workspace, "shown", *changes))
+    config = load_config(overrides(workspace, "data-show", *changes))
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.json").write_text(config.to_json())
-    show = ["data", "show", str(config.run_dir), "--step"]
-    assert main([*show, "3", "--samples", "2"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("── step 3 · sample ") == 2 and "pairs.jsonl:" in shown
-    assert "⟦Write " in shown and "return" in shown
-    assert main([*show, "0"]) == 1
+    command = ["data", "show", str(config.run_dir), "--step"]
+    assert main([*command, "3", "--samples", "2"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("── step 3 · sample ") == 2
+    assert "pairs.jsonl:" in output
+    assert "⟦Write " in output
+    assert "return" in output
+    assert main([*command, "0"]) == 1
     assert "read from step 1 on" in capsys.readouterr().err
-    assert main([*show, "3", f"data.path={pairs / 'moved'}"]) == 1
+    assert main([*command, "3", f"data.path={pairs / 'moved'}"]) == 1
     assert f"{pairs / 'moved'}" in capsys.readouterr().err
-    assert main([*show, "3", "seed=3"]) == 1
+    assert main([*command, "3", "seed=3"]) == 1
     assert "seed=3: cannot be overridden" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             ["data.replay.path=x", "data.replay.fraction=0.005"],
@@ -161,8 +173,8 @@ def test_data_show_prints_the_step_with_its_sources(workspace, pairs, capsys):
         (["data.replay.path=x", "data.replay.fraction=0.05"], "x holds no token corpus"),
     ],
 )
-def test_mixtures_that_cannot_be_are_refused(workspace, change, said):
+def test_impossible_mixtures_are_refused(workspace, change, message):
     from retemper.pipeline.data.streams import check_corpora
 
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         check_corpora(load_config(overrides(workspace, "mixed", *change)))

@@ -1,25 +1,23 @@
-"""Test the GPU benches: the summary of a trace, and the scripts, at the smallest size on CPU."""
+"""Test the GPU benchmarks on a CPU: the summary of a trace, and the scripts at a tiny size."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import gpu_correct
+import gpu_full
+import gpu_lora
+import gpu_machine
+import gpu_parts
+import gpu_table
+import gpu_trace
 import pytest
 from conftest import ROOT
 
-BENCH = ROOT / "tests" / "bench"
-sys.path.append(str(BENCH))
+BENCH = ROOT / "benchmarks"
 
-import gpu_correct  # noqa: E402
-import gpu_full  # noqa: E402
-import gpu_lora  # noqa: E402
-import gpu_machine  # noqa: E402
-import gpu_parts  # noqa: E402
-import gpu_table  # noqa: E402
-import gpu_trace  # noqa: E402
-
-# Names as cuBLAS, cuDNN, Transformer Engine, torch and Triton give their kernels on Hopper.
+# Names of the kernels of cuBLAS, cuDNN, Transformer Engine, torch and Triton on Hopper.
 BF16_PRODUCT = "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT"
 FP8_PRODUCT = "nvjet_qqtst_128x256_128x4_2x1_v_bz_coopA_TNT"
 ATTENTION = (
@@ -68,12 +66,12 @@ def event(name: str, start: float, duration: float, *, kernel: bool = True) -> g
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_kernels_have_their_kind_by_name(kind):
+def test_kernels_are_classified_by_name(kind):
     found = {name: gpu_trace.kind_of(event(name, 0, 10)) for name in NAMES[kind]}
     assert found == dict.fromkeys(NAMES[kind], kind)
 
 
-def test_small_products_are_the_adapters_unless_they_are_in_fp8():
+def test_short_bf16_products_are_counted_as_adapter_products():
     kinds = [
         gpu_trace.kind_of(event(name, 0, 40), adapters_below_us=139)
         for name in (BF16_PRODUCT, FP8_PRODUCT, SUM)
@@ -82,29 +80,28 @@ def test_small_products_are_the_adapters_unless_they_are_in_fp8():
     assert gpu_trace.kind_of(event(BF16_PRODUCT, 0, 170), adapters_below_us=139) == "products"
 
 
-def test_a_trace_of_a_step_is_summed_up(tmp_path):
+def test_the_trace_of_a_step_is_summarised(tmp_path):
     def entry(category: str, name: str, ts: float, dur: float) -> dict:
         return {"ph": "X", "cat": category, "name": name, "pid": 0, "tid": 7, "ts": ts, "dur": dur}
 
     entries = [
-        entry("kernel", SUM, 1900, 100),  # after the last product: the optimizer's
+        entry("kernel", SUM, 1900, 100),  # after the last product, so of the optimizer
         entry("cuda_runtime", "cudaLaunchKernel", 990, 5),
         {"ph": "s", "cat": "ac2g", "name": "ac2g", "id": 1, "pid": 0, "tid": 7, "ts": 990},
         entry("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 1000, 10),
         entry("kernel", SUM, 1050, 50),
         entry("kernel", BF16_PRODUCT, 1100, 200),
-        entry("kernel", ATTENTION, 1200, 300),  # 100 of them beside the product
+        entry("kernel", ATTENTION, 1200, 300),  # 100 µs of it overlap the product
         entry("kernel", BF16_PRODUCT, 1600, 20),
     ]
     trace = tmp_path / "trace.json"
     trace.write_text(json.dumps({"schemaVersion": 1, "traceEvents": entries}))
     found = gpu_trace.summary(gpu_trace.read(trace), adapters_below_us=139)
-    assert (found["kernels"], found["copies_and_fills"], found["attention_backend"]) == (
-        5,
-        1,
-        "cuDNN",
-    )
-    assert found["busy_ms"] == pytest.approx(0.58) and found["gaps_ms"] == pytest.approx(0.42)
+    assert found["kernels"] == 5
+    assert found["copies_and_fills"] == 1
+    assert found["attention_backend"] == "cuDNN"
+    assert found["busy_ms"] == pytest.approx(0.58)
+    assert found["gaps_ms"] == pytest.approx(0.42)
     milliseconds = {
         "products": 0.2,
         "adapter_products": 0.02,
@@ -122,19 +119,19 @@ def test_a_trace_of_a_step_is_summed_up(tmp_path):
     assert found["largest"][0] == {"name": ATTENTION, "kind": "attention", "count": 1, "ms": 0.3}
 
 
-def test_a_trace_without_a_gpu_is_empty():
+def test_a_trace_without_kernels_has_an_empty_summary():
     found = gpu_trace.summary([])
     assert (found["kernels"], found["busy_ms"], found["attention_backend"]) == (0, 0, None)
 
 
-def test_attention_in_fp8_is_told():
+def test_fp8_attention_is_reported():
     in_fp8 = event(
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f8_knob_16_64x128x128", 0, 1
     )
     assert gpu_trace.attention_backend([in_fp8]) == "cuDNN, FP8"
 
 
-def test_clock_and_power_are_medians_of_the_measured_steps():
+def test_clock_and_power_are_medians_over_the_measured_steps():
     sensors = gpu_machine.Sensors()
     for when, line in (
         (1, "345, 70.0\n"),
@@ -149,10 +146,10 @@ def test_clock_and_power_are_medians_of_the_measured_steps():
     sensors.close()
 
 
-def test_the_commit_is_read(tmp_path, monkeypatch):
+def test_the_commit_is_read_from_a_file_a_checkout_or_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "commit"
     file.write_text(json.dumps({"commit": "abc", "clean": True}))
-    monkeypatch.setattr(gpu_machine, "ROOT", tmp_path)  # no checkout
+    monkeypatch.setattr(gpu_machine, "ROOT", tmp_path)  # a folder that is not a git checkout
     monkeypatch.setenv("GIT_COMMIT", "def")
     assert gpu_machine.commit_here(file) == {"commit": "abc", "clean": True}
     assert gpu_machine.commit_here() == {"commit": "def", "clean": None}
@@ -160,21 +157,22 @@ def test_the_commit_is_read(tmp_path, monkeypatch):
     subprocess.run([*git, "init", "-q"], cwd=tmp_path, check=True)
     subprocess.run([*git, "add", "commit"], cwd=tmp_path, check=True)
     subprocess.run([*git, "commit", "-qm", "first"], cwd=tmp_path, check=True)
-    read = gpu_machine.commit_here()
-    assert len(read["commit"]) == 40 and read["clean"]
-    # A copy of a tree may have another history than the tree.
+    checkout = gpu_machine.commit_here()
+    assert len(checkout["commit"]) == 40
+    assert checkout["clean"]
+    # The file takes precedence: a copied tree may be in a repository with another history.
     assert gpu_machine.commit_here(file) == {"commit": "abc", "clean": True}
     file.write_text("changed")
-    assert gpu_machine.commit_here() == read | {"clean": False}
+    assert gpu_machine.commit_here() == checkout | {"clean": False}
 
 
 @pytest.mark.parametrize("parts", [gpu_lora.parts(), gpu_full.parts()], ids=["lora", "full"])
-def test_every_part_asks_for_a_config_that_can_be(parts):
+def test_every_part_has_a_valid_config(parts):
     from retemper.pipeline.config.compose import load_config
 
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:
-        asked = [
+        required = [
             "study=bench",
             "name=gpu",
             "data.path=a",
@@ -183,16 +181,17 @@ def test_every_part_asks_for_a_config_that_can_be(parts):
             "data.seq_length=4096",
         ]
         config = load_config(
-            [*asked, *part.asked, "schedule.warmup_tokens=0", f"train.tokens={8 * 16 * 4096}"]
+            [*required, *part.asked, "schedule.warmup_tokens=0", f"train.tokens={8 * 16 * 4096}"]
         )
-        assert config.model.hidden_size == 4096 and config.model.num_layers == 32
+        assert config.model.hidden_size == 4096
+        assert config.model.num_layers == 32
 
 
 @pytest.fixture(scope="module")
 def corpora(workspace, tmp_path_factory) -> Path:
-    """Return the workspace's corpora under the names of `bench_gpu.py corpora`.
+    """Return a folder with the workspace's corpora under the names that `bench_gpu.py` gives them.
 
-    The one of documents is absent.
+    The corpus of documents is missing on purpose.
     """
     folder = tmp_path_factory.mktemp("corpora")
     (folder / "tokenizer").symlink_to(workspace / "data" / "tokenizer")
@@ -201,59 +200,67 @@ def corpora(workspace, tmp_path_factory) -> Path:
     return folder
 
 
-def script(name: str, corpora: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess:
+def run_script(name: str, corpora: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(BENCH / name), str(corpora), "--tiny", "--seconds", "100"]
     command += ["--out", str(out), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
 
 
-def test_a_part_is_measured_after_one_that_fails(corpora, tmp_path):
+def test_a_part_is_measured_after_another_has_failed(corpora, tmp_path):
     out = tmp_path / "gpu-lora.json"
     names = ["lora-nemo", "lora-bf16-plain-eager"]
-    done = script("gpu_lora.py", corpora, out, "--parts", *names, "--set", "seed=3")
-    assert done.returncode == 0, done.stderr
+    result = run_script("gpu_lora.py", corpora, out, "--parts", *names, "--set", "seed=3")
+    assert result.returncode == 0, result.stderr
     parts = json.loads(out.read_text())["parts"]
-    assert list(parts) == names and "documents" in parts["lora-nemo"]["error"]
+    assert list(parts) == names
+    assert "documents" in parts["lora-nemo"]["error"]
     part = parts["lora-bf16-plain-eager"]
     assert part["tokens_per_second"] > 0, part
-    assert len(part["losses"]) == 3 and len(part["step_ms_of_each"]) == 1
-    assert part["trace"]["kernels"] == 0 and part["machine"]["torch"] and part["commit"]
+    assert len(part["losses"]) == 3
+    assert len(part["step_ms_of_each"]) == 1
+    assert part["trace"]["kernels"] == 0
+    assert part["machine"]["torch"]
+    assert part["commit"]
     assert "seed=3" in part["asked"]
     table = gpu_table.speed_table(parts)
-    assert "| lora-bf16-plain-eager | 1 |" in table and "lora-nemo" not in table
+    assert "| lora-bf16-plain-eager | 1 |" in table
+    assert "lora-nemo" not in table
 
 
 @pytest.mark.slow
-def test_a_part_that_does_not_end_is_named_and_the_next_goes_on(corpora, tmp_path):
+def test_a_part_that_times_out_is_recorded_and_the_next_one_runs(corpora, tmp_path):
     out = tmp_path / "gpu-full.json"
     names = ["full-bf16-eager", "full-bf16-graph"]
     limits = ["--part-seconds", "0.01", "--trace", "no"]
-    script("gpu_full.py", corpora, out, "--parts", *names, *limits)
+    run_script("gpu_full.py", corpora, out, "--parts", *names, *limits)
     parts = json.loads(out.read_text())["parts"]
-    assert list(parts) == names and all("Timeout" in part["error"] for part in parts.values())
+    assert list(parts) == names
+    assert all("Timeout" in part["error"] for part in parts.values())
 
 
 @pytest.mark.slow
-def test_curves_and_tests_run_beside_each_other(corpora, tmp_path):
+def test_correctness_checks_run_tests_and_loss_curves(corpora, tmp_path):
     out = tmp_path / "gpu-correct.json"
     selection = "tests/unit/test_flops.py"
     names = [f"tests {selection}", "curve-bf16", "first-fp32"]
-    done = script("gpu_correct.py", corpora, out, "--tests", selection, "--parts", *names)
+    result = run_script("gpu_correct.py", corpora, out, "--tests", selection, "--parts", *names)
     parts = json.loads(out.read_text())["parts"]
-    assert parts[names[0]]["passed"] and len(parts["curve-bf16"]["losses"]) == 40, done.stdout
+    assert parts[names[0]]["passed"], result.stdout
+    assert len(parts["curve-bf16"]["losses"]) == 40, result.stdout
     assert [len(variant["losses"]) for variant in parts["first-fp32"]["variants"].values()] == [
         20
     ] * 5
-    assert len(parts["compared"]) == 3 and max(parts["compared"].values()) < 1e-3
+    assert len(parts["compared"]) == 3
+    assert max(parts["compared"].values()) < 1e-3
 
 
-def test_curves_are_compared_in_means_and_first_steps_one_by_one():
-    still = [2.0] * 40
-    leaping = [2.0] * 20 + [2.2] + [2.0] * 19
+def test_curves_are_compared_by_their_means_and_first_steps_one_by_one():
+    constant = [2.0] * 40
+    with_spike = [2.0] * 20 + [2.2] + [2.0] * 19
     parts = {
-        "curve-bf16": {"losses": still},
+        "curve-bf16": {"losses": constant},
         "curve-bf16-order2": {"losses": [2.02] * 40},
-        "curve-fp8_tensorwise": {"losses": leaping},
+        "curve-fp8_tensorwise": {"losses": with_spike},
         "curve-fp8_delayed": {"error": "out of memory"},
         "first-bf16": {
             "variants": {
@@ -269,7 +276,7 @@ def test_curves_are_compared_in_means_and_first_steps_one_by_one():
     assert "curve-fp8_delayed" not in compared
 
 
-def test_options_are_taken_out_of_a_command_with_their_values():
+def test_options_are_removed_from_a_command_with_their_values():
     command = ["gpu_lora.py", "corpora", "--parts", "a", "b", "--seconds=60", "--tiny", "--out=c"]
     assert gpu_parts._without(command, "--parts", "--seconds") == [
         "gpu_lora.py",

@@ -1,4 +1,4 @@
-"""Test the command: help at once, the resolved config, launch scripts, and README's commands."""
+"""Test the command line: help, resolved configs, launch scripts, and the README's commands."""
 
 import importlib.metadata
 import json
@@ -34,7 +34,7 @@ VERBS = [
 @pytest.mark.parametrize(
     "verb", [[], *([verb] for verb in VERBS)], ids=lambda verb: "".join(verb) or "retemper"
 )
-def test_help_has_examples_and_answers_in_under_a_second(verb):
+def test_help_has_examples_and_takes_under_a_second(verb):
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
@@ -42,14 +42,13 @@ def test_help_has_examples_and_answers_in_under_a_second(verb):
         seconds.append(time.perf_counter() - started)
     assert result.returncode == 0
     assert min(seconds) < 1
-    assert (
-        all(name in result.stdout for name in VERBS)
-        if not verb
-        else f"\n  retemper {verb[0]}" in result.stdout
-    )
+    if verb:
+        assert f"\n  retemper {verb[0]}" in result.stdout
+    else:
+        assert all(name in result.stdout for name in VERBS)
 
 
-def test_config_prints_what_a_run_resolves_to():
+def test_config_prints_the_resolved_config():
     result = run_command(["config", "run=demo_lora", "method.lora.rank=4", "parallel=pp2"])
     config = yaml.safe_load(result.stdout)
     assert config["method"]["lora"]["rank"] == 4
@@ -57,14 +56,15 @@ def test_config_prints_what_a_run_resolves_to():
     assert config["init_from"] == "runs/demo/base"
 
 
-def test_bad_input_is_one_error_and_exit_code_1():
+def test_invalid_input_gives_one_error_and_exit_code_1():
     result = run_command(["train", "run=demo_full", "train.lr=1"])
     assert result.returncode == 1
     assert result.stderr.startswith("error: The configuration has 1 problem:")
-    assert "did you mean optimizer.lr?" in result.stderr and "Traceback" not in result.stderr
+    assert "did you mean optimizer.lr?" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
-def test_launch_prints_a_command_per_node():
+def test_launch_prints_one_torchrun_command_per_node():
     result = run_command(
         [
             "launch",
@@ -81,15 +81,13 @@ def test_launch_prints_a_command_per_node():
     nodes = re.findall(r"^torchrun .*$", result.stdout, re.MULTILINE)
     assert len(nodes) == 2
     for index, node in enumerate(nodes):
-        assert (
-            "--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d" in node
-            and "--rdzv-endpoint=n0:29500" in node
-        )
+        assert "--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d" in node
+        assert "--rdzv-endpoint=n0:29500" in node
         assert f"is_host={int(index == 0)}" in node
         assert node.endswith("-m retemper.pipeline.train run=demo_full optimizer.lr=1e-4")
 
 
-def test_launch_prints_an_sbatch_script_that_bash_accepts(tmp_path):
+def test_launch_prints_a_working_sbatch_script(tmp_path):
     result = run_command(
         [
             "launch",
@@ -104,8 +102,9 @@ def test_launch_prints_an_sbatch_script_that_bash_accepts(tmp_path):
     script = tmp_path / "run.sbatch"
     script.write_text(result.stdout)
     assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
-    assert "#SBATCH --nodes=2" in result.stdout and "#SBATCH --requeue" in result.stdout
-    # Run it with stand-ins for Slurm's own commands, and see what would be started where.
+    assert "#SBATCH --nodes=2" in result.stdout
+    assert "#SBATCH --requeue" in result.stdout
+    # Run the script with stubs of the commands that it calls, and check the torchrun arguments.
     for name, body in {
         "scontrol": "printf 'n0\\nn1\\n'",
         "srun": 'shift; export SLURM_NODEID=1; exec "$@"',
@@ -119,7 +118,7 @@ def test_launch_prints_an_sbatch_script_that_bash_accepts(tmp_path):
         "SLURM_JOB_NODELIST": "n[0-1]",
         "SLURM_JOB_ID": "7",
     }
-    started = subprocess.run(
+    arguments = subprocess.run(
         ["bash", script], capture_output=True, text=True, env=environment, check=True
     ).stdout.splitlines()
     assert {
@@ -128,12 +127,12 @@ def test_launch_prints_an_sbatch_script_that_bash_accepts(tmp_path):
         "--rdzv-id=7-0",
         "--rdzv-endpoint=n0:29500",
         "--rdzv-conf=is_host=0",
-    } <= set(started)
-    assert started[-2:] == ["run=demo_full", "checkpoint.milestones=[32768, 65536]"]
+    } <= set(arguments)
+    assert arguments[-2:] == ["run=demo_full", "checkpoint.milestones=[32768, 65536]"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             [
@@ -149,12 +148,14 @@ def test_launch_prints_an_sbatch_script_that_bash_accepts(tmp_path):
         ),
     ],
 )
-def test_launch_refuses_what_it_cannot_lay_out(arguments, said):
+def test_launch_refuses_ranks_that_do_not_fill_the_nodes(arguments, message):
     result = run_command(["launch", "run=demo_full", *arguments])
-    assert result.returncode == 1 and said in result.stderr
+    assert result.returncode == 1
+    assert message in result.stderr
 
 
 def readme_commands() -> list[str]:
+    """Return the command lines of the README's shell blocks, each on one line."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     return [
         line
@@ -164,13 +165,14 @@ def readme_commands() -> list[str]:
     ]
 
 
-def test_the_readmes_commands_run(workspace, tmp_path):
-    """Run README's quick commands unchanged, and resolve every key of the long ones."""
+def test_the_readme_commands_run(workspace, tmp_path):
+    """Run the README's quick commands unchanged, and only parse or resolve the long ones."""
     commands = readme_commands()
-    assert "make demo" in commands and "make test" in commands
+    assert "make demo" in commands
+    assert "make test" in commands
     binaries = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"}
-    # What `retemper import` would have left of Llama 2.
+    # The part of an imported Llama 2 that resolving a config needs.
     imported = tmp_path / "runs" / "models" / "llama2"
     imported.mkdir(parents=True)
     model = yaml.safe_load((ROOT / "conf" / "model" / "llama2_7b.yaml").read_text())
@@ -179,7 +181,7 @@ def test_the_readmes_commands_run(workspace, tmp_path):
         if command.startswith("make "):
             check = ["make", "--dry-run", "-C", str(ROOT), command.split()[1]]
         elif command.startswith(". "):
-            continue  # the activation; this test runs in the environment already
+            continue  # activates the virtual environment, in which this test runs already
         elif command.startswith(("retemper train ", "torchrun ")):
             keys = [word for word in command.split() if "=" in word and not word.startswith("--")]
             check = ["retemper", "config", *keys]
@@ -212,7 +214,7 @@ def test_the_readmes_commands_run(workspace, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "new"),
+    ("arguments", "correct"),
     [
         (["evals", "worker", "runs/a/b", "--once"], "retemper eval worker runs/a/b --once"),
         (["evals", "show", "runs/a/b"], "retemper eval show runs/a/b"),
@@ -225,13 +227,13 @@ def test_the_readmes_commands_run(workspace, tmp_path):
         (["plan", "--method.lora.rank", "8"], "method.lora.rank=8"),
     ],
 )
-def test_other_spellings_are_refused_with_the_right_one(words, new, capsys):
-    assert main(words) == 1
-    assert new in capsys.readouterr().err
+def test_wrong_spellings_are_refused_with_the_correct_one(arguments, correct, capsys):
+    assert main(arguments) == 1
+    assert correct in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["train", "--learning-rate", "3"], "retemper config --docs"),
         (["export", "runs/a/b", "out", "--lr", "3"], "unrecognized arguments: --lr 3"),
@@ -242,27 +244,27 @@ def test_other_spellings_are_refused_with_the_right_one(words, new, capsys):
         (["eval"], "VERB"),
     ],
 )
-def test_options_that_do_not_exist_are_refused(words, said, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(words)
-    assert exit.value.code == 2
-    assert said in capsys.readouterr().err
+def test_unknown_and_missing_options_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    assert exited.value.code == 2
+    assert message in capsys.readouterr().err
 
 
-def test_version(capsys):
-    with pytest.raises(SystemExit) as exit:
+def test_version_is_that_of_the_installed_package(capsys):
+    with pytest.raises(SystemExit) as exited:
         main(["--version"])
-    assert exit.value.code == 0
+    assert exited.value.code == 0
     assert capsys.readouterr().out == f"retemper {importlib.metadata.version('retemper')}\n"
 
 
-def test_config_docs_has_meaning_type_and_default_of_every_key(capsys):
+def test_config_docs_has_the_meaning_type_and_default_of_every_key(capsys):
     assert main(["config", "--docs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     keys = {line.partition(":")[0] for line in lines if not line.startswith(" ")}
     assert {"optimizer.lr", "evals.tasks.NAME.shots", "data.mixture.NAME.path"} <= keys
     assert all(len(line) <= 100 for line in lines)
-    # Every key has a meaning, which is the line after it.
+    # The line after a key describes it.
     assert all(
         following.startswith("    ")
         for line, following in zip(lines, [*lines[1:], ""], strict=True)

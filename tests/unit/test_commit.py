@@ -1,4 +1,4 @@
-"""Test that checkpoint folders exist whole or not at all, and that damaged ones are not read."""
+"""Test that checkpoints are committed atomically and that damaged ones are refused."""
 
 import json
 
@@ -9,31 +9,31 @@ from retemper.pipeline.checkpoint.state import TrainState, newest_state
 from retemper.pipeline.errors import UserError
 
 
-def write(run_dir, step, content=b"weights"):
+def begin_checkpoint(run_dir, step, content=b"weights"):
     temporary = commit.begin(run_dir, step)
     (temporary / "shard").write_bytes(content)
     return temporary
 
 
-def test_a_checkpoint_appears_when_it_is_committed(tmp_path):
-    write(tmp_path, 5)
+def test_a_checkpoint_is_visible_only_after_its_commit(tmp_path):
+    begin_checkpoint(tmp_path, 5)
     assert commit.committed_steps(tmp_path) == []
     commit.commit(tmp_path, 5, {"train_state": {}})
-    write(tmp_path, 10)  # interrupted
+    begin_checkpoint(tmp_path, 10)  # interrupted
     assert commit.committed_steps(tmp_path) == [5]
     assert commit.newest(tmp_path) == commit.folder_of(tmp_path, 5)
 
 
 def test_leftovers_of_an_interrupted_save_are_not_committed(tmp_path):
-    (write(tmp_path, 5) / "stale").write_bytes(b"old")
-    write(tmp_path, 5)
+    (begin_checkpoint(tmp_path, 5) / "stale").write_bytes(b"old")
+    begin_checkpoint(tmp_path, 5)
     commit.commit(tmp_path, 5, {})
     assert set(commit.read_meta(commit.folder_of(tmp_path, 5))["files"]) == {"shard"}
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_damage_is_named(tmp_path, damage):
-    write(tmp_path, 5)
+def test_a_damaged_file_is_named(tmp_path, damage):
+    begin_checkpoint(tmp_path, 5)
     commit.commit(tmp_path, 5, {})
     shard = commit.folder_of(tmp_path, 5) / "shard"
     assert commit.read_meta(shard.parent)
@@ -46,21 +46,21 @@ def test_damage_is_named(tmp_path, damage):
         commit.read_meta(shard.parent)
 
 
-def test_a_run_without_checkpoints_is_named(tmp_path):
+def test_a_run_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no checkpoint"):
         commit.newest(tmp_path)
 
 
-def test_fingerprints_tell_contents_apart(tmp_path):
-    prints = []
+def test_fingerprints_differ_if_and_only_if_contents_differ(tmp_path):
+    fingerprints = []
     for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
-        write(tmp_path / name, 1, content)
+        begin_checkpoint(tmp_path / name, 1, content)
         commit.commit(tmp_path / name, 1, {})
-        prints.append(commit.fingerprint(commit.folder_of(tmp_path / name, 1)))
-    assert prints[0] == prints[1] != prints[2]
+        fingerprints.append(commit.fingerprint(commit.folder_of(tmp_path / name, 1)))
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-def test_a_train_state_checks_itself():
+def test_an_invalid_train_state_is_refused():
     state = TrainState(3, 24, 1.5)
     assert TrainState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
     for broken in ({"step": 1}, {**state.to_dict(), "extra": 1}, {**state.to_dict(), "step": -1}):
@@ -69,15 +69,15 @@ def test_a_train_state_checks_itself():
 
 
 def committed(run_dir, step=5, **meta):
-    """Return the folder of a checkpoint with a train state, as a run leaves it."""
-    (write(run_dir, step) / ".metadata").write_bytes(b"torch's")
+    """Commit a checkpoint with a train state, as a run does, and return its folder."""
+    (begin_checkpoint(run_dir, step) / ".metadata").write_bytes(b"torch's")
     state = TrainState(step, 8 * step, 1.5, [2.25, 1e-300]).to_dict()
     commit.commit(run_dir, step, {"train_state": state, "config": {"betas": (0.9, 0.95)}} | meta)
     return commit.folder_of(run_dir, step)
 
 
 def rewrite(folder, change) -> None:
-    """Change meta.json as an editor would."""
+    """Change meta.json without updating its hash, as an edit by hand does."""
     meta = json.loads((folder / "meta.json").read_text())
     change(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2))
@@ -88,12 +88,12 @@ EDITS = {
     "consumed samples": lambda meta: meta["train_state"].update(consumed_samples=8),
     "a loss": lambda meta: meta["train_state"]["recent_losses"].append(1.0),
     "no files": lambda meta: meta["files"].clear(),
-    "one file less": lambda meta: meta["files"].pop("shard"),
+    "one file removed": lambda meta: meta["files"].pop("shard"),
     "another hash": lambda meta: meta["files"].update(shard="0" * 64),
-    "files null": lambda meta: meta.update(files=None),
+    "files is null": lambda meta: meta.update(files=None),
     "config": lambda meta: meta["config"].update(betas=[0.9, 0.99]),
-    "what it was imported from": lambda meta: meta.update(imported="0" * 64),
-    "a key more": lambda meta: meta.update(note="mine"),
+    "source of an import": lambda meta: meta.update(imported="0" * 64),
+    "a key added": lambda meta: meta.update(note="mine"),
     "the hash itself": lambda meta: meta.update(sha256="0" * 64),
     "the hash is null": lambda meta: meta.update(sha256=None),
 }
@@ -118,7 +118,7 @@ def test_an_edited_meta_json_is_refused_by_every_reader(tmp_path, edit):
             read(folder)
 
 
-def test_what_is_no_json_is_refused_without_a_traceback(tmp_path):
+def test_a_malformed_meta_json_is_refused_by_every_reader(tmp_path):
     folder = committed(tmp_path)
     whole = (folder / "meta.json").read_bytes()
     broken = (
@@ -144,24 +144,25 @@ def test_what_is_no_json_is_refused_without_a_traceback(tmp_path):
                 read(folder)
 
 
-def test_the_order_of_keys_and_the_spaces_between_them_say_nothing(tmp_path):
+def test_key_order_and_whitespace_do_not_change_the_fingerprint(tmp_path):
     folder = committed(tmp_path)
-    before = commit.read_meta(folder), commit.fingerprint(folder)
+    files = commit.read_meta(folder)["files"]
+    fingerprint = commit.fingerprint(folder)
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(dict(reversed(meta.items()))))
-    assert commit.read_meta(folder)["files"] == before[0]["files"]
-    assert commit.fingerprint(folder) == before[1]
-    # Of a key that stands twice the last counts, for the hash as for what is read.
+    assert commit.read_meta(folder)["files"] == files
+    assert commit.fingerprint(folder) == fingerprint
+    # The last of two equal keys counts, both for the hash and for the reader.
     text = json.dumps(meta)
     (folder / "meta.json").write_text('{"files": {}, ' + text[1:])
-    assert commit.read_meta(folder)["files"] == before[0]["files"]
+    assert commit.read_meta(folder)["files"] == files
     (folder / "meta.json").write_text(text[:-1] + ', "files": {}}')
     with pytest.raises(UserError, match="meta.json was changed"):
         commit.read_meta(folder)
 
 
 def unsealed(run_dir, change=lambda meta: None):
-    """Write a checkpoint as it was before meta.json had a hash of itself."""
+    """Commit a checkpoint whose meta.json has no hash of itself, as older versions wrote it."""
     folder = committed(run_dir)
     rewrite(folder, lambda meta: (meta.pop("sha256"), change(meta)))
     return folder
@@ -174,13 +175,12 @@ def test_a_checkpoint_without_a_hash_is_read_with_one_warning(tmp_path, capfd):
     assert newest_state(tmp_path).consumed_samples == 40
     for _ in range(2):
         commit.read_meta(folder)
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1 and said.startswith(
-        f"warning: {folder / 'meta.json'} has no hash of itself"
-    )
+    warning = capfd.readouterr().err
+    assert warning.count("\n") == 1
+    assert warning.startswith(f"warning: {folder / 'meta.json'} has no hash of itself")
 
 
-def test_the_fingerprint_of_imported_weights_without_a_hash_is_what_it_was(tmp_path):
+def test_imported_weights_without_a_hash_keep_their_fingerprint(tmp_path):
     assert (
         commit.fingerprint(unsealed(tmp_path, lambda meta: meta.update(imported="7" * 64)))
         == "7" * 64
@@ -188,7 +188,7 @@ def test_the_fingerprint_of_imported_weights_without_a_hash_is_what_it_was(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda meta: meta["files"].clear(), "it lists no files"),
         (lambda meta: meta["files"].pop(".metadata"), r"\.metadata is not among the files"),
@@ -196,15 +196,15 @@ def test_the_fingerprint_of_imported_weights_without_a_hash_is_what_it_was(tmp_p
         (lambda meta: meta["files"].update(shard="0"), "shard is missing or damaged"),
     ],
 )
-def test_without_a_hash_too_an_edit_that_shows_is_refused(tmp_path, change, said):
-    with pytest.raises(UserError, match=said):
+def test_an_inconsistent_checkpoint_without_a_hash_is_refused(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
         commit.read_meta(unsealed(tmp_path, change))
 
 
 @pytest.mark.parametrize(
     "state", [None, [], {"step": 5}, TrainState(5, -1).to_dict(), TrainState(5, "40").to_dict()]
 )
-def test_a_train_state_that_cannot_be_is_said_without_a_traceback(tmp_path, state):
+def test_an_impossible_train_state_is_reported_as_damage(tmp_path, state):
     unsealed(tmp_path, lambda meta: meta.update(train_state=state))
     with pytest.raises(
         UserError, match=r"step-00000005/meta.json is damaged, or of another version"
@@ -212,7 +212,7 @@ def test_a_train_state_that_cannot_be_is_said_without_a_traceback(tmp_path, stat
         newest_state(tmp_path)
 
 
-def test_a_file_added_for_torch_and_a_folder_with_another_name_are_refused(tmp_path):
+def test_an_unlisted_pickle_and_a_renamed_folder_are_refused(tmp_path):
     folder = committed(tmp_path)
     (folder / ".DS_Store").touch()
     assert commit.read_meta(folder)

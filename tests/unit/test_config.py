@@ -1,4 +1,4 @@
-"""Test configs: presets that load, and one message for all problems."""
+"""Test configs: the presets load, and one message reports all problems."""
 
 from pathlib import Path
 
@@ -20,8 +20,6 @@ from retemper.pipeline.schema.section import defaults_of, fields_of, format_toke
 
 
 def problems(*changes: str, tmp="/nowhere") -> str:
-    from pathlib import Path
-
     with pytest.raises(UserError) as caught:
         load_config(overrides(Path(tmp), "x", *changes))
     return str(caught.value)
@@ -30,8 +28,8 @@ def problems(*changes: str, tmp="/nowhere") -> str:
 @pytest.mark.parametrize("name", preset_names("run"))
 @pytest.mark.parametrize(
     "parallel", [name for name in preset_names("parallel") if "_" not in name]
-)  # the others are of large models
-def test_every_run_preset_loads_at_every_layout(name, parallel):
+)  # the others are for large models
+def test_every_run_preset_loads_with_every_layout(name, parallel):
     config = load_config([f"run={name}", f"parallel={parallel}"])
     assert config.steps > 0
     assert config.milestone_steps[-1] == config.steps
@@ -45,26 +43,6 @@ def test_every_corpus_preset_loads(name):
     assert (data.path, data.source.path) == ("a", "c")
 
 
-def test_a_corpus_that_cannot_be_is_refused_in_one_message():
-    changes = [
-        "data.executor=slurm",
-        "data.tokens=100",
-        "data.seq_length=4096",
-        "data.source.kind=text",
-        "data.source.prompt=x",
-        "data.path=ftp://a",
-    ]
-    with pytest.raises(UserError) as refusal:
-        load_data_config(["data=local", "data.tokenizer=b", "data.source.path=c", *changes])
-    for said in (
-        "data.slurm.partition=NAME",
-        "less than one sample",
-        "refers to columns of rows",
-        "a folder, s3:// or gs://",
-    ):
-        assert said in str(refusal.value)
-
-
 @pytest.mark.parametrize("group", ["model", "method", "optimizer", "schedule"])
 def test_every_group_preset_loads(group):
     for name in preset_names(group):
@@ -74,7 +52,7 @@ def test_every_group_preset_loads(group):
 
 
 @pytest.mark.parametrize("path", sorted(conf_dir().rglob("*.yaml")), ids=lambda path: path.stem)
-def test_presets_have_no_value_that_is_the_default(path):
+def test_presets_do_not_repeat_default_values(path):
     group = path.parent.name if path.parent != conf_dir() else "run"
     preset = yaml.safe_load(path.read_text()) or {}
     preset.pop("defaults", None)
@@ -95,14 +73,14 @@ def flat(section: dict, prefix: str = "") -> dict:
     return values
 
 
-def test_a_preset_resets_what_another_of_its_group_set():
+def test_a_preset_resets_the_keys_of_another_preset_of_its_group():
     assert load_config(["run=demo_full", "schedule=cosine"]).schedule.min_lr_ratio == 0.01
     again = load_config(["run=demo_full", "schedule=cosine", "schedule=trapezoid"]).schedule
     assert (again.min_lr_ratio, again.cooldown_fraction) == (0.0, 0.2)
     assert load_config(["run=demo_lora", "method=full", "init_from=null"]).method.lora is None
 
 
-def test_a_preset_of_a_study_needs_the_study():
+def test_a_preset_that_uses_the_study_name_requires_it():
     with pytest.raises(UserError, match="data.path of a preset uses a key that is not set"):
         load_data_config(["data=demo_code"])
 
@@ -118,7 +96,7 @@ def test_a_preset_of_a_study_needs_the_study():
         ("1e6", 10**6),
     ],
 )
-def test_token_counts(text, tokens):
+def test_token_counts_are_parsed(text, tokens):
     assert parse_tokens(text) == tokens
 
 
@@ -126,17 +104,18 @@ def test_token_counts(text, tokens):
     ("tokens", "text"),
     [(250_000_000, "250M"), (20 * 10**9, "20B"), (81920, "81920"), (1500, "1500"), (2000, "2K")],
 )
-def test_token_counts_are_written_short_and_exact(tokens, text):
-    assert format_tokens(tokens) == text and parse_tokens(text) == tokens
+def test_token_counts_are_formatted_short_and_exactly(tokens, text):
+    assert format_tokens(tokens) == text
+    assert parse_tokens(text) == tokens
 
 
 @pytest.mark.parametrize("text", ["20 billion", "-3", "", "1G", None, True])
-def test_wrong_token_counts(text):
+def test_invalid_token_counts_are_refused(text):
     with pytest.raises(ValueError):
         parse_tokens(text)
 
 
-def test_all_problems_come_in_one_message_with_the_nearest_key():
+def test_all_problems_are_in_one_message_with_the_nearest_keys():
     message = problems(
         "optimizer.beta1=high", "train.lr=1e-3", "parallel.tensor_parallel=2", "train.tokens=20G"
     )
@@ -146,8 +125,10 @@ def test_all_problems_come_in_one_message_with_the_nearest_key():
         "parallel.tensor_parallel: unknown key; did you mean parallel.tensor_parallel_size?"
         in message
     )
-    assert "optimizer.beta1:" in message and "'high'" in message
-    assert "train.tokens" in message and "20G" in message
+    assert "optimizer.beta1:" in message
+    assert "'high'" in message
+    assert "train.tokens" in message
+    assert "20G" in message
 
 
 def test_a_renamed_key_is_refused_with_its_new_name():
@@ -156,13 +137,14 @@ def test_a_renamed_key_is_refused_with_its_new_name():
     )
 
 
-def test_unknown_keys_and_impossible_layouts_come_together():
+def test_unknown_keys_and_impossible_layouts_are_reported_together():
     message = problems("parallel.tensor_parallel_size=3", "train.lr=1e-3", "bogus=1")
-    assert "did you mean optimizer.lr?" in message and "bogus: unknown key" in message
+    assert "did you mean optimizer.lr?" in message
+    assert "bogus: unknown key" in message
     assert "tensor_parallel_size=3 does not divide model.num_attention_heads=4" in message
 
 
-def test_every_impossible_topology_is_named():
+def test_every_impossible_parallel_size_is_reported():
     message = problems(
         "parallel.tensor_parallel_size=3",
         "parallel.pipeline_parallel_size=5",
@@ -177,80 +159,19 @@ def test_every_impossible_topology_is_named():
     )
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (["run=demo_bse"], "no such preset; available: demo_base"),
-        (["nonsense"], "'nonsense' is not key=value"),
-        (["method=lora"], "set init_from"),
-        (["method.name=lora", "init_from=x"], "needs method.lora"),
-        (["method.lora.rank=4"], "method.lora"),
-        (["train.tokens=100"], "less than one step"),
-        (["schedule.warmup_tokens=1M"], "schedule.warmup_tokens"),
-        (
-            ["schedule=inverse_sqrt", "schedule.warmup_tokens=0"],
-            "set schedule.warmup_tokens above 0",
-        ),
-        (
-            ["schedule=cosine", "schedule.cooldown_fraction=0.2"],
-            "schedule.cooldown_fraction only applies to schedule=trapezoid",
-        ),
-        (["optimizer.name=sgd"], "optimizer.name: Input should be 'adamw' or 'lion'"),
-        (["checkpoint.milestones=[1B]"], "beyond train.tokens"),
-        (["data.seq_length=128"], "exceeds model.max_sequence_length"),
-        (["parallel.sequence_parallel=true"], "needs parallel.tensor_parallel_size > 1"),
-        (
-            ["parallel.context_parallel_size=3"],
-            "data.seq_length=64 is not divisible by the 6 parts that "
-            "2 × parallel.context_parallel_size",
-        ),
-        (
-            ["parallel=cp2", "data.mask_documents=true"],
-            "data.mask_documents=true cannot be combined with parallel.context_parallel_size",
-        ),
-        (
-            ["parallel.virtual_pipeline_parallel_size=2"],
-            "needs parallel.pipeline_parallel_size > 1",
-        ),
-        (
-            ["parallel=pp2", "parallel.virtual_pipeline_parallel_size=2"],
-            "virtual_pipeline_parallel_size=2 does not divide model.num_layers=2",
-        ),
-        (
-            [
-                "parallel=pp2",
-                "model.num_layers=4",
-                "parallel.virtual_pipeline_parallel_size=2",
-                "train.micro_batch_size=8",
-            ],
-            "1 micro-batches a step are not divisible by parallel.pipeline_parallel_size=2",
-        ),
-        (["name=../escape"], "name"),
-        (
-            ["train.branches=[10K]"],
-            "the cooldown of 10000 begins after step 15, but train.tokens=5120 is 10 steps",
-        ),
-        (["train.branches=[5K]", "schedule=cosine"], "schedule=trapezoid"),
-        (["train.branches=[5K]", "branch_of=runs/x"], "a branch has no branches"),
-    ],
-)
-def test_rules_between_keys(change, said):
-    assert said in problems(*change)
-
-
-def test_a_missing_value_is_named():
+def test_a_missing_required_value_is_named():
     with pytest.raises(UserError, match="train.tokens is required: set train.tokens="):
         load_config(["study=a", "name=b"])
 
 
-def test_a_transformers_folder_is_no_base_until_it_is_imported(tmp_path):
+def test_a_transformers_folder_must_be_imported_to_be_a_base(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(UserError, match=f"retemper import {tmp_path} runs/models/NAME"):
         load_config(["study=a", "name=b", f"init_from={tmp_path}"])
 
 
-# A run of which nothing but its model is missing.
-SMALL = [
+# All the required keys of a run except its model.
+NO_MODEL = [
     "study=a",
     "name=b",
     "data=demo_code",
@@ -258,64 +179,66 @@ SMALL = [
     "train.global_batch_size=8",
     "train.micro_batch_size=1",
 ]
-SMALL += ["optimizer.lr=1e-3", "data.seq_length=64"]
+NO_MODEL += ["optimizer.lr=1e-3", "data.seq_length=64"]
 
 
 @pytest.mark.parametrize("key", ["init_from", "branch_of"])
 @pytest.mark.parametrize(
-    "few",
+    "model_keys",
     [[], ["model.max_sequence_length=64"], ["model.tie_embeddings=true", "++model.num_layers=2"]],
 )
-def test_a_missing_base_is_no_toy_model(tmp_path, key, few):
+def test_a_missing_base_is_not_replaced_by_a_default_model(tmp_path, key, model_keys):
     missing = f"{key}={tmp_path / 'typo'}"
     with pytest.raises(
         UserError,
         match=f"^{missing} is not here .no config.json.: correct the path.*as model=llama2_7b",
     ):
-        load_config([*SMALL, missing, *few])
+        load_config([*NO_MODEL, missing, *model_keys])
     (tmp_path / "typo").mkdir()
     with pytest.raises(UserError, match="is not here"):
-        load_config([*SMALL, missing, *few])
-    assert load_config([*SMALL, missing, *few, "model=llama2_7b"]).model.hidden_size == 4096
+        load_config([*NO_MODEL, missing, *model_keys])
+    assert (
+        load_config([*NO_MODEL, missing, *model_keys, "model=llama2_7b"]).model.hidden_size == 4096
+    )
     assert (
         load_config(
-            [*SMALL, missing, *few, "model.hidden_size=128", "++model.num_layers=4"]
+            [*NO_MODEL, missing, *model_keys, "model.hidden_size=128", "++model.num_layers=4"]
         ).model.num_layers
         == 4
     )
 
 
-def test_a_runs_preset_that_picks_a_model_names_one(tmp_path):
+def test_a_run_preset_with_a_model_loads_without_its_base(tmp_path):
     missing = f"init_from={tmp_path / 'typo'}"
     assert load_config(["run=demo_full", missing]).model.num_layers == 4
 
 
-def base_in(folder: Path, *changes: str) -> str:
+def write_base(folder: Path, *changes: str) -> str:
     """Write a run folder with another model than the default preset's."""
-    config = load_config([*SMALL, "model=llama2_7b", *changes])
+    config = load_config([*NO_MODEL, "model=llama2_7b", *changes])
     folder.mkdir()
     (folder / "config.json").write_text(config.to_json())
     return str(folder)
 
 
-def test_a_run_has_the_model_that_it_begins_from(tmp_path):
-    base = base_in(tmp_path / "base", "model.qkv_bias=true")
+def test_a_run_has_the_model_of_its_base(tmp_path):
+    base = write_base(tmp_path / "base", "model.qkv_bias=true")
     for key in ("init_from", "branch_of"):
-        for given in (
+        for model_keys in (
             [],
             ["model=llama2_7b", "model.qkv_bias=true"],
             ["model.num_layers=32"],
             ["+model.hidden_size=4096", "model.qkv_bias=true"],
         ):
-            found = load_config([*SMALL, f"{key}={base}", *given]).model
+            found = load_config([*NO_MODEL, f"{key}={base}", *model_keys]).model
             assert (found.num_layers, found.hidden_size, found.qkv_bias) == (32, 4096, True)
         with pytest.raises(UserError, match="model.qkv_bias: true -> false"):
-            load_config([*SMALL, f"{key}={base}", "model=llama2_7b"])
-    assert load_config([*SMALL, f"init_from={base}@1200"]).model.hidden_size == 4096
+            load_config([*NO_MODEL, f"{key}={base}", "model=llama2_7b"])
+    assert load_config([*NO_MODEL, f"init_from={base}@1200"]).model.hidden_size == 4096
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("model_keys", "message"),
     [
         (["model.max_sequence_length=64"], "(model.max_sequence_length: 4096 -> 64)"),
         (["model=tiny"], "model.hidden_size: 4096 -> 128"),
@@ -326,15 +249,15 @@ def test_a_run_has_the_model_that_it_begins_from(tmp_path):
         (["model.hiden_size=64"], "model.hiden_size: unknown key; did you mean model.hidden_size?"),
     ],
 )
-def test_another_model_than_the_bases_is_refused_by_name(tmp_path, given, said):
-    base = base_in(tmp_path / "base")
+def test_a_model_other_than_that_of_the_base_is_refused(tmp_path, model_keys, message):
+    base = write_base(tmp_path / "base")
     with pytest.raises(UserError) as refusal:
-        load_config([*SMALL, f"init_from={base}", *given])
-    assert said in str(refusal.value)
+        load_config([*NO_MODEL, f"init_from={base}", *model_keys])
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7"])
-def test_a_damaged_config_is_named(tmp_path, text):
+def test_a_damaged_config_is_reported(tmp_path, text):
     for name, changes in (
         ("base", [f"init_from={tmp_path / 'base'}"]),
         ("b", [f"runs_dir={tmp_path}"]),
@@ -343,12 +266,12 @@ def test_a_damaged_config_is_named(tmp_path, text):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(text)
         with pytest.raises(UserError, match=f"^{folder / 'config.json'} is damaged"):
-            load_config([*SMALL, *changes])
+            load_config([*NO_MODEL, *changes])
     with pytest.raises(UserError, match="is damaged"):
         load_run(tmp_path / "base", [])
 
 
-def test_changed_keys_name_both_values():
+def test_changed_keys_show_both_values():
     assert changed_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2 -> 3"]
 
 
@@ -356,12 +279,11 @@ def test_changed_keys_name_both_values():
 def test_every_evals_preset_loads(name):
     evals = load_config(["run=demo_full", f"evals={name}"]).evals
     assert evals.heldout.keys() == {"code", "math"}
-    assert bool(evals.inline_tasks) == (name != "none") and not {"humaneval", "gsm8k"} & set(
-        evals.inline_tasks
-    )
+    assert bool(evals.inline_tasks) == (name != "none")
+    assert not {"humaneval", "gsm8k"} & set(evals.inline_tasks)
 
 
-def test_a_run_is_evaluated_as_its_folder_says_and_as_is_asked(tmp_path):
+def test_load_run_applies_only_allowed_overrides_to_the_stored_config(tmp_path):
     run = tmp_path / "moved" / "demo" / "full"
     run.mkdir(parents=True)
     trained = load_config(["run=demo_full", "evals.max_samples=7", "optimizer.lr=0.25"])
@@ -371,13 +293,14 @@ def test_a_run_is_evaluated_as_its_folder_says_and_as_is_asked(tmp_path):
         ["evals=quick", "parallel=pp2", "parallel.overlap=true", "data.path=there"],
         SCORING_OVERRIDES,
     )
-    assert found.run_dir == run and found.optimizer.lr == 0.25 and found.data.path == "there"
-    assert found.parallel.pipeline_parallel_size == 2 and found.parallel.overlap
-    assert (
-        found.evals.heldout == trained.evals.heldout
-        and found.evals.max_samples == 7
-        and "hellaswag" in found.evals.inline_tasks
-    )
+    assert found.run_dir == run
+    assert found.optimizer.lr == 0.25
+    assert found.data.path == "there"
+    assert found.parallel.pipeline_parallel_size == 2
+    assert found.parallel.overlap
+    assert found.evals.heldout == trained.evals.heldout
+    assert found.evals.max_samples == 7
+    assert "hellaswag" in found.evals.inline_tasks
     assert load_run(run, []) == trained.model_copy(update={"runs_dir": str(run.parents[1])})
     with pytest.raises(
         UserError,
@@ -386,7 +309,7 @@ def test_a_run_is_evaluated_as_its_folder_says_and_as_is_asked(tmp_path):
         load_run(run, ["parallel=pp2"])
 
 
-def test_a_single_key_of_a_runs_evaluations_leaves_the_others(tmp_path, monkeypatch):
+def test_overriding_one_key_of_evals_keeps_the_others(tmp_path, monkeypatch):
     run = tmp_path / "demo" / "full"
     run.mkdir(parents=True)
     trained = load_config(
@@ -403,12 +326,11 @@ def test_a_single_key_of_a_runs_evaluations_leaves_the_others(tmp_path, monkeypa
         run, ["evals.micro_batch_size=2", "evals.tasks.hellaswag.limit=50", "evals.heldout.more=x"]
     )
     expected = trained.evals.model_dump()
-    (
-        expected["micro_batch_size"],
-        expected["tasks"]["hellaswag"]["limit"],
-        expected["heldout"]["more"],
-    ) = 2, 50, "x"
-    assert found.evals.model_dump() == expected and found.parallel == trained.parallel
+    expected["micro_batch_size"] = 2
+    expected["tasks"]["hellaswag"]["limit"] = 50
+    expected["heldout"]["more"] = "x"
+    assert found.evals.model_dump() == expected
+    assert found.parallel == trained.parallel
     assert load_run(
         run, ["evals.heldout={}", "evals.tasks={humaneval:{where:worker}}"]
     ).evals.tasks.keys() == {"humaneval"}
@@ -417,7 +339,7 @@ def test_a_single_key_of_a_runs_evaluations_leaves_the_others(tmp_path, monkeypa
     assert load_run(Path(), []).run_dir == run
 
 
-def test_what_is_no_run_is_not_evaluated(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is no run folder"):
         load_run(tmp_path, [])
     (tmp_path / "config.json").write_text('{"model": {}, "method": {"name": "full"}}')
@@ -425,20 +347,7 @@ def test_what_is_no_run_is_not_evaluated(tmp_path):
         load_run(tmp_path, ["evals=quick"])
 
 
-def test_generated_programs_are_not_run_inline():
-    said = problems(
-        "evals=paper", "evals.tasks.humaneval.where=inline", "evals.tasks.heldout.limit=1"
-    )
-    assert (
-        "evals.tasks.humaneval.where=inline" in said
-        and "evals.tasks.heldout: that name is taken" in said
-    )
-    assert "did you mean arc_challenge?" in problems(
-        "evals.tasks_dir=tasks", "evals.tasks.arc_chalenge.limit=1"
-    )
-
-
-def test_empty_braces_empty_what_a_preset_names():
+def test_empty_braces_clear_a_mapping_of_a_preset():
     assert (
         load_config(
             [

@@ -1,4 +1,4 @@
-"""Test the way from documents to shards to batches, on real text."""
+"""Test the path from documents to token shards and samples, on real text."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from retemper.tokenize.sources import read_documents
 
 
 def decoded(workspace, corpus: str, split: str) -> str:
+    """Return the text of all samples of a split, with its end-of-text tokens."""
     shards = TokenShards(workspace / "data" / corpus, split)
     tokenizer = Tokenizer(workspace / "data" / "tokenizer")
     return tokenizer.backend.decode(
@@ -39,28 +40,30 @@ def test_shards_decode_to_the_documents(workspace):
     for split in ("train", "heldout"):
         expected = {text for text in documents if split_of(text, 0.2) == split}
         *whole, last = decoded(workspace, "code", split).split("<|endoftext|>")
-        assert set(whole) <= expected and len(expected) - len(whole) <= 2
+        assert set(whole) <= expected
+        assert len(expected) - len(whole) <= 2
         assert not last or any(text.startswith(last) for text in expected)
 
 
-def test_held_out_documents_are_not_in_the_training_shards(workspace):
+def test_heldout_documents_are_not_in_the_training_shards(workspace):
     train = decoded(workspace, "math", "train")
     heldout = [
         text
         for text in decoded(workspace, "math", "heldout").split("<|endoftext|>")
         if len(text) > 200
     ]
-    assert heldout and not any(text in train for text in heldout)
+    assert heldout
+    assert not any(text in train for text in heldout)
 
 
-def test_difficult_text_comes_back_exactly(workspace, tmp_path):
-    hard = [
+def test_difficult_text_is_decoded_exactly(workspace, tmp_path):
+    difficult = [
         "def f():\n\treturn 'tab'\r\n",
         "# 🎉 naïve ﷽\n" * 9,
         r"\frac{\partial^2 u}{\partial x^2} = \int_0^\infty e^{-x}\,dx" * 9,
     ]
     (tmp_path / "docs").mkdir()
-    for index, text in enumerate(hard):
+    for index, text in enumerate(difficult):
         (tmp_path / "docs" / f"{index}.py").write_bytes(text.encode())
     corpus = data_config(
         workspace,
@@ -77,14 +80,14 @@ def test_difficult_text_comes_back_exactly(workspace, tmp_path):
     shards = TokenShards(corpus.path, "train")
     ids = shards.samples(np.arange(len(shards))).tokens_NT.flatten().tolist()
     assert set(tokenizer.backend.decode(ids, skip_special_tokens=False).split("<|endoftext|>")) == {
-        *hard,
+        *difficult,
         "",
     }
-    assert manifest["splits"]["train"]["bytes"] == sum(len(text.encode()) for text in hard)
+    assert manifest["splits"]["train"]["bytes"] == sum(len(text.encode()) for text in difficult)
 
 
 @pytest.mark.parametrize("which", ["trained", "llama"])
-def test_token_bytes_add_up_to_the_text(workspace, request, which):
+def test_token_bytes_add_up_to_the_bytes_of_the_text(workspace, request, which):
     tokenizer = Tokenizer(
         workspace / "data" / "tokenizer"
         if which == "trained"
@@ -96,9 +99,10 @@ def test_token_bytes_add_up_to_the_text(workspace, request, which):
     assert tokenizer.token_bytes()[tokenizer.eos_id] == 0
 
 
-def test_the_manifest_counts_what_the_shards_hold(workspace):
+def test_the_counts_of_the_manifest_match_the_shards(workspace):
     manifest = json.loads((workspace / "data" / "math" / "manifest.json").read_text())
-    assert manifest["vocab_size"] == VOCAB_SIZE and manifest["seq_length"] == SEQ_LENGTH
+    assert manifest["vocab_size"] == VOCAB_SIZE
+    assert manifest["seq_length"] == SEQ_LENGTH
     for split, counts in manifest["splits"].items():
         assert (
             len(TokenShards(workspace / "data" / "math", split))
@@ -108,25 +112,25 @@ def test_the_manifest_counts_what_the_shards_hold(workspace):
         )
 
 
-def test_a_finished_corpus_is_kept_and_another_configuration_refused(workspace):
+def test_a_finished_corpus_is_kept_and_a_changed_config_is_refused(workspace):
     import sympy.core
 
     math = Path(sympy.core.__file__).parent
-    before = (workspace / "data" / "math" / "manifest.json").stat().st_mtime_ns
+    modified = (workspace / "data" / "math" / "manifest.json").stat().st_mtime_ns
     tokenize(data_config(workspace, "math", "docstrings", math), progress=False)
     with pytest.raises(UserError, match="data.heldout_fraction: 0.2 -> 0.5"):
         tokenize(
             data_config(workspace, "math", "docstrings", math, heldout_fraction=0.5), progress=False
         )
-    assert (workspace / "data" / "math" / "manifest.json").stat().st_mtime_ns == before
+    assert (workspace / "data" / "math" / "manifest.json").stat().st_mtime_ns == modified
 
 
-def test_bad_sources_get_one_error_and_leave_nothing(workspace, tmp_path):
+def test_unusable_sources_are_refused_and_leave_no_files(workspace, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "a.py").write_text("x = 1\n")
-    for source, said in (
+    for source, message in (
         (tmp_path / "none", "does not exist"),
         (empty, "no file in"),
         (tmp_path / "short", "fill no sample"),
@@ -134,14 +138,14 @@ def test_bad_sources_get_one_error_and_leave_nothing(workspace, tmp_path):
         corpus = data_config(
             workspace, "bad", "text", source, heldout_fraction=0.0, path=str(tmp_path / "out")
         )
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             tokenize(corpus, progress=False)
         assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.skipif(
     os.geteuid() != 0,
-    reason="becoming an ordinary user takes root; as one, this is the ordinary case",
+    reason="only root can switch to an unprivileged user",
 )
 def test_an_unreadable_folder_is_named(workspace, tmp_path):
     locked = tmp_path / "locked"
@@ -159,25 +163,25 @@ def test_an_unreadable_folder_is_named(workspace, tmp_path):
 
 
 def test_a_corpus_that_does_not_fit_the_run_is_refused(workspace):
-    for change, said in (
+    for change, message in (
         ("model.vocab_size=200", f"has {VOCAB_SIZE} tokens, model.vocab_size is only 200"),
         ("data.seq_length=32", f"samples of {SEQ_LENGTH} tokens, data.seq_length is 32"),
         ("train.global_batch_size=100000", "fewer than one batch"),
         (f"data.path={workspace}", "holds no token corpus"),
     ):
         config = load_config(overrides(workspace, "x", change, "train.tokens=1B"))
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             check_corpora(config)
 
 
-def test_evaluations_are_flagged_by_what_the_corpora_left_out(workspace, tmp_path):
+def test_evaluations_are_flagged_by_the_decontamination_of_each_corpus(workspace, tmp_path):
     clean = tmp_path / "clean"
     clean.mkdir()
     manifest = read_manifest(str(workspace / "data" / "math"))
     (clean / "manifest.json").write_text(
         dump_sealed(manifest | {"decontamination": {"tasks": {"humaneval": {"problems": 164}}}})
     )
-    asked = [
+    streams = [
         f"data.path={clean}",
         f"data.mixture.other.path={tmp_path / 'unread'}",
         "data.mixture.other.fraction=0.5",
@@ -186,7 +190,7 @@ def test_evaluations_are_flagged_by_what_the_corpora_left_out(workspace, tmp_pat
         overrides(
             workspace,
             "flagged",
-            *asked,
+            *streams,
             "data.replay.fraction=0.1",
             f"data.replay.path={workspace / 'data' / 'code'}",
         )

@@ -1,4 +1,4 @@
-"""Test which documents contain an evaluation problem, at every position and length."""
+"""Test that evaluation problems are found in documents, at every position and length."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def humaneval(shared_data) -> list[dict]:
     ]
 
 
-def test_every_problem_is_found_whatever_its_case_and_spacing(problems, humaneval):
+def test_every_problem_is_found_in_any_case_and_spacing(problems, humaneval):
     for problem in humaneval:
         text = (
             "x = 1\n"
@@ -43,25 +43,29 @@ def test_every_problem_is_found_whatever_its_case_and_spacing(problems, humaneva
         assert problems.match(text.encode()), problem["task_id"]
 
 
-def test_a_problem_is_found_across_every_cut_of_a_long_document(problems, humaneval, monkeypatch):
+def test_a_problem_is_found_across_the_segments_of_a_long_document(
+    problems, humaneval, monkeypatch
+):
     monkeypatch.setattr(ngrams, "SEGMENT_BYTES", 4096)
-    needle = humaneval[5]["prompt"].encode()
+    prompt = humaneval[5]["prompt"].encode()
     for before in range(3500, 4500, 37):
         for filler in (b"honest words, ", b"x " * 9, b" \n" * 20):
-            haystack = (filler * (before // len(filler) + 1))[:before]
+            document = (filler * (before // len(filler) + 1))[:before]
             assert (
-                problems.match(haystack + b" " + needle + b" and more words" * 900)[0]
+                problems.match(document + b" " + prompt + b" and more words" * 900)[0]
                 == "humaneval: HumanEval/5"
             )
-    assert problems.match(b"a" * 20_000 + b" " + needle)
-    longer_in_lower_case = "Ⱥ".encode()  # three bytes where it had two
-    assert problems.match(longer_in_lower_case * 20_000 + b" " + needle)
+    assert problems.match(b"a" * 20_000 + b" " + prompt)
+    longer_in_lower_case = "Ⱥ".encode()  # two bytes, and three in lower case
+    assert problems.match(longer_in_lower_case * 20_000 + b" " + prompt)
 
 
-def test_a_problem_with_a_long_text_is_not_known_by_its_short_ones(problems, humaneval, tmp_path):
-    """Check that a problem is found by eight words only if it has no more.
+def test_a_problem_with_a_long_text_is_not_matched_by_its_short_texts(
+    problems, humaneval, tmp_path
+):
+    """Check that eight words identify a problem only if it has no longer text.
 
-    Otherwise eight words in a row do not distinguish it from honest code.
+    Eight words in a row of a longer problem also occur in code that has not copied the problem.
     """
     long = next(problem for problem in humaneval if problem["task_id"] == "HumanEval/152")
     solution = long["canonical_solution"]
@@ -86,7 +90,7 @@ def test_a_problem_with_a_long_text_is_not_known_by_its_short_ones(problems, hum
         "".join(map(chr, range(0xA0, 0x3000))),
     ],
 )
-def test_words_are_those_of_a_regular_expression(text):
+def test_normalised_words_match_a_regular_expression(text):
     words = re.sub(r"[\W_]+", " ", text.lower()).split()
     assert ngrams.normalised(text.encode()).replace(b"\0", b" ").decode().split() == words
 
@@ -101,7 +105,7 @@ def test_winogrande_blanks_are_filled(problems):
     assert problems.match(b"Sarah was a much better surgeon than Maria, they say.") is None
 
 
-def test_counting_is_no_contamination(problems):
+def test_sequences_of_numbers_and_letters_are_not_contamination(problems):
     for text in (
         "0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16",
         "a b c d e f g h i j k l m n o p q r s t u v",
@@ -110,7 +114,7 @@ def test_counting_is_no_contamination(problems):
         assert problems.match(text.encode()) is None
 
 
-def test_a_saved_index_is_the_same(problems, humaneval, tmp_path):
+def test_a_saved_index_finds_the_same_problems(problems, humaneval, tmp_path):
     problems.save(tmp_path / "problems.npz")
     loaded = Problems.load(tmp_path / "problems.npz")
     for problem in humaneval[:20]:
@@ -119,7 +123,7 @@ def test_a_saved_index_is_the_same(problems, humaneval, tmp_path):
         )
 
 
-def test_missing_problems_are_named(tmp_path):
+def test_missing_and_empty_problem_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="data.decontaminate.tasks.humaneval"):
         Problems.read(DecontaminateConfig(tasks={"humaneval": str(tmp_path / "none.jsonl")}))
     (tmp_path / "empty.jsonl").touch()

@@ -1,4 +1,4 @@
-"""Test which held-out domains measure what a run learns, and which what it forgets."""
+"""Test which held-out domains measure what a run learns and which measure what it forgets."""
 
 import pytest
 from conftest import overrides
@@ -17,31 +17,31 @@ EMPTY = "evals.heldout={}"
 
 def config_of(tmp_path, *changes):
     """Return the config of a run on corpus "code" that is scored on "code" and "math"."""
-    asked = [change.replace("{data}", str(tmp_path / "data")) for change in changes]
-    return load_config(overrides(tmp_path, "run", *asked, corpus="code"))
+    resolved = [change.replace("{data}", str(tmp_path / "data")) for change in changes]
+    return load_config(overrides(tmp_path, "run", *resolved, corpus="code"))
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ([], Domains(["code"], ["math"], [])),
-        # A stream of the mixture is learned: by its name, here beside another folder of its text.
+        # A domain with the name of a stream of the mixture is learned, even from another folder.
         (
             [*WIKI, "evals.heldout.wiki={data}/wiki-heldout"],
             Domains(["code", "wiki"], ["math"], []),
         ),
-        # By its folder, whatever the domain is called and however the folder is written.
+        # So is a domain with the folder of a stream, under any name and any spelling of the path.
         (
             [*WIKI, "evals.heldout.encyclopedia={data}/../data/wiki/"],
             Domains(["code", "encyclopedia"], ["math"], []),
         ),
-        # A replay stream always has the name "replay": its domain is known by the folder.
+        # Every replay stream has the name "replay", so its domain is recognised by the folder.
         (REPLAY, Domains(["code"], ["math"], ["math"])),
         (
             ["data.replay.path={data}/books", REPLAY[1], "evals.heldout.replay={data}/books2"],
             Domains(["code"], ["math", "replay"], ["replay"]),
         ),
-        # The folder decides where a name says otherwise.
+        # If the name and the folder disagree, the folder decides.
         (
             [*WIKI, EMPTY, "evals.heldout.wiki={data}/code", "evals.heldout.code={data}/wiki"],
             Domains(["code", "wiki"], [], []),
@@ -50,7 +50,7 @@ def config_of(tmp_path, *changes):
             [*REPLAY, EMPTY, "evals.heldout.code={data}/math", "evals.heldout.new={data}/code"],
             Domains(["new"], ["code"], ["code"]),
         ),
-        # A corpus that is trained on and replayed as well is learned.
+        # A corpus that is both trained on and replayed is learned.
         (["data.replay.path={data}/code", REPLAY[1]], Domains(["code"], ["math"], [])),
         (["evals.learned=[math]", *REPLAY], Domains(["math"], ["code"], [])),
         (["evals.learned=[]", *REPLAY], Domains([], ["code", "math"], ["math"])),
@@ -61,7 +61,7 @@ def config_of(tmp_path, *changes):
         ),
     ],
 )
-def test_a_domain_is_learned_by_the_stream_it_belongs_to(tmp_path, changes, expected):
+def test_a_domain_is_learned_or_old_according_to_its_stream(tmp_path, changes, expected):
     found = domains_of(config_of(tmp_path, *changes))
     assert [sorted(names) for names in (found.learned, found.old, found.replayed)] == [
         expected.learned,
@@ -70,19 +70,19 @@ def test_a_domain_is_learned_by_the_stream_it_belongs_to(tmp_path, changes, expe
     ]
 
 
-def test_a_link_to_a_corpus_is_that_corpus(tmp_path):
+def test_a_symlink_to_a_corpus_counts_as_that_corpus(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "linked").symlink_to("code")
     config = config_of(tmp_path, EMPTY, "evals.heldout.new={data}/linked")
     assert domains_of(config).learned == ["new"]
 
 
-def test_a_domain_scored_later_is_known_by_its_name(tmp_path):
+def test_a_domain_that_is_scored_later_is_recognised_by_its_name(tmp_path):
     config = config_of(tmp_path, *WIKI, EMPTY)
     assert domains_of(config, ["wiki", "news", "code"]) == Domains(["wiki", "code"], ["news"], [])
 
 
-def test_an_unknown_learned_domain_is_refused_with_the_nearest(tmp_path):
+def test_an_unknown_learned_domain_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(
         UserError,
         match=r"evals.learned: coed is not a domain of evals.heldout \(code, math\).*code",
@@ -90,7 +90,7 @@ def test_an_unknown_learned_domain_is_refused_with_the_nearest(tmp_path):
         config_of(tmp_path, "evals.learned=[coed]")
 
 
-def test_learned_is_kept_when_a_run_is_scored_with_another_preset(tmp_path):
+def test_evals_learned_is_kept_when_a_run_is_scored_with_another_preset(tmp_path):
     config = config_of(tmp_path, "evals.learned=[math]")
     start_or_resume(config, 0)
     assert load_run(config.run_dir, ["evals=quick"]).evals.learned == ["math"]
@@ -126,6 +126,6 @@ def test_learned_is_kept_when_a_run_is_scored_with_another_preset(tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_a_run_names_what_it_measures_and_the_keys_of_what_it_does_not(tmp_path, changes, expected):
+def test_measured_domains_are_listed_with_advice_for_missing_ones(tmp_path, changes, expected):
     lines = [line.replace("{data}", str(tmp_path / "data")) for line in expected]
     assert measures(config_of(tmp_path, *changes)) == lines

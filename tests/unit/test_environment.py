@@ -1,4 +1,4 @@
-"""Test the environment of a run on GPUs: its settings, and that the user's own values are kept."""
+"""Test the environment variables of a run on GPUs, and that the user's own values are kept."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from retemper.pipeline.schema.model import ParallelConfig
 
 HOPPER = 9
 BLACKWELL = 10
-ALONE = ParallelConfig()
+ONE_RANK = ParallelConfig()
 TENSOR = ParallelConfig(tensor_parallel_size=2)
 CONTEXT = ParallelConfig(context_parallel_size=2)
 DATA = ParallelConfig(data_parallel_size=2)
@@ -24,43 +24,43 @@ OVERLAPPED_PRODUCTS = ParallelConfig(
 )
 
 ALWAYS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "NCCL_GRAPH_REGISTER": "0"}
-SEVERAL = ALWAYS | {"NCCL_NVLS_ENABLE": "0"}
-ORDERED = SEVERAL | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+SEVERAL_RANKS = ALWAYS | {"NCCL_NVLS_ENABLE": "0"}
+ORDERED = SEVERAL_RANKS | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 MARGINS = {"NVTE_FWD_LAYERNORM_SM_MARGIN": "16", "NVTE_BWD_LAYERNORM_SM_MARGIN": "16"}
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    """Unset every variable of the table before a test and after it."""
+    """Unset all the variables before a test, and restore them after it."""
     names = [*ORDERED, *MARGINS, "PYTORCH_CUDA_ALLOC_CONF", "CUDA_LAUNCH_BLOCKING"]
     for name in names:
-        monkeypatch.setenv(name, "")  # noted for the end of the test, whatever sets it meanwhile
+        monkeypatch.setenv(name, "")  # so that it is restored after the test, whatever sets it
         monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
     ("parallel", "capability", "values"),
     [
-        (ALONE, HOPPER, ALWAYS),
-        (DATA, HOPPER, SEVERAL),
-        (PIPELINE, HOPPER, SEVERAL),
+        (ONE_RANK, HOPPER, ALWAYS),
+        (DATA, HOPPER, SEVERAL_RANKS),
+        (PIPELINE, HOPPER, SEVERAL_RANKS),
         (TENSOR, HOPPER, ORDERED),
         (TENSOR, None, ORDERED),
         (TENSOR, 8, ORDERED),
-        (TENSOR, BLACKWELL, SEVERAL),
+        (TENSOR, BLACKWELL, SEVERAL_RANKS),
         (CONTEXT, HOPPER, ORDERED),
-        (OVERLAPPED, HOPPER, SEVERAL | MARGINS),
-        (OVERLAPPED_STAGES, HOPPER, SEVERAL),
+        (OVERLAPPED, HOPPER, SEVERAL_RANKS | MARGINS),
+        (OVERLAPPED_STAGES, HOPPER, SEVERAL_RANKS),
         (OVERLAPPED_PRODUCTS, HOPPER, ORDERED),
     ],
 )
-def test_the_table_follows_the_layout(parallel, capability, values):
+def test_the_variables_follow_the_layout(parallel, capability, values):
     table = environment.wanted(parallel, capability)
     assert {name: value for name, (value, _) in table.items()} == values
-    assert all(why for _, why in table.values())
+    assert all(reason for _, reason in table.values())
 
 
-def test_what_is_not_set_is_set():
+def test_unset_variables_are_set():
     found = environment.apply(environment.wanted(TENSOR, HOPPER), TENSOR)
     assert {name: os.environ[name] for name in ORDERED} == ORDERED
     assert (found.chosen, found.kept, found.warning) == (ORDERED, {}, None)
@@ -68,16 +68,17 @@ def test_what_is_not_set_is_set():
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_what_the_person_set_is_kept_under_either_name(monkeypatch, name):
+def test_a_value_set_by_the_user_is_kept_under_either_name(monkeypatch, name):
     monkeypatch.setenv(name, "max_split_size_mb:512")
     monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
-    found = environment.apply(environment.wanted(ALONE, HOPPER), ALONE)
+    found = environment.apply(environment.wanted(ONE_RANK, HOPPER), ONE_RANK)
     assert os.environ[name] == "max_split_size_mb:512"
     assert len(set(os.environ) & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}) == 1
     assert found.chosen == {"NCCL_GRAPH_REGISTER": "0"}
     assert found.kept == {name: "max_split_size_mb:512"}
     assert str(found) == f"NCCL_GRAPH_REGISTER=0, {name}=max_split_size_mb:512 (already set)"
-    assert environment.apply(environment.wanted(ALONE, HOPPER), ALONE) == found, "a second call"
+    again = environment.apply(environment.wanted(ONE_RANK, HOPPER), ONE_RANK)
+    assert again == found, "a second call gave another result"
 
 
 @pytest.mark.parametrize(
@@ -85,15 +86,15 @@ def test_what_the_person_set_is_kept_under_either_name(monkeypatch, name):
     [
         ("CUDA_DEVICE_MAX_CONNECTIONS", "8", OVERLAPPED_PRODUCTS, True),
         ("CUDA_DEVICE_MAX_CONNECTIONS", "1", OVERLAPPED_PRODUCTS, False),
-        ("CUDA_DEVICE_MAX_CONNECTIONS", "8", TENSOR, False),  # no overlap was asked for
+        ("CUDA_DEVICE_MAX_CONNECTIONS", "8", TENSOR, False),  # no overlap is configured
         ("CUDA_LAUNCH_BLOCKING", "1", OVERLAPPED, True),
         ("CUDA_LAUNCH_BLOCKING", "1", OVERLAPPED_PRODUCTS, True),
         ("CUDA_LAUNCH_BLOCKING", "0", OVERLAPPED, False),
         ("CUDA_LAUNCH_BLOCKING", "1", DATA, False),
-        ("NCCL_NVLS_ENABLE", "1", OVERLAPPED, False),  # costs memory, forbids nothing
+        ("NCCL_NVLS_ENABLE", "1", OVERLAPPED, False),  # costs memory but prevents nothing
     ],
 )
-def test_one_warning_where_a_value_forbids_what_was_asked_for(
+def test_a_value_that_prevents_the_configured_overlap_gives_one_warning(
     monkeypatch, variable, value, parallel, warned
 ):
     monkeypatch.setenv(variable, value)
@@ -103,7 +104,7 @@ def test_one_warning_where_a_value_forbids_what_was_asked_for(
     assert not warned or variable in found.warning
 
 
-def test_without_a_gpu_nothing_is_set():
+def test_nothing_is_set_without_a_gpu():
     code = """
 import os
 before = dict(os.environ)
@@ -114,11 +115,11 @@ assert found == environment.in_force() == environment.Environment()
 assert dict(os.environ) == before
 print("nothing" + str(found))
 """
-    assert _said(code, CUDA_VISIBLE_DEVICES="") == "nothing"
+    assert _output_of(code, CUDA_VISIBLE_DEVICES="") == "nothing"
 
 
 @pytest.mark.gpu
-def test_cuda_starts_with_what_was_set():
+def test_cuda_starts_with_the_chosen_settings():
     code = """
 import torch
 from retemper.pipeline.distributed import environment
@@ -126,17 +127,17 @@ from retemper.pipeline.schema.model import ParallelConfig
 found = environment.prepare(ParallelConfig())
 assert not torch.cuda.is_initialized()
 assert found.chosen["NCCL_GRAPH_REGISTER"] == "0", found
-held = torch.zeros(1, device="cuda")
+tensor = torch.zeros(1, device="cuda")
 assert torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]
 assert environment._compute_capability() == torch.cuda.get_device_capability()[0]
 print("read")
 """
-    assert _said(code) == "read"
+    assert _output_of(code) == "read"
 
 
-def _said(code: str, **variables: str) -> str:
+def _output_of(code: str, **variables: str) -> str:
     """Return the output of a separate Python process."""
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
         env=os.environ | variables,
@@ -144,5 +145,5 @@ def _said(code: str, **variables: str) -> str:
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()

@@ -1,6 +1,6 @@
 """Test what an export writes beside the weights.
 
-It writes the stop tokens of generation, the tokenizer, the rounding, and the base of adapters.
+It writes the end-of-text id, the tokenizer, a note on rounding, and the base of adapters.
 """
 
 import json
@@ -23,12 +23,13 @@ from retemper.pipeline.huggingface import export, load
 from retemper.pipeline.huggingface.names import tensor_shapes
 from retemper.pipeline.huggingface.source_config import config_of, transformers_folder
 from retemper.pipeline.huggingface.source_folder import Weights
+from retemper.pipeline.schema.exchange import ExportRequest
 from retemper.pipeline.schema.model import LoraConfig, MethodConfig, ModelSetup, ParallelConfig
 
 
 @dataclass
-class Held:
-    """A checkpoint in memory, in place of a StreamedModel."""
+class InMemoryCheckpoint:
+    """A checkpoint whose tensors are in memory, in place of a StreamedModel."""
 
     folder: Path
     meta: dict
@@ -54,14 +55,12 @@ def tokenizer(tmp_path_factory) -> Path:
     return folder
 
 
-def held(
+def write_checkpoint(
     run: Path, tokenizer: Path, *, step: int = 4, init_from: Path | None = None, **setup
-) -> Held:
-    """Write a run with a checkpoint of which only meta.json is on the disk, and return it.
+) -> InMemoryCheckpoint:
+    """Write a run with a checkpoint of which only meta.json is on disk, and return it.
 
-    With LoRA it has an adapter of one layer.
-
-    With LoRA it has an adapter of one layer.
+    With LoRA it has an adapter in one layer.
     """
     method = setup.pop("method", MethodConfig(name="full"))
     model = MODEL.model_copy(update={"vocab_size": 260})
@@ -93,21 +92,23 @@ def held(
             f"decoder.layers.0.self_attention.adapters.o.{name}": torch.ones(shape)
             for name, shape in adapter.items()
         }
-    return Held(commit.folder_of(run, step), meta, setup, tensors)
+    return InMemoryCheckpoint(commit.folder_of(run, step), meta, setup, tensors)
 
 
-def test_a_model_that_was_never_imported_says_where_generation_stops(tmp_path, tokenizer):
+def test_an_exported_model_without_an_import_stops_generation_at_end_of_text(tmp_path, tokenizer):
     import transformers
 
-    streamed = held(tmp_path / "run", tokenizer)
+    streamed = write_checkpoint(tmp_path / "run", tokenizer)
     (out := tmp_path / "out").mkdir()
     rounding = export.export_model(
         streamed, out, export.tokenizer_of(streamed.folder, streamed.meta, None)
     )
-    assert not rounding.rounded and "no weight was rounded" in (out / "README.md").read_text()
+    assert not rounding.rounded
+    assert "no weight was rounded" in (out / "README.md").read_text()
     eos = Tokenizer(tokenizer).eos_id
     config = json.loads((out / "config.json").read_text())
-    assert config["eos_token_id"] == eos and "bos_token_id" not in config
+    assert config["eos_token_id"] == eos
+    assert "bos_token_id" not in config
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.generation_config.eos_token_id == eos
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_a_model_that_was_never_imported_says_where_generation_stops(tmp_path, t
     assert Weights(out).model == streamed.setup.model.model_copy(update={"head_size": 4})
 
 
-def test_both_tokens_are_written_where_the_tokenizer_names_them(tmp_path, tokenizer):
+def test_special_token_ids_come_from_the_tokenizer_config(tmp_path, tokenizer):
     shutil.copytree(tokenizer, named := tmp_path / "named")
     settings = json.loads((named / "tokenizer_config.json").read_text())
     for bos, expected in (
@@ -132,8 +133,8 @@ def test_both_tokens_are_written_where_the_tokenizer_names_them(tmp_path, tokeni
     assert export._special_ids(Tokenizer(named)) == {}
 
 
-def test_an_export_takes_no_other_tokenizer_than_the_models(tmp_path, tokenizer):
-    streamed = held(tmp_path / "run", tokenizer)
+def test_an_export_refuses_a_tokenizer_other_than_the_one_of_training(tmp_path, tokenizer):
+    streamed = write_checkpoint(tmp_path / "run", tokenizer)
     train_tokenizer(["another text, and other tokens"], 262, other := tmp_path / "other")
     with pytest.raises(
         UserError,
@@ -147,27 +148,26 @@ def test_an_export_takes_no_other_tokenizer_than_the_models(tmp_path, tokenizer)
     assert export.tokenizer_of(streamed.folder, streamed.meta, str(tokenizer)).folder == tokenizer
 
 
-def test_the_command_refuses_another_tokenizer_before_it_exports(tmp_path, tokenizer, capfd):
-    streamed = held(tmp_path / "run", tokenizer)
+def test_another_tokenizer_is_refused_before_any_rank_starts(tmp_path, tokenizer):
+    write_checkpoint(tmp_path / "run", tokenizer)
     train_tokenizer(["another text, and other tokens"], 262, other := tmp_path / "other")
     from retemper.pipeline.huggingface.__main__ import exporting
 
-    prepare, _ = exporting(
-        str(tmp_path / "run"), str(tmp_path / "out"), None, False, None, str(other)
-    )
+    run = str(tmp_path / "run")
+    out = str(tmp_path / "out")
+    prepare, _ = exporting(ExportRequest(run=run, folder=out, tokenizer=str(other)))
     with pytest.raises(UserError, match="another tokenizer"):
         prepare()
-    assert streamed.folder.is_dir() and not (tmp_path / "out").exists()
 
 
-def imported(
+def write_imported(
     run: Path,
     tokenizer: Path,
     dtype: torch.dtype = torch.float32,
     name: str | None = None,
     folder: Path | None = None,
 ) -> Path:
-    """Write what an import leaves of a folder beside its checkpoint, and return the folder."""
+    """Write a transformers folder and the record of its import, and return the folder."""
     folder = folder or run.with_name(f"{run.name}-folder")
     model = MODEL.model_copy(update={"vocab_size": 260})
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,26 +183,28 @@ def imported(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_to_the_sources_type_is_told_and_written_down(tmp_path, tokenizer, dtype):
-    imported(tmp_path / "run", tokenizer, dtype)
-    streamed = held(tmp_path / "run", tokenizer)
-    streamed.tensors["decoder.final_layernorm.weight"].fill_(1.0)  # loses nothing
+def test_rounding_to_the_type_of_the_source_is_reported_and_documented(tmp_path, tokenizer, dtype):
+    write_imported(tmp_path / "run", tokenizer, dtype)
+    streamed = write_checkpoint(tmp_path / "run", tokenizer)
+    streamed.tensors["decoder.final_layernorm.weight"].fill_(1.0)  # ones lose nothing by rounding
     (out := tmp_path / "out").mkdir()
     rounding = export.export_model(
         streamed, out, export.tokenizer_of(streamed.folder, streamed.meta, None)
     )
-    said, count = str(dtype).removeprefix("torch."), len(tensor_shapes(streamed.setup.model))
-    assert rounding.rounded == {said: count - 1}
-    told = (
-        f"{count - 1} of {count} tensors were rounded to {said}: "
+    type_name = str(dtype).removeprefix("torch.")
+    count = len(tensor_shapes(streamed.setup.model))
+    assert rounding.rounded == {type_name: count - 1}
+    message = (
+        f"{count - 1} of {count} tensors were rounded to {type_name}: "
         "the type of the model that was imported"
     )
-    assert str(rounding) == told and told in (out / "README.md").read_text()
+    assert str(rounding) == message
+    assert message in (out / "README.md").read_text()
     assert "The run run after step 4" in (out / "README.md").read_text()
 
 
-def test_a_run_in_bf16_that_was_never_imported_tells_of_its_rounding_too(tmp_path, tokenizer):
-    streamed = held(tmp_path / "run", tokenizer, precision="bf16")
+def test_rounding_of_a_bf16_run_without_an_import_is_reported(tmp_path, tokenizer):
+    streamed = write_checkpoint(tmp_path / "run", tokenizer, precision="bf16")
     (out := tmp_path / "out").mkdir()
     rounding = export.export_model(streamed, out, Tokenizer(tokenizer))
     assert "rounded to bfloat16: the type of the run's precision" in str(rounding)
@@ -211,8 +213,8 @@ def test_a_run_in_bf16_that_was_never_imported_tells_of_its_rounding_too(tmp_pat
 LORA = MethodConfig(name="lora", lora=LoraConfig(rank=2, alpha=4, targets=["o"], dropout=0.0))
 
 
-def in_cache(hub: Path, name: str, files: Path, monkeypatch) -> Path:
-    """Put a folder where huggingface_hub stores what it has fetched, and be offline."""
+def put_in_hub_cache(hub: Path, name: str, files: Path, monkeypatch) -> Path:
+    """Copy a folder to where huggingface_hub caches downloads, and switch the hub to offline."""
     snapshot = hub / f"models--{name.replace('/', '--')}" / "snapshots" / ("1" * 40)
     (snapshot.parent.parent / "refs").mkdir(parents=True)
     for branch in ("main", "v2"):
@@ -223,12 +225,13 @@ def in_cache(hub: Path, name: str, files: Path, monkeypatch) -> Path:
     return snapshot
 
 
-def test_adapters_name_their_base_as_it_was_given(tmp_path, tokenizer, monkeypatch):
-    run, base = tmp_path / "lora", tmp_path / "base"
-    folder = imported(base, tokenizer, name="owner/model@v2")
-    held(base, tokenizer, step=0)
-    streamed = held(run, tokenizer, init_from=base, method=LORA)
-    snapshot = in_cache(tmp_path / "hub", "owner/model", folder, monkeypatch)
+def test_adapters_name_their_base_as_it_was_imported(tmp_path, tokenizer, monkeypatch):
+    run = tmp_path / "lora"
+    base = tmp_path / "base"
+    folder = write_imported(base, tokenizer, name="owner/model@v2")
+    write_checkpoint(base, tokenizer, step=0)
+    streamed = write_checkpoint(run, tokenizer, init_from=base, method=LORA)
+    snapshot = put_in_hub_cache(tmp_path / "hub", "owner/model", folder, monkeypatch)
     shutil.copytree(folder, elsewhere := tmp_path / "elsewhere")
     assert export.base_of(streamed, None) == ("owner/model@v2", folder)
     assert export.base_of(streamed, "some/copy") == ("some/copy", folder)
@@ -243,7 +246,7 @@ def test_adapters_name_their_base_as_it_was_given(tmp_path, tokenizer, monkeypat
         config = json.loads((out / "adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["revision"]) == (written, revision)
         assert f"of the model {name}" in (out / "README.md").read_text()
-    shutil.rmtree(folder)  # the name is all that is left of it here
+    shutil.rmtree(folder)  # now only the name leads to the base
     assert export.base_of(streamed, None) == ("owner/model@v2", snapshot.resolve())
     assert export.base_of(streamed, "owner/model") == ("owner/model", snapshot.resolve())
     with pytest.raises(
@@ -255,62 +258,53 @@ def test_adapters_name_their_base_as_it_was_given(tmp_path, tokenizer, monkeypat
         export.base_of(streamed, str(tmp_path / "typo"))
 
 
-def test_a_base_that_was_never_imported_is_what_base_names(tmp_path, tokenizer, monkeypatch):
-    run, base = tmp_path / "lora", tmp_path / "base"
-    held(base, tokenizer, step=0)
-    (base / "config.json").write_text("{}")  # a run folder's
-    streamed = held(run, tokenizer, init_from=base, method=LORA)
+def test_a_base_without_an_import_must_be_given_by_base(tmp_path, tokenizer, monkeypatch):
+    run = tmp_path / "lora"
+    base = tmp_path / "base"
+    write_checkpoint(base, tokenizer, step=0)
+    (base / "config.json").write_text("{}")  # as in the folder of a trained run
+    streamed = write_checkpoint(run, tokenizer, init_from=base, method=LORA)
     with pytest.raises(UserError, match=rf"retemper export {base} FOLDER"):
         export.base_of(streamed, None)
-    folder = imported(tmp_path / "other", tokenizer)
-    snapshot = in_cache(tmp_path / "hub", "owner/model", folder, monkeypatch)
+    folder = write_imported(tmp_path / "other", tokenizer)
+    snapshot = put_in_hub_cache(tmp_path / "hub", "owner/model", folder, monkeypatch)
     assert export.base_of(streamed, "owner/model") == ("owner/model", snapshot)
     assert export.base_of(streamed, str(folder)) == (str(folder), folder)
 
 
-def test_a_base_of_before_hub_names_were_kept_is_named_by_its_folder(tmp_path, tokenizer):
-    run, base = tmp_path / "lora", tmp_path / "base"
-    folder = imported(base, tokenizer)
+def test_a_base_whose_import_recorded_no_name_is_named_by_its_folder(tmp_path, tokenizer):
+    run = tmp_path / "lora"
+    base = tmp_path / "base"
+    folder = write_imported(base, tokenizer)
     source = json.loads((base / load.ORIGIN / load.SOURCE).read_text())
     del source["name"]
     (base / load.ORIGIN / load.SOURCE).write_text(json.dumps(source))
-    held(base, tokenizer, step=0)
-    assert export.base_of(held(run, tokenizer, init_from=base, method=LORA), None) == (
+    write_checkpoint(base, tokenizer, step=0)
+    assert export.base_of(write_checkpoint(run, tokenizer, init_from=base, method=LORA), None) == (
         str(folder),
         folder,
     )
 
 
-def test_a_hub_name_is_imported_from_where_it_was_fetched_to(
-    tmp_path, tokenizer, monkeypatch, capfd
-):
-    folder = imported(tmp_path / "run", tokenizer)
-    snapshot = in_cache(tmp_path / "hub", "owner/model", folder, monkeypatch)
-    assert (
-        transformers_folder("owner/model", "")
-        == transformers_folder("owner/model@v2", "")
-        == snapshot
-    )
-    assert transformers_folder(str(folder), "") == folder and transformers_folder(
-        "a/b/c", ""
-    ) == Path("a/b/c")
-    asked = []
+def test_a_hub_model_is_imported_from_the_cache(tmp_path, tokenizer, monkeypatch, capfd):
+    folder = write_imported(tmp_path / "run", tokenizer)
+    snapshot = put_in_hub_cache(tmp_path / "hub", "owner/model", folder, monkeypatch)
+    assert transformers_folder("owner/model", "") == snapshot
+    assert transformers_folder("owner/model@v2", "") == snapshot
+    assert transformers_folder(str(folder), "") == folder
+    assert transformers_folder("a/b/c", "") == Path("a/b/c")
+    requests = []
     monkeypatch.setattr(
         "retemper.launch.torchrun.run_here",
-        lambda module, words, ranks: asked.append(json.loads(words[1])) or 0,
+        lambda module, arguments, ranks: requests.append(json.loads(arguments[1])) or 0,
     )
-    assert (
-        main(["import", "owner/model@v2", str(tmp_path / "base")])
-        == 0
-        == main(["import", str(folder), str(tmp_path / "base")])
-    )
-    assert [(options["folder"], options["name"]) for options in asked] == [
+    assert main(["import", "owner/model@v2", str(tmp_path / "base")]) == 0
+    assert main(["import", str(folder), str(tmp_path / "base")]) == 0
+    assert [(request["folder"], request["name"]) for request in requests] == [
         (str(snapshot), "owner/model@v2"),
         (str(folder), None),
     ]
     assert main(["import", "owner/absent", str(tmp_path / "base")]) == 1
-    said = capfd.readouterr().err
-    assert (
-        "owner/absent is not a folder, and the hub does not provide it" in said
-        and "Traceback" not in said
-    )
+    stderr = capfd.readouterr().err
+    assert "owner/absent is not a folder, and the hub does not provide it" in stderr
+    assert "Traceback" not in stderr

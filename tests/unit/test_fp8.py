@@ -1,6 +1,6 @@
 """Test 8-bit precisions without a GPU.
 
-Covered are the errors, the settings for megatron-core, and the planned memory of a rank.
+The tests cover the errors, the settings for megatron-core, and the planned memory of a rank.
 """
 
 import subprocess
@@ -34,13 +34,14 @@ LINEAR = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # weights of the linear layers
 
 
 def problems_of(*changes: str) -> str:
+    """Return the message with which the config of a 7B run is refused."""
     with pytest.raises(UserError) as error:
         load_config([*SEVEN_B, *changes])
     return str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (["fp8.bf16_layers=1"], "fp8.* is set, but precision=bf16"),
         (
@@ -89,11 +90,11 @@ def problems_of(*changes: str) -> str:
         ),
     ],
 )
-def test_what_does_not_go_together_is_named(changes, said):
-    assert said in problems_of(*changes)
+def test_incompatible_settings_are_refused(changes, message):
+    assert message in problems_of(*changes)
 
 
-def test_a_rank_without_a_gpu_refuses_before_it_joins(workspace):
+def test_fp8_without_a_gpu_is_refused_before_the_run_folder_exists(workspace):
     command = [
         sys.executable,
         "-m",
@@ -101,7 +102,8 @@ def test_a_rank_without_a_gpu_refuses_before_it_joins(workspace):
         *overrides(workspace, "fp8", "precision=fp8_delayed"),
     ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and not (workspace / "runs" / "test" / "fp8").exists()
+    assert result.returncode == 1
+    assert not (workspace / "runs" / "test" / "fp8").exists()
     assert result.stderr == (
         "error: precision=fp8_delayed needs an NVIDIA GPU, and torch finds none here; "
         "precision=bf16 runs everywhere\n"
@@ -109,55 +111,50 @@ def test_a_rank_without_a_gpu_refuses_before_it_joins(workspace):
 
 
 @pytest.mark.parametrize(("precision", "recipe"), RECIPES.items())
-def test_megatron_is_told(precision, recipe):
+def test_the_megatron_config_has_the_recipe(precision, recipe):
     from retemper.pipeline.distributed.topology import prepare_megatron
 
     prepare_megatron()
     from retemper.pipeline.model.build import transformer_config
 
-    for asked, in_fp8 in (([], False), (LORA, True))[: 1 if recipe == "delayed" else 2]:
-        setup = load_config([*SEVEN_B, f"precision={precision}", *asked])
-        told = transformer_config(setup)
-        assert told.bf16 and told.fp8 == (
-            "hybrid" if recipe in ("delayed", "tensorwise") else "e4m3"
-        )
-        assert (
-            told.fp8_recipe == recipe
-            and told.fp8_param == in_fp8
-            and not told.first_last_layers_bf16
-        )
+    for method, in_fp8 in (([], False), (LORA, True))[: 1 if recipe == "delayed" else 2]:
+        setup = load_config([*SEVEN_B, f"precision={precision}", *method])
+        settings = transformer_config(setup)
+        assert settings.bf16
+        assert settings.fp8 == ("hybrid" if recipe in ("delayed", "tensorwise") else "e4m3")
+        assert settings.fp8_recipe == recipe
+        assert settings.fp8_param == in_fp8
+        assert not settings.first_last_layers_bf16
     if recipe != "delayed":
-        told = transformer_config(
+        settings = transformer_config(
             load_config([*SEVEN_B, f"precision={precision}", "fp8.bf16_layers=2"])
         )
-        assert (
-            told.first_last_layers_bf16
-            and told.num_layers_at_start_in_bf16 == told.num_layers_at_end_in_bf16 == 2
-        )
+        assert settings.first_last_layers_bf16
+        assert settings.num_layers_at_start_in_bf16 == settings.num_layers_at_end_in_bf16 == 2
 
 
 @pytest.mark.parametrize(
-    ("changes", "bytes_a_weight"),
+    ("changes", "bytes_per_weight"),
     [
         (["precision=fp8_tensorwise", *LORA], 1),
-        (["precision=fp8_delayed", "fp8.param_gather=true"], 2),  # both orders
-        (["precision=fp8_delayed"], 4),  # and the bf16 ones that train
+        (["precision=fp8_delayed", "fp8.param_gather=true"], 2),  # each weight and its transpose
+        (["precision=fp8_delayed"], 4),  # and the trained weights in bf16
         (["precision=mxfp8", *LORA], 2 + 2 / 32),
         (["precision=fp8_tensorwise", "fp8.bf16_layers=4", *LORA], 1 + 8 / 32),
     ],
 )
-def test_weights_are_counted_as_they_are_held(changes, bytes_a_weight):
-    plain = rank_memory(load_config([*SEVEN_B, *(LORA if "method=lora" in changes else [])]), 0)
-    held = rank_memory(load_config([*SEVEN_B, *changes]), 0)
-    assert plain.weights - held.weights == round(LINEAR * (2 - bytes_a_weight))
-    assert (plain.adapters, plain.gradients, plain.optimizer) == (
-        held.adapters,
-        held.gradients,
-        held.optimizer,
+def test_weights_are_counted_in_their_stored_precision(changes, bytes_per_weight):
+    in_bf16 = rank_memory(load_config([*SEVEN_B, *(LORA if "method=lora" in changes else [])]), 0)
+    in_fp8 = rank_memory(load_config([*SEVEN_B, *changes]), 0)
+    assert in_bf16.weights - in_fp8.weights == round(LINEAR * (2 - bytes_per_weight))
+    assert (in_bf16.adapters, in_bf16.gradients, in_bf16.optimizer) == (
+        in_fp8.adapters,
+        in_fp8.gradients,
+        in_fp8.optimizer,
     )
 
 
-def test_a_run_of_before_eight_bits_is_read():
+def test_a_config_from_before_fp8_is_read():
     config = load_config(SEVEN_B).model_dump()
     del config["fp8"]
     assert (

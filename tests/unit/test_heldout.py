@@ -1,9 +1,9 @@
-"""Test held-out scores: each sample's sums do not depend on the micro-batch and the masks.
+"""Test that held-out scores do not depend on the micro-batch size or on document masks.
 
-Without a token to predict there is no score.
+Samples without a token to predict are refused.
 
-A function stands in for the model: its loss on a label depends on the label's id, the token before
-it and its position in the sample.
+A function replaces the model: its losses depend on the label, and on the token before the label or
+on the position in the sample.
 """
 
 from types import SimpleNamespace
@@ -23,12 +23,12 @@ from retemper.pipeline.errors import UserError
 prepare_megatron()  # before anything imports megatron-core
 from retemper.pipeline.evals import heldout  # noqa: E402
 
-SAMPLES = 11  # evals.max_samples of a tiny run: no multiple of most micro-batches
+SAMPLES = 11  # evals.max_samples of a tiny run: not a multiple of most micro-batch sizes
 
 
 def scored(config, domain: str = "code", model=None):
     """Return the scores of a domain on one rank."""
-    place = SimpleNamespace(
+    topology = SimpleNamespace(
         data_parallel_size=1,
         data_parallel_rank=0,
         context_parallel_rank=0,
@@ -38,28 +38,26 @@ def scored(config, domain: str = "code", model=None):
         mock.patch.object(heldout, "run_schedule", model or losses),
         mock.patch.object(heldout, "all_reduce_from_last_stage", torch.Tensor.tolist),
     ):
-        return heldout.heldout_scores(config, place, torch.nn.Identity(), [domain])[domain]
+        return heldout.heldout_scores(config, topology, torch.nn.Identity(), [domain])[domain]
 
 
 def losses(_model, batches, *, forward_only):
-    """Return the losses of a model that sees nothing but the token before.
-
-    The position has a part in them for samples that are one document each.
-    """
+    """Return losses that depend on the label and on the token before it."""
     return [
         {"losses_BT": (1 + batch.labels_BT * 0.01 + batch.tokens_BT * 0.003).float()}
         for batch in batches
     ]
 
 
-def by_position(_model, batches, *, forward_only):
+def losses_by_position(_model, batches, *, forward_only):
+    """Return losses that depend on the label and on its position."""
     return [
         {"losses_BT": (1 + batch.labels_BT * 0.01 + batch.position_ids_BT * 0.1).float()}
         for batch in batches
     ]
 
 
-def run(workspace, *changes: str, micro_batch_size: int = 4):
+def config_of(workspace, *changes: str, micro_batch_size: int = 4):
     return load_config(
         overrides(workspace, "heldout", f"evals.micro_batch_size={micro_batch_size}", *changes)
     )
@@ -78,11 +76,12 @@ def assert_same(found, expected):
 def test_scores_do_not_depend_on_the_micro_batch(workspace, pairs, corpus, mask_documents):
     path = {"code": workspace / "data" / "code", "pairs": pairs}[corpus]
     changes = [f"evals.heldout.code={path}", f"data.mask_documents={str(mask_documents).lower()}"]
-    alone = scored(run(workspace, *changes, micro_batch_size=1))
-    assert alone.scores["samples"] == SAMPLES and alone.scores["stderr"] > 0
-    assert len({record["bits"] for record in alone.samples}) == SAMPLES
+    expected = scored(config_of(workspace, *changes, micro_batch_size=1))
+    assert expected.scores["samples"] == SAMPLES
+    assert expected.scores["stderr"] > 0
+    assert len({record["bits"] for record in expected.samples}) == SAMPLES
     for size in (2, 4, SAMPLES, 64):
-        assert_same(scored(run(workspace, *changes, micro_batch_size=size)), alone)
+        assert_same(scored(config_of(workspace, *changes, micro_batch_size=size)), expected)
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +108,11 @@ def long_documents(workspace, tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
-def test_masks_change_nothing_where_a_sample_is_one_document(
+def test_document_masks_do_not_change_scores_of_samples_of_one_document(
     workspace, long_documents, micro_batch_size, monkeypatch
 ):
     class OneDocument(TokenShards):
-        """The samples of the corpus that are one piece of a document."""
+        """The samples of the corpus, with the loss of those of several documents masked."""
 
         def samples(self, ids: np.ndarray) -> Samples:
             found = super().samples(ids)
@@ -123,22 +122,27 @@ def test_masks_change_nothing_where_a_sample_is_one_document(
             return found
 
     monkeypatch.setattr(heldout, "TokenShards", OneDocument)
-    of = [f"evals.heldout.code={long_documents}", "evals.max_samples=40"]
+    changes = [f"evals.heldout.code={long_documents}", "evals.max_samples=40"]
     unmasked, masked = (
         scored(
-            run(workspace, *of, f"data.mask_documents={on}", micro_batch_size=micro_batch_size),
-            model=by_position,
+            config_of(
+                workspace,
+                *changes,
+                f"data.mask_documents={mask_documents}",
+                micro_batch_size=micro_batch_size,
+            ),
+            model=losses_by_position,
         )
-        for on in ("false", "true")
+        for mask_documents in ("false", "true")
     )
     assert_same(masked, unmasked)
     assert masked.scores["tokens"] > 500
 
 
 @pytest.mark.parametrize("mask_documents", ["false", "true"])
-def test_no_score_over_no_tokens(workspace, monkeypatch, mask_documents):
+def test_samples_without_a_token_to_predict_are_refused(workspace, monkeypatch, mask_documents):
     class Prompts(TokenShards):
-        """The samples whose loss mask is zero throughout."""
+        """The samples of the corpus, each with a loss mask of zeros."""
 
         def samples(self, ids: np.ndarray) -> Samples:
             found = super().samples(ids)
@@ -147,8 +151,8 @@ def test_no_score_over_no_tokens(workspace, monkeypatch, mask_documents):
             return found
 
     monkeypatch.setattr(heldout, "TokenShards", Prompts)
-    said = (
+    message = (
         r"evals\.heldout\.code=.*/code: none of the 11 held-out samples .* has a token to predict"
     )
-    with pytest.raises(UserError, match=said):
-        scored(run(workspace, f"data.mask_documents={mask_documents}"))
+    with pytest.raises(UserError, match=message):
+        scored(config_of(workspace, f"data.mask_documents={mask_documents}"))

@@ -1,4 +1,4 @@
-"""Test that documents in = documents out + rejected by reason, exactly, for hostile input."""
+"""Test that every record of hostile input is written or counted under the reason of its drop."""
 
 import bz2
 import gzip
@@ -29,14 +29,14 @@ from retemper.tokenize.job import tokenize
 
 peak, done = [0], threading.Event()
 
-def watch():  # ru_maxrss would tell the peak of the process that started this one
+def watch():  # ru_maxrss would include the peak of the parent process
     while not done.wait(0.05):
         for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
             try:
                 status = open(f"/proc/{process.pid}/status").read()
                 peak[0] = max(peak[0], int(status.partition("VmHWM:")[2].split()[0]) * 1024)
             except (OSError, IndexError):
-                pass  # it has ended
+                pass  # the process has ended
 
 if __name__ == "__main__":
     watcher = threading.Thread(target=watch)
@@ -78,15 +78,17 @@ def run_job(workspace, tmp_path, records: int, giant_bytes: int, **changes) -> d
     result = json.loads(run.stdout.splitlines()[-1])
     manifest = result["manifest"]
     out = manifest["splits"]["train"]["documents"] + manifest["dropped"].pop("tail", 0)
-    assert Counter(manifest["dropped"]) == dropped and out == len(good)
+    assert Counter(manifest["dropped"]) == dropped
+    assert out == len(good)
     assert manifest["documents_read"] == out + dropped.total()
     assert sorted(Path(file["file"]).name for file in manifest["broken_files"]) == damaged
     return result | {"corpus": corpus, "good": good}
 
 
 def decoded(corpus) -> list[str]:
-    """Return the documents of a corpus, put together from their pieces by document number."""
-    shards, tokenizer = TokenShards(corpus.path, "train"), Tokenizer(corpus.tokenizer)
+    """Return the documents of a corpus, joined from their pieces by document number."""
+    shards = TokenShards(corpus.path, "train")
+    tokenizer = Tokenizer(corpus.tokenizer)
     pieces: dict[int, list] = {}
     samples = shards.samples(np.arange(len(shards)))
     for row, tokens in enumerate(samples.tokens_NT):
@@ -95,8 +97,8 @@ def decoded(corpus) -> list[str]:
             pieces.setdefault(int(document), []).append(piece)
     texts = []
     for parts in pieces.values():
-        # Cut in order, but samples are shuffled: only the last piece ends in end-of-text, and full
-        # ones are all of one document.
+        # The samples are shuffled. The last piece of a document is the only one that ends in the
+        # end-of-text token, so sorting by that puts it last.
         parts.sort(key=lambda ids: ids[-1] == tokenizer.eos_id)
         texts.append(
             tokenizer.backend.decode(np.concatenate(parts)[:-1].tolist(), skip_special_tokens=False)
@@ -104,13 +106,13 @@ def decoded(corpus) -> list[str]:
     return sorted(texts)
 
 
-def test_every_record_is_a_document_or_counted(workspace, tmp_path):
+def test_every_record_is_written_or_counted_as_dropped(workspace, tmp_path):
     result = run_job(workspace, tmp_path, 1200, 3000, packing="best_fit", seq_length=4096)
     assert decoded(result["corpus"]) == sorted(result["good"])
 
 
 @pytest.mark.slow
-def test_ten_thousand_hostile_records_in_two_gigabytes(workspace, tmp_path):
+def test_ten_thousand_hostile_records_need_at_most_2_gib_per_process(workspace, tmp_path):
     result = run_job(workspace, tmp_path, 10_000, 200_000_000, seq_length=4096)
     assert result["peak_bytes"] <= 2 << 30, f"{result['peak_bytes'] / 2**30:.2f} GiB"
     print(
@@ -119,7 +121,7 @@ def test_ten_thousand_hostile_records_in_two_gigabytes(workspace, tmp_path):
     )
 
 
-def test_damaged_files_are_all_named_before_anything_is_built(workspace, tmp_path):
+def test_all_damaged_files_are_named_before_anything_is_written(workspace, tmp_path):
     _, _, damaged = write_hostile_corpus(tmp_path / "docs", 60, 300)
     corpus = data_config(
         workspace,
@@ -131,13 +133,13 @@ def test_damaged_files_are_all_named_before_anything_is_built(workspace, tmp_pat
         tokenize(corpus, progress=False)
     assert all(str(tmp_path / "docs" / name) in str(refusal.value) for name in damaged)
     assert not (tmp_path / "out").exists()
-    for name in damaged:  # mended: the same command goes on
+    for name in damaged:  # without the damaged files the same command works
         (tmp_path / "docs" / name).unlink()
     assert tokenize(corpus, progress=False)["broken_files"] == []
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "xz"])
-def test_what_a_file_that_breaks_off_holds_before_is_kept(workspace, tmp_path, suffix):
+def test_records_before_the_end_of_a_truncated_file_are_kept(workspace, tmp_path, suffix):
     lines = [
         json.dumps({"text": f"{number} {random.Random(number).randbytes(20_000).hex()}"}) + "\n"
         for number in range(40)

@@ -1,4 +1,4 @@
-"""Test hub sources: the revision is pinned to its commit, recorded, and kept over a restart."""
+"""Test hub sources: the revision is resolved to a commit, recorded, and kept after a restart."""
 
 import json
 import os
@@ -8,8 +8,9 @@ import sys
 import hub
 from conftest import ROOT, data_config
 
-JOB = ROOT / "tests" / "multiproc" / "tokenize_job.py"
-FIRST, SECOND = "1" * 40, "2" * 40
+JOB = ROOT / "tests" / "helpers" / "tokenize_job.py"
+FIRST = "1" * 40
+SECOND = "2" * 40
 
 
 def files(word: str) -> dict[str, bytes]:
@@ -24,7 +25,7 @@ def files(word: str) -> dict[str, bytes]:
     }
 
 
-def run(corpus, endpoint: str, tmp_path):
+def run_job(corpus, endpoint: str, tmp_path):
     environment = os.environ | {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(tmp_path / "hf"),
@@ -36,7 +37,7 @@ def run(corpus, endpoint: str, tmp_path):
 
 def test_a_hub_source_is_pinned_to_a_commit(workspace, tmp_path):
     branches = {"main": FIRST}
-    server, asked = hub.serve(
+    server, requested = hub.serve(
         "someone/docs", {FIRST: files("first"), SECOND: files("second")}, branches
     )
     try:
@@ -50,21 +51,22 @@ def test_a_hub_source_is_pinned_to_a_commit(workspace, tmp_path):
             tasks=1,
             heldout_fraction=0.0,
         )
-        result = run(corpus, endpoint, tmp_path)
+        result = run_job(corpus, endpoint, tmp_path)
         assert result.returncode == 0, result.stderr[-3000:]
         manifest = json.loads(result.stdout.splitlines()[-1])
         assert manifest["source"]["root"] == f"hf://datasets/someone/docs@{FIRST}/data"
-        assert manifest["documents_read"] == 30 and manifest["source"]["files"] == 2
-        assert f"/datasets/someone/docs/resolve/{FIRST}/data/a.jsonl" in asked
+        assert manifest["documents_read"] == 30
+        assert manifest["source"]["files"] == 2
+        assert f"/datasets/someone/docs/resolve/{FIRST}/data/a.jsonl" in requested
 
-        # A job that was begun stays with its commit, though the branch has moved on.
+        # An unfinished job keeps its commit after the branch has moved to another one.
         (tmp_path / "out").rename(tmp_path / "finished")
         corpus = corpus.model_copy(update={"tokens": 10**9})
-        assert "the corpus has" in run(corpus, endpoint, tmp_path).stderr
+        assert "the corpus has" in run_job(corpus, endpoint, tmp_path).stderr
         branches["main"] = SECOND
-        asked.clear()
-        assert "the corpus has" in run(corpus, endpoint, tmp_path).stderr
-        assert not any(SECOND in path for path in asked)
+        requested.clear()
+        assert "the corpus has" in run_job(corpus, endpoint, tmp_path).stderr
+        assert not any(SECOND in path for path in requested)
 
         missing = corpus.model_copy(
             update={
@@ -72,9 +74,8 @@ def test_a_hub_source_is_pinned_to_a_commit(workspace, tmp_path):
                 "source": corpus.source.model_copy(update={"revision": "nowhere"}),
             }
         )
-        result = run(missing, endpoint, tmp_path)
-        assert (
-            result.returncode == 1 and "the hub does not provide revision nowhere" in result.stderr
-        )
+        result = run_job(missing, endpoint, tmp_path)
+        assert result.returncode == 1
+        assert "the hub does not provide revision nowhere" in result.stderr
     finally:
         server.shutdown()

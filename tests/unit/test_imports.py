@@ -1,4 +1,4 @@
-"""Test which heavy libraries each verb imports: they take seconds and hundreds of megabytes."""
+"""Test which heavy libraries each verb imports: they cost seconds and hundreds of megabytes."""
 
 import json
 import resource
@@ -13,12 +13,14 @@ from retemper.pipeline.config.compose import load_config
 HEAVY = {"torch", "megatron", "transformers", "streaming", "datatrove", "sklearn", "scipy"}
 HEAVY |= {"pandas", "matplotlib", "wandb", "lm_eval", "datasets", "peft", "pyarrow", "requests"}
 
+# Runs the command and prints its exit code and the imported modules.
 REPORT = (
     "import json, sys; from retemper.pipeline.cli import main; "
     "code = main(sys.argv[1:]); "
     "print(json.dumps([code, sorted(sys.modules)]))"
 )
-# Prints the imports before the first document is read, and ends there.
+# Runs the command up to its first document, and prints the imported modules, the peak memory and
+# the CPU time.
 FIRST_DOCUMENT = (
     "import json, os, resource, sys; from retemper.tokenize.sources import DocumentReader\n"
     "def read_part(self, part):\n"
@@ -32,16 +34,17 @@ FIRST_DOCUMENT = (
 )
 
 
-def run(code: str, *words: str) -> list:
+def run(code: str, *arguments: str) -> list:
+    """Run Python code in a new process, and return the JSON of its last line of output."""
     result = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
     )
     return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def begun(workspace) -> str:
-    """Return the folder of a run that has begun and has no scores."""
+def started_run(workspace) -> str:
+    """Return the folder of a run that has started and has no scores."""
     config = load_config(overrides(workspace, "begun"))
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.json").write_text(config.to_json())
@@ -49,24 +52,25 @@ def begun(workspace) -> str:
 
 
 @pytest.mark.parametrize(
-    ("words", "exit_code"),
+    ("arguments", "exit_code"),
     [
         (["config", "run=demo_lora"], 0),
         (["config", "--docs"], 0),
         (["plan", "run=demo_full"], 0),
+        (["plan", "run=demo_full", "--gpu-memory", "0.001"], 1),  # it looks for a layout that fits
         (["launch", "run=demo_full", "--target", "slurm"], 0),
-        (["data", "show", "BEGUN", "--step", "1"], 0),
-        (["eval", "show", "BEGUN"], 1),  # it has no scores yet
+        (["data", "show", "RUN", "--step", "1"], 0),
+        (["eval", "show", "RUN"], 1),  # the run has no scores yet
     ],
-    ids=lambda words: " ".join(words[:2]) if isinstance(words, list) else "",
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
-def test_a_light_verb_imports_nothing_heavy(begun, words, exit_code):
-    code, modules = run(REPORT, *(begun if word == "BEGUN" else word for word in words))
+def test_light_verbs_import_no_heavy_libraries(started_run, arguments, exit_code):
+    code, modules = run(REPORT, *(started_run if word == "RUN" else word for word in arguments))
     assert code == exit_code
     assert not HEAVY & set(modules)
 
 
-def test_tokenize_reads_its_first_document_soon(workspace, tmp_path):
+def test_tokenize_reads_its_first_document_with_few_heavy_libraries(workspace, tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "one.jsonl").write_text('{"text": "one"}')
     keys = {
@@ -75,15 +79,15 @@ def test_tokenize_reads_its_first_document_soon(workspace, tmp_path):
         "data.tokenizer": workspace / "data" / "tokenizer",
         "data.path": tmp_path / "shards",
     }
-    words = [f"{key}={value}" for key, value in keys.items()]
-    _, modules, kilobytes, seconds = run(FIRST_DOCUMENT, "tokenize", *words)
+    arguments = [f"{key}={value}" for key, value in keys.items()]
+    _, modules, kilobytes, seconds = run(FIRST_DOCUMENT, "tokenize", *arguments)
     assert HEAVY & set(modules) <= {"datatrove", "pyarrow", "requests"}
     assert kilobytes < 400_000
     print(f"\n{seconds:.1f} CPU-seconds, {kilobytes / 1000:.0f} MB before the first document")
 
 
-def test_a_corpus_of_one_part_is_written_in_this_process_without_transformers(workspace, tmp_path):
-    """Check that streaming's writer is imported without the rest of that library."""
+def test_a_corpus_of_one_part_is_written_in_one_process_without_transformers(workspace, tmp_path):
+    """Check that the MDS writer of streaming is imported without the rest of that library."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "one.jsonl").write_text(json.dumps({"text": "one two three " * 60}))
     keys = {

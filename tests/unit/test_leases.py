@@ -1,4 +1,4 @@
-"""Test leases among real processes that are killed at random moments."""
+"""Test leases between real processes, some of which are stopped or killed."""
 
 import multiprocessing
 import os
@@ -15,15 +15,16 @@ from retemper.pipeline.files.atomic import write_once
 from retemper.pipeline.runs.leases import lease
 
 CONTEXT = multiprocessing.get_context("fork")
-SECONDS = 0.6  # of a lease
+SECONDS = 0.6  # how long a lease lasts without renewal
 
 
-def held(folder: Path, name: str = "job", seconds: float = SECONDS) -> bool:
+def can_take(folder: Path, name: str = "job", seconds: float = SECONDS) -> bool:
+    """Return whether this process gets a lease, which it gives back at once."""
     with lease(folder, name, seconds) as taken:
         return taken
 
 
-def hold_for_ever(folder: Path, ready) -> None:
+def hold_lease(folder: Path, ready) -> None:
     with lease(folder, "job", SECONDS) as taken:
         ready.put(taken)
         time.sleep(60)
@@ -31,9 +32,9 @@ def hold_for_ever(folder: Path, ready) -> None:
 
 @pytest.fixture
 def holder(tmp_path):
-    """Start a process that holds a lease."""
+    """Start a process that holds the lease of "job" until it is killed."""
     ready = CONTEXT.Queue()
-    process = CONTEXT.Process(target=hold_for_ever, args=(tmp_path, ready))
+    process = CONTEXT.Process(target=hold_lease, args=(tmp_path, ready))
     process.start()
     assert ready.get(timeout=10)
     yield process
@@ -41,65 +42,71 @@ def holder(tmp_path):
     process.join()
 
 
-def test_a_lease_is_its_holders_for_as_long_as_it_lives(tmp_path, holder):
+def test_a_lease_is_kept_while_its_holder_is_alive(tmp_path, holder):
     deadline = time.monotonic() + 4 * SECONDS
     while time.monotonic() < deadline:
-        assert not held(tmp_path)
+        assert not can_take(tmp_path)
         time.sleep(SECONDS / 8)
-    assert held(tmp_path, "another")
+    assert can_take(tmp_path, "another")
 
 
-def test_a_killed_holders_lease_expires(tmp_path, holder):
+def test_the_lease_of_a_killed_holder_expires(tmp_path, holder):
     holder.kill()
     holder.join()
-    assert not held(tmp_path)
+    assert not can_take(tmp_path)
     time.sleep(1.5 * SECONDS)
-    assert held(tmp_path)
+    assert can_take(tmp_path)
 
 
-def test_a_lease_is_given_back(tmp_path):
+def test_a_lease_is_released_at_its_end_and_after_an_exception(tmp_path):
     with lease(tmp_path, "job", 60) as first:
-        assert first and not held(tmp_path)
-    assert held(tmp_path)
+        assert first
+        assert not can_take(tmp_path)
+    assert can_take(tmp_path)
     with pytest.raises(ValueError), lease(tmp_path, "job", 60):
         raise ValueError
-    assert held(tmp_path) and not list(tmp_path.iterdir())
+    assert can_take(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_stopped_holder_that_goes_on_does_not_count_twice(tmp_path, holder):
+def test_a_resumed_holder_does_not_replace_the_result_of_its_successor(tmp_path, holder):
     os.kill(holder.pid, signal.SIGSTOP)
     time.sleep(1.5 * SECONDS)
     with lease(tmp_path, "job", SECONDS) as taken:
-        assert taken and write_once(tmp_path / "result", b"the successor's")
+        assert taken
+        assert write_once(tmp_path / "result", b"the successor's")
         os.kill(holder.pid, signal.SIGCONT)
         assert not write_once(tmp_path / "result", b"the stopped one's")
     assert (tmp_path / "result").read_bytes() == b"the successor's"
     assert not list(tmp_path.glob(".result*"))
 
 
-def race(folder: Path, start, wins) -> None:
+def take_lease(folder: Path, start, wins) -> None:
     start.wait()
     with lease(folder, "job", SECONDS) as taken:
         wins.put(taken)
         time.sleep(0.2)
 
 
-def test_of_many_that_find_an_expired_lease_one_takes_it(tmp_path):
+def test_exactly_one_of_many_processes_takes_an_expired_lease(tmp_path):
     for _ in range(5):
         (tmp_path / "job.lease.7").touch()
         os.utime(tmp_path / "job.lease.7", (0, 0))
-        start, wins = CONTEXT.Event(), CONTEXT.Queue()
-        racers = [CONTEXT.Process(target=race, args=(tmp_path, start, wins)) for _ in range(8)]
-        for racer in racers:
-            racer.start()
+        start = CONTEXT.Event()
+        wins = CONTEXT.Queue()
+        processes = [
+            CONTEXT.Process(target=take_lease, args=(tmp_path, start, wins)) for _ in range(8)
+        ]
+        for process in processes:
+            process.start()
         start.set()
-        assert sum(wins.get(timeout=10) for _ in racers) == 1
-        for racer in racers:
-            racer.join()
+        assert sum(wins.get(timeout=10) for _ in processes) == 1
+        for process in processes:
+            process.join()
 
 
-# Does every job that has no result, in some order, until all have one. Leases so short may expire
-# while their holder is alive, too.
+# A worker does the jobs that have no result, in random order, until all have one. Its leases are so
+# short that one may also expire while its holder is alive.
 WORK = """
 import os, random, sys, time
 from pathlib import Path
@@ -119,27 +126,31 @@ while todo := [name for name in names if not (folder / name).exists()]:
 """
 
 
-def test_workers_killed_at_random_leave_every_job_done_once(tmp_path):
-    jobs, log, draw = 300, tmp_path / "log", random.Random(1)
+def test_workers_killed_at_random_do_every_job_exactly_once(tmp_path):
+    jobs = 300
+    log = tmp_path / "log"
+    rng = random.Random(1)
     folder = tmp_path / "jobs"
 
-    def worker():
+    def start_worker():
         return subprocess.Popen([sys.executable, "-c", WORK, str(folder), str(jobs), str(log)])
 
-    workers, kills = [worker() for _ in range(4)], 0
+    workers = [start_worker() for _ in range(4)]
+    kills = 0
     while kills < 20 and len(list(folder.glob("job*"))) < jobs:
-        time.sleep(draw.uniform(0.05, 0.15))
-        victim = draw.randrange(4)
+        time.sleep(rng.uniform(0.05, 0.15))
+        victim = rng.randrange(4)
         kills += workers[victim].poll() is None
         workers[victim].kill()
         workers[victim].wait()
-        workers[victim] = worker()
+        workers[victim] = start_worker()
     for process in workers:
         assert process.wait(60) == 0
     assert kills == 20
     done = log.read_text().split() if log.exists() else []
-    # A worker killed between its result and its line in the log has done the job all the same.
+    # A worker that is killed between its result and its line in the log has also done the job.
     assert {path.name for path in folder.glob("job*") if "lease" not in path.name} == {
         f"job{number}" for number in range(jobs)
     }
-    assert len(done) == len(set(done)) and len(done) >= jobs - kills
+    assert len(done) == len(set(done))
+    assert len(done) >= jobs - kills

@@ -1,4 +1,4 @@
-"""Test what adapters compute beside their layers, and that nothing else is trainable."""
+"""Test LoRA: what the adapters compute, their scale, and that nothing else is trainable."""
 
 import json
 import re
@@ -21,7 +21,7 @@ LORA = LoraConfig(rank=2, alpha=4.0, targets=["q"])
 
 
 @pytest.mark.parametrize(
-    ("trainable", "lora", "said"),
+    ("trainable", "lora", "message"),
     [
         (
             {A: True, "decoder.layers.0.mlp.linear_fc1.weight": True},
@@ -41,10 +41,10 @@ LORA = LoraConfig(rank=2, alpha=4.0, targets=["q"])
         ({"decoder.layers.0.mlp.linear_fc1.weight": False}, None, "method=full, but frozen"),
     ],
 )
-def test_a_method_never_becomes_another(trainable, lora, said):
+def test_trainable_parameters_that_contradict_the_method_are_refused(trainable, lora, message):
     from retemper.pipeline.model.lora import check_trainable_parameters
 
-    with pytest.raises(AssertionError, match=said):
+    with pytest.raises(AssertionError, match=message):
         check_trainable_parameters(trainable, lora)
     check_trainable_parameters({A: True, "weight": False}, LORA)
     check_trainable_parameters({"weight": True}, None)
@@ -54,7 +54,9 @@ def test_row_norms_are_those_of_the_updated_weight():
     from retemper.pipeline.model.adapter import row_norms
 
     torch.manual_seed(0)
-    weight, A_RI, B_OR = torch.randn(12, 20), torch.randn(3, 20), torch.randn(12, 3)
+    weight = torch.randn(12, 20)
+    A_RI = torch.randn(3, 20)
+    B_OR = torch.randn(12, 3)
     torch.testing.assert_close(
         row_norms(weight, A_RI, B_OR, 0.7), (weight + 0.7 * B_OR @ A_RI).norm(dim=1)
     )
@@ -65,7 +67,7 @@ def test_row_norms_are_those_of_the_updated_weight():
     torch.testing.assert_close(summed, (weight + 0.7 * B_OR @ A_RI).norm(dim=1))
 
 
-def test_the_principal_factors_are_the_best_of_their_rank():
+def test_principal_factors_are_the_best_approximation_of_their_rank():
     from retemper.pipeline.model.adapter import principal_factors
 
     torch.manual_seed(0)
@@ -73,9 +75,8 @@ def test_the_principal_factors_are_the_best_of_their_rank():
     A_RI, B_OR = principal_factors(weight, 4, 2.0)
     rest = weight - 2.0 * B_OR @ A_RI
     torch.testing.assert_close(torch.linalg.svdvals(rest)[:8], torch.linalg.svdvals(weight)[4:])
-    assert (
-        A_RI.gather(1, A_RI.abs().argmax(1, keepdim=True)) > 0
-    ).all()  # one choice among the signs, at every layout
+    # The signs of a singular vector are arbitrary; this choice is the same at every layout.
+    assert (A_RI.gather(1, A_RI.abs().argmax(1, keepdim=True)) > 0).all()
 
 
 def lora_config(folder: Path, *changes: str):
@@ -86,8 +87,8 @@ def lora_config(folder: Path, *changes: str):
     ("changes", "alpha", "scale"),
     [
         ([], 32.0, 2.0),
-        (["method.lora.rank=4"], 8.0, 2.0),  # was 32, a scale of 8
-        (["method.lora.rank=256"], 512.0, 2.0),  # was 32, a scale of 0.125
+        (["method.lora.rank=4"], 8.0, 2.0),  # a fixed alpha of 32 would give a scale of 8
+        (["method.lora.rank=256"], 512.0, 2.0),  # and here of 0.125
         (["method.lora.rank=1", "method.lora.dora=true"], 2.0, 2.0),
         (["method.lora.rank=4", "method.lora.alpha=32"], 32.0, 8.0),
         (["method.lora.rank=4", "method.lora.alpha=null"], 8.0, 2.0),
@@ -96,29 +97,30 @@ def lora_config(folder: Path, *changes: str):
         (["method.lora.rank=16", "method.lora.rslora=true", "method.lora.alpha=32"], 32.0, 8.0),
     ],
 )
-def test_without_an_alpha_it_is_twice_the_rank_and_stored_as_a_number(
+def test_the_default_alpha_is_twice_the_rank_and_is_stored_as_a_number(
     tmp_path, changes, alpha, scale
 ):
     from retemper.pipeline.model.adapter import lora_scaling
 
     config = lora_config(tmp_path, *changes)
     stored = json.loads(config.to_json())["method"]["lora"]
-    assert stored["alpha"] == alpha and lora_scaling(config.method.lora) == scale
+    assert stored["alpha"] == alpha
+    assert lora_scaling(config.method.lora) == scale
     assert LoraConfig(**stored) == config.method.lora
 
 
 @pytest.mark.parametrize("rank", [4, 7, 16, 256])
-def test_with_rslora_an_alpha_is_asked_for_and_the_one_named_gives_a_scale_of_two(tmp_path, rank):
+def test_rslora_requires_an_alpha_and_suggests_one_that_gives_a_scale_of_two(tmp_path, rank):
     from retemper.pipeline.model.adapter import lora_scaling
 
-    asked = [f"method.lora.rank={rank}", "method.lora.rslora=true"]
+    changes = [f"method.lora.rank={rank}", "method.lora.rslora=true"]
     with pytest.raises(UserError) as refusal:
-        lora_config(tmp_path, *asked)
+        lora_config(tmp_path, *changes)
     (alpha,) = re.findall(
         rf"with method.lora.rank={rank} (method.lora.alpha=\S+) gives a scale of 2",
         str(refusal.value),
     )
-    assert lora_scaling(lora_config(tmp_path, *asked, alpha).method.lora) == pytest.approx(
+    assert lora_scaling(lora_config(tmp_path, *changes, alpha).method.lora) == pytest.approx(
         2, rel=1e-5
     )
 
@@ -132,22 +134,22 @@ def test_with_rslora_an_alpha_is_asked_for_and_the_one_named_gives_a_scale_of_tw
         ["method.lora.rslora=7"],
     ],
 )
-def test_a_wrong_value_is_named_and_no_alpha_is_made_of_it(tmp_path, changes):
+def test_an_invalid_lora_value_is_named(tmp_path, changes):
     with pytest.raises(UserError, match=changes[0].partition("=")[0]):
         lora_config(tmp_path, *changes)
 
 
-def test_a_run_that_has_begun_keeps_its_alpha(tmp_path):
-    asked = ["method.lora.rank=4"]
-    before = lora_config(tmp_path, *asked, "method.lora.alpha=32")
-    before.run_dir.mkdir(parents=True)
-    (before.run_dir / "config.json").write_text(before.to_json())
-    assert lora_config(tmp_path, *asked) == before == load_run(before.run_dir, [])
-    run_folder.check_resumable(lora_config(tmp_path, *asked))
-    assert lora_config(tmp_path, *asked, "method.lora.alpha=8").method.lora.alpha == 8
+def test_a_started_run_keeps_its_alpha(tmp_path):
+    changes = ["method.lora.rank=4"]
+    stored = lora_config(tmp_path, *changes, "method.lora.alpha=32")
+    stored.run_dir.mkdir(parents=True)
+    (stored.run_dir / "config.json").write_text(stored.to_json())
+    assert lora_config(tmp_path, *changes) == stored == load_run(stored.run_dir, [])
+    run_folder.check_resumable(lora_config(tmp_path, *changes))
+    assert lora_config(tmp_path, *changes, "method.lora.alpha=8").method.lora.alpha == 8
 
 
-def test_a_run_says_the_scale_of_its_adapters(tmp_path):
+def test_the_introduction_of_a_run_states_the_scale_of_its_adapters(tmp_path):
     from retemper.pipeline.train.branches import introduction
 
     first, *measured = introduction(lora_config(tmp_path, "method.lora.rank=4"))

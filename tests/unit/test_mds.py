@@ -1,4 +1,4 @@
-"""Test the reader of MDS shards against mosaicml-streaming's, on shards that streaming writes."""
+"""Test the reader of MDS shards against that of mosaicml-streaming, on shards it has written."""
 
 import json
 
@@ -13,7 +13,8 @@ from retemper.pipeline.data.mds import Samples, Shard, ShardFile
 @st.composite
 def corpora(draw):
     """Draw (dtype, samples as dictionaries) with pieces of documents, with or without prompts."""
-    dtype, seq_length = draw(st.sampled_from(["uint16", "uint32"])), draw(st.integers(1, 9))
+    dtype = draw(st.sampled_from(["uint16", "uint32"]))
+    seq_length = draw(st.integers(1, 9))
     columns = {"lengths": "<u4", "documents": "<u8"} | (
         {"prompt_lengths": "<u4"} if draw(st.booleans()) else {}
     )
@@ -36,11 +37,12 @@ def corpora(draw):
 
 @settings(deadline=None, max_examples=50)
 @given(corpora(), st.randoms())
-def test_samples_are_those_that_streaming_reads(tmp_path_factory, corpus, random):
+def test_samples_match_those_that_streaming_reads(tmp_path_factory, corpus, random):
     from streaming import MDSWriter
     from streaming.base.format import reader_from_json
 
-    (dtype, rows), folder = corpus, tmp_path_factory.mktemp("mds")
+    dtype, rows = corpus
+    folder = tmp_path_factory.mktemp("mds")
     seq_length = len(rows[0]["tokens"])
     columns = {
         name: f"ndarray:{dtype}:{seq_length}" if name == "tokens" else "bytes" for name in rows[0]
@@ -55,13 +57,14 @@ def test_samples_are_those_that_streaming_reads(tmp_path_factory, corpus, random
             )
     [entry] = json.loads((folder / "00000" / "index.json").read_text())["shards"]
     entry["raw_data"]["basename"] = "00000/" + entry["raw_data"]["basename"]
-    theirs, ours = reader_from_json(str(folder), "", entry), Shard.from_index(entry)
+    reference = reader_from_json(str(folder), "", entry)
+    shard = Shard.from_index(entry)
     numbers = random.sample(range(len(rows)), len(rows))
     read = Samples(len(rows), seq_length)
-    with open(folder / ours.name, "rb", buffering=0) as file:
-        ShardFile(ours, file).read(numbers, read, list(range(len(rows))))
+    with open(folder / shard.name, "rb", buffering=0) as file:
+        ShardFile(shard, file).read(numbers, read, list(range(len(rows))))
     for row, number in enumerate(numbers):
-        expected = theirs[number]
+        expected = reference[number]
         assert read.tokens_NT[row].tolist() == expected.pop("tokens").tolist()
         assert read.pieces["prompt_lengths"][row] == expected.pop(
             "prompt_lengths", bytes(len(expected["lengths"]))
@@ -71,7 +74,7 @@ def test_samples_are_those_that_streaming_reads(tmp_path_factory, corpus, random
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"version": 1}, "format mds, version 1"),
         (
@@ -91,7 +94,7 @@ def test_samples_are_those_that_streaming_reads(tmp_path_factory, corpus, random
         ),
     ],
 )
-def test_what_tokenize_does_not_write_is_refused(change, said):
+def test_shards_that_tokenize_does_not_write_are_refused(change, message):
     entry = {"version": 2, "format": "mds", "compression": None, "zip_data": None, "samples": 3}
     entry |= {
         "raw_data": {"basename": "00000/shard.00000.mds", "bytes": 1, "hashes": {"sha256": ""}}
@@ -102,5 +105,5 @@ def test_what_tokenize_does_not_write_is_refused(change, said):
         "column_sizes": [16],
     }
     assert Shard.from_index(entry).samples == 3
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         Shard.from_index(entry | change)

@@ -1,7 +1,4 @@
-"""Test training documents that are near-duplicates of held-out ones.
-
-They are found, named, counted and dropped.
-"""
+"""Test that near-duplicates of held-out documents in the training split are found and dropped."""
 
 import functools
 import json
@@ -37,13 +34,13 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
-def some_words_changed(text: str, rng: random.Random) -> str:
+def change_some_words(text: str, rng: random.Random) -> str:
     return re.sub(
         r"\w+", lambda word: f"other{rng.random()}" if rng.random() < 0.01 else word[0], text
     )
 
 
-def a_variable_renamed(text: str, rng: random.Random) -> str:
+def rename_a_variable(text: str, rng: random.Random) -> str:
     return re.sub(rf"\b{rng.choice(re.findall(r'[a-z]{4,}', text))}\b", "renamed", text)
 
 
@@ -54,9 +51,9 @@ VARIANTS = {
     "case": lambda text, rng: text.upper(),
     "quotes": lambda text, rng: text.replace('"', "“").replace("'", "’").replace(",", " , "),
     "a licence": lambda text, rng: LICENCE + text,
-    "some words": some_words_changed,
+    "some words": change_some_words,
     "a tail cut off": lambda text, rng: text[: len(text) * 9 // 10],
-    "a variable": a_variable_renamed,
+    "a variable": rename_a_variable,
     "the order of sentences": lambda text, rng: ". ".join(
         rng.sample(text.split(". "), len(text.split(". ")))
     ),
@@ -65,7 +62,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def originals() -> list[str]:
-    """Return real code of 200 words and more, of which no file is like another."""
+    """Return real files of code with more than 200 words, none similar to another."""
     source = data_config(
         Path(), "x", source={"kind": "text", "path": "stdlib", "glob": "[a-d]*.py"}
     ).source
@@ -75,9 +72,10 @@ def originals() -> list[str]:
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_every_kind_of_near_duplicate_is_found_and_unlike_documents_are_not(originals, kind):
+def test_near_duplicates_are_found_and_unrelated_documents_are_not(originals, kind):
     rng = random.Random(1)
-    heldout, others = originals[::2], originals[1::2]
+    heldout = originals[::2]
+    others = originals[1::2]
     index = HeldoutSketches.of(
         np.arange(len(heldout), dtype=np.uint64), sketches([text.encode() for text in heldout])
     )
@@ -86,12 +84,12 @@ def test_every_kind_of_near_duplicate_is_found_and_unlike_documents_are_not(orig
     assert (index.match(sketches([text.encode() for text in others])) == NONE).all()
 
 
-def test_equal_bins_estimate_the_similarity_of_the_sets_of_five_words(originals):
+def test_share_of_equal_bins_estimates_the_jaccard_similarity(originals):
     rng = random.Random(2)
     for text in originals[:20]:
         other = text
         for _ in range(6):
-            other = some_words_changed(other, rng)
+            other = change_some_words(other, rng)
             first, second = (
                 set(zip(*(words_of(version)[start:] for start in range(5))))
                 for version in (text, other)
@@ -101,10 +99,10 @@ def test_equal_bins_estimate_the_similarity_of_the_sets_of_five_words(originals)
             assert abs(share - similarity) < 5 * (0.25 / BINS) ** 0.5  # five standard errors
 
 
-def test_a_sketch_is_a_function_of_the_words_alone(originals, monkeypatch):
-    """Check that a sketch depends on nothing else.
+def test_sketch_depends_only_on_the_words(originals, monkeypatch):
+    """Check that a sketch does not depend on the other documents of a call or on punctuation.
 
-    It is the same whatever documents come with it, however long it is, and where a long one is cut.
+    A long document is processed in segments, which changes its sketch only at their ends.
     """
     texts = [*originals[:8], " ".join(originals), "", "—=(", "Ⱥ" * 1000, "two words"]
     encoded = [text.encode() for text in texts]
@@ -112,13 +110,12 @@ def test_a_sketch_is_a_function_of_the_words_alone(originals, monkeypatch):
     assert np.array_equal(sketches(encoded), alone)
     assert np.array_equal(sketches([" ".join(words_of(text)).encode() for text in texts]), alone)
     monkeypatch.setattr(ngrams, "SEGMENT_BYTES", 10_000)
-    cut = sketches(encoded)
-    assert (
-        np.mean(cut == alone) > 0.99
-    )  # a run of words at the end of each piece is one that the text has not
+    in_segments = sketches(encoded)
+    # The end of each segment adds a sequence of words that the text does not contain.
+    assert np.mean(in_segments == alone) > 0.99
 
 
-def test_documents_of_few_words_are_near_duplicates_where_all_their_words_are_equal():
+def test_short_documents_match_only_if_all_their_words_are_equal():
     heldout = ["To be, or not", "one", "", "--- ---"]
     index = HeldoutSketches.of(
         np.arange(len(heldout), dtype=np.uint64), sketches([text.encode() for text in heldout])
@@ -128,15 +125,16 @@ def test_documents_of_few_words_are_near_duplicates_where_all_their_words_are_eq
     assert found == [0, NONE, 1, NONE, NONE, NONE]
 
 
-def test_without_held_out_documents_there_is_nothing_to_match():
+def test_nothing_matches_without_held_out_documents():
     index = HeldoutSketches.of(np.zeros(0, np.uint64), np.zeros((0, BINS), np.uint16))
     assert index.match(sketches([b"some words that are in no other text"])).tolist() == [NONE]
 
 
 @pytest.fixture(scope="module")
 def families(originals, tmp_path_factory) -> Path:
-    """Return documents, each followed by a near-duplicate of it in one of the ways."""
-    rng, rows = random.Random(3), []
+    """Return a file of rows: each document is followed by a near-duplicate of it."""
+    rng = random.Random(3)
+    rows = []
     for number, text in enumerate(originals[:48]):
         kind = list(VARIANTS)[number % len(VARIANTS)]
         rows += [
@@ -149,19 +147,19 @@ def families(originals, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(workspace, families, tmp_path_factory):
-    """Return made(action) -> the folder of the families' corpus, each made once."""
-    folder = tmp_path_factory.mktemp("made")
+def corpus_of(workspace, families, tmp_path_factory):
+    """Return a function: action -> folder of the families' corpus, tokenized once per action."""
+    folder = tmp_path_factory.mktemp("corpora")
 
     @functools.cache
-    def make(action: str) -> Path:
+    def tokenized(action: str) -> Path:
         corpus = config(workspace, families, folder / action, near_duplicates=action)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(job_folder, "_BUCKET_BYTES", 300_000)
             tokenize(corpus, progress=False)
         return Path(corpus.path)
 
-    return make
+    return tokenized
 
 
 def config(workspace, source: Path, path: Path, **changes):
@@ -176,33 +174,36 @@ def pairs_of(corpus: Path) -> list[dict]:
 
 
 def family_of(source: Path, name: str) -> int:
-    """Return the family of a document.
-
-    The document is named by its file and the byte where its line begins.
-    """
+    """Return the family of a document, named by its file and the byte where its line begins."""
     path, _, position = name.rpartition(":")
     assert path == source.name
     return json.loads(source.read_bytes()[int(position) :].splitlines()[0])["family"]
 
 
-def test_pairs_are_named_and_counted(made, families):
+def test_pairs_are_reported_and_counted(corpus_of, families):
     documents = len(families.read_text().splitlines())
-    manifest, pairs = read_manifest(str(made("count"))), pairs_of(made("count"))
+    manifest = read_manifest(str(corpus_of("count")))
+    pairs = pairs_of(corpus_of("count"))
     found = manifest["near_duplicates"]
-    assert found["action"] == "count" and found["documents"] == len(pairs) > 10
+    assert found["action"] == "count"
+    assert found["documents"] == len(pairs) > 10
     for pair in pairs:
         assert pair["document"] != pair["heldout"]
         assert family_of(families, pair["document"]) == family_of(families, pair["heldout"])
     heldout = manifest["splits"]["heldout"]["documents"]
-    assert heldout <= found["compared_with"] <= heldout + 1  # the last one may fill no sample
+    # The last held-out document may fill no sample, so that it is not in the manifest's count.
+    assert heldout <= found["compared_with"] <= heldout + 1
     assert manifest["documents_read"] == documents
-    # Every family of which a member is in each split, but for a few that were changed too much.
-    numbers = {split: set(documents_of(made("count"), split)) for split in ("train", "heldout")}
-    lines = {
-        split: {family_of(families, f"{families.name}:{number}") for number in of_split}
-        for split, of_split in numbers.items()
+    # A pair is reported for every family with members in both splits, except for a few members
+    # that were changed too much.
+    families_by_split = {
+        split: {
+            family_of(families, f"{families.name}:{number}")
+            for number in documents_of(corpus_of("count"), split)
+        }
+        for split in ("train", "heldout")
     }
-    assert len(pairs) >= 0.9 * len(lines["train"] & lines["heldout"])
+    assert len(pairs) >= 0.9 * len(families_by_split["train"] & families_by_split["heldout"])
 
 
 def documents_of(corpus: Path, split: str) -> list[int]:
@@ -210,7 +211,7 @@ def documents_of(corpus: Path, split: str) -> list[int]:
     return shards.samples(np.arange(len(shards))).values("documents").tolist()
 
 
-def test_counting_changes_no_byte_of_the_shards(made):
+def test_counting_does_not_change_the_shards(corpus_of):
     def shards(corpus: Path) -> dict[str, bytes]:
         files = [
             path
@@ -219,34 +220,31 @@ def test_counting_changes_no_byte_of_the_shards(made):
         ]
         return {str(path.relative_to(corpus)): path.read_bytes() for path in files}
 
-    assert shards(made("count")) == shards(made("keep"))
-    assert read_manifest(str(made("keep")))["near_duplicates"] == {"action": "keep"}
-    assert not (made("keep") / "near_duplicates.jsonl").exists()
+    assert shards(corpus_of("count")) == shards(corpus_of("keep"))
+    assert read_manifest(str(corpus_of("keep")))["near_duplicates"] == {"action": "keep"}
+    assert not (corpus_of("keep") / "near_duplicates.jsonl").exists()
 
 
-def test_dropping_leaves_out_what_was_counted_and_nothing_else(made):
-    counted, dropped = (read_manifest(str(made(action))) for action in ("count", "drop"))
-    near = {int(pair["document"].rpartition(":")[2]) for pair in pairs_of(made("count"))}
-    train = {action: set(documents_of(made(action), "train")) for action in ("count", "drop")}
-    assert train["drop"].isdisjoint(near) and train["count"] - near <= train["drop"] | {
-        max(train["count"])
-    }
-    assert documents_of(made("drop"), "heldout") == documents_of(made("count"), "heldout")
+def test_drop_removes_exactly_the_counted_documents(corpus_of):
+    counted, dropped = (read_manifest(str(corpus_of(action))) for action in ("count", "drop"))
+    near = {int(pair["document"].rpartition(":")[2]) for pair in pairs_of(corpus_of("count"))}
+    train = {action: set(documents_of(corpus_of(action), "train")) for action in ("count", "drop")}
+    assert train["drop"].isdisjoint(near)
+    assert train["count"] - near <= train["drop"] | {max(train["count"])}
+    assert documents_of(corpus_of("drop"), "heldout") == documents_of(corpus_of("count"), "heldout")
     assert dropped["near_duplicates"] | {"action": "count"} == counted["near_duplicates"]
-    assert pairs_of(made("drop")) == pairs_of(made("count"))
-    assert (
-        dropped["dropped"]["near_duplicate"] == len(near)
-        and "near_duplicate" not in counted["dropped"]
-    )
+    assert pairs_of(corpus_of("drop")) == pairs_of(corpus_of("count"))
+    assert dropped["dropped"]["near_duplicate"] == len(near)
+    assert "near_duplicate" not in counted["dropped"]
     kept = sum(counts["documents"] for counts in dropped["splits"].values())
     assert dropped["documents_read"] == kept + sum(dropped["dropped"].values())
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_a_budget_is_filled_from_what_is_kept_and_counts_what_it_holds(
-    workspace, families, made, tmp_path, packing
+def test_budget_is_filled_from_kept_documents_and_counts_only_those_written(
+    workspace, families, corpus_of, tmp_path, packing
 ):
-    samples = read_manifest(str(made("drop")))["splits"]["train"]["samples"] // 2
+    samples = read_manifest(str(corpus_of("drop")))["splits"]["train"]["samples"] // 2
     for action in ("count", "drop"):
         corpus = config(
             workspace,
@@ -261,15 +259,18 @@ def test_a_budget_is_filled_from_what_is_kept_and_counts_what_it_holds(
         assert manifest["documents_read"] == sum(
             counts["documents"] for counts in manifest["splits"].values()
         ) + sum(manifest["dropped"].values())
-        named = {int(pair["document"].rpartition(":")[2]) for pair in pairs_of(tmp_path / action)}
+        reported = {
+            int(pair["document"].rpartition(":")[2]) for pair in pairs_of(tmp_path / action)
+        }
         written = set(documents_of(tmp_path / action, "train"))
-        assert named and (named <= written if action == "count" else named.isdisjoint(written))
-        assert manifest["near_duplicates"]["documents"] == len(named)
+        assert reported
+        assert reported <= written if action == "count" else reported.isdisjoint(written)
+        assert manifest["near_duplicates"]["documents"] == len(reported)
 
 
-def test_the_wording_of_a_prompt_makes_no_near_duplicates(workspace, tmp_path):
-    before = "".join(f"Heed rule {number} of the house. " for number in range(12))
-    after = "\n### Response: here it is\n"
+def test_shared_prompt_text_does_not_make_near_duplicates(workspace, tmp_path):
+    prefix = "".join(f"Heed rule {number} of the house. " for number in range(12))
+    suffix = "\n### Response: here it is\n"
     rng = random.Random(4)
     rows = [
         {"ask": f"question {number} {rng.random()}", "text": f"answer {rng.random()}"}
@@ -277,7 +278,7 @@ def test_the_wording_of_a_prompt_makes_no_near_duplicates(workspace, tmp_path):
     ]
 
     def split(row: dict) -> str:
-        return split_of(before + row["ask"] + after + row["text"], 0.3)
+        return split_of(prefix + row["ask"] + suffix + row["text"], 0.3)
 
     heldout = next(row for row in rows if split(row) == HELDOUT)
     copies = ({**heldout, "text": heldout["text"] + "!" * marks} for marks in range(1, 99))
@@ -286,17 +287,17 @@ def test_the_wording_of_a_prompt_makes_no_near_duplicates(workspace, tmp_path):
     source = {
         "kind": "rows",
         "path": str(tmp_path / "rows.jsonl"),
-        "prompt": f"{before}{{ask}}{after}",
+        "prompt": f"{prefix}{{ask}}{suffix}",
     }
     corpus = config(workspace, tmp_path, tmp_path / "out", packing="best_fit", seq_length=1024)
     corpus = corpus.model_copy(update={"source": SourceConfig.model_validate(source)})
     assert tokenize(corpus, progress=False)["near_duplicates"]["documents"] == 1
 
 
-def test_a_corpus_from_before_the_key_is_the_same_unless_near_duplicates_are_dropped(
-    workspace, families, made, tmp_path
+def test_corpus_without_the_key_is_accepted_unless_near_duplicates_are_dropped(
+    workspace, families, corpus_of, tmp_path
 ):
-    shutil.copytree(made("keep"), tmp_path / "out")
+    shutil.copytree(corpus_of("keep"), tmp_path / "out")
     manifest = read_manifest(str(tmp_path / "out"))
     del manifest["near_duplicates"]
     assert "near_duplicates" not in manifest["made_from"]
@@ -314,31 +315,33 @@ def test_a_corpus_from_before_the_key_is_the_same_unless_near_duplicates_are_dro
             config(workspace, families, tmp_path / "out", near_duplicates="drop"), progress=False
         )
     with pytest.raises(UserError, match='data.near_duplicates: "drop" -> "count or keep"'):
-        tokenize(config(workspace, families, made("drop")), progress=False)
+        tokenize(config(workspace, families, corpus_of("drop")), progress=False)
 
 
-def test_a_job_begun_before_the_key_goes_on(workspace, families, made, tmp_path, monkeypatch):
+def test_job_started_without_the_key_continues(
+    workspace, families, corpus_of, tmp_path, monkeypatch
+):
     monkeypatch.setattr(job_folder, "_BUCKET_BYTES", 300_000)
-    begun, work = (
-        config(workspace, families, tmp_path / "out", near_duplicates="keep"),
-        tmp_path / "out.partial",
-    )
+    begun = config(workspace, families, tmp_path / "out", near_duplicates="keep")
+    work = tmp_path / "out.partial"
     with monkeypatch.context() as patch:
         patch.setattr(
             job.Publish, "_publish", lambda self: (_ for _ in ()).throw(UserError("stopped here"))
         )
         with pytest.raises(UserError, match="stopped here"):
             tokenize(begun, progress=False)
-    before = json.loads((work / "plan.json").read_text())
-    del before["near_duplicates"]
-    (work / "plan.json").write_text(json.dumps(before))
+    plan = json.loads((work / "plan.json").read_text())
+    del plan["near_duplicates"]
+    (work / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(UserError, match='-> "drop"'):
         tokenize(begun.model_copy(update={"near_duplicates": "drop"}), progress=False)
     tokenize(begun.model_copy(update={"near_duplicates": "count"}), progress=False)
-    assert pairs_of(tmp_path / "out") == pairs_of(made("count"))
+    assert pairs_of(tmp_path / "out") == pairs_of(corpus_of("count"))
 
 
-def test_the_command_says_how_many_there_are_and_what_drops_them(workspace, families, made, capsys):
+def test_command_prints_the_count_and_how_to_drop_near_duplicates(
+    workspace, families, corpus_of, capsys
+):
     arguments = [
         "tokenize",
         "data=local",
@@ -364,7 +367,8 @@ def test_the_command_says_how_many_there_are_and_what_drops_them(workspace, fami
         ),
     ):
         assert (
-            main([*arguments, f"data.path={made(action)}", f"data.near_duplicates={action}"]) == 0
+            main([*arguments, f"data.path={corpus_of(action)}", f"data.near_duplicates={action}"])
+            == 0
         ), capsys.readouterr().err
-        printed = capsys.readouterr().out
-        assert len(re.findall(expected, printed)) == 1, printed
+        output = capsys.readouterr().out
+        assert len(re.findall(expected, output)) == 1, output

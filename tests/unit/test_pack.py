@@ -1,4 +1,4 @@
-"""Test packing on lengths: every token placed once, nothing cut without need."""
+"""Test the packing of documents: every token is placed once, and only long documents are cut."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -10,8 +10,8 @@ LENGTHS = st.lists(st.integers(0, 50), max_size=80).map(lambda lengths: np.array
 SEQ_LENGTH = st.integers(1, 20)
 
 
-def covered(samples) -> dict[int, list[tuple[int, int]]]:
-    """Return document -> its pieces as (start, end), in order of start."""
+def pieces_by_document(samples) -> dict[int, list[tuple[int, int]]]:
+    """Return document -> its pieces as (start, end), sorted by start."""
     pieces: dict[int, list] = {}
     for sample in samples:
         for document, start, count in sample:
@@ -21,7 +21,7 @@ def covered(samples) -> dict[int, list[tuple[int, int]]]:
 
 @given(LENGTHS, SEQ_LENGTH)
 @settings(deadline=None, max_examples=300)
-def test_concat_is_the_stream_of_all_documents(lengths, seq_length):
+def test_concat_splits_the_stream_of_all_documents_into_samples(lengths, seq_length):
     samples = concat(lengths, seq_length)
     assert len(samples) == lengths.sum() // seq_length
     stream = [
@@ -41,20 +41,20 @@ def test_concat_is_the_stream_of_all_documents(lengths, seq_length):
 
 @given(LENGTHS, SEQ_LENGTH, st.integers(0, 5))
 @settings(deadline=None, max_examples=300)
-def test_best_fit_places_every_token_once_and_cuts_only_what_is_too_long(lengths, seq_length, seed):
+def test_best_fit_places_every_token_once_and_cuts_only_long_documents(lengths, seq_length, seed):
     samples = best_fit(lengths, seq_length, seed)
     assert all(0 < sum(count for _, _, count in sample) <= seq_length for sample in samples)
-    pieces = covered(samples)
+    pieces = pieces_by_document(samples)
     for document, length in enumerate(lengths):
         edges = [0, *(end for _, end in pieces.get(document, []))]
-        assert edges[-1] == length and all(
-            start == edge for (start, _), edge in zip(pieces.get(document, []), edges)
-        )
+        assert edges[-1] == length
+        assert all(start == edge for (start, _), edge in zip(pieces.get(document, []), edges))
         assert len(pieces.get(document, [])) == -(-length // seq_length)
-    assert len(samples) <= 2 * (lengths.sum() // seq_length) + 1  # no two samples are half empty
+    # No two samples are at most half full: they would have been one.
+    assert len(samples) <= 2 * (lengths.sum() // seq_length) + 1
 
 
-def test_best_fit_fills_what_fits_exactly():
+def test_best_fit_combines_documents_that_fill_a_sample_exactly():
     samples = best_fit(np.array([7, 5, 3, 6, 4, 5]), 10, 0)
     assert sorted(sorted(count for _, _, count in sample) for sample in samples) == [
         [3, 7],
@@ -65,12 +65,14 @@ def test_best_fit_fills_what_fits_exactly():
 
 def test_samples_are_shuffled_by_the_seed():
     lengths = np.arange(1, 200)
-    first, again, other = (best_fit(lengths, 200, seed) for seed in (1, 1, 2))
-    assert first == again and first != other and sorted(first) == sorted(other)
+    first, repeated, other = (best_fit(lengths, 200, seed) for seed in (1, 1, 2))
+    assert first == repeated
+    assert first != other
+    assert sorted(first) == sorted(other)
 
 
 def bucket_of(lengths: list[int]):
-    """Return a bucket of documents of these lengths, in order of priority."""
+    """Return a bucket of documents with these lengths, in order of priority."""
     from retemper.tokenize.spool import RECORD, Bucket
 
     records = np.zeros(len(lengths), RECORD)
@@ -81,10 +83,10 @@ def bucket_of(lengths: list[int]):
     )
 
 
-def test_a_budget_of_whole_documents_ends_before_the_first_that_does_not_fit(workspace):
-    """Check that a long document further down takes no other's position.
+def test_budget_ends_before_the_first_document_that_does_not_fit(workspace):
+    """Check that a long document does not displace one of higher priority.
 
-    Packing puts its pieces first.
+    Packing places the pieces of long documents first, so the budget must be applied before it.
     """
     from conftest import data_config
 
@@ -103,15 +105,15 @@ def test_a_budget_of_whole_documents_ends_before_the_first_that_does_not_fit(wor
 
 @given(LENGTHS.filter(len), SEQ_LENGTH, st.integers(0, 30))
 @settings(deadline=None, max_examples=200)
-def test_a_budget_is_never_exceeded(workspace, lengths, seq_length, most):
+def test_budget_is_filled_and_never_exceeded(workspace, lengths, seq_length, sample_budget):
     from conftest import data_config
 
     from retemper.tokenize.select import _within
     from retemper.tokenize.write_shards import pack
 
     data = data_config(workspace, "budget", seq_length=seq_length, packing="best_fit")
-    documents, samples, is_all = _within(bucket_of(lengths.tolist()), data, 0, most)
-    assert samples == len(pack(bucket_of(lengths.tolist()), data, 0, documents)[1]) <= most
+    documents, samples, is_all = _within(bucket_of(lengths.tolist()), data, 0, sample_budget)
+    assert samples == len(pack(bucket_of(lengths.tolist()), data, 0, documents)[1]) <= sample_budget
     assert is_all == (documents == len(lengths))
     if not is_all:
-        assert len(pack(bucket_of(lengths.tolist()), data, 0, documents + 1)[1]) > most
+        assert len(pack(bucket_of(lengths.tolist()), data, 0, documents + 1)[1]) > sample_budget

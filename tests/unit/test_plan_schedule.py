@@ -1,4 +1,4 @@
-"""Test what `plan`, `launch` and a run's start print on missing bases, branches and their trunk."""
+"""Test messages of `plan`, `launch` and `train` about missing bases, trunks and branches."""
 
 import json
 
@@ -18,13 +18,13 @@ STEP = 8 * 64
 H100 = Machine(gpu="H100", gpu_memory=80, gpus_per_node=8, mfu=None, price=None)
 
 
-def planned(config: Config) -> list[str]:
+def plan_lines(config: Config) -> list[str]:
     return list(plan(config, H100))
 
 
 @pytest.fixture
-def said(capsys):
-    """Return the exit code, standard output and standard error of the command."""
+def run_verb(capsys):
+    """Return a function that runs a command and returns its exit code and both output streams."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         code = main(list(arguments))
@@ -48,35 +48,42 @@ SEVEN_B += ["train.global_batch_size=8", "train.micro_batch_size=1", "method=lor
     "verb",
     [["plan"], ["launch", "--target", "slurm"], ["launch", "--target", "torchrun"], ["train"]],
 )
-def test_without_its_base_a_run_is_planned_only_with_a_shape_of_its_own(said, verb, tmp_path):
-    asked = [*SEVEN_B, f"init_from={tmp_path / 'typo'}"]
-    code, out, error = said(*verb, *asked)
-    assert code == 1 and out == "" and f"init_from={tmp_path / 'typo'} is not here" in error
-    code, out, error = said(*verb, *asked, "model=llama2_7b")
+def test_run_with_a_missing_base_is_planned_only_with_a_model_shape(run_verb, verb, tmp_path):
+    arguments = [*SEVEN_B, f"init_from={tmp_path / 'typo'}"]
+    code, out, error = run_verb(*verb, *arguments)
+    assert code == 1
+    assert out == ""
+    assert f"init_from={tmp_path / 'typo'} is not here" in error
+    code, out, error = run_verb(*verb, *arguments, "model=llama2_7b")
     line = f"base not here: shape from model=; `train` needs init_from={tmp_path / 'typo'}"
     if verb == ["train"]:
-        assert code == 1 and out == ""
+        assert code == 1
+        assert out == ""
         return
-    assert code == 0 and line in (out if verb == ["plan"] else error).splitlines()
+    assert code == 0
+    assert line in (out if verb == ["plan"] else error).splitlines()
     if verb[-1] == "slurm":
-        assert out.startswith("#!/bin/bash\n")  # a script, and nothing before it
+        assert out.startswith("#!/bin/bash\n")  # nothing is printed before the script
 
 
-def test_train_refuses_a_base_that_is_not_here(workspace):
+def test_train_refuses_a_missing_base(workspace):
     with pytest.raises(UserError, match="no-base"):
         preflight(load_config(overrides(workspace, "x", f"init_from={workspace / 'no-base'}")))
 
 
-def test_a_base_that_is_here_is_planned_without_a_word(tmp_path, said):
+def test_run_with_an_existing_base_is_planned_without_a_note(tmp_path, run_verb):
     config = load_config([*SEVEN_B, "init_from=unread", "model=llama2_7b"])
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(config.to_json())
-    code, out, error = said("plan", *SEVEN_B, f"init_from={tmp_path / 'base'}")
-    assert code == 0 and error == "" and "not here" not in out and "6,738,415,616 frozen" in out
+    code, out, error = run_verb("plan", *SEVEN_B, f"init_from={tmp_path / 'base'}")
+    assert code == 0
+    assert error == ""
+    assert "not here" not in out
+    assert "6,738,415,616 frozen" in out
 
 
-def write(config: Config, *steps: int) -> Config:
-    """Write the folder of a run that has begun, with empty checkpoint folders after these steps."""
+def write_run(config: Config, *steps: int) -> Config:
+    """Write the folder of a started run, with empty checkpoint folders after these steps."""
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.json").write_text(config.to_json())
     for step in steps:
@@ -86,7 +93,7 @@ def write(config: Config, *steps: int) -> Config:
 
 @pytest.fixture
 def trunk(tmp_path) -> Config:
-    return write(
+    return write_run(
         load_config(
             overrides(tmp_path, "trunk", "train.branches=[5120]", "optimizer.weight_decay=0.1")
         ),
@@ -96,8 +103,9 @@ def trunk(tmp_path) -> Config:
 
 
 def branch(trunk: Config, *changes: str) -> Config:
-    asked = [f"branch_of={trunk.run_dir}", "optimizer.weight_decay=0.1"]
-    return load_config([*overrides(trunk.run_dir.parent.parent.parent, "branch"), *asked, *changes])
+    of_trunk = [f"branch_of={trunk.run_dir}", "optimizer.weight_decay=0.1"]
+    workspace = trunk.run_dir.parent.parent.parent
+    return load_config([*overrides(workspace, "branch"), *of_trunk, *changes])
 
 
 MAY_DIFFER = [
@@ -122,12 +130,12 @@ MAY_DIFFER += [
 
 
 @pytest.mark.parametrize("change", [*MAY_DIFFER, None])
-def test_what_a_branch_may_have_otherwise_than_its_trunk(trunk, change):
+def test_branch_may_differ_from_its_trunk_in_certain_keys(trunk, change):
     check_trunk(branch(trunk, *([change] if change else MAY_DIFFER)))
 
 
-def test_a_branch_of_another_length(trunk):
-    check_trunk(branch(trunk, f"train.tokens={10 * STEP + 7}"))  # of as many steps
+def test_branch_length_needs_a_trunk_checkpoint_where_its_cooldown_begins(trunk):
+    check_trunk(branch(trunk, f"train.tokens={10 * STEP + 7}"))  # also ten whole steps
     with pytest.raises(UserError) as refusal:
         check_trunk(branch(trunk, f"train.tokens={20 * STEP}"))
     assert "begins after step 16, of which the trunk has no checkpoint (it has: 8, 10)" in str(
@@ -160,19 +168,18 @@ def test_a_branch_of_another_length(trunk):
         ),
     ],
 )
-def test_what_a_branch_must_have_as_its_trunk_is_refused_by_name(trunk, changes, key):
-    asked = branch(trunk, *changes)
-    for check in (check_trunk, check_against_trunk, planned):
+def test_branch_that_differs_in_another_key_is_refused_and_the_key_named(trunk, changes, key):
+    changed = branch(trunk, *changes)
+    for check in (check_trunk, check_against_trunk, plan_lines):
         with pytest.raises(UserError) as refusal:
-            check(asked)
-        assert f"\n  - {key}" in str(refusal.value) and str(refusal.value).startswith(
-            f"branch_of={trunk.run_dir}: "
-        )
+            check(changed)
+        assert f"\n  - {key}" in str(refusal.value)
+        assert str(refusal.value).startswith(f"branch_of={trunk.run_dir}: ")
 
 
-def test_another_shape_or_adapter_is_refused_by_name(tmp_path):
+def test_branch_with_another_shape_or_adapter_is_refused_and_the_key_named(tmp_path):
     lora = ["method=lora", "init_from=unread", "optimizer.weight_decay=0.1"]
-    trunk = write(
+    trunk = write_run(
         load_config(
             overrides(tmp_path, "trunk", "train.branches=[5120]", *lora, "method.lora.rank=4")
         ),
@@ -191,27 +198,26 @@ def test_another_shape_or_adapter_is_refused_by_name(tmp_path):
     check_trunk(branch(trunk, *lora, "method.lora.rank=4"))
 
 
-def test_a_trunk_that_is_not_here_is_refused_by_training_alone(trunk, tmp_path):
-    away = trunk.model_copy(update={"name": "away"})
-    asked = branch(away)
-    assert f"trunk not here: shape from model=; `train` needs branch_of={away.run_dir}" in planned(
-        asked
-    )
-    with pytest.raises(UserError, match=f"branch_of={away.run_dir}: there is no run"):
-        check_trunk(asked)
-    # One that goes on from a checkpoint of its own needs no trunk.
-    write(asked, 9)
-    check_trunk(asked)
+def test_missing_trunk_is_refused_by_training_but_not_by_planning(trunk, tmp_path):
+    missing = trunk.model_copy(update={"name": "away"})
+    orphan = branch(missing)
+    note = f"trunk not here: shape from model=; `train` needs branch_of={missing.run_dir}"
+    assert note in plan_lines(orphan)
+    with pytest.raises(UserError, match=f"branch_of={missing.run_dir}: there is no run"):
+        check_trunk(orphan)
+    # A branch that resumes from a checkpoint of its own needs no trunk.
+    write_run(orphan, 9)
+    check_trunk(orphan)
 
 
-def test_an_older_trunk_has_the_defaults_of_keys_that_came_later(trunk):
+def test_older_trunk_gets_the_defaults_of_keys_added_later(trunk):
     raw = json.loads(trunk.to_json())
     del raw["fp8"], raw["train"]["cuda_graph"], raw["model"]["qk_norm"]
     (trunk.run_dir / "config.json").write_text(json.dumps(raw))
     check_trunk(branch(trunk))
 
 
-def test_an_imported_model_is_no_trunk(tmp_path, trunk):
+def test_imported_model_is_refused_as_a_trunk(tmp_path, trunk):
     path = trunk.run_dir / "config.json"
     raw = json.loads(path.read_text())
     path.write_text(json.dumps({key: raw[key] for key in ("model", "method", "parallel")}))
@@ -219,27 +225,27 @@ def test_an_imported_model_is_no_trunk(tmp_path, trunk):
         check_trunk(branch(trunk))
 
 
-def test_the_branches_of_a_trunk_are_as_it_is(trunk):
-    for made in branches_of(trunk):
-        check_trunk(made)
+def test_generated_branches_match_their_trunk(trunk):
+    for branch_config in branches_of(trunk):
+        check_trunk(branch_config)
 
 
-def test_a_plan_says_how_each_branch_ends(tmp_path):
+def test_plan_prints_how_each_branch_ends(tmp_path):
     tokens = [5 * STEP, 10 * STEP, 20 * STEP]
-    asked = [
+    changes = [
         f"train.branches={tokens}",
         f"train.tokens={16 * STEP}",
         f"schedule.warmup_tokens={8 * STEP}",
     ]
-    config = load_config(overrides(tmp_path, "trunk", *asked))
-    assert [line for line in planned(config) if line.startswith("branch")] == [
+    config = load_config(overrides(tmp_path, "trunk", *changes))
+    assert [line for line in plan_lines(config) if line.startswith("branch")] == [
         "branch trunk-2560: 5 steps; ends within its warm-up at 50% of the peak rate",
         "branch trunk-5120: 10 steps; cools down; its last step is at 50% of the peak rate",
         "branch trunk-10240: 20 steps; cools down; its last step is at 25% of the peak rate",
     ]
 
 
-def test_a_run_says_how_its_branch_ends_and_what_differs(trunk):
+def test_run_prints_how_its_branch_ends_and_what_differs_from_the_trunk(trunk):
     from retemper.pipeline.train.branches import introduction
 
     lines = introduction(

@@ -1,6 +1,6 @@
-"""Test that texts of lm-eval's rolling tasks begin with one begin-of-text.
+"""Test that texts of lm-eval's rolling tasks begin with exactly one begin-of-text token.
 
-The tokenizer may put others before them.
+Some tokenizers add one of their own.
 """
 
 from types import SimpleNamespace
@@ -24,17 +24,17 @@ BOS = "<bos>"
 TEXT = "a text of words, and a second one"
 
 
-class Asked:
-    """A team of ranks that records its requests.
+class RecordingServer:
+    """A stand-in for the ranks of a model that records all requested sequences.
 
-    Of every sequence it records all tokens, and how many of them count.
+    It records the tokens of each sequence and how many of them are scored.
     """
 
     def __init__(self, length: int):
         self.config = SimpleNamespace(model=SimpleNamespace(max_sequence_length=length))
         self.sequences: list[tuple[list[int], int]] = []
 
-    def ask(
+    def call(
         self, _method: str, sequences: list[np.ndarray], lengths: list[int], label: str
     ) -> np.ndarray:
         self.sequences += [
@@ -45,10 +45,10 @@ class Asked:
 
 def language_model(
     tmp_path, *, bos: bool, before: str = "", after: str = "", length: int = 512
-) -> tuple[ShardedLM, Asked]:
-    """Return a language model over a team that records its requests.
+) -> tuple[ShardedLM, RecordingServer]:
+    """Return a language model and the server that records its requests.
 
-    `before` and `after` are what the tokenizer puts around every text.
+    The tokenizer adds the tokens `before` and `after` to every text.
     """
     train_tokenizer([TEXT], 262, tmp_path / "t")
     backend = Tokenizer(tmp_path / "t").backend
@@ -60,7 +60,8 @@ def language_model(
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=EOS, bos_token=BOS if bos else None
     )
-    return ShardedLM(asked := Asked(length), tokenizer, 0, ""), asked
+    server = RecordingServer(length)
+    return ShardedLM(server, tokenizer, 0, ""), server
 
 
 @pytest.mark.parametrize(
@@ -75,28 +76,28 @@ def language_model(
         ({"bos": False, "before": EOS}, EOS + TEXT),
     ],
 )
-def test_a_text_begins_with_one_token_of_its_own(tmp_path, options, text):
-    lm, asked = language_model(tmp_path, **options)
+def test_text_begins_with_exactly_one_prefix_token(tmp_path, options, text):
+    lm, server = language_model(tmp_path, **options)
     plain = lm.tokenizer.encode(TEXT, add_special_tokens=False)
     assert lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)]) == [
         -len(plain)
     ]
-    assert asked.sequences == [([lm.prefix_token_id, *plain], len(plain))]
+    assert server.sequences == [([lm.prefix_token_id, *plain], len(plain))]
 
 
-def test_of_a_long_text_the_first_window_alone_begins_so(tmp_path):
-    lm, asked = language_model(tmp_path, bos=True, before=BOS, length=5)
+def test_only_the_first_window_of_a_long_text_begins_with_the_prefix_token(tmp_path):
+    lm, server = language_model(tmp_path, bos=True, before=BOS, length=5)
     plain = lm.tokenizer.encode(TEXT, add_special_tokens=False)
     assert lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (TEXT,), 0)]) == [
         -len(plain)
     ]
     assert [
-        token for sequence, count in asked.sequences for token in sequence[len(sequence) - count :]
+        token for sequence, count in server.sequences for token in sequence[len(sequence) - count :]
     ] == plain
-    assert sum(sequence.count(lm.prefix_token_id) for sequence, _ in asked.sequences) == 1
+    assert sum(sequence.count(lm.prefix_token_id) for sequence, _ in server.sequences) == 1
 
 
-def test_an_exported_model_is_scored_so_too(tmp_path, monkeypatch):
+def test_exported_model_also_scores_one_prefix_token(tmp_path, monkeypatch):
     lm, _ = language_model(tmp_path, bos=True, before=BOS)
     sizes = {
         "hidden_size": 16,
@@ -117,7 +118,7 @@ def test_an_exported_model_is_scored_so_too(tmp_path, monkeypatch):
         model=SimpleNamespace(num_attention_heads=2),
         evals=SimpleNamespace(micro_batch_size=1),
     )
-    theirs = exported_model(config, tmp_path / "model")
+    exported = exported_model(config, tmp_path / "model")
     tokens = torch.tensor(
         [lm.prefix_token_id, *lm.tokenizer.encode(TEXT, add_special_tokens=False)]
     )
@@ -125,7 +126,7 @@ def test_an_exported_model_is_scored_so_too(tmp_path, monkeypatch):
         logprobs = model(tokens[None, :-1]).logits[0].log_softmax(-1)
     expected = logprobs.gather(1, tokens[1:, None]).sum().item()
     for text in (TEXT, BOS + TEXT):
-        [nats] = theirs.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+        [nats] = exported.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
         assert nats == pytest.approx(expected, rel=1e-5)
-    # Elsewhere the tokenizer puts its token before a text as ever.
-    assert theirs.tok_encode(TEXT)[0] == lm.prefix_token_id
+    # For other requests the tokenizer still adds its token.
+    assert exported.tok_encode(TEXT)[0] == lm.prefix_token_id

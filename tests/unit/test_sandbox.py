@@ -1,6 +1,6 @@
-"""Test that hostile programs achieve nothing in the sandbox, and that they would without it.
+"""Test that hostile programs do no harm in the sandbox, but would without it.
 
-Each is a scored failure, and nothing of it remains.
+Each of them counts as a failed problem and leaves no files or processes behind.
 """
 
 import os
@@ -31,14 +31,17 @@ UNLEASHED = attacks.HARMLESS_WITHOUT_WALLS | attacks.WHERE_ALLOWED
 SECRET = "a secret of 30 letters or more"
 
 
-class World:
-    """The targets of hostile programs, and their state."""
+class Targets:
+    """The files, sockets and processes that hostile programs attack."""
 
     def __init__(self, folder: Path):
-        self.folder, self.home, self.temporary = folder, folder / "home", folder / "tmp"
+        self.folder = folder
+        self.home = folder / "home"
+        self.temporary = folder / "tmp"
         self.home.mkdir()
         self.temporary.mkdir()
-        self.secret, self.outside = self.home / "token", folder / "outside"
+        self.secret = self.home / "token"
+        self.outside = folder / "outside"
         self.secret.write_text(SECRET)
         self.outside.write_text("whole")
         os.utime(self.outside, (10**9, 10**9))
@@ -69,7 +72,7 @@ class World:
             "outside": stat
             and (self.outside.read_text(), stat.st_mode, stat.st_mtime, stat.st_nlink),
             "files": sorted(str(path) for path in self.folder.rglob("*")),
-            "callers": [self._called(self.server), self._called(self.abstract)],
+            "callers": [self._was_connected_to(self.server), self._was_connected_to(self.abstract)],
             "victim": self.victim.poll(),
             "limits": (victim / "limits").read_text() if victim.exists() else "",
             "place": (
@@ -82,9 +85,9 @@ class World:
         }
 
     def left_over(self) -> list[int]:
-        """Return the ids of processes whose environment names our temporary folder.
+        """Return the ids of processes whose environment names the temporary folder of this test.
 
-        They are the programs and the processes that they have started.
+        These are the programs and the processes that they have started.
         """
         found = []
         for environment in Path("/proc").glob("[0-9]*/environ"):
@@ -104,7 +107,7 @@ class World:
         self.abstract.close()
 
     @staticmethod
-    def _called(server: socket.socket) -> bool:
+    def _was_connected_to(server: socket.socket) -> bool:
         try:
             server.accept()[0].close()
         except BlockingIOError:
@@ -113,13 +116,13 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
+def targets(tmp_path, monkeypatch):
     monkeypatch.setenv("RETEMPER_SECRET", SECRET)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    world = World(tmp_path)
-    yield world
-    world.close()
+    targets = Targets(tmp_path)
+    yield targets
+    targets.close()
 
 
 def all_layers() -> Layers:
@@ -130,49 +133,53 @@ def all_layers() -> Layers:
 
 
 def with_or_without(bubblewrap: bool) -> Layers:
-    there = all_layers()
-    if bubblewrap and not there.bubblewrap:
+    available = all_layers()
+    if bubblewrap and not available.bubblewrap:
         pytest.skip("bubblewrap does not work here: apt-get install bubblewrap")
-    return there if bubblewrap else replace(there, bubblewrap=None)
+    return available if bubblewrap else replace(available, bubblewrap=None)
 
 
 @pytest.fixture(params=["landlock", "landlock of Linux 5.13", "bubblewrap", "everything"])
 def layers(request) -> Layers:
-    """Return every combination of layers that programs may run behind."""
-    there = with_or_without(request.param in ("bubblewrap", "everything"))
+    """Return each combination of layers that programs may run behind."""
+    available = with_or_without(request.param in ("bubblewrap", "everything"))
     if request.param == "bubblewrap":
-        return replace(there, landlock=0)
-    if not there.landlock:
+        return replace(available, landlock=0)
+    if not available.landlock:
         pytest.skip("this kernel has no Landlock")
-    return replace(there, landlock=1) if request.param == "landlock of Linux 5.13" else there
+    return (
+        replace(available, landlock=1) if request.param == "landlock of Linux 5.13" else available
+    )
 
 
-def programs(world: World, sources: dict[str, str]) -> list[Program]:
-    # A test that passes honestly, so that only what the program does before it is judged.
-    return [Program(world.prelude() + source, "assert PORT == PORT") for source in sources.values()]
+def programs(targets: Targets, sources: dict[str, str]) -> list[Program]:
+    # The problem's test always passes, so that only the actions of the program itself matter.
+    return [
+        Program(targets.prelude() + source, "assert PORT == PORT") for source in sources.values()
+    ]
 
 
 def judge(
-    world: World, sources: dict[str, str], layers: Layers, limits: Limits = LIMITS
+    targets: Targets, sources: dict[str, str], layers: Layers, limits: Limits = LIMITS
 ) -> dict[str, str]:
-    """Run hostile programs, of which none may pass, print the secret or leave a trace.
+    """Run hostile programs and check that none passes, reveals the secret or changes a target.
 
     Returns:
-        Name -> reason of the failure.
+        Name -> reason for the failure.
     """
-    verdicts = dict(zip(sources, run_programs(programs(world, sources), limits, layers)))
+    verdicts = dict(zip(sources, run_programs(programs(targets, sources), limits, layers)))
     assert not [
         name
         for name, verdict in verdicts.items()
         if verdict.passed or not verdict.reason or SECRET in verdict.reason
     ]
-    assert world.state() == world.untouched
+    assert targets.state() == targets.untouched
     return {name: verdict.reason for name, verdict in verdicts.items()}
 
 
-def test_no_hostile_program_gets_through(world, layers):
+def test_no_hostile_program_does_harm(targets, layers):
     hostile = UNLEASHED | attacks.HARMFUL | attacks.ENDINGS
-    reasons = judge(world, hostile, layers)
+    reasons = judge(targets, hostile, layers)
     assert len(reasons) > 70
     expected = {
         "leave with 0": "no verdict",
@@ -180,11 +187,9 @@ def test_no_hostile_program_gets_through(world, layers):
         "segmentation fault": "signal: SIGSEGV",
     }
     assert {name: reasons[name][: len(expected[name])] for name in expected} == expected
-    # The worker goes on, and is right.
-    right, wrong = (
-        Program("def f(x): return x + 1", "assert f(1) == 2"),
-        Program("def f(x): return x", "assert f(1) == 2"),
-    )
+    # The worker still judges other programs correctly.
+    right = Program("def f(x): return x + 1", "assert f(1) == 2")
+    wrong = Program("def f(x): return x", "assert f(1) == 2")
     assert [verdict.passed for verdict in run_programs([right, wrong, right], LIMITS, layers)] == [
         True,
         False,
@@ -193,10 +198,10 @@ def test_no_hostile_program_gets_through(world, layers):
 
 
 @pytest.mark.parametrize("bubblewrap", [False, True])
-def test_no_program_takes_more_than_its_share(world, bubblewrap):
+def test_no_program_exceeds_its_limits(targets, bubblewrap):
     layers = with_or_without(bubblewrap)
-    reasons = judge(world, attacks.EXHAUSTING, layers) | judge(
-        world, attacks.IDLE, layers, replace(LIMITS, wall_seconds=1)
+    reasons = judge(targets, attacks.EXHAUSTING, layers) | judge(
+        targets, attacks.IDLE, layers, replace(LIMITS, wall_seconds=1)
     )
     expected = {
         "fork bomb": "OSError",
@@ -216,24 +221,24 @@ def test_no_program_takes_more_than_its_share(world, bubblewrap):
 
 
 @pytest.mark.parametrize("name", UNLEASHED)
-def test_without_walls_it_would(world, name):
-    """Check that the test above can fail."""
-    [verdict] = run_programs(programs(world, {name: UNLEASHED[name]}), LIMITS, Layers())
-    took_effect = verdict.passed or world.state() != world.untouched
+def test_program_does_harm_without_the_sandbox(targets, name):
+    """Check that the programs are harmful, so that the tests above can fail."""
+    [verdict] = run_programs(programs(targets, {name: UNLEASHED[name]}), LIMITS, Layers())
+    took_effect = verdict.passed or targets.state() != targets.untouched
     if name in attacks.WHERE_ALLOWED and not took_effect:
         pytest.skip(f"this machine refuses it without our help: {verdict.reason}")
     assert took_effect, verdict.reason
 
 
 @pytest.mark.parametrize("name", attacks.FORGED)
-def test_a_forger_passes_its_tests_and_is_found_by_the_control(name, monkeypatch):
+def test_forged_result_passes_the_test_but_is_found_by_the_control(name, monkeypatch):
     program = Program(attacks.FORGED[name], "assert f(1) == 2")
     assert run_programs([program], LIMITS, all_layers())[0].reason.startswith("forged")
     monkeypatch.setattr(Program, "control", property(lambda program: "raise ValueError"))
     assert run_programs([program], LIMITS, all_layers()) == [Verdict(True)]
 
 
-def test_replaced_builtins_are_found():
+def test_replaced_builtins_are_found_by_the_control():
     program = Program(
         "import builtins\nbuiltins.abs = lambda x: 0\ndef f(x): return 7",
         "assert abs(f(1) - 2) < 1e-6",
@@ -257,7 +262,7 @@ def test_replaced_builtins_are_found():
         (None, "None"),
     ],
 )
-def test_no_right_answer_passes_the_control(right, value):
+def test_no_correct_answer_passes_the_control(right, value):
     for test in (
         f"assert f() == {value}",
         f"assert f() is {value}",
@@ -268,7 +273,7 @@ def test_no_right_answer_passes_the_control(right, value):
             exec(unpassable(test), {"f": lambda: right})
 
 
-def test_an_ordinary_program_finds_an_ordinary_python(layers):
+def test_ordinary_program_runs_as_in_an_ordinary_python(layers):
     useful = """
 import collections, dataclasses, datetime, decimal, functools, hashlib, heapq, itertools, json, \
 math, random, re, statistics, string
@@ -289,22 +294,22 @@ signal.raise_signal(signal.SIGALRM)
     assert run_programs([program], LIMITS, layers) == [Verdict(True)]
 
 
-def test_programs_run_on_all_cores_and_verdicts_keep_their_order():
-    naps = [
-        Program(f"import time; time.sleep({(7 - place) / 10})", f"assert {place} % 2 == 0")
-        for place in range(8)
+def test_programs_run_in_parallel_and_verdicts_keep_their_order():
+    sleepers = [
+        Program(f"import time; time.sleep({(7 - index) / 10})", f"assert {index} % 2 == 0")
+        for index in range(8)
     ]
     started = time.monotonic()
-    verdicts = run_programs(naps, LIMITS, all_layers())
+    verdicts = run_programs(sleepers, LIMITS, all_layers())
     assert [verdict.passed for verdict in verdicts] == [True, False] * 4
     if len(os.sched_getaffinity(0)) > 1:
-        assert (
-            time.monotonic() - started < 2.8 + 1.6 + 2
-        )  # all naps, those of the controls, and their starts, one after another
+        # One after another, the programs would sleep for 2.8 s and their controls for 1.6 s, and
+        # all of them would take 2 s to start.
+        assert time.monotonic() - started < 2.8 + 1.6 + 2
 
 
 @pytest.mark.parametrize("bubblewrap", [False, True])
-def test_a_program_dies_with_the_worker(tmp_path, bubblewrap):
+def test_program_ends_when_the_worker_is_killed(tmp_path, bubblewrap):
     used = with_or_without(bubblewrap)
     code = (
         "from retemper.pipeline.evals.sandbox.execute import *\n"
@@ -344,7 +349,7 @@ def _wait(condition, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_a_folder_goes_whatever_was_made_of_it(tmp_path, monkeypatch):
+def test_private_folder_is_removed_whatever_a_program_put_into_it(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     kept = tmp_path / "kept" / "file"
@@ -362,15 +367,16 @@ def test_a_folder_goes_whatever_was_made_of_it(tmp_path, monkeypatch):
         Path(folder, "shut").chmod(0o500)
         here = os.getcwd()
         os.chdir(folder)
-        for _ in range(3000):  # longer than any path may be, deeper than Python recurses
+        for _ in range(3000):  # longer than PATH_MAX, and deeper than Python's recursion limit
             os.mkdir("below")
             os.chdir("below")
         os.chdir(here)
     assert list((tmp_path / "tmp").iterdir()) == []
-    assert kept.read_text() == "kept" and kept.parent.stat().st_mode & 0o777 == 0o755
+    assert kept.read_text() == "kept"
+    assert kept.parent.stat().st_mode & 0o777 == 0o755
 
 
-def test_without_walls_nothing_runs_unless_it_is_asked_for(monkeypatch):
+def test_missing_layers_are_refused_unless_unsafe_code_is_allowed(monkeypatch):
     find_layers.cache_clear()
     monkeypatch.setattr(layers_module.landlock, "abi", lambda: 0)
     monkeypatch.setattr(layers_module.shutil, "which", lambda name: None)
@@ -387,7 +393,7 @@ def test_without_walls_nothing_runs_unless_it_is_asked_for(monkeypatch):
     find_layers.cache_clear()
 
 
-def test_a_bubblewrap_that_is_refused_its_namespaces_is_not_used(tmp_path, monkeypatch):
+def test_bubblewrap_without_permission_for_namespaces_is_not_used(tmp_path, monkeypatch):
     (tmp_path / "bwrap").write_text(
         "#!/bin/sh\necho bwrap: No permissions to create new namespace >&2\nexit 1\n"
     )
@@ -402,14 +408,14 @@ def test_a_bubblewrap_that_is_refused_its_namespaces_is_not_used(tmp_path, monke
     find_layers.cache_clear()
 
 
-def test_a_wall_that_cannot_be_put_up_is_an_error_and_no_verdict():
+def test_sandbox_that_cannot_be_set_up_is_an_error_and_not_a_verdict():
     with pytest.raises(UserError, match="could not be set up"):
         run_programs(
             [Program("", "")], replace(LIMITS, open_files=1), replace(all_layers(), bubblewrap=None)
         )
 
 
-def test_the_numbers_of_system_calls_are_the_kernels():
+def test_system_call_numbers_equal_those_of_the_kernel_headers():
     calls = seccomp.CALLS | seccomp.CHECKED_CALLS
     for column, header in enumerate(
         ["/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h"]
@@ -431,8 +437,8 @@ def test_the_numbers_of_system_calls_are_the_kernels():
 
 
 @pytest.mark.parametrize("machine, architecture", [("x86_64", 0xC000003E), ("aarch64", 0xC00000B7)])
-def test_the_filter_lets_through_what_it_names(machine, architecture):
-    """Check the filters of other machines, too, by interpreting their instructions."""
+def test_filter_allows_exactly_the_listed_system_calls(machine, architecture):
+    """Check the filter of every architecture, also on others, by interpreting its instructions."""
     column = ["x86_64", "aarch64"].index(machine)
     program = seccomp.program(machine, 77)
     allowed = {numbers[column] for numbers in seccomp.CALLS.values()} - {None}
@@ -440,9 +446,8 @@ def test_the_filter_lets_through_what_it_names(machine, architecture):
     for number in set(range(600)) - set(checked.values()):
         assert _filtered(program, architecture, number) == (number in allowed)
     assert not _filtered(program, architecture ^ 1, min(allowed))
-    assert not _filtered(
-        program, architecture, min(allowed) | 0x40000000
-    )  # x86_64's other names for its calls
+    # The x32 ABI of x86_64, which has the same calls with this bit set.
+    assert not _filtered(program, architecture, min(allowed) | 0x40000000)
     for name, arguments, expected in (
         ("kill", [77, 9], True), ("kill", [78, 9], False), ("kill", [2**32 - 1, 9], False),
         ("tgkill", [77, 77, 6], True), ("tgkill", [1, 1, 9], False),
@@ -464,19 +469,21 @@ def test_the_filter_lets_through_what_it_names(machine, architecture):
 def _filtered(program: bytes, architecture: int, number: int, arguments: list[int] = ()) -> bool:
     """Return whether the filter allows a call.
 
-    This interprets the four instructions of classic BPF that the filter consists of.
+    This interprets the four kinds of classic BPF instructions that the filter consists of.
     """
     data = struct.pack("=IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
-    lines, place, word = list(struct.iter_unpack("HBBI", program)), 0, 0
+    instructions = list(struct.iter_unpack("HBBI", program))
+    index = 0
+    word = 0
     while True:
-        code, if_true, if_false, value = lines[place]
-        place += 1
+        code, if_true, if_false, value = instructions[index]
+        index += 1
         if code == 0x20:
             word = int.from_bytes(data[value : value + 4], "little")
         elif code == 0x54:
             word &= value
         elif code == 0x15:
-            place += if_true if word == value else if_false
+            index += if_true if word == value else if_false
         else:
             assert code == 0x06
             return value == 0x7FFF0000

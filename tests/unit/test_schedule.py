@@ -1,4 +1,4 @@
-"""Test that the learning rate is the closed form of consumed tokens."""
+"""Test that the learning rate equals its closed form in the number of consumed tokens."""
 
 import math
 from fractions import Fraction
@@ -21,7 +21,7 @@ from retemper.pipeline.errors import UserError
 
 SCHEDULES = {
     "trapezoid": ["schedule.warmup_tokens=100M"],
-    # Of branches alone: a warm-up that ends within the cooldown, and one that the run ends in.
+    # Only a branch may have a warm-up that ends within the cooldown, or that the run ends in.
     "trapezoid-overlapping": [
         "branch_of=unread",
         "schedule.warmup_tokens=1.8B",
@@ -32,22 +32,23 @@ SCHEDULES = {
     "cosine": ["schedule.warmup_tokens=200M"],
     "inverse_sqrt": ["schedule.warmup_tokens=100M", "schedule.min_lr_ratio=0.25"],
 }
-RATIO = 16  # of a LoRA+ group's rate
+RATIO = 16  # of the learning rate of LoRA+'s group to that of the other
 
 
 def closed_form(config, tokens: int) -> float:
-    """Return the fraction of the peak rate, with exact fractions."""
-    settings, total = config.schedule, config.steps * config.tokens_per_step
+    """Return the share of the peak rate, computed with exact fractions."""
+    settings = config.schedule
+    total = config.steps * config.tokens_per_step
     if tokens <= settings.warmup_tokens and settings.warmup_tokens:
         return tokens / settings.warmup_tokens
-    least = Fraction(settings.min_lr_ratio)
+    floor = Fraction(settings.min_lr_ratio)
     if settings.name == "trapezoid":
         cooldown = Fraction(settings.cooldown_fraction) * total
-        return float(least + (1 - least) * (min(1, (total - tokens) / cooldown) if cooldown else 1))
+        return float(floor + (1 - floor) * (min(1, (total - tokens) / cooldown) if cooldown else 1))
     if settings.name == "inverse_sqrt":
-        return max(float(least), math.sqrt(Fraction(settings.warmup_tokens, tokens)))
+        return max(float(floor), math.sqrt(Fraction(settings.warmup_tokens, tokens)))
     done = Fraction(tokens - settings.warmup_tokens, total - settings.warmup_tokens)
-    return float(least) + (1 - float(least)) * (1 + math.cos(math.pi * done)) / 2
+    return float(floor) + (1 - float(floor)) * (1 + math.cos(math.pi * done)) / 2
 
 
 @pytest.fixture(scope="module", params=SCHEDULES)
@@ -72,19 +73,19 @@ def config(request):
 
 
 def schedule_of(config):
-    """Return a schedule over a real optimizer with a plain group and LoRA+'s."""
+    """Return a schedule over a real optimizer with a plain parameter group and one of LoRA+."""
     prepare_megatron()
     import torch
 
     from retemper.pipeline.train.optimizer import build_schedule
 
-    least = config.optimizer.lr * config.schedule.min_lr_ratio
+    floor = config.optimizer.lr * config.schedule.min_lr_ratio
     groups = [
         {"params": [torch.zeros(1)]},
         {
             "params": [torch.zeros(1)],
             "max_lr": config.optimizer.lr * RATIO,
-            "min_lr": least * RATIO,
+            "min_lr": floor * RATIO,
         },
     ]
     return build_schedule(config, torch.optim.SGD(groups))
@@ -94,8 +95,9 @@ def rates(schedule) -> list[float]:
     return [group["lr"] for group in schedule.optimizer.param_groups]
 
 
-def test_every_step_has_the_closed_form(config):
-    schedule, peak = schedule_of(config), config.optimizer.lr
+def test_learning_rate_of_every_step_equals_the_closed_form(config):
+    schedule = schedule_of(config)
+    peak = config.optimizer.lr
     for step in range(config.steps):
         assert schedule.num_steps == step * config.tokens_per_step
         expected = peak * closed_form(config, schedule.num_steps)
@@ -104,7 +106,7 @@ def test_every_step_has_the_closed_form(config):
         schedule.step(config.tokens_per_step)
 
 
-def test_the_share_of_the_peak_is_that_of_the_schedule(config):
+def test_share_of_peak_equals_that_of_the_schedule(config):
     schedule = schedule_of(config)
     for _step in range(config.steps):
         plain, _plus = rates(schedule)
@@ -115,17 +117,18 @@ def test_the_share_of_the_peak_is_that_of_the_schedule(config):
     assert last_share(config) == pytest.approx(plain / config.optimizer.lr, rel=1e-9, abs=1e-12)
 
 
-def test_a_resume_and_another_batch_size_change_no_rate(config):
-    straight, expected = schedule_of(config), []
+def test_resuming_with_another_batch_size_does_not_change_the_rate(config):
+    uninterrupted = schedule_of(config)
+    expected = []
     for _step in range(config.steps):
-        expected.append(rates(straight))
-        straight.step(config.tokens_per_step)
+        expected.append(rates(uninterrupted))
+        uninterrupted.step(config.tokens_per_step)
     half = config.steps // 2
     resumed = schedule_of(config)
     resumed.step(half * config.tokens_per_step)
     for step in range(half, config.steps):
         assert rates(resumed) == expected[step]
-        for _third in range(3):  # from here on batches of a third
+        for _third in range(3):  # from here on, batches of a third of the size
             resumed.step(config.tokens_per_step // 3)
 
 
@@ -144,9 +147,7 @@ STEP = 8 * 64  # tokens of the tests' smallest run, which has ten steps
         ([f"train.tokens={7 * STEP}"], math.floor(0.8 * 7 * STEP)),
     ],
 )
-def test_a_warmup_that_reaches_into_the_cooldown_is_refused_and_what_is_named_fits(
-    changes, largest
-):
+def test_warmup_that_reaches_into_the_cooldown_is_refused_and_the_named_one_fits(changes, largest):
     def config_with(warmup: int):
         return load_config(
             overrides(Path("unread"), "x", *changes, f"schedule.warmup_tokens={warmup}")
@@ -157,13 +158,11 @@ def test_a_warmup_that_reaches_into_the_cooldown_is_refused_and_what_is_named_fi
     for warmup in (largest + 1, 10**9):
         with pytest.raises(UserError) as refusal:
             config_with(warmup)
-        assert f"schedule.warmup_tokens={warmup} " in str(refusal.value) and "has 1 problem" in str(
-            refusal.value
-        )
-        assert f"={largest} or less" in str(refusal.value) or f"set it to {largest} or less" in str(
-            refusal.value
-        )
-    # The rate never falls at once.
+        message = str(refusal.value)
+        assert f"schedule.warmup_tokens={warmup} " in message
+        assert "has 1 problem" in message
+        assert f"={largest} or less" in message or f"set it to {largest} or less" in message
+    # The rate never drops by a jump.
     shares = [
         share_of_peak(fits, tokens)
         for tokens in range(0, 10 * STEP, 16)
@@ -175,19 +174,19 @@ def test_a_warmup_that_reaches_into_the_cooldown_is_refused_and_what_is_named_fi
 @pytest.mark.parametrize(
     "changes", [["schedule=cosine"], ["schedule.cooldown_fraction=0"], ["train.branches=[5120]"]]
 )
-def test_without_a_cooldown_a_warmup_may_take_the_whole_run(changes):
-    """Check a trunk, which has no cooldown: its branches cool down."""
-    asked = overrides(Path("unread"), "x", *changes)
-    assert load_config([*asked, f"schedule.warmup_tokens={10 * STEP - 1}"])
+def test_warmup_may_take_the_whole_run_without_a_cooldown(changes):
+    """Check also a trunk, which has no cooldown, because its branches cool down."""
+    keys = overrides(Path("unread"), "x", *changes)
+    assert load_config([*keys, f"schedule.warmup_tokens={10 * STEP - 1}"])
     with pytest.raises(
         UserError,
         match=f"not less than the run's {10 * STEP} tokens: set it to {10 * STEP - 1} or less",
     ):
-        load_config([*asked, f"schedule.warmup_tokens={10 * STEP}"])
+        load_config([*keys, f"schedule.warmup_tokens={10 * STEP}"])
 
 
 @pytest.mark.parametrize(
-    ("warmup", "said"),
+    ("warmup", "message"),
     [
         (18 * STEP, "ends within its warm-up at 50% of the peak rate"),
         (9 * STEP, "ends within its warm-up at 100% of the peak rate"),
@@ -200,22 +199,22 @@ def test_without_a_cooldown_a_warmup_may_take_the_whole_run(changes):
         (0, "cools down; its last step is at 50% of the peak rate"),
     ],
 )
-def test_a_branch_says_how_it_ends(warmup, said):
+def test_ending_of_a_branch_is_described(warmup, message):
     branch = load_config(
         overrides(Path("unread"), "x", "branch_of=unread", f"schedule.warmup_tokens={warmup}")
     )
-    assert ending(branch).startswith(said)
-    assert ends_in_warmup(branch) == ("within its warm-up" in said)
+    assert ending(branch).startswith(message)
+    assert ends_in_warmup(branch) == ("within its warm-up" in message)
 
 
-def test_a_run_that_has_begun_keeps_the_warmup_that_a_new_one_must_not_have(tmp_path):
-    asked = overrides(tmp_path, "old", f"schedule.warmup_tokens={9 * STEP}")
+def test_existing_run_keeps_a_warmup_that_a_new_run_is_refused(tmp_path):
+    keys = overrides(tmp_path, "old", f"schedule.warmup_tokens={9 * STEP}")
     with pytest.raises(UserError, match="reaches into the cooldown"):
-        load_config(asked)
-    fine = load_config(overrides(tmp_path, "old"))
-    begun = fine.model_copy(
-        update={"schedule": fine.schedule.model_copy(update={"warmup_tokens": 9 * STEP})}
+        load_config(keys)
+    valid = load_config(overrides(tmp_path, "old"))
+    started = valid.model_copy(
+        update={"schedule": valid.schedule.model_copy(update={"warmup_tokens": 9 * STEP})}
     )
-    begun.run_dir.mkdir(parents=True)
-    (begun.run_dir / "config.json").write_text(begun.to_json())
-    assert load_config(asked) == load_run(begun.run_dir, []) == begun
+    started.run_dir.mkdir(parents=True)
+    (started.run_dir / "config.json").write_text(started.to_json())
+    assert load_config(keys) == load_run(started.run_dir, []) == started

@@ -1,4 +1,4 @@
-"""Test set-up on machines where it cannot work: one clear sentence, and a non-zero exit."""
+"""Test .ci/setup where it cannot work: it prints one error line and exits with a non-zero code."""
 
 import os
 import shutil
@@ -12,10 +12,10 @@ from conftest import ROOT
 TOOLS = ["sh", "dirname", "df", "awk", "grep", "tail", "touch"]
 
 
-def set_up(folder: Path, *, python: bool, **environment: str) -> subprocess.CompletedProcess:
-    """Run .ci/setup in a copy of the project, with a PATH of the bare tools.
+def run_setup(folder: Path, *, python: bool, **environment: str) -> subprocess.CompletedProcess:
+    """Run .ci/setup in a copy of the project, with only the tools of TOOLS on the PATH.
 
-    With `python` the PATH has Python 3.12, too.
+    With `python`, Python 3.12 is on the PATH, too.
     """
     for name in (".ci", "constraints.txt", "pyproject.toml"):
         source = ROOT / name
@@ -38,32 +38,34 @@ def set_up(folder: Path, *, python: bool, **environment: str) -> subprocess.Comp
     )
 
 
-def one_error(result: subprocess.CompletedProcess) -> str:
+def only_error_line(result: subprocess.CompletedProcess) -> str:
     assert result.returncode != 0
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ")
     return line
 
 
-def test_without_python_312(tmp_path):
-    assert "Python 3.12 was not found" in one_error(set_up(tmp_path, python=False))
+def test_missing_python_312_is_reported(tmp_path):
+    assert "Python 3.12 was not found" in only_error_line(run_setup(tmp_path, python=False))
     assert not (tmp_path / ".venv").exists()
 
 
-def test_without_a_network(tmp_path):
-    nowhere = {
+def test_missing_network_is_reported(tmp_path):
+    unreachable_index = {
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_INDEX_URL": "http://127.0.0.1:9/",
         "PIP_RETRIES": "0",
     }
-    assert "could not be fetched" in one_error(set_up(tmp_path, python=True, **nowhere))
+    assert "could not be fetched" in only_error_line(
+        run_setup(tmp_path, python=True, **unreachable_index)
+    )
     assert not (tmp_path / ".venv" / ".installed").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
-def test_on_a_full_disk(tmp_path):
+def test_full_disk_is_reported(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", tmp_path], check=True)
     try:
-        assert "the disk is full" in one_error(set_up(tmp_path, python=True))
+        assert "the disk is full" in only_error_line(run_setup(tmp_path, python=True))
     finally:
         subprocess.run(["umount", tmp_path], check=True)

@@ -1,6 +1,6 @@
-"""Test shards from a disk and from a store, whole, damaged, slow and deleted.
+"""Test reading intact, damaged, slow and deleted shards from a disk and from an object store.
 
-The result is the right samples, or an error that names the file.
+The result is either the right samples or an error that names the file.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def client(store):
 
 @pytest.fixture(scope="module")
 def corpus(workspace, tmp_path_factory, client) -> Path:
-    """Return a corpus of many small shards, compressed; a copy of it is in the store at REMOTE."""
+    """Return a corpus of many small compressed shards; the store has a copy of it at REMOTE."""
     import email
 
     folder = tmp_path_factory.mktemp("faults") / "corpus"
@@ -84,28 +84,32 @@ def damage(content: bytes, kind: str, rng: random.Random) -> bytes | None:
     )
 
 
-def test_a_store_gives_what_the_disk_gives_and_the_cache_spares_it(corpus, tmp_path, store):
+def test_store_and_disk_give_equal_samples_and_the_cache_avoids_requests(corpus, tmp_path, store):
     assert content(REMOTE, tmp_path) == content(corpus, tmp_path / "unpacked") == content(corpus)
     assert not list(corpus.rglob("*.mds")), "a corpus is not written to"
     store.set("counted", of="shard")
-    assert content(REMOTE, tmp_path) == content(corpus) and not store.asked
+    assert content(REMOTE, tmp_path) == content(corpus)
+    assert not store.asked
     store.set(None)
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_damages_none_of_them_silent(corpus, tmp_path, client, count):
-    """Flip, cut off or delete anything in the store or in the cache.
+def test_damage_is_repaired_or_reported_but_never_silent(corpus, tmp_path, client, count):
+    """Damage random files in the store and in the cache: flip a bit, truncate or delete them.
 
-    The result is the right samples, or an error within a minute.
+    The result must be the right samples, or an error within a minute.
     """
-    rng, whole, right, outcomes = random.Random(5), files(corpus), content(corpus), {}
+    rng = random.Random(5)
+    whole = files(corpus)
+    right = content(corpus)
+    outcomes = {}
     shards = [name for name in whole if name.startswith("train/") and ".mds" in name]
     assert len(shards) >= 8
     cache = tmp_path / "cache"
     for _number in range(count):
         kind = rng.choice(["flipped", "cut off", "deleted"])
         place = rng.choice(["store", "cached", "index"])
-        content(REMOTE, cache)  # what is missing or was damaged before is there again
+        content(REMOTE, cache)  # restores cached shards that the previous round damaged
         shard = rng.choice(shards)
         name = "train/index.json" if place == "index" else shard
         if place == "cached":
@@ -141,7 +145,7 @@ def test_damages_none_of_them_silent(corpus, tmp_path, client, count):
 
 
 @pytest.mark.parametrize("kind", ["flipped", "cut off", "deleted"])
-def test_a_damaged_shard_on_a_disk_is_named_and_never_removed(corpus, workspace, tmp_path, kind):
+def test_damaged_shard_on_a_disk_is_named_and_not_removed(corpus, workspace, tmp_path, kind):
     local = copy_of(workspace / "data" / "code", tmp_path / "local")
     victim = next((local / "train").rglob("*.mds"))
     damaged = damage(victim.read_bytes(), kind, random.Random(1))
@@ -153,18 +157,19 @@ def test_a_damaged_shard_on_a_disk_is_named_and_never_removed(corpus, workspace,
     assert victim.exists() == (kind != "deleted")
 
 
-def test_a_store_that_recovers_is_waited_for(corpus, tmp_path, store):
+def test_reads_are_retried_until_the_store_recovers(corpus, tmp_path, store):
     right = content(corpus)
     for number, (fault, times) in enumerate([("fails", 2), ("breaks off", 1), ("slow", 3)]):
         store.set(fault, of="shard.", times=times)
         started = time.monotonic()
         assert content(REMOTE, tmp_path / str(number)) == right
-        assert time.monotonic() - started > (1 if fault != "slow" else 0.2) and store.asked >= times
+        assert time.monotonic() - started > (1 if fault != "slow" else 0.2)
+        assert store.asked >= times
     store.set(None)
 
 
 @pytest.mark.parametrize("fault", ["fails", "breaks off"])
-def test_a_store_that_does_not_recover_ends_the_run(corpus, tmp_path, store, monkeypatch, fault):
+def test_store_that_does_not_recover_ends_the_run(corpus, tmp_path, store, monkeypatch, fault):
     monkeypatch.setattr(stores, "_PATIENCE_SECONDS", 2)
     store.set(fault, of="shard.")
     with pytest.raises(
@@ -178,7 +183,7 @@ def test_a_store_that_does_not_recover_ends_the_run(corpus, tmp_path, store, mon
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["fails", "hangs", "breaks off"])
-def test_the_end_comes_within_a_minute(corpus, tmp_path, store, fault):
+def test_store_that_does_not_recover_ends_the_run_within_a_minute(corpus, tmp_path, store, fault):
     store.set(fault, of="shard.")
     started = time.monotonic()
     with pytest.raises(UserError, match="could not be read"):
@@ -197,7 +202,7 @@ def copy_of(corpus: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         *(
             (
@@ -216,9 +221,7 @@ def copy_of(corpus: Path, folder: Path) -> Path:
         ({"samples": None}, "do not trust it"),
     ],
 )
-def test_an_index_that_would_do_harm_is_refused_though_its_hash_is_right(
-    corpus, tmp_path, change, said
-):
+def test_malicious_index_is_refused_even_if_its_hash_is_right(corpus, tmp_path, change, message):
     forged = copy_of(corpus, tmp_path / "forged")
     index = json.loads((forged / "train" / "index.json").read_text())
     index["shards"][0] |= change
@@ -230,14 +233,14 @@ def test_an_index_that_would_do_harm_is_refused_though_its_hash_is_right(
     (forged / "manifest.json").write_text(dump_sealed(manifest))
     with pytest.raises(
         UserError,
-        match=f"not written by `retemper tokenize`, do not trust it: .*{said}"
-        if "trust" not in said
-        else said,
+        match=f"not written by `retemper tokenize`, do not trust it: .*{message}"
+        if "trust" not in message
+        else message,
     ):
         TokenShards(forged, "train")
 
 
-def test_a_damaged_manifest_is_refused(corpus, tmp_path):
+def test_damaged_manifest_is_refused(corpus, tmp_path):
     path = copy_of(corpus, tmp_path / "copied") / "manifest.json"
     path.write_text(path.read_text().replace('"vocab_size": 300', '"vocab_size": 301'))
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
@@ -255,9 +258,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_disk_too_small_for_the_cache_is_refused_before_anything_is_fetched(
-    workspace, corpus, small_disk
-):
+def test_disk_too_small_for_the_cache_is_refused_before_any_download(workspace, corpus, small_disk):
     config = load_config(
         overrides(
             workspace,
@@ -273,7 +274,7 @@ def test_a_disk_too_small_for_the_cache_is_refused_before_anything_is_fetched(
     assert not [path for path in small_disk.rglob("*") if path.is_file()]
 
 
-def test_too_little_shared_memory_is_refused_where_ranks_share_a_node(small_disk):
+def test_too_little_shared_memory_is_refused_if_ranks_share_a_node(small_disk):
     _check_shared_memory(1, small_disk)
     with pytest.raises(
         UserError, match="8 ranks on one node need 512 MiB: start the container with --ipc=host"

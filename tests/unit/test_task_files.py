@@ -1,4 +1,4 @@
-"""Test local files in the place of hub datasets, and the tokenizer that tasks are read with."""
+"""Test tasks on local files instead of hub datasets, and the tokenizer that tasks are run with."""
 
 import json
 from types import SimpleNamespace
@@ -10,6 +10,8 @@ from conftest import overrides
 from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.evals import TASKS_WITH_FILES, EvalsConfig, TaskConfig
+
+MAX_LENGTH = 512  # of the model that knows the answers
 
 
 def load(name: str, folder, **settings):
@@ -28,15 +30,14 @@ def test_every_task_reads_its_real_files(shared_data):
     counts = {"hellaswag": 1000, "arc_challenge": 1172, "winogrande": 1267, "gsm8k": 1319}
     for name, count in counts.items():
         task = load(name, shared_data / "evals", shots=1)
-        assert len(task.eval_docs) == count and task.config.num_fewshot == 1
-    # The task's own shots and settings, unless others are asked for.
+        assert len(task.eval_docs) == count
+        assert task.config.num_fewshot == 1
+    # The defaults are the shots and settings of the task's own definition.
     task = load("gsm8k", shared_data / "evals", temperature=0.5, top_p=0.9, max_new_tokens=7)
     assert task.config.num_fewshot == 5
-    asked = {"temperature": 0.5, "top_p": 0.9, "max_gen_toks": 7, "do_sample": True}
-    assert (
-        asked.items() <= task.config.generation_kwargs.items()
-        and "Question:" in task.config.generation_kwargs["until"]
-    )
+    settings = {"temperature": 0.5, "top_p": 0.9, "max_gen_toks": 7, "do_sample": True}
+    assert settings.items() <= task.config.generation_kwargs.items()
+    assert "Question:" in task.config.generation_kwargs["until"]
 
 
 BROKEN = {
@@ -54,7 +55,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_record_that_is_none_is_named_by_its_line(name, tmp_path):
+def test_malformed_record_is_refused_with_its_file_and_line(name, tmp_path):
     file, record = BROKEN[name]
     for text in (json.dumps(record), "{", "7", "{}"):
         (tmp_path / file).write_text(text + "\n")
@@ -63,14 +64,14 @@ def test_a_record_that_is_none_is_named_by_its_line(name, tmp_path):
     assert "is empty" in refusal(name, tmp_path)
 
 
-def test_every_task_that_may_be_asked_of_files_can_be_read():
+def test_every_task_allowed_with_local_files_has_a_reader():
     from retemper.pipeline.evals.code_tasks import CODE_TASKS
     from retemper.pipeline.evals.tasks import LOCAL_TASKS
 
     assert set(TASKS_WITH_FILES) == LOCAL_TASKS.keys() | CODE_TASKS.keys()
 
 
-def test_a_tokenizer_larger_than_its_model_is_refused(workspace):
+def test_tokenizer_larger_than_the_vocabulary_of_the_model_is_refused(workspace):
     from retemper.pipeline.evals.run_tokenizer import load_tokenizer
 
     data = SimpleNamespace(
@@ -85,7 +86,9 @@ def test_a_tokenizer_larger_than_its_model_is_refused(workspace):
 
 
 @pytest.mark.parametrize("stop", ["Question:", "é", "\n\n", " and"])
-def test_text_ends_with_the_token_that_completes_a_stop_string(workspace, monkeypatch, stop):
+def test_generated_text_ends_with_the_token_that_completes_a_stop_string(
+    workspace, monkeypatch, stop
+):
     from retemper.pipeline.evals import team
     from retemper.pipeline.evals.run_tokenizer import load_tokenizer
     from retemper.pipeline.model.inference import Sampling
@@ -98,53 +101,56 @@ def test_text_ends_with_the_token_that_completes_a_stop_string(workspace, monkey
         "Questions: cafés and more\n\nQuestion: why?", add_special_tokens=False
     )
 
-    def recite(_model, _topology, prompts, _draws, _sampling, ended):
+    def generate_words(_model, _topology, prompts, _draws, _sampling, ended):
         return [
             words[: next(count for count in range(1, len(words) + 1) if ended(words[:count]))]
             for _ in prompts
         ]
 
-    monkeypatch.setattr(team, "generate", recite)
+    monkeypatch.setattr(team, "generate", generate_words)
     monkeypatch.setattr(team, "all_gather_data_parallel", lambda mine: [mine])
     config = SimpleNamespace(evals=SimpleNamespace(micro_batch_size=2), fp8_recipe=None)
-    alone = team.RankZeroServer(
+    server = team.RankZeroServer(
         config, SimpleNamespace(rank=0, data_parallel_rank=0, data_parallel_size=1), None
     )
-    [new] = alone.generate(
+    [new] = server.generate(
         [np.array([1])], Sampling(99), [stop], tokenizer, tokenizer.eos_token_id, 1, ""
     )
-    assert stop in tokenizer.decode(new) and stop not in tokenizer.decode(new[:-1])
+    assert stop in tokenizer.decode(new)
+    assert stop not in tokenizer.decode(new[:-1])
 
 
-def knowing(right: bool):
-    """Return a model that gives the right answer to every problem, or a wrong one."""
+def oracle(right: bool):
+    """Return a model that gives the right answer to every problem, or a wrong one to each."""
     from lm_eval.api.model import TemplateLM
 
-    class Knowing(TemplateLM):
-        eot_token_id, max_length = 0, 512  # a token is a byte
+    class Oracle(TemplateLM):
+        eot_token_id = 0
+        max_length = MAX_LENGTH  # a token is a byte
 
         def tok_encode(self, string, **_options):
             return list(string.encode())
 
         def _loglikelihood_tokens(self, requests, **_options):
-            pytest.fail("tasks ask for texts, whose tokens nobody looks at here")
+            pytest.fail("these tasks request texts, not tokens")
 
         loglikelihood_rolling = _loglikelihood_tokens
 
         def loglikelihood(self, requests, **_options):
-            # So far apart that the length of an answer does not count.
+            # So far apart that dividing by the length of an answer does not change the order.
             return [
-                (-1e-6 if (request.idx == right_place(request.doc)) == right else -1e6, False)
+                (-1e-6 if (request.idx == right_choice(request.doc)) == right else -1e6, False)
                 for request in requests
             ]
 
         def generate_until(self, requests, **_options):
             return [request.doc["answer"] + "1" * (not right) for request in requests]
 
-    return Knowing()
+    return Oracle()
 
 
-def right_place(doc: dict) -> int:
+def right_choice(doc: dict) -> int:
+    """Return the index of the right choice of a problem."""
     if "gold" in doc:
         return doc["gold"]
     return (
@@ -154,11 +160,20 @@ def right_place(doc: dict) -> int:
     )
 
 
+# A prompt is cut if it exceeds MAX_LENGTH bytes together with its longest choice or, for gsm8k,
+# with the tokens to generate. The first two numbers come from a separate count in the files.
 @pytest.mark.parametrize(
-    ("name", "count"),
-    {"hellaswag": 1000, "arc_challenge": 1172, "winogrande": 1267, "gsm8k": 1319}.items(),
+    ("name", "count", "cut_prompts"),
+    [
+        ("hellaswag", 1000, 260),
+        ("arc_challenge", 1172, 7),
+        ("winogrande", 1267, 0),
+        ("gsm8k", 1319, 1319),
+    ],
 )
-def test_right_answers_score_one_and_wrong_ones_nothing(name, count, workspace, shared_data):
+def test_right_answers_score_one_and_wrong_answers_zero(
+    name, count, cut_prompts, workspace, shared_data
+):
     from retemper.pipeline.evals.harness import score_task
 
     config = load_config(
@@ -170,11 +185,9 @@ def test_right_answers_score_one_and_wrong_ones_nothing(name, count, workspace, 
         )
     )
     for right in (True, False):
-        scores, problems = score_task(name, config, knowing(right))
-        assert scores["samples"] == count == len({problem["doc_id"] for problem in problems})
-        assert scores["cut_prompts"] == {"gsm8k": count, "winogrande": 0}.get(
-            name, scores["cut_prompts"]
-        )
-        assert scores["score"] == right and {
-            value["value"] for value in scores["metrics"].values()
-        } == {right}
+        scores, problems = score_task(name, config, oracle(right))
+        assert scores["samples"] == count
+        assert len({problem["doc_id"] for problem in problems}) == count
+        assert scores["cut_prompts"] == cut_prompts
+        assert scores["score"] == right
+        assert {value["value"] for value in scores["metrics"].values()} == {right}

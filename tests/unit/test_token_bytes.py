@@ -1,7 +1,4 @@
-"""Test that the bytes of tokens add up to the text, and which tokenizer a run records.
-
-Tokens may have been added to the vocabulary.
-"""
+"""Test the byte counts of tokens, also of added ones, and the check of a run's tokenizer."""
 
 import heapq
 from pathlib import Path
@@ -49,13 +46,14 @@ def with_added(folder: Path, target: Path, tokens: list[AddedToken]) -> Tokenize
     return Tokenizer(target)
 
 
-def counted(tokenizer: Tokenizer, text: str) -> int:
+def bytes_of(tokenizer: Tokenizer, text: str) -> int:
+    """Return the sum of the byte counts of a text's tokens."""
     (ids,) = tokenizer.encode([text])
     return int(tokenizer.token_bytes()[ids].sum())
 
 
 @pytest.mark.parametrize("normalized", [False, True])
-def test_bytes_of_added_tokens_add_up_to_the_text(byte_level, tmp_path, normalized):
+def test_bytes_of_added_tokens_sum_to_the_bytes_of_the_text(byte_level, tmp_path, normalized):
     tokenizer = with_added(
         byte_level, tmp_path / "t", [AddedToken(token, normalized=normalized) for token in ADDED]
     )
@@ -65,10 +63,10 @@ def test_bytes_of_added_tokens_add_up_to_the_text(byte_level, tmp_path, normaliz
         PYTHON,
         *ADDED,
     ):
-        assert counted(tokenizer, text) == len(text.encode()), text[:40]
+        assert bytes_of(tokenizer, text) == len(text.encode()), text[:40]
 
 
-def test_bytes_of_tokens_added_to_sentencepiece_add_up_to_the_text(shared_data, tmp_path):
+def test_bytes_of_tokens_added_to_sentencepiece_sum_to_the_bytes_of_the_text(shared_data, tmp_path):
     tokens = ["<｜User｜>", "<｜fim▁hole｜>", "<tool>", "日本語"]
     tokenizer = with_added(
         shared_data / "llama2-tokenizer",
@@ -81,23 +79,26 @@ def test_bytes_of_tokens_added_to_sentencepiece_add_up_to_the_text(shared_data, 
         PYTHON,
         *tokens,
     ):
-        assert counted(tokenizer, text) == len(text.encode()), text[:40]
+        assert bytes_of(tokenizer, text) == len(text.encode()), text[:40]
 
 
-def test_one_token_counts_its_own_bytes(byte_level, tmp_path):
+def test_added_token_has_its_own_bytes_and_a_special_token_none(byte_level, tmp_path):
     special = AddedToken("<｜end｜>", special=True)
     tokenizer = with_added(byte_level, tmp_path / "t", [*map(AddedToken, ADDED), special])
     sizes = tokenizer.token_bytes()
     found = {token: int(sizes[tokenizer.backend.token_to_id(token)]) for token in ADDED}
-    assert found == {token: len(token.encode()) for token in ADDED} and found["<｜User｜>"] == 12
-    assert sizes[tokenizer.backend.token_to_id("<｜end｜>")] == 0 == sizes[tokenizer.eos_id or 0]
-    # What the model spells so too is counted as the model spells it: one byte, and a space before
-    # a letter.
-    again = with_added(byte_level, tmp_path / "again", [AddedToken("é"), AddedToken("Ġ")])
-    assert [again.token_bytes()[again.backend.token_to_id(token)] for token in "éĠ"] == [1, 1]
+    assert found == {token: len(token.encode()) for token in ADDED}
+    assert found["<｜User｜>"] == 12
+    assert sizes[tokenizer.backend.token_to_id("<｜end｜>")] == 0
+    assert sizes[tokenizer.eos_id or 0] == 0
+    # A byte-level vocabulary already contains these two characters, as its spellings of one byte
+    # and of a space. So their size is that of the spelling: one byte.
+    ambiguous = with_added(byte_level, tmp_path / "again", [AddedToken("é"), AddedToken("Ġ")])
+    for token in "éĠ":
+        assert ambiguous.token_bytes()[ambiguous.backend.token_to_id(token)] == 1, token
 
 
-def test_sentencepiece_bytes_and_spaces(shared_data):
+def test_bytes_of_sentencepiece_byte_and_space_tokens(shared_data):
     tokenizer = Tokenizer(shared_data / "llama2-tokenizer")
     sizes = tokenizer.token_bytes()
     for token, size in {
@@ -114,7 +115,7 @@ def test_sentencepiece_bytes_and_spaces(shared_data):
 
 
 def corpus(folder: Path, tokenizer: str) -> Path:
-    """Return the manifest of a corpus that was tokenized with a tokenizer of this hash."""
+    """Write the manifest of a corpus whose tokenizer has this hash, and return its folder."""
     splits = {split: {"samples": 100} for split in ("train", "heldout")}
     manifest = {
         "made_from": {},
@@ -130,7 +131,7 @@ def corpus(folder: Path, tokenizer: str) -> Path:
 
 
 def config_of(data: Path, tokenizer: str):
-    asked = [
+    changes = [
         "name=r",
         "data=local",
         "data.source.path=x",
@@ -138,24 +139,25 @@ def config_of(data: Path, tokenizer: str):
         f"data.tokenizer={tokenizer}",
         "evals.heldout={}",
     ]
-    return load_config([*TINY, *asked])
+    return load_config([*TINY, *changes])
 
 
-def test_a_tokenizer_other_than_that_of_the_shards_is_refused_at_start(
+def test_tokenizer_other_than_that_of_the_shards_is_refused_at_start(
     byte_level, tmp_path, monkeypatch
 ):
-    made = corpus(tmp_path / "docs", Tokenizer(byte_level).sha256)
+    shards = corpus(tmp_path / "docs", Tokenizer(byte_level).sha256)
     assert (
-        check_corpora(config_of(made, str(byte_level)))["tokenizer"] == Tokenizer(byte_level).sha256
+        check_corpora(config_of(shards, str(byte_level)))["tokenizer"]
+        == Tokenizer(byte_level).sha256
     )
     other = with_added(byte_level, tmp_path / "other", [AddedToken("<tool>")]).folder
     with pytest.raises(
         UserError,
         match=rf"data.tokenizer={other} is another tokenizer than the one that "
-        rf"corpus docs in {made}",
+        rf"corpus docs in {shards}",
     ):
-        check_corpora(config_of(made, str(other)))
-    # What is not on this machine is not compared, and nothing is fetched for it.
+        check_corpora(config_of(shards, str(other)))
+    # A tokenizer that is not on this machine is neither compared nor downloaded.
     for absent in (
         str(tmp_path / "nowhere"),
         "nobody/nothing",
@@ -163,9 +165,9 @@ def test_a_tokenizer_other_than_that_of_the_shards_is_refused_at_start(
         "no..body/x",
         "a--b/c",
         "-a/b",
-        str(made),
+        str(shards),
     ):
-        assert check_corpora(config_of(made, absent))
+        assert check_corpora(config_of(shards, absent))
 
     cached = tmp_path / "hub" / "models--some--model"
     (cached / "refs").mkdir(parents=True)
@@ -176,16 +178,16 @@ def test_a_tokenizer_other_than_that_of_the_shards_is_refused_at_start(
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(UserError, match="data.tokenizer=some/model is another tokenizer"):
-        check_corpora(config_of(made, "some/model"))
+        check_corpora(config_of(shards, "some/model"))
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-2-7b-hf", "a/b@v1.0", "a_b/c.d"])
-def test_names_of_the_hub(name):
+def test_hub_name_is_recognized(name):
     assert tokenizers.is_hub_name(name)
 
 
 @pytest.mark.parametrize(
     "name", ["llama", "/a/b", "a/b/c", "./a", "../a", "a/", "a--b/c", "a/b..c", "a/b c", "", "a/b@"]
 )
-def test_what_is_no_name_of_the_hub(name):
+def test_other_name_is_not_taken_for_a_hub_name(name):
     assert not tokenizers.is_hub_name(name)

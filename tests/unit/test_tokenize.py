@@ -1,6 +1,6 @@
-"""Test the tokenize job: the same corpus whatever the tasks and restarts, exact budgets, masks.
+"""Test the tokenize job: equal corpora for any number of tasks and restarts, and exact budgets.
 
-Remote folders and refused configurations are covered, too.
+Remote folders, presets, decontamination and refused configurations are covered, too.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ from retemper.tokenize.sources import read_documents
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory) -> Path:
-    """Write real code and prose as rows, in every format, a few of them copies."""
+    """Return a folder of real code as rows in every format; three rows are duplicates."""
     import email
 
     folder = tmp_path_factory.mktemp("documents")
@@ -81,7 +81,9 @@ def documents_of(path: str, split: str = "train") -> set[int]:
     return set(shards.samples(np.arange(len(shards))).values("documents").tolist())
 
 
-def test_the_same_bytes_for_one_two_and_five_tasks(workspace, documents, tmp_path, small_parts):
+def test_corpus_has_equal_bytes_for_any_number_of_tasks(
+    workspace, documents, tmp_path, small_parts
+):
     for packing in ("concat", "best_fit"):
         hashes = {}
         for tasks in (1, 2, 5) if packing == "concat" else (1, 2):
@@ -91,20 +93,11 @@ def test_the_same_bytes_for_one_two_and_five_tasks(workspace, documents, tmp_pat
             manifest = tokenize(corpus, progress=False)
             hashes[tasks] = folder_hash(Path(corpus.path))
         assert len(set(hashes.values())) == 1, hashes
-        assert (
-            len(
-                {
-                    line["path"]
-                    for line in map(json.loads, (Path(corpus.path) / "sources.jsonl").open())
-                }
-            )
-            == 4
-        )
+        lines = (Path(corpus.path) / "sources.jsonl").read_text().splitlines()
+        assert len({json.loads(line)["path"] for line in lines}) == 4
         kept = sum(counts["documents"] for counts in manifest["splits"].values())
-        assert (
-            manifest["documents_read"] == kept + sum(manifest["dropped"].values())
-            and manifest["dropped"]["duplicate"] == 3
-        )
+        assert manifest["documents_read"] == kept + sum(manifest["dropped"].values())
+        assert manifest["dropped"]["duplicate"] == 3
     assert len(list((Path(corpus.path) / "train").iterdir())) > 3
 
 
@@ -118,10 +111,10 @@ def test_parts_cover_every_record_once(documents, monkeypatch):
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_a_budget_takes_the_first_documents_in_order(
+def test_smaller_budget_takes_a_subset_of_the_documents_of_a_larger_one(
     workspace, documents, tmp_path, small_parts, packing
 ):
-    """Check that concat cuts the last of them and best_fit omits it, and the counts of both."""
+    """Check the counts, too: concat cuts the last of the documents, best_fit omits it."""
     chosen = {}
     total = tokenize(
         rows_config(workspace, documents, tmp_path / "None", packing=packing), progress=False
@@ -133,17 +126,16 @@ def test_a_budget_takes_the_first_documents_in_order(
         )
         manifest = tokenize(corpus, progress=False)
         if samples:
-            shards, train = TokenShards(corpus.path, "train"), manifest["splits"]["train"]
-            assert train["samples"] == len(shards) and (
-                len(shards) == samples or packing == "best_fit" and len(shards) < samples
-            )
+            shards = TokenShards(corpus.path, "train")
+            train = manifest["splits"]["train"]
+            assert train["samples"] == len(shards)
+            assert len(shards) == samples or packing == "best_fit" and len(shards) < samples
             assert manifest["dropped"]["beyond_budget"] > 0
             written = shards.samples(np.arange(len(shards)))
             assert train["tokens"] == written.values("lengths").sum()
             token_bytes = np.load(f"{corpus.path}/token_bytes.npy")
-            assert (
-                train["bytes"] == token_bytes[written.tokens_NT].sum()
-            )  # padding is end-of-text, which stands for no bytes
+            # Padding is end-of-text, which counts zero bytes.
+            assert train["bytes"] == token_bytes[written.tokens_NT].sum()
         chosen[samples] = documents_of(corpus.path)
     assert chosen[total // 3] < chosen[total * 2 // 3] < chosen[None]
     with pytest.raises(UserError, match=r"samples of 64, the corpus has [\d,]+"):
@@ -153,7 +145,7 @@ def test_a_budget_takes_the_first_documents_in_order(
         )
 
 
-def test_the_seed_moves_documents_but_not_the_held_out_ones(workspace, documents, tmp_path):
+def test_seed_changes_the_order_but_not_the_held_out_documents(workspace, documents, tmp_path):
     paths = [rows_config(workspace, documents, tmp_path / str(seed), seed=seed) for seed in (1, 2)]
     for corpus in paths:
         tokenize(corpus, progress=False)
@@ -164,13 +156,14 @@ def test_the_seed_moves_documents_but_not_the_held_out_ones(workspace, documents
     assert documents_of(paths[0].path, "heldout") == documents_of(paths[1].path, "heldout")
 
 
-def test_a_restart_keeps_finished_parts_and_reads_changed_files_again(
+def test_restart_keeps_finished_parts_and_reads_changed_files_again(
     workspace, documents, tmp_path, small_parts, monkeypatch
 ):
     source = tmp_path / "docs"
     shutil.copytree(documents, source)
     (source / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 999)[:-20])
-    corpus, work = rows_config(workspace, source, tmp_path / "out"), tmp_path / "out.partial"
+    corpus = rows_config(workspace, source, tmp_path / "out")
+    work = tmp_path / "out.partial"
     with pytest.raises(UserError, match="cut.jsonl.gz"):
         tokenize(corpus, progress=False)
     with pytest.raises(UserError, match="data.seed: 17 -> 18"):
@@ -186,50 +179,50 @@ def test_a_restart_keeps_finished_parts_and_reads_changed_files_again(
         if "cut.jsonl" not in (path.parent / "inputs.json").read_text()
     ]
     first, second, *_ = (path for path in unchanged if [*path.parent.glob("*.ids")])
-    next(first.parent.glob("*.ids")).unlink()  # deleted under it
-    second.write_text("{half a mark")  # and damaged
-    (source / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x and y"}\n'))  # and mended
+    next(first.parent.glob("*.ids")).unlink()  # an output was deleted
+    second.write_text("{half a mark")  # a mark was damaged
+    repaired = gzip.compress(b'{"text": "x and y"}\n')
+    (source / "cut.jsonl.gz").write_bytes(repaired)
     with monkeypatch.context() as patch:
         patch.setattr(job_folder, "remove", lambda folder: None)
         manifest = tokenize(corpus, progress=False)
     after = finished()
     assert {path for path in before if after[path] == before[path]} == set(before) - {first, second}
-    assert len(after) == len(before) + 1  # the mended file's part is another
+    assert len(after) == len(before) + 1  # the part of the repaired file is new
     whole = rows_config(workspace, source, tmp_path / "whole")
     assert tokenize(whole, progress=False) == manifest
     assert folder_hash(tmp_path / "out") == folder_hash(tmp_path / "whole")
 
 
-def test_a_finished_corpus_that_lost_a_shard_is_made_again(workspace, documents, tmp_path):
+def test_finished_corpus_that_lost_a_file_is_tokenized_again(workspace, documents, tmp_path):
     corpus = rows_config(workspace, documents, tmp_path / "out")
     tokenize(corpus, progress=False)
     before = folder_hash(Path(corpus.path))
-    for victim in ("train/00000/shard.00000.mds.zstd", "heldout/index.json", "manifest.json"):
-        if victim == "manifest.json":
+    for file in ("train/00000/shard.00000.mds.zstd", "heldout/index.json", "manifest.json"):
+        (Path(corpus.path) / file).unlink()
+        if file == "manifest.json":
             with pytest.raises(UserError, match="is not a token corpus"):
-                (Path(corpus.path) / victim).unlink()
                 tokenize(corpus, progress=False)
         else:
-            (Path(corpus.path) / victim).unlink()
             tokenize(corpus, progress=False)
             assert folder_hash(Path(corpus.path)) == before
 
 
-def test_nothing_of_anyone_elses_is_touched(workspace, documents, tmp_path):
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.txt").write_text("do not lose")
-    (mine / "manifest.json").write_text('{"name": "a web app"}')
+def test_folders_with_foreign_files_are_left_unchanged(workspace, documents, tmp_path):
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("do not lose")
+    (foreign / "manifest.json").write_text('{"name": "a web app"}')
     with pytest.raises(UserError, match="is not a token corpus"):
-        tokenize(rows_config(workspace, documents, mine), progress=False)
-    for source, said in ((tmp_path / "nowhere", "does not exist"), (documents, None)):
-        corpus = rows_config(workspace, source, tmp_path / "out", work_dir=str(mine))
-        if said:
-            with pytest.raises(UserError, match=said):
+        tokenize(rows_config(workspace, documents, foreign), progress=False)
+    for source, message in ((tmp_path / "nowhere", "does not exist"), (documents, None)):
+        corpus = rows_config(workspace, source, tmp_path / "out", work_dir=str(foreign))
+        if message:
+            with pytest.raises(UserError, match=message):
                 tokenize(corpus, progress=False)
         else:
             tokenize(corpus, progress=False)
-    assert sorted(path.name for path in mine.iterdir()) == ["manifest.json", "thesis.txt"]
+    assert sorted(path.name for path in foreign.iterdir()) == ["manifest.json", "thesis.txt"]
     for path, work_dir in (
         (documents / "out", None),
         (tmp_path / "new", tmp_path / "new" / "work"),
@@ -241,9 +234,8 @@ def test_nothing_of_anyone_elses_is_touched(workspace, documents, tmp_path):
             )
 
 
-def test_a_path_may_end_in_a_slash_and_another_configuration_never_replaces_a_damaged_corpus(
-    workspace, documents, tmp_path
-):
+def test_damaged_corpus_is_not_replaced_by_another_configuration(workspace, documents, tmp_path):
+    """Check this with a path that ends in a slash, which must make no difference."""
     corpus = rows_config(workspace, documents, tmp_path / "out").model_copy(
         update={"path": f"{tmp_path}/out/"}
     )
@@ -255,11 +247,11 @@ def test_a_path_may_end_in_a_slash_and_another_configuration_never_replaces_a_da
     assert len(TokenShards(corpus.path, "train"))
 
 
-def test_links_are_followed_and_dangling_ones_named(workspace, documents, tmp_path):
+def test_links_are_followed_and_dangling_links_are_named(workspace, documents, tmp_path):
     source = tmp_path / "docs"
     (source / "run[1]").mkdir(parents=True)
     (source / "linked").symlink_to(documents)
-    (source / "again").symlink_to(source)  # a circle
+    (source / "again").symlink_to(source)  # a cycle
     (source / "run[1]" / "a.jsonl").symlink_to(documents / "a.jsonl")
     corpus = rows_config(workspace, source, tmp_path / "out")
     whole = [
@@ -278,7 +270,7 @@ def test_links_are_followed_and_dangling_ones_named(workspace, documents, tmp_pa
         tokenize(corpus, progress=False)
 
 
-def test_columns_that_are_called_like_ours_stay_the_rows(workspace, documents, tmp_path):
+def test_metadata_keys_may_have_the_names_of_internal_columns(workspace, documents, tmp_path):
     (tmp_path / "rows.jsonl").write_text(
         "".join(
             json.dumps({"text": f"text {n} " * 50, "position": 7, "file": "x"}) + "\n"
@@ -298,7 +290,7 @@ def test_columns_that_are_called_like_ours_stay_the_rows(workspace, documents, t
 
 
 @pytest.mark.parametrize(
-    ("lengths", "changes", "said"),
+    ("lengths", "changes", "message"),
     [
         (
             [400] * 5,
@@ -313,21 +305,21 @@ def test_columns_that_are_called_like_ours_stay_the_rows(workspace, documents, t
         ([400] * 5, {"heldout_fraction": 1e-9, "packing": "best_fit"}, "is 0 documents"),
     ],
 )
-def test_a_held_out_split_without_a_sample_is_refused_unless_none_is_asked_for(
-    workspace, tmp_path, lengths, changes, said
+def test_held_out_split_without_a_sample_is_refused_unless_its_fraction_is_zero(
+    workspace, tmp_path, lengths, changes, message
 ):
     texts = [f"number {number} " * length for number, length in enumerate(lengths)]
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts)
     )
     corpus = rows_config(workspace, tmp_path / "rows.jsonl", tmp_path / "out", **changes)
-    with pytest.raises(UserError, match=said) as refused:
+    with pytest.raises(UserError, match=message) as refusal:
         tokenize(corpus, progress=False)
-    assert str(refused.value).startswith(
+    assert str(refusal.value).startswith(
         f"data.heldout_fraction={changes['heldout_fraction']} of {tmp_path / 'rows.jsonl'} is "
     )
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"], (
-        "nothing is left that the advice would stumble over"
+        "files are left over that would make the advised command fail"
     )
     without = corpus.model_copy(update={"heldout_fraction": 0.0})
     assert tokenize(without, progress=False)["splits"]["heldout"]["samples"] == 0
@@ -336,14 +328,14 @@ def test_a_held_out_split_without_a_sample_is_refused_unless_none_is_asked_for(
     assert tokenize(more, progress=False)["splits"]["heldout"]["samples"] > 0
 
 
-def test_a_second_job_on_the_same_corpus_is_refused(workspace, documents, tmp_path):
+def test_second_job_on_the_same_corpus_is_refused(workspace, documents, tmp_path):
     with open(tmp_path / "out.partial.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="being written by another"):
             tokenize(rows_config(workspace, documents, tmp_path / "out"), progress=False)
 
 
-def test_no_tokens_between_documents_is_refused(workspace, documents, tmp_path):
+def test_documents_without_a_separating_token_are_refused(workspace, documents, tmp_path):
     with pytest.raises(UserError, match="data.bos=true"):
         tokenize(rows_config(workspace, documents, tmp_path / "out", bos=True), progress=False)
     with pytest.raises(UserError, match="both false"):
@@ -359,7 +351,7 @@ PRESETS = {
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_runs_on_a_local_copy(preset, shared_data, tmp_path):
+def test_preset_runs_on_a_local_copy(preset, shared_data, tmp_path):
     data = load_data_config(
         [
             f"data={preset}",
@@ -374,30 +366,31 @@ def test_a_preset_runs_on_a_local_copy(preset, shared_data, tmp_path):
     assert manifest["encoder"]["name"] == "gigatoken"
     train = manifest["splits"]["train"]
     assert manifest["documents_read"] == train["documents"] + sum(manifest["dropped"].values())
-    tokenizer, shards = Tokenizer(data.tokenizer), TokenShards(data.path, "train")
+    tokenizer = Tokenizer(data.tokenizer)
+    shards = TokenShards(data.path, "train")
     rows = {
         json.loads(line)[data.source.text_key]
         for line in Path(data.source.path).read_text().splitlines()
     }
     if data.source.prompt is None:
         return
-    assert 0 < train["padding_fraction"] < 0.05 and train["cut_documents"] == 0
+    assert 0 < train["padding_fraction"] < 0.05
+    assert train["cut_documents"] == 0
     samples = shards.samples(np.arange(len(shards)))
     for row, tokens in enumerate(samples.tokens_NT):
         *pieces, padding = np.split(tokens, samples.values("lengths", row).cumsum())
         for ids, prompt in zip(pieces, samples.values("prompt_lengths", row)):
             text = tokenizer.backend.decode(ids[:-1].tolist(), skip_special_tokens=False)
             response = tokenizer.backend.decode(ids[prompt:-1].tolist(), skip_special_tokens=False)
-            assert ids[-1] == tokenizer.eos_id and text.endswith(response)
-            assert (
-                text.startswith("Below is an instruction")
-                and text.partition("### Response:\n")[2] in rows
-            )
+            assert ids[-1] == tokenizer.eos_id
+            assert text.endswith(response)
+            assert text.startswith("Below is an instruction")
+            assert text.partition("### Response:\n")[2] in rows
             assert response in rows or response.lstrip("\n") in rows
         assert (padding == tokenizer.eos_id).all()
 
 
-def test_decontamination_drops_reworded_problems_and_nothing_else(shared_data, tmp_path):
+def test_decontamination_drops_only_reformatted_problems(shared_data, tmp_path):
     evals = shared_data / "evals"
     tasks = {
         "humaneval": "humaneval.jsonl", "mbpp": "mbpp_test.jsonl", "gsm8k": "gsm8k_test.jsonl",
@@ -444,10 +437,11 @@ def test_decontamination_drops_reworded_problems_and_nothing_else(shared_data, t
     assert {task: counts["documents_dropped"] for task, counts in found.items()} == {
         task: int(task in ("humaneval", "gsm8k")) for task in tasks
     }
-    assert found["humaneval"]["problems"] == 164 and found["gsm8k"]["problems"] == 1319
+    assert found["humaneval"]["problems"] == 164
+    assert found["gsm8k"]["problems"] == 1319
 
 
-def test_documents_and_shards_may_lie_in_s3(
+def test_documents_and_shards_may_be_in_s3(
     workspace, documents, tmp_path, store, small_parts, monkeypatch
 ):
     import boto3
@@ -464,7 +458,8 @@ def test_documents_and_shards_may_lie_in_s3(
         update={"source": corpus.source.model_copy(update={"path": "s3://corpora/docs"})}
     )
     manifest = tokenize(remote, progress=False)
-    assert manifest["fingerprint"] == local["fingerprint"] and manifest["splits"] == local["splits"]
+    assert manifest["fingerprint"] == local["fingerprint"]
+    assert manifest["splits"] == local["splits"]
     assert not list(tmp_path.glob("*.partial"))
     shards = [
         item["Key"].removeprefix("shards/")
@@ -474,13 +469,13 @@ def test_documents_and_shards_may_lie_in_s3(
         str(path.relative_to(tmp_path / "local"))
         for path in (tmp_path / "local" / "train").rglob("*.*")
     )
-    assert tokenize(remote, progress=False) == manifest  # finished: nothing is read again
+    assert tokenize(remote, progress=False) == manifest  # it is finished
     one_file = corpus.source.model_copy(update={"path": "s3://corpora/docs/d.parquet"})
     assert [document.text for document in read_documents(one_file)] == pq.read_table(
         documents / "d.parquet"
     )["text"].to_pylist()
     client.delete_object(Bucket="corpora", Key="shards/train/00000/shard.00000.mds.zstd")
-    assert tokenize(remote, progress=False) == manifest  # made again
+    assert tokenize(remote, progress=False) == manifest  # tokenized again
     assert (
         client.head_object(Bucket="corpora", Key="shards/train/00000/shard.00000.mds.zstd")[
             "ContentLength"

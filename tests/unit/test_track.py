@@ -1,4 +1,4 @@
-"""Test what W&B receives, from its offline files, and that two processes never send at once."""
+"""Test the rows that W&B receives, read from its offline files, and that one process sends them."""
 
 import json
 import os
@@ -17,10 +17,10 @@ from retemper.pipeline.runs.eval_folder import write_result
 from retemper.pipeline.runs.leases import lease
 from retemper.pipeline.runs.track import TrainingTracker, mirror_scores
 
-BLOCK, HEADER = (
-    32768,
-    struct.Struct("<IHB"),
-)  # of LevelDB's log format: checksum, length, and whether it is whole, first, middle or last
+# LevelDB's log format: the header of a piece has a checksum, a length, and whether the piece is a
+# whole record, or the first, a middle or the last piece of one.
+BLOCK = 32768
+HEADER = struct.Struct("<IHB")
 
 
 @pytest.fixture
@@ -31,26 +31,28 @@ def config(workspace, tmp_path):
 
 
 def records(path: Path):
-    """Return the records of a .wandb file."""
-    content, place, record = path.read_bytes(), 7, b""
-    while place + HEADER.size <= len(content):
-        if BLOCK - place % BLOCK < HEADER.size:
-            place += BLOCK - place % BLOCK
+    """Yield the records of a .wandb file."""
+    content = path.read_bytes()
+    position = 7
+    record = b""
+    while position + HEADER.size <= len(content):
+        if BLOCK - position % BLOCK < HEADER.size:
+            position += BLOCK - position % BLOCK
             continue
-        _checksum, length, kind = HEADER.unpack_from(content, place)
-        place += HEADER.size + length
-        if place > len(content):
-            return  # it is being written
-        record += content[place - length : place]
+        _checksum, length, kind = HEADER.unpack_from(content, position)
+        position += HEADER.size + length
+        if position > len(content):
+            return  # the last record is still being written
+        record += content[position - length : position]
         if kind in (1, 4):
             yield Record.FromString(record)
             record = b""
 
 
-def finished(path: Path) -> list[Record]:
+def finished_records(path: Path) -> list[Record]:
     """Return the records of a .wandb file once the last one is written.
 
-    wandb's own process writes it a moment after the run has finished.
+    wandb's own process writes that one a moment after the run has finished.
     """
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -61,14 +63,14 @@ def finished(path: Path) -> list[Record]:
     raise AssertionError(f"{path} is not finished after a minute")
 
 
-def told(config) -> list[dict]:
-    """Return every row of history, in the order of the processes that wrote them."""
+def history_rows(config) -> list[dict]:
+    """Return every row of W&B's history, in the order of the processes that wrote them."""
     rows = []
     for path in sorted(
         config.run_dir.glob("wandb/offline-run-*/run-*.wandb"),
         key=lambda path: path.stat().st_mtime_ns,
     ):
-        for record in finished(path):
+        for record in finished_records(path):
             if record.HasField("history"):
                 row = {
                     item.key or "/".join(item.nested_key): json.loads(item.value_json)
@@ -83,11 +85,11 @@ def score(config, step: int, task: str, value: float) -> None:
     assert write_result(config.run_dir, step, task, scores, [{"doc_id": 0}])
 
 
-def test_scores_of_workers_come_once_whoever_may_write(config):
+def test_scores_of_workers_are_sent_once_by_the_training_or_a_worker(config):
     training = TrainingTracker(config)
     score(config, 4, "gsm8k", 0.25)
     score(config, 8, "gsm8k", 0.5)
-    mirror_scores(config)  # a worker's, beside the training
+    mirror_scores(config)  # as a worker does during the training
     assert len(list(config.run_dir.glob("wandb/offline-run-*"))) == 1
     for step, loss in ((1, 3.0), (2, 2.0), (3, 1.0)):
         training.log({"step": step, "loss": loss})
@@ -97,9 +99,9 @@ def test_scores_of_workers_come_once_whoever_may_write(config):
         {"evals/gsm8k/acc": 0.25, "step": 4},
         {"evals/gsm8k/acc": 0.5, "step": 8},
     ]
-    assert told(config) == [*first, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.0}]
+    assert history_rows(config) == [*first, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.0}]
 
-    mirror_scores(config)  # nothing is new
+    mirror_scores(config)  # there is nothing new to send
     replace_file(eval_folder.scores_path(config.run_dir, 4), '{"code": {"bits_per_byte": 1.5}}')
     for task in ("hellaswag", "arc_challenge", "winogrande"):
         score(config, 4, task, 0.5)
@@ -108,35 +110,36 @@ def test_scores_of_workers_come_once_whoever_may_write(config):
     mirror_scores(config)
     new = {f"evals/{task}/acc": 0.5 for task in ("hellaswag", "arc_challenge", "winogrande")}
     new |= {"heldout/code/bits_per_byte": 1.5, "evals/forgetting": 0.5, "step": 4}
-    assert told(config)[5:] == [new] and len(list(config.run_dir.glob("wandb/offline-run-*"))) == 2
+    assert history_rows(config)[5:] == [new]
+    assert len(list(config.run_dir.glob("wandb/offline-run-*"))) == 2
     assert not list(config.run_dir.glob("wandb/*.lease.*"))
 
 
-def test_an_error_is_told_to_nobody_and_replaced_by_scores(config):
+def test_evaluation_error_is_not_sent_and_later_scores_are(config):
     assert write_result(config.run_dir, 4, "gsm8k", {"error": "no such file"}, [])
     mirror_scores(config)
     assert not (config.run_dir / "wandb").exists()
     score(config, 4, "gsm8k", 0.25)
     mirror_scores(config)
-    assert told(config) == [{"evals/gsm8k/acc": 0.25, "step": 4}]
+    assert history_rows(config) == [{"evals/gsm8k/acc": 0.25, "step": 4}]
 
 
-def test_a_killed_training_is_continued_at_once_and_mirrored_by_others_when_its_lease_is_over(
+def test_scores_wait_for_the_lease_of_a_killed_training_or_its_restart(
     config,
 ):
     folder = config.run_dir / "wandb"
     folder.mkdir(parents=True)
-    (folder / "training.lease.1").touch()  # as of a moment ago
+    (folder / "training.lease.1").touch()  # renewed a moment ago
     score(config, 4, "gsm8k", 0.25)
     mirror_scores(config)
-    assert not told(config)
+    assert not history_rows(config)
     TrainingTracker(config).close()
-    assert told(config) == [{"evals/gsm8k/acc": 0.25, "step": 4}]
+    assert history_rows(config) == [{"evals/gsm8k/acc": 0.25, "step": 4}]
 
     score(config, 4, "arc_challenge", 0.5)
     os.utime(folder / "training.lease.1", (0, 0))
     with lease(folder, "mirroring", 120):
-        mirror_scores(config)  # another worker is at it
-    assert len(told(config)) == 1
+        mirror_scores(config)  # another worker is sending
+    assert len(history_rows(config)) == 1
     mirror_scores(config)
-    assert told(config)[1:] == [{"evals/arc_challenge/acc": 0.5, "step": 4}]
+    assert history_rows(config)[1:] == [{"evals/arc_challenge/acc": 0.5, "step": 4}]

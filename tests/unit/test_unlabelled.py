@@ -1,10 +1,11 @@
-"""Test steps without a labelled token: no loss, one warning, and an end after an epoch of them.
+"""Test steps without a labelled token: they have no loss, and a whole epoch of them ends the run.
 
-Later steps are not compared with them.
+The first of them prints a warning, and the detection of spikes ignores all of them.
 """
 
 import itertools
 import json
+import math
 import re
 from types import SimpleNamespace
 from unittest import mock
@@ -31,10 +32,10 @@ from retemper.pipeline.train.step import StepResult, train_step  # noqa: E402
 BATCH = 8
 
 
-def stepped(workspace, state: TrainState, losses, masks, grad_norm: float = 1.0):
-    """Run a training step on micro-batches of these losses, at the positions where the masks are 1.
+def run_step(workspace, state: TrainState, losses, masks, grad_norm: float = 1.0):
+    """Run a training step on micro-batches with these losses, of which the masks select some.
 
-    A function stands in for the model.
+    The forward and backward passes are replaced by a mock that returns the sums of the losses.
     """
     sums = [
         {
@@ -47,42 +48,48 @@ def stepped(workspace, state: TrainState, losses, masks, grad_norm: float = 1.0)
     optimizer = mock.MagicMock(param_groups=[{"lr": 0.1}])
     optimizer.get_grad_norm.return_value = grad_norm
     config = load_config(overrides(workspace, "stepped", "train.log_every_steps=1000"))
-    alone = mock.patch.object(steps, "all_reduce_from_last_stage", torch.Tensor.tolist)
-    with alone, mock.patch.object(steps, "clip_grad_by_total_norm_fp32"):
+    one_rank = mock.patch.object(steps, "all_reduce_from_last_stage", torch.Tensor.tolist)
+    with one_rank, mock.patch.object(steps, "clip_grad_by_total_norm_fp32"):
         return train_step(config, state, passes, optimizer, mock.MagicMock(), [])
 
 
-def test_the_loss_of_a_step_is_over_its_labelled_tokens_and_there_is_none_over_none(workspace):
+def test_loss_is_the_mean_over_labelled_tokens_and_none_without_them(workspace):
     state = TrainState()
-    assert stepped(workspace, state, [[2.0, 4.0], [9.0, 9.0]], [[1.0, 1.0], [0.0, 0.0]]).loss == 3.0
-    result = stepped(
+    result = run_step(workspace, state, [[2.0, 4.0], [9.0, 9.0]], [[1.0, 1.0], [0.0, 0.0]])
+    assert result.loss == 3.0
+    result = run_step(
         workspace, state, [[2.0, 4.0], [9.0, 9.0]], [[0.0, 0.0], [0.0, 0.0]], grad_norm=0.0
     )
-    assert result.loss is None and result.grad_norm == 0.0
+    assert result.loss is None
+    assert result.grad_norm == 0.0
     assert (state.recent_losses, state.recent_grad_norms) == ([3.0], [1.0])
     state.recent_losses = [0.0] * 20
-    assert stepped(workspace, state, [[0.0]], [[1.0]]).loss == 0.0, "a loss of zero is one"
+    assert run_step(workspace, state, [[0.0]], [[1.0]]).loss == 0.0, "a loss of zero is a loss"
 
 
 @pytest.mark.parametrize(
     ("losses", "grad_norm"),
     [([[float("nan")]], 0.0), ([[float("inf")]], 0.0), ([[1.0]], float("nan"))],
 )
-def test_what_is_no_number_is_an_anomaly_without_labels_too(workspace, losses, grad_norm):
+def test_non_finite_loss_or_gradient_is_an_anomaly_also_without_labels(
+    workspace, losses, grad_norm
+):
     state = TrainState()
-    assert (
-        isinstance(stepped(workspace, state, losses, [[0.0]], grad_norm), Anomaly)
-        and not state.recent_losses
-    )
+    assert isinstance(run_step(workspace, state, losses, [[0.0]], grad_norm), Anomaly)
+    assert not state.recent_losses
 
 
-def followed(
-    sizes: dict[str, int], shares: list[int], labelled, *, begin: int = 0, data: str = "stop"
-) -> int:
-    """Return the step after which a run over streams of these sizes is ended.
+def check_steps(sizes: dict[str, int], shares: list[int], labelled, *, begin: int = 0) -> int:
+    """Run the check after each of 999 steps over these streams, and return the last step.
 
     Args:
-        labelled: step -> whether it had a label.
+        sizes: stream -> its number of samples.
+        shares: The share of each stream in the mixture.
+        labelled: step -> whether it had a labelled token.
+        begin: The number of samples that were consumed before a restart.
+
+    Raises:
+        UserError: a whole epoch had no labelled token.
     """
     order = Order(
         tuple(
@@ -90,7 +97,7 @@ def followed(
             for number, (size, share) in enumerate(zip(sizes.values(), shares, strict=True))
         )
     )
-    config = SimpleNamespace(data=SimpleNamespace(bad_shards=data))
+    config = SimpleNamespace(data=SimpleNamespace(bad_shards="stop"))
     unlabelled = Unlabelled(
         config, lambda samples: dict(zip(sizes, order.epochs(samples), strict=True)), begin
     )
@@ -107,29 +114,29 @@ def followed(
         ({"code": 4}, [1], lambda step: False, 0, 1),  # one batch is two epochs
         ({"code": 32}, [1], lambda step: step <= 10, 0, 14),
         ({"code": 32}, [1], lambda step: step == 3, 0, 7),
-        ({"code": 32}, [1], lambda step: False, 16, 6),  # a restart counts anew
+        ({"code": 32}, [1], lambda step: False, 16, 6),  # after a restart the count begins at zero
         ({"code": 32, "replay": 8}, [1, 1], lambda step: False, 0, 8),  # the slowest stream counts
         ({"code": 32, "replay": 32}, [3, 1], lambda step: False, 0, 16),
     ],
 )
-def test_an_epoch_without_labels_ends_a_run(sizes, shares, labelled, begin, last):
+def test_epoch_without_labelled_tokens_ends_the_run(sizes, shares, labelled, begin, last):
     with pytest.raises(
         UserError,
         match=rf"^step {last}: an epoch of the data \({', '.join(sizes)}\) "
         r"has passed without one labelled",
     ):
-        followed(sizes, shares, labelled, begin=begin)
+        check_steps(sizes, shares, labelled, begin=begin)
 
 
-def test_a_label_in_every_epoch_lets_a_run_go_on():
-    assert followed({"code": 32}, [1], lambda step: step % 4 == 0) == 999
+def test_run_continues_with_a_labelled_step_in_every_epoch():
+    assert check_steps({"code": 32}, [1], lambda step: step % 4 == 0) == 999
 
 
 @pytest.fixture
 def log(workspace, tmp_path, capsys):
-    """Return a Log of rank 0 whose state the test advances.
+    """Return a Log of rank 0, whose first lines of output are discarded.
 
-    capsys has discarded its first lines.
+    The test advances its state.
     """
     config = load_config([*overrides(workspace, "logged"), f"runs_dir={tmp_path}"])
     streams = SimpleNamespace(epochs=lambda _samples: {"math": 0.5})
@@ -139,14 +146,14 @@ def log(workspace, tmp_path, capsys):
         yield log
 
 
-def test_no_loss_is_absent_from_the_record_a_dash_in_the_line_and_warned_of_once(log, capsys):
+def test_missing_loss_is_logged_as_absent_and_warned_of_once(log, capsys):
     for number, loss in zip(itertools.count(1), (2.5, None, 0.0, None)):
         log.state.step = number
         log.state.seconds = float(number)
         log.step(StepResult(loss, 0.5, 1e-3, {}))
-    said = capsys.readouterr().out
-    assert said.count("warning: step 2 has no labelled token") == said.count("warning") == 1
-    assert re.findall(r"step +(\d+)  loss (\S+)  grad_norm", said) == [
+    output = capsys.readouterr().out
+    assert output.count("warning: step 2 has no labelled token") == output.count("warning") == 1
+    assert re.findall(r"step +(\d+)  loss (\S+)  grad_norm", output) == [
         ("1", "2.5000"),
         ("2", "-"),
         ("3", "0.0000"),
@@ -157,7 +164,7 @@ def test_no_loss_is_absent_from_the_record_a_dash_in_the_line_and_warned_of_once
     assert all(record["grad_norm"] == 0.5 for record in records)
 
 
-def test_a_warning_comes_from_a_step_that_is_not_logged_too(log, capsys):
+def test_warning_also_comes_from_a_step_that_is_not_logged(log, capsys):
     log.config = log.config.model_copy(
         update={"train": log.config.train.model_copy(update={"log_every_steps": 100})}
     )
@@ -168,7 +175,7 @@ def test_a_warning_comes_from_a_step_that_is_not_logged_too(log, capsys):
     assert not list(run_folder.read_metrics(log.config.run_dir))
 
 
-def test_the_report_draws_a_gap(log, tmp_path):
+def test_report_draws_a_gap_for_a_missing_loss(log, tmp_path):
     for number, loss in enumerate((2.5, None, 2.0), 1):
         log.state.step = number
         log.state.consumed_samples = 8 * number
@@ -176,5 +183,7 @@ def test_the_report_draws_a_gap(log, tmp_path):
         log.step(StepResult(loss, 0.5, 1e-3, {}))
     [line, *_] = training_loss(read_study(log.config.run_dir.parent)).axes[0].lines
     drawn = line.get_ydata()
-    assert drawn[0] == 2.5 and drawn[1] != drawn[1] and drawn[2] == 2.0
+    assert drawn[0] == 2.5
+    assert math.isnan(drawn[1])
+    assert drawn[2] == 2.0
     json.dumps(list(run_folder.read_metrics(log.config.run_dir)), allow_nan=False)

@@ -1,4 +1,4 @@
-"""Test invalid transformers folders, and the table of names."""
+"""Test the reading of transformers folders, also of invalid ones, and the table of tensor names."""
 
 import json
 import os
@@ -29,55 +29,52 @@ MODEL = ModelConfig(
 )
 
 
-def tensors() -> dict[str, torch.Tensor]:
+def random_tensors() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape) for name, shape in tensor_shapes(MODEL).items()}
 
 
-def write(folder: Path, held: dict | None = None, **config) -> Path:
+def write_folder(folder: Path, tensors: dict | None = None, **config) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_of(MODEL, "float32") | config))
-    if held is not None:
-        save_file(held, folder / "model.safetensors")
+    if tensors is not None:
+        save_file(tensors, folder / "model.safetensors")
     return folder
 
 
-def write_index(folder: Path, held: dict[str, torch.Tensor], **changes) -> None:
-    """Write two files and an index of them."""
-    names = sorted(held)
+def write_index(folder: Path, tensors: dict[str, torch.Tensor], **changes) -> None:
+    """Write the tensors into two files, and an index with these changes."""
+    names = sorted(tensors)
     parts = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
     for file, part in parts.items():
-        save_file({name: held[name] for name in part}, folder / file)
+        save_file({name: tensors[name] for name in part}, folder / file)
     weight_map = {name: file for file, part in parts.items() for name in part}
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": weight_map | changes})
     )
 
 
-def test_a_sharded_folder_is_read_block_by_block(tmp_path):
-    held = tensors()
-    write_index(write(tmp_path / "m"), held)
+def test_sharded_folder_is_read_block_by_block(tmp_path):
+    tensors = random_tensors()
+    write_index(write_folder(tmp_path / "m"), tensors)
     weights = Weights(tmp_path / "m")
-    assert weights.names == list(held) and weights.model == MODEL.model_copy(
-        update={"head_size": 4}
-    )
+    assert weights.names == list(tensors)
+    assert weights.model == MODEL.model_copy(update={"head_size": 4})
     name = "model.layers.1.mlp.down_proj.weight"
-    assert (
-        weights.read(name, (slice(None), slice(3, 9))).equal(held[name][:, 3:9])
-        and weights.dtype(name) == torch.float32
-    )
+    assert weights.read(name, (slice(None), slice(3, 9))).equal(tensors[name][:, 3:9])
+    assert weights.dtype(name) == torch.float32
 
 
-def test_torch_files_are_read_as_tensors_alone(tmp_path):
-    held = tensors()
-    torch.save(held, write(tmp_path / "m") / "pytorch_model.bin")
+def test_torch_file_is_read_by_slices(tmp_path):
+    tensors = random_tensors()
+    torch.save(tensors, write_folder(tmp_path / "m") / "pytorch_model.bin")
     assert (
         Weights(tmp_path / "m")
         .read("lm_head.weight", (slice(2, 5),))
-        .equal(held["lm_head.weight"][2:5])
+        .equal(tensors["lm_head.weight"][2:5])
     )
 
 
-class Evil:
+class Malicious:
     """An object that runs a command when it is unpickled."""
 
     def __init__(self, sentinel: Path):
@@ -87,9 +84,10 @@ class Evil:
         return os.system, (f"touch {self.sentinel}",)
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+def test_pickle_with_code_is_refused_and_not_executed(tmp_path):
     torch.save(
-        tensors() | {"evil": Evil(tmp_path / "ran")}, write(tmp_path / "m") / "pytorch_model.bin"
+        random_tensors() | {"evil": Malicious(tmp_path / "ran")},
+        write_folder(tmp_path / "m") / "pytorch_model.bin",
     )
     with pytest.raises(UserError, match=r"pytorch_model.bin holds more than tensors"):
         Weights(tmp_path / "m")
@@ -97,14 +95,14 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
 
 
 def damage(kind: str, folder: Path) -> None:
-    held = tensors()
+    tensors = random_tensors()
     if kind == "missing":
-        del held["model.layers.1.self_attn.k_proj.weight"]
+        del tensors["model.layers.1.self_attn.k_proj.weight"]
     elif kind == "extra":
-        held["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(16)
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(16)
     elif kind == "shape":
-        held["model.norm.weight"] = torch.ones(17)
-    write(folder, held)
+        tensors["model.norm.weight"] = torch.ones(17)
+    write_folder(folder, tensors)
     file = folder / "model.safetensors"
     if kind == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
@@ -116,10 +114,13 @@ def damage(kind: str, folder: Path) -> None:
         file.unlink()
     elif kind.startswith("index"):
         file.unlink()
-        write_index(folder, held, **{"index outside": {"lm_head.weight": "../evil.safetensors"},
-                                     "index absent": {"x": "c.safetensors"},
-                                     "index wrong": {"lm_head.weight": "b.safetensors"},
-                                     "index damaged": {}}[kind])  # fmt: skip
+        changes = {
+            "index outside": {"lm_head.weight": "../evil.safetensors"},
+            "index absent": {"x": "c.safetensors"},
+            "index wrong": {"lm_head.weight": "b.safetensors"},
+            "index damaged": {},
+        }
+        write_index(folder, tensors, **changes[kind])
         if kind == "index damaged":
             (folder / "model.safetensors.index.json").write_text("{")
     elif kind == "config damaged":
@@ -127,7 +128,7 @@ def damage(kind: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "message"),
     [
         ("missing", "model.layers.1.self_attn.k_proj.weight is missing"),
         ("extra", "model.layers.0.self_attn.q_proj.bias belongs to no part of this architecture"),
@@ -143,14 +144,14 @@ def damage(kind: str, folder: Path) -> None:
         ("config damaged", "config.json is damaged"),
     ],
 )
-def test_a_damaged_folder_is_refused_by_name(tmp_path, kind, said):
+def test_damaged_folder_is_refused_and_the_damage_named(tmp_path, kind, message):
     damage(kind, tmp_path / kind)
-    with pytest.raises(UserError, match=f"(?s){said}"):
+    with pytest.raises(UserError, match=f"(?s){message}"):
         Weights(tmp_path / kind)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
@@ -169,31 +170,32 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path, kind, said):
         ({"vocab_size": -1}, "vocab_size"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(tmp_path, change, said):
-    with pytest.raises(UserError, match=re.escape(said)):
-        Weights(write(tmp_path / "m", tensors(), **change))
+def test_unsupported_config_is_refused_and_the_key_named(tmp_path, change, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        Weights(write_folder(tmp_path / "m", random_tensors(), **change))
 
 
-def test_code_is_left_aside_for_those_who_trust_it_by_name(tmp_path):
-    folder = write(
-        tmp_path / "m", tensors(), auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"}
+def test_folder_with_code_is_read_without_the_code_if_trusted(tmp_path):
+    folder = write_folder(
+        tmp_path / "m", random_tensors(), auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"}
     )
     with pytest.raises(UserError, match="auto_map in config.json"):
         Weights(folder)
     assert Weights(folder, trusted=True).model.num_layers == 2
 
 
-def test_the_command_refuses_and_leaves_nothing(tmp_path, capfd):
+def test_refused_import_leaves_no_files(tmp_path, capfd):
     damage("missing", tmp_path / "m")
     assert main(["import", str(tmp_path / "m"), str(tmp_path / "runs" / "base")]) == 1
-    said = capfd.readouterr().err
-    assert "k_proj.weight is missing" in said and "Traceback" not in said
+    message = capfd.readouterr().err
+    assert "k_proj.weight is missing" in message
+    assert "Traceback" not in message
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_config_json_says_is_refused_before_ranks_start(tmp_path, capfd):
-    folder = str(write(tmp_path / "m", tensors()))
-    for arguments, said in (
+def test_invalid_import_or_export_is_refused_before_ranks_start(tmp_path, capfd):
+    folder = str(write_folder(tmp_path / "m", random_tensors()))
+    for arguments, message in (
         (
             [folder, str(tmp_path / "base"), "parallel.tensor_parallel_size=3"],
             "does not divide model.num_attention_heads=4",
@@ -201,22 +203,26 @@ def test_what_config_json_says_is_refused_before_ranks_start(tmp_path, capfd):
         ([folder, folder], "exists already"),
         ([str(tmp_path), str(tmp_path / "base")], "no transformers folder"),
     ):
-        assert main(["import", *arguments]) == 1 and said in capfd.readouterr().err
+        assert main(["import", *arguments]) == 1
+        assert message in capfd.readouterr().err
     assert main(["export", "run", str(tmp_path / "out"), "--base", folder]) == 1
     assert "--base requires --adapter" in capfd.readouterr().err
 
 
-def test_the_same_weights_are_the_same_base_however_they_are_imported(tmp_path):
-    held = tensors()
-    one, other = (Weights(write(tmp_path / name, held)).sha256 for name in ("a", "b"))
-    assert one == other != Weights(write(tmp_path / "c", held, rope_theta=5e5)).sha256
-    held["lm_head.weight"][0, 0] += 1
-    assert Weights(write(tmp_path / "d", held)).sha256 != one
+def test_hash_of_a_base_depends_only_on_its_weights_and_config(tmp_path):
+    tensors = random_tensors()
+    first, second = (Weights(write_folder(tmp_path / name, tensors)).sha256 for name in ("a", "b"))
+    assert first == second
+    assert Weights(write_folder(tmp_path / "c", tensors, rope_theta=5e5)).sha256 != first
+    tensors["lm_head.weight"][0, 0] += 1
+    assert Weights(write_folder(tmp_path / "d", tensors)).sha256 != first
 
 
 @st.composite
 def models(draw):
-    groups, size = draw(st.sampled_from([4, 8])), draw(st.sampled_from([1, 2, 4]))
+    """Draw a tensor-parallel size and a model that can be split by it."""
+    groups = draw(st.sampled_from([4, 8]))
+    size = draw(st.sampled_from([1, 2, 4]))
     scaling = st.builds(
         RopeScaling, kind=st.sampled_from(["linear", "llama3"]), factor=st.sampled_from([2.0, 8.0])
     )
@@ -265,71 +271,72 @@ def megatron_shapes(model: ModelConfig, size: int) -> dict[str, tuple[int, ...]]
 
 @settings(deadline=None, max_examples=60)
 @given(models())
-def test_the_blocks_of_all_ranks_hold_every_number_once(drawn):
+def test_blocks_of_all_ranks_cover_every_weight_once(drawn):
     size, model = drawn
-    held = {name: torch.zeros(shape) for name, shape in tensor_shapes(model).items()}
-    replicated = {name for name in held if "norm" in name}
+    counts = {name: torch.zeros(shape) for name, shape in tensor_shapes(model).items()}
+    replicated = {name for name in counts if "norm" in name}
     for rank in range(size):
         for name, shape in megatron_shapes(model, size).items():
             covered = torch.zeros(shape)
             for block in Shard(model, rank, size).blocks(name, torch.Size(shape)):
-                there = held[block.name][block.there]
-                assert there.shape == covered[block.here].shape
-                there += 1
-                covered[block.here] += 1
+                stored = counts[block.name][block.source_region]
+                assert stored.shape == covered[block.target_region].shape
+                stored += 1
+                covered[block.target_region] += 1
             padding = (
                 max(0, (rank + 1) * shape[0] - model.vocab_size)
                 if "embedding" in name or "output" in name
                 else 0
             )
-            assert (covered[: max(0, shape[0] - padding)] == 1).all() and not covered[
-                max(0, shape[0] - padding) :
-            ].any()
-    for name, counts in held.items():
-        assert (counts == (size if name in replicated else 1)).all(), name
+            unpadded = max(0, shape[0] - padding)
+            assert (covered[:unpadded] == 1).all()
+            assert not covered[unpadded:].any()
+    for name, count in counts.items():
+        assert (count == (size if name in replicated else 1)).all(), name
 
 
 @settings(deadline=None, max_examples=60)
 @given(models())
-def test_a_config_comes_back_as_it_went(drawn):
+def test_model_config_survives_the_round_trip_through_transformers(drawn):
     _, model = drawn
     linear = model.rope_scaling and model.rope_scaling.kind == "linear"
-    kept = (
+    expected = (
         RopeScaling(kind="linear", factor=model.rope_scaling.factor)
         if linear
         else model.rope_scaling
     )
     assert model_of(config_of(model, "float32"), Path("m")) == model.model_copy(
-        update={"rope_scaling": kept}
+        update={"rope_scaling": expected}
     )
 
 
 TIED = MODEL.model_copy(update={"tie_embeddings": True})
 EMBEDDING = torch.arange(800.0).view(50, 16)
-LAST = EMBEDDING.clone()
-LAST[-1, -1] += 1
+DIFFERS_IN_LAST_ELEMENT = EMBEDDING.clone()
+DIFFERS_IN_LAST_ELEMENT[-1, -1] += 1
 
 
-def tied(folder: Path, head: torch.Tensor | None) -> Path:
-    """Write a folder whose config ties the head to the embedding, but that may store a head."""
-    held = {name: torch.ones(shape) for name, shape in tensor_shapes(TIED).items()} | {
+def write_tied(folder: Path, head: torch.Tensor | None) -> Path:
+    """Write a folder whose config ties the head to the embedding, with or without a stored head."""
+    tensors = {name: torch.ones(shape) for name, shape in tensor_shapes(TIED).items()} | {
         "model.embed_tokens.weight": EMBEDDING
     }
     if head is not None:
-        held["lm_head.weight"] = head
-    return write(folder, held, tie_word_embeddings=True)
+        tensors["lm_head.weight"] = head
+    return write_folder(folder, tensors, tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize("head", [None, EMBEDDING.clone(), EMBEDDING.half(), EMBEDDING.double()])
-def test_a_tied_head_may_be_written_beside_its_embedding(tmp_path, head):
-    weights = Weights(tied(tmp_path / "m", head))
-    assert weights.model.tie_embeddings and "lm_head.weight" not in weights.names
+def test_stored_head_equal_to_the_tied_embedding_is_accepted(tmp_path, head):
+    weights = Weights(write_tied(tmp_path / "m", head))
+    assert weights.model.tie_embeddings
+    assert "lm_head.weight" not in weights.names
 
 
 @pytest.mark.parametrize(
     "head",
     [
-        LAST,
+        DIFFERS_IN_LAST_ELEMENT,
         EMBEDDING[:49].clone(),
         EMBEDDING[:, :8].clone(),
         -EMBEDDING,
@@ -337,16 +344,16 @@ def test_a_tied_head_may_be_written_beside_its_embedding(tmp_path, head):
         EMBEDDING.flatten().clone(),
     ],
 )
-def test_a_head_that_is_tied_and_another_is_refused_and_not_dropped(tmp_path, head, monkeypatch):
+def test_stored_head_that_differs_from_the_tied_embedding_is_refused(tmp_path, head, monkeypatch):
     monkeypatch.setattr("retemper.pipeline.huggingface.source_folder._ROWS", 7)
-    folder = tied(tmp_path / "m", head)
+    folder = write_tied(tmp_path / "m", head)
     with pytest.raises(
         UserError,
         match=r"lm_head.weight is not the same matrix as model.embed_tokens.weight"
         r".*tie_word_embeddings to false",
     ):
         Weights(folder)
-    if head.shape == EMBEDDING.shape:  # what the message advises
+    if head.shape == EMBEDDING.shape:  # then the advice of the message works
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
         assert Weights(folder).read("lm_head.weight", (slice(None),)).equal(head)

@@ -9,7 +9,7 @@ from gpu_machine import ROOT
 from gpu_measure import Part, Steps
 from gpu_parts import main
 
-OUT = ROOT / "bench" / "gpu-full.json"
+OUT = ROOT / "benchmarks" / "results" / "gpu-full.json"
 STEPS = Steps(warm_up=1, timed=3)
 SHORTEST = 35  # seconds: of a part that takes 5 steps of 16 × 4096 tokens, and builds its model
 

@@ -1,6 +1,6 @@
 """Measure tokens per CPU-second of the encode step and the job, beside tokenizers and datatrove.
 
-    python tests/bench/bench_tokenize.py [--megabytes 60] [--rounds 3] [--tokenizer FOLDER]
+    python benchmarks/bench_tokenize.py [--megabytes 60] [--rounds 3] [--tokenizer FOLDER]
 
 In one run the contenders are interleaved, on the same text: this Python's standard library and the
 sources of the installed packages. datatrove's contender is its own DocumentTokenizer. CPU time is
@@ -30,7 +30,7 @@ from retemper.tokenize.encoder import load_encoder
 from retemper.tokenize.job import tokenize
 from retemper.tokenize.sources import read_documents
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:

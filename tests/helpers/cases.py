@@ -1,8 +1,10 @@
-"""Train a list of cases on one rank, with new process groups for each. conftest.launch runs it.
+"""Train a list of cases on one rank. conftest.launch runs it.
 
-A case is {"overrides": [...]}, with the optional keys "stop_after": a step, "fault": a name,
-"copy_of": the folder of a run that it continues, "refused": the message of the error that ends it,
-and "graph": true, which lets train.cuda_graph=on run on a CPU. Its results are its run folder.
+Cases of one layout that follow each other share their process groups, whose creation takes as long
+as a short run. A case is {"overrides": [...]}, with the optional keys "stop_after": a step,
+"fault": a name, "copy_of": the folder of a run that it continues, "refused": the message of the
+error that ends it, and "graph": true, which lets train.cuda_graph=on run on a CPU. Its results are
+its run folder.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ from retemper.pipeline.distributed import topology
 from retemper.pipeline.distributed.collectives import barrier
 from retemper.pipeline.entry.preflight import preflight
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.schema.model import ParallelConfig
 
 
 class Stopped(Exception):
@@ -28,10 +31,15 @@ def main(cases: list[dict]) -> None:
     from retemper.pipeline.train import loop
     from retemper.pipeline.train.branches import train_with_branches
 
+    layout = place = None
     for case in cases:
         config = load_config(case["overrides"])
         fingerprints = preflight(config)
-        place = topology.start(config.parallel)
+        if layout != sizes_of(config.parallel):
+            if place:
+                topology.stop(leave=False)
+            place = topology.start(config.parallel)
+            layout = sizes_of(config.parallel)
         if "copy_of" in case and place.rank == 0:
             shutil.copytree(case["copy_of"], config.run_dir)
         barrier()
@@ -47,7 +55,12 @@ def main(cases: list[dict]) -> None:
             except UserError as error:
                 if "refused" not in case or case["refused"] not in str(error):
                     raise
-        topology.stop(leave=False)
+    topology.stop(leave=False)
+
+
+def sizes_of(parallel: ParallelConfig) -> dict[str, int]:
+    """Return the sizes that determine the process groups."""
+    return {name: size for name, size in parallel.model_dump().items() if name.endswith("_size")}
 
 
 def stand_in_graph():

@@ -1,6 +1,6 @@
 """Measure the memory of an import and of an export, in about four minutes.
 
-    python tests/bench/bench_exchange.py
+    python benchmarks/bench_exchange.py
 
 The figures are what a rank needs beyond its Python imports, beside the size of its shard and of the
 model.
@@ -13,7 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-HIDDEN, LAYERS = 1024, 8
+from tiny import TINY
+
+HIDDEN, LAYERS = (64, 2) if TINY else (1024, 8)
 
 RANK = """
 import json, os, sys, threading, time
@@ -23,12 +25,15 @@ from retemper.pipeline.distributed import topology
 topology.prepare_megatron()
 from retemper.pipeline.huggingface import verify
 from retemper.pipeline.huggingface.__main__ import exporting, importing
+from retemper.pipeline.schema.exchange import ExportRequest, ImportRequest
 verify.verify = lambda *_, **__: None  # it holds transformers' model, and runs on one rank
 verify.summary = lambda *_: ""
 def resident(): return int(open("/proc/self/status").read().\
 partition("RssAnon:")[2].split()[0]) >> 10  # pages of mapped files can be dropped
 verb, options = sys.argv[2], json.loads(sys.argv[3])
-prepare, work = {"import": importing, "export": exporting}[verb](**options)
+prepare, work = (
+    importing(ImportRequest(**options)) if verb == "import" else exporting(ExportRequest(**options))
+)
 setup, fingerprints = prepare()
 place = topology.start(setup.parallel)
 from retemper.pipeline.huggingface import export, load, streamed
@@ -55,26 +60,14 @@ def main() -> None:
             options = {
                 "folder": str(folder / "model"),
                 "run": str(folder / f"base{ranks}"),
-                "trust": None,
+                "keys": [f"parallel.tensor_parallel_size={ranks}"],
             }
-            peaks = run(
-                folder,
-                ranks,
-                "import",
-                options | {"overrides": [f"parallel.tensor_parallel_size={ranks}"]},
-            )
+            peaks = run(folder, ranks, "import", options)
             print(
                 f"import  {ranks} rank(s): at most {peaks} MiB more than before, "
                 f"a shard is {size // ranks} MiB"
             )
-        options = {
-            "run": str(folder / "base1"),
-            "folder": str(folder / "out"),
-            "step": None,
-            "adapter": False,
-            "base": None,
-            "tokenizer": None,
-        }
+        options = {"run": str(folder / "base1"), "folder": str(folder / "out")}
         print(
             f"export  1 rank: at most {run(folder, 1, 'export', options)} MiB more than before "
             "(an output file holds up to 5 GB)"

@@ -13,7 +13,7 @@ from gpu_machine import ROOT
 from gpu_measure import Part, Steps
 from gpu_parts import main
 
-OUT = ROOT / "bench" / "gpu-lora.json"
+OUT = ROOT / "benchmarks" / "results" / "gpu-lora.json"
 STEPS = Steps(warm_up=1, timed=3)
 SHORTEST = 20  # seconds: of a part that takes 5 steps of 8 × 4096 tokens, and builds its model
 

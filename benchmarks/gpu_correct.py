@@ -28,7 +28,7 @@ from gpu_machine import ROOT, commit_here, machine
 from gpu_measure import Part, Watch, overrides, train
 from gpu_parts import Results, chosen, parser
 
-OUT = ROOT / "bench" / "gpu-correct.json"
+OUT = ROOT / "benchmarks" / "results" / "gpu-correct.json"
 CURVE, FIRST, MEAN = 300, 20, 20  # steps of a curve, of a comparison, and of a mean over a curve
 INITIAL_SEED = 17  # of the weights that every run begins with; the data's order comes from `seed`
 

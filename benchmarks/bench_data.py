@@ -1,6 +1,6 @@
 """Measure the reader of training batches: throughput, restarts, ranks that share it, and waits.
 
-    python tests/bench/bench_data.py [reader] [resume] [peers] [waits]
+    python benchmarks/bench_data.py [reader] [resume] [peers] [waits]
 
 All parts run by default, which takes about five minutes.
 
@@ -21,8 +21,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tiny import TINY
 
-SEQ_LENGTH, SAMPLES_PER_SHARD, BATCH_SIZE = 4096, 8000, 512
+SEQ_LENGTH = 4096
+SAMPLES_PER_SHARD = 64 if TINY else 8000
+BATCH_SIZE = 16 if TINY else 512
+ROUNDS = 1 if TINY else 5
+STEPS = 2 if TINY else 12
+PEER_STEPS = 22 if TINY else 220
+TRAINING_TOKENS = 16384 if TINY else 409600
 
 
 def main(parts: list[str]) -> None:
@@ -118,10 +125,22 @@ def one_rank():
 
     from retemper.pipeline.distributed.topology import Topology
 
-    return Topology(0, 1, 1, 0, 0, 0, 1, True, True, torch.device("cpu"))
+    return Topology(
+        rank=0,
+        world_size=1,
+        local_world_size=1,
+        tensor_parallel_rank=0,
+        pipeline_parallel_rank=0,
+        context_parallel_rank=0,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        is_first_stage=True,
+        is_last_stage=True,
+        device=torch.device("cpu"),
+    )
 
 
-def bench_reader(folder: Path, rounds: int = 5, steps: int = 12) -> None:
+def bench_reader(folder: Path, rounds: int = ROUNDS, steps: int = STEPS) -> None:
     import torch
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
@@ -233,7 +252,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import numpy as np, torch
 import torch.distributed as dist
-from bench_data import SEQ_LENGTH
+from bench_data import PEER_STEPS, SEQ_LENGTH
 from retemper.pipeline.data.batch import make_batches
 from retemper.pipeline.data.shards import TokenShards
 dist.init_process_group("gloo")
@@ -241,7 +260,7 @@ torch.set_num_threads(1)
 shards, rank, times = TokenShards(sys.argv[2], "train"), dist.get_rank(), \
 {"read": [], "broadcast": []}
 batch = lambda ids: make_batches(shards.samples(ids), 8, mask_documents=False)[0]
-for step in range(220):
+for step in range(PEER_STEPS):
     ids = np.random.default_rng(step).integers(0, len(shards), 8)
     for way in times:
         dist.barrier()
@@ -298,7 +317,12 @@ def bench_waits(folder: Path) -> None:
         "track.wandb=off",
         "train.log_every_steps=1",
     ]
-    overrides += ["train.tokens=409600", "evals.heldout={}", "checkpoint.milestones=[]"]
+    overrides += [
+        f"train.tokens={TRAINING_TOKENS}",
+        "schedule.warmup_tokens=0",
+        "evals.heldout={}",
+        "checkpoint.milestones=[]",
+    ]
     config = load_config(overrides)
     _prepare_data([config, load_config(["run=demo_full", f"runs_dir={folder / 'waits'}"])])
     subprocess.run(

@@ -1,6 +1,6 @@
 """Time a training step with torch's fused attention and with megatron-core's DotProductAttention.
 
-    python tests/bench/bench_attention.py [key=value …]
+    python benchmarks/bench_attention.py [key=value …]
 
 The times are CPU-seconds on one rank, with interleaved runs. The default is the demo's model.
 """
@@ -10,11 +10,12 @@ import sys
 import time
 
 import numpy as np
+from tiny import TINY
 
 from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.distributed import topology
 
-ROUNDS, STEPS = 7, 3
+ROUNDS, STEPS = (1, 1) if TINY else (7, 3)
 
 
 def main(overrides: list[str]) -> None:

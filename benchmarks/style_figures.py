@@ -1,10 +1,10 @@
-"""Print figures of style of the product code: `python tests/bench/style_figures.py`."""
+"""Print figures of style of the product code: `python benchmarks/style_figures.py`."""
 
 import ast
 from pathlib import Path
 from statistics import median, quantiles
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CODE = ("pipeline", "tokenize", "launch")
 MOST_COLUMNS = 100
 
@@ -16,13 +16,16 @@ def figures(root: Path = ROOT) -> dict[str, float]:
     lines = [line for text in texts for line in text.splitlines()]
     trees = [ast.parse(text) for text in texts]
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    lengths = [node.end_lineno - node.lineno + 1 for node in nodes if _is_function(node)]
+    functions = [node for node in nodes if _is_function(node)]
+    lengths = [_length(node) for node in functions]
+    code = [_length(node) - _docstring_length(node) for node in functions]
     unrelated = sum(map(is_unrelated, nodes))
     return {
         "lines": len(lines),
         f"lines over {MOST_COLUMNS} columns": sum(len(line) > MOST_COLUMNS for line in lines),
         "functions": len(lengths),
         "function length, median": median(lengths),
+        "function length without its docstring, median": median(code),
         "function length, p90": quantiles(lengths, n=10)[-1],
         "function length, max": max(lengths),
         "unrelated parallel assignments": unrelated,
@@ -35,6 +38,14 @@ def figures(root: Path = ROOT) -> dict[str, float]:
 
 def _is_function(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def _length(node: ast.AST) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+def _docstring_length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return _length(node.body[0]) if ast.get_docstring(node) is not None else 0
 
 
 def is_unrelated(node: ast.AST) -> bool:

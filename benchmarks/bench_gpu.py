@@ -1,16 +1,16 @@
 """Prepare what the GPU benches read: corpora of real text, and the measured commit without git.
 
-    python tests/bench/bench_gpu.py corpora FOLDER    once, on any machine: FOLDER/long, ...
-    python tests/bench/bench_gpu.py commit FILE       for a copy of the tree without git
+    python benchmarks/bench_gpu.py corpora FOLDER    once, on any machine: FOLDER/long, ...
+    python benchmarks/bench_gpu.py commit FILE       for a copy of the tree without git
 
 Then, on the machine with the GPU, each with the results of earlier runs kept beside its own:
 
-    python tests/bench/gpu_lora.py FOLDER --seconds 240       LoRA: kernels, graphs
-    python tests/bench/gpu_correct.py FOLDER --seconds 240    tests, curves, graph against eager
-    python tests/bench/gpu_full.py FOLDER --seconds 240       full training of 7B, with 140 GB
-    python tests/bench/gpu_table.py                           README's table of all results
+    python benchmarks/gpu_lora.py FOLDER --seconds 240       LoRA: kernels, graphs
+    python benchmarks/gpu_correct.py FOLDER --seconds 240    tests, curves, graph against eager
+    python benchmarks/gpu_full.py FOLDER --seconds 240       full training of 7B, with 140 GB
+    python benchmarks/gpu_table.py                           README's table of all results
 
-bench/gpu.json holds the results of commit 645f4c6, before these scripts.
+benchmarks/results/gpu.json holds the results of commit 645f4c6, before these scripts.
 """
 
 import ast

@@ -1,19 +1,24 @@
 """Import, train and export in turn on one rank, with new process groups for each case.
 
-conftest.launch runs it. A case is {"import": options} or {"export": options}, with the options of
-`retemper import` and `retemper export`, or {"train": overrides}.
+conftest.launch runs it. A case is {"import": options} or {"export": options}, with the values
+of a request (schema/exchange.py), or {"train": overrides}.
 """
 
 from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.distributed import topology
 from retemper.pipeline.distributed.collectives import barrier
 from retemper.pipeline.entry.preflight import preflight
+from retemper.pipeline.schema.exchange import ExportRequest, ImportRequest
 
 
 def main(cases: list[dict]) -> None:
     from retemper.pipeline.huggingface.__main__ import exporting, importing
 
-    verbs = {"import": importing, "export": exporting, "train": training}
+    verbs = {
+        "import": lambda **options: importing(ImportRequest(**options)),
+        "export": lambda **options: exporting(ExportRequest(**options)),
+        "train": training,
+    }
     for case in cases:
         ((verb, options),) = case.items()
         prepare, work = verbs[verb](**options)

@@ -1,6 +1,6 @@
 """Measure what the trainer costs: its step, its memory, its start, and LoRA beside full training.
 
-    python tests/bench/bench_train.py [step] [memory] [start] [lora]
+    python benchmarks/bench_train.py [step] [memory] [start] [lora]
 
 All parts run by default, which takes about ten minutes. The times are CPU-seconds on one rank, with
 interleaved runs.
@@ -23,10 +23,15 @@ import time
 from pathlib import Path
 from unittest import mock
 
-ROUNDS, STEPS_OF_ROUND = 12, 4
+from tiny import TINY
+
+ROUNDS, STEPS_OF_ROUND = (2, 1) if TINY else (12, 4)
+# Memory is compared after these numbers of steps, each time the least of a few.
+BEFORE, AFTER, A_FEW = (2, 4, 1) if TINY else (400, 700, 25)
+STARTS = 1 if TINY else 7
 LARGER = [
-    "model.hidden_size=1536",
-    "model.ffn_hidden_size=4096",
+    f"model.hidden_size={48 if TINY else 1536}",
+    f"model.ffn_hidden_size={128 if TINY else 4096}",
     "model.num_layers=4",
     "model.num_attention_heads=12",
 ]
@@ -165,17 +170,18 @@ def bench_memory(folder: Path, asked: list[str]) -> None:
             *asked,
             *small,
             "name=memory",
-            f"train.tokens={725 * 4 * 256}",
+            f"train.tokens={(AFTER + A_FEW) * 4 * 256}",
             "train.log_every_steps=1",
             "schedule.warmup_tokens=0",
         ],
         watch,
     )
     # The least of some steps: the reader's thread may be holding a batch that is read ahead.
-    before, after = min(held[400:425]), min(held[700:725])
+    before = min(held[BEFORE : BEFORE + A_FEW])
+    after = min(held[AFTER : AFTER + A_FEW])
     print(
-        f"memory  {before / 1024:.1f} MiB are held after 400 steps, {after / 1024:.1f} after 700: "
-        f"{after - before:+d} KiB in 300 steps"
+        f"memory  {before / 1024:.1f} MiB are held after {BEFORE} steps, {after / 1024:.1f} "
+        f"after {AFTER}: {after - before:+d} KiB"
     )
 
 
@@ -200,7 +206,7 @@ def bench_start(folder: Path, asked: list[str]) -> None:
         wall(["-m", "retemper.pipeline.train", *asked, *small, f"name={name}"])
         return (folder / "runs" / "demo" / name / "metrics.jsonl").stat().st_mtime - started
 
-    pairs = [(to_first_step(f"start-{number}"), wall(["-c", imports])) for number in range(7)]
+    pairs = [(to_first_step(f"start-{number}"), wall(["-c", imports])) for number in range(STARTS)]
     over = sorted(run - imported for run, imported in pairs)
     print(
         f"start   {statistics.median(run for run, _ in pairs):.1f} s "
@@ -232,7 +238,7 @@ def bench_lora(folder: Path, asked: list[str]) -> None:
         return patches
 
     base = f"init_from={folder / 'runs' / 'demo' / 'large-base'}"
-    for number in range(3):
+    for number in range(1 if TINY else 3):
         for name, method in methods.items():
             train(
                 [*larger, *method, f"name={name}-{number}", base, f"train.tokens={4 * 4 * 256}"],

@@ -64,7 +64,10 @@ def parser(text: str, out: Path) -> argparse.ArgumentParser:
     )
     arguments.add_argument("--parts", nargs="+", metavar="NAME", help="these alone, in this order")
     arguments.add_argument(
-        "--out", type=Path, default=out, help=f"the results (default {out.name} in bench/)"
+        "--out",
+        type=Path,
+        default=out,
+        help=f"the results (default results/{out.name})",
     )
     arguments.add_argument(
         "--commit-file",

@@ -1,15 +1,15 @@
 """Print README's tables of GPU measurements in Markdown.
 
-They are made from bench/gpu-full.json, gpu-lora.json and gpu-correct.json.
+They are made from benchmarks/results/gpu-full.json, gpu-lora.json and gpu-correct.json.
 
-    python tests/bench/gpu_table.py [FOLDER]      of the results: bench/ by default
+    python benchmarks/gpu_table.py [FOLDER]      of the results: benchmarks/results/ by default
 """
 
 import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 _HEAD = (
     "",
     "micro-batch",
@@ -86,4 +86,4 @@ def differences_table(compared: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "bench")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results")

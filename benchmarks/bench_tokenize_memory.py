@@ -1,6 +1,6 @@
 """Measure the peak memory of a tokenize worker, which must not grow with the size of the corpus.
 
-    python tests/bench/bench_tokenize_memory.py [--megabytes 50 100 200] [--tokenizer FOLDER]
+    python benchmarks/bench_tokenize_memory.py [--megabytes 50 100 200] [--tokenizer FOLDER]
 
 The text is real Python sources, repeated with a different first line to reach the size (so that
 the documents are distinct to deduplication and order).
