@@ -4,7 +4,6 @@ What they leave behind on the machine is checked, too.
 """
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import data_config, overrides, run_command
+from shared_memory import abandoned
 
 from retemper.pipeline.checkpoint.commit import META, folder_of
 from retemper.pipeline.cli import main
@@ -75,7 +75,7 @@ def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(
     workspace, shards, tmp_path, capsys
 ):
     victim, bad = damaged_copy(shards, tmp_path / "copy", workspace)
-    before = set(os.listdir("/dev/shm"))
+    before = abandoned()
     started = time.monotonic()
     result = run_command(["train", *command(workspace, "bad", tmp_path / "copy")])
     assert (
@@ -107,7 +107,7 @@ def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(
         f"{sum(len(line['ids']) for line in skipped)} of them had no loss"
         in capsys.readouterr().out
     )
-    assert set(os.listdir("/dev/shm")) <= before, "nothing is left in shared memory"
+    assert abandoned() <= before, "nothing is left in shared memory"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, overrides, run_command
+from shared_memory import abandoned
 
 from retemper.pipeline.checkpoint.commit import committed_steps
 from retemper.pipeline.cli import main
@@ -38,7 +39,7 @@ def killed_and_continued(workspace):
         "train",
         *overrides(workspace, "killed", *SAVE),
     ]
-    shared_memory = set(os.listdir("/dev/shm"))
+    before = abandoned()
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -51,9 +52,7 @@ def killed_and_continued(workspace):
     process.wait()
     psutil.wait_procs(ranks, timeout=20)
     assert len(ranks) >= 2 and not any(rank.is_running() for rank in ranks)
-    assert set(os.listdir("/dev/shm")) <= shared_memory, (
-        "a killed run leaves nothing that its restart could meet"
-    )
+    assert abandoned() <= before, "a killed run leaves nothing that its restart could meet"
     left = committed_steps(folder)
     continued = run_command(["train", *overrides(workspace, "killed", *SAVE)])
     assert continued.returncode == 0, continued.stderr[-3000:]

@@ -65,21 +65,9 @@ class Scored:
         tokenize(self.corpus, progress=False)
         world_size = 1 if torch.cuda.device_count() == 1 else 2
         layout = ["parallel=tp2"] if world_size == 2 else []
-        imported = {
-            "folder": str(folder),
-            "run": str(self.base),
-            "trust": None,
-            "overrides": layout,
-        }
+        imported = {"folder": str(folder), "run": str(self.base), "keys": layout}
         launch(world_size, [{"import": imported}], "exchange")
-        exported = {
-            "run": str(self.base),
-            "folder": str(self.exported),
-            "step": None,
-            "adapter": False,
-            "base": None,
-            "tokenizer": None,
-        }
+        exported = {"run": str(self.base), "folder": str(self.exported)}
         launch(1, [{"export": exported}], "exchange")
 
     def overrides(self, run: str, *changes: str) -> list[str]:

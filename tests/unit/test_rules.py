@@ -136,20 +136,22 @@ def refusals(tmp_path_factory) -> tuple[list[str], set[tuple[str, int]]]:
     """Return the message for each example, and the executed lines of the rules and the schema."""
     files = {str(path) for path in rule_files()}
     executed = set()
+    monitoring = sys.monitoring
+    tool = monitoring.PROFILER_ID
 
-    def trace(frame, event, _argument):
-        if frame.f_code.co_filename not in files:
-            return None
-        if event == "line":
-            executed.add((frame.f_code.co_filename, frame.f_lineno))
-        return trace
+    def note(code, line):
+        if code.co_filename in files:
+            executed.add((code.co_filename, line))
+        return monitoring.DISABLE  # a line is noted once
 
-    previous = sys.gettrace()
-    sys.settrace(trace)
+    monitoring.use_tool_id(tool, "rules")
+    monitoring.register_callback(tool, monitoring.events.LINE, note)
+    monitoring.set_events(tool, monitoring.events.LINE)
     try:
         messages = [message_of(tmp_path_factory.getbasetemp(), changes) for changes, _ in BROKEN]
     finally:
-        sys.settrace(previous)
+        monitoring.set_events(tool, monitoring.events.NO_EVENTS)
+        monitoring.free_tool_id(tool)
     return messages, executed
 
 
