@@ -15,7 +15,7 @@ test: lint
 
 # All slow tests, or with PACKAGE=checkpoint those whose files import from that package.
 test-slow: .venv/.installed
-	@.venv/bin/python -m pytest -m slow $(if $(PACKAGE),--package $(PACKAGE))
+	@.venv/bin/python -m pytest -m slow $(if $(PACKAGE),--package=$(PACKAGE))
 
 .venv/.installed: constraints.txt pyproject.toml .ci/setup
 	@.ci/setup

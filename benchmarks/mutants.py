@@ -14,7 +14,6 @@ import ast
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -129,11 +128,10 @@ def draw(count: int, seed: int) -> list[Fault]:
 
 
 def is_noticed(fault: Fault) -> str:
-    """Run the default tests on a copy with a fault; return the first test that fails, or ""."""
+    """Run the default tests on a clone with a fault; return the first test that fails, or ""."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name) / "copy"
-        ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
-        shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
         (copy / ".venv").symlink_to(ROOT / ".venv")
         changed = copy / fault.file
         source = changed.read_text()
@@ -143,7 +141,7 @@ def is_noticed(fault: Fault) -> str:
             "RETEMPER_SHARED_DATA": str(ROOT.parent / "shared" / "data"),
         }
         pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow and not gpu"]
-        for selection in (["--package", Path(fault.file).parent.name], []):
+        for selection in ([f"--package={Path(fault.file).parent.name}"], []):
             result = subprocess.run(
                 [*pytest, *selection], cwd=copy, env=environment, capture_output=True, text=True
             )
