@@ -80,9 +80,9 @@ def prepare_megatron() -> None:
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     for name in ("torch.utils.cpp_extension", "megatron.core", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from retemper.pipeline.compat import megatron_cpu, megatron_imports, megatron_save
+    from retemper.pipeline.compat import light_imports, megatron_cpu, megatron_save
 
-    with megatron_imports.without_wandb():
+    with light_imports.megatron_without_wandb():
         megatron_cpu.patch()
         megatron_save.patch()
 

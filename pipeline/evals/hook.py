@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+from retemper.pipeline.compat.light_imports import import_transformers
 from retemper.pipeline.distributed.collectives import broadcast_from_rank0
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.evals.heldout import heldout_scores
@@ -78,6 +79,7 @@ def _score(
     if topology.rank != 0:
         team.serve()
         return {}
+    import_transformers()
     from retemper.pipeline.evals.inline import score_tasks
 
     scored = {}

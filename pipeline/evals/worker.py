@@ -16,6 +16,7 @@ from pathlib import Path
 
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.base import base_of
+from retemper.pipeline.compat.light_imports import import_transformers
 from retemper.pipeline.data.streams import decontaminated
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.code_tasks import CODE_TASKS, problems_file, read_problems
@@ -52,6 +53,7 @@ class Worker:
             UserError: At the beginning, a task's files, tokenizer or settings are wrong; at the
                 end, some tasks could not be evaluated.
         """
+        import_transformers()
         self._check()
         last_message = None
         while True:

@@ -22,6 +22,7 @@ from retemper.pipeline.schema.model import MethodConfig, ModelSetup, ParallelCon
 
 
 def main(verb: str, request: str) -> int:
+    topologies.prepare_megatron()  # before the first import of megatron-core
     if verb == "import":
         return run_prepared(*importing(ImportRequest.model_validate_json(request)))
     export = ExportRequest.model_validate_json(request)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from retemper.pipeline.compat.light_imports import import_transformers
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.huggingface.names import EMBEDDING
 from retemper.pipeline.huggingface.source_folder import Weights
@@ -39,6 +40,7 @@ def verify(
     Raises:
         UserError: the logits differ.
     """
+    import_transformers()
     tokens_BT = _tokens(folder, streamed.setup.model.max_sequence_length)
     ours = streamed.logits(tokens_BT).float()
     with torch.no_grad():
