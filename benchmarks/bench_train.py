@@ -58,6 +58,7 @@ def make_corpus(folder: Path) -> list[str]:
         f"runs_dir={folder / 'runs'}",
         "evals.heldout={}",
         "track.wandb=off",
+        "schedule.warmup_tokens=0",
     ]
     _prepare_data([load_config(asked), load_config(["run=demo_full", *asked[1:]])])
     return asked

@@ -11,7 +11,7 @@ BENCHMARKS = {
     "bench_data": [],
     "bench_train": [],
     "bench_exchange": [],
-    "bench_tokenize": ["--megabytes", "1", "--rounds", "1"],
+    "bench_tokenize": ["--megabytes", "8", "--rounds", "1"],
     "bench_tokenize_memory": ["--megabytes", "1"],
     "style_figures": [],
 }
