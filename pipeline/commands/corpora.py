@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from retemper.pipeline.commands.options import add_group, add_verb, positive
+from retemper.pipeline.commands.options import RUN, add_group, add_verb, positive
 
-_RUN = {"run": "folder of the run, i.e. runs_dir/study/name"}
 _LOCATIONS = "current locations of the run's files: data.path, data.tokenizer, data.replay.path"
 
 
@@ -38,7 +37,7 @@ def add_to(verbs: Any) -> None:
         _show,
         "Print the text of a step's samples, with its sources and the loss mask.",
         [shows],
-        positionals=_RUN,
+        positionals=RUN,
         keys=_LOCATIONS,
     )
     show.add_argument("--step", type=int, required=True, help="step, counted from 1")
@@ -51,7 +50,7 @@ def add_to(verbs: Any) -> None:
         _verify,
         "Prove from the ledger (data.ledger=true) that no sample was skipped or repeated.",
         [verifies],
-        positionals=_RUN,
+        positionals=RUN,
         keys=_LOCATIONS,
     )
 

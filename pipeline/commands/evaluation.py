@@ -4,10 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from retemper.pipeline.commands.options import add_group, add_verb, positive
+from retemper.pipeline.commands.options import RUN, add_group, add_verb, positive
 from retemper.pipeline.errors import UserError
-
-_RUN = {"run": "folder of the run, i.e. runs_dir/study/name"}
 
 
 def add_to(verbs: Any) -> None:
@@ -30,7 +28,7 @@ def add_to(verbs: Any) -> None:
             "retemper eval run runs/demo/full evals=quick evals.tasks_dir=tasks/",
             "retemper eval run runs/demo/full parallel=dp2",
         ],
-        positionals=_RUN,
+        positionals=RUN,
         keys="overrides of the run's config: evals, parallel, and the current locations of "
         "its files (data.path, init_from)",
     )
@@ -41,7 +39,7 @@ def add_to(verbs: Any) -> None:
         _show,
         "Print the scores so far, with the difference from the step-0 model.",
         examples[2:],
-        positionals=_RUN,
+        positionals=RUN,
         keys=None,
     )
     add_verb(
@@ -66,7 +64,7 @@ def _add_worker(group: Any) -> None:
             "retemper eval worker runs/paper/lora evals=paper evals.tasks_dir=tasks/",
             "retemper eval worker runs/paper/lora --only score",
         ],
-        positionals=_RUN,
+        positionals=RUN,
         keys="overrides of the run's config: evals=… and evals.…=…",
     )
     verb.add_argument(

@@ -9,6 +9,9 @@ KEYS = (
     "method, parallel, optimizer, schedule and evals"
 )
 
+# The positional of a verb for an existing run.
+RUN = {"run": "folder of the run, i.e. runs_dir/study/name"}
+
 
 def add_verb(
     verbs: Any,

@@ -122,7 +122,8 @@ class CorpusConfig(Section):
     executor: Literal["local", "slurm", "ray"] = "local"
     """Tokenize in local processes, in a Slurm job array, or on Ray."""
     tasks: PositiveInt | None = None
-    """Number of parallel tokenization processes. null uses every core."""
+    """Number of parallel tokenization processes. null uses every core; a corpus of one part, about
+    64 MiB of its source, is always written by one process."""
     slurm: SlurmConfig | None = None
     """Options of Slurm, required with executor=slurm."""
 

@@ -179,7 +179,7 @@ def test_interval_of_a_finding_is_students_t_interval_of_paired_differences(work
     record(workspace, tmp_path, "lora", LORA, (2.8, 2.1), sign=1.0)
     (sentence,) = comparison(read_study(full.run_dir.parent))
     # The waves of the two runs have opposite signs. So the residual of a sample's difference is
-    # 2 × size × (wave − mean wave), and the half width is its standard error times t(5) = 2.5706.
+    # 2 × size × (wave - mean wave). The half width is its standard error times t(5) = 2.5706.
     mean = sum(s * w for s, w in zip(SIZES, WAVE)) / sum(SIZES)
     residuals = [2 * size * (wave - mean) for size, wave in zip(SIZES, WAVE)]
     half = 2.5706 * (sum(r * r for r in residuals) / 5 * 6) ** 0.5 / sum(SIZES)
