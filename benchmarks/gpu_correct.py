@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -49,6 +50,7 @@ CURVES = {
     "curve-bf16-order2": ("precision=bf16", "seed=18"),
     "curve-bf16-order3": ("precision=bf16", "seed=19"),
     "curve-fp8_delayed": ("precision=fp8_delayed",),
+    "curve-fp8_blockwise": ("precision=fp8_blockwise",),
     "curve-fp8_tensorwise-attention": ("precision=fp8_tensorwise", "fp8.attention=true"),
 }
 VARIANTS = {
@@ -104,7 +106,7 @@ def all_checks(asked: argparse.Namespace) -> list[Check]:
     marked = "not gpu" if asked.tiny else "gpu"
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked)
     tests = [
-        Check(f"tests {selection}", (*pytest, *selection.split()), asked.part_seconds)
+        Check(f"tests {selection}", (*pytest, *shlex.split(selection)), asked.part_seconds)
         for selection in asked.tests
     ]
     curves = [name for name in CURVES if not (asked.tiny and "fp8" in name)]

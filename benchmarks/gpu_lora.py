@@ -71,6 +71,11 @@ def parts() -> list[Part]:
         part("fp8_tensorwise-fused-graph-keep_transposed", more=("fp8.keep_transposed=true",))
     )
     all_parts.append(part("fp8_tensorwise-fused-graph-fp8_attention", more=("fp8.attention=true",)))
+    fastest = ("fp8.keep_transposed=true", "fp8.attention=true")
+    all_parts += [
+        part("fp8_tensorwise-fused-graph-micro2-keep_transposed", micro=2, more=fastest[:1]),
+        part("fp8_tensorwise-fused-graph-micro2-fastest", micro=2, more=fastest),
+    ]
     all_parts.append(part("nemo", graph="off", micro=2, more=qkv, corpus="documents"))
     all_parts.append(
         part("fp8_tensorwise-fused-graph-recompute", more=("parallel.recompute=selective",))

@@ -25,7 +25,7 @@ def commit_of_tree() -> dict:
     commit = _git("rev-parse", "HEAD")
     return {
         "commit": commit,
-        "clean": not _git("status", "--porcelain", "--", ".", ":(exclude)bench"),
+        "clean": not _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results"),
     }
 
 

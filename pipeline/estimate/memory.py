@@ -146,7 +146,8 @@ def rank_memory(config: Config, stage: int, *, fused: bool = True) -> RankMemory
     if config.fp8_weights:
         # While the model is built, only weights exist: those initialised in bf16, and beside them
         # those that Transformer Engine has created in FP8 (model/fp8.py, dequantized_weights).
-        building = elements["base"] * element + _both_orders(config, stage)
+        orders = 1 if config.method.name == "lora" and _has_one_scale(config) else 2
+        building = elements["base"] * element + _both_orders(config, stage) * orders // 2
         peaks.append((0, building - sum(states.values())))
     activations, temporary = max(peaks, key=sum)
     return RankMemory(stage=stage, **states, activations=activations, temporary=temporary)
@@ -167,10 +168,13 @@ def _fp8_difference(config: ModelSetup, stage: int) -> int:
     """
     if config.fp8_recipe is None:
         return 0
-    one_scale = config.fp8_recipe in ("delayed", "tensorwise")
-    one_order = config.method.name == "lora" and one_scale and not config.fp8.keep_transposed
-    size = _both_orders(config, stage) // (2 if one_order else 1)
+    frozen = config.method.name == "lora" and not config.fp8.keep_transposed
+    size = _both_orders(config, stage) // (2 if frozen and _has_one_scale(config) else 1)
     return size - (2 * _elements_in_fp8(config, stage) if config.fp8_weights else 0)
+
+
+def _has_one_scale(config: ModelSetup) -> bool:
+    return config.fp8_recipe in ("delayed", "tensorwise")
 
 
 def _both_orders(config: ModelSetup, stage: int) -> int:

@@ -30,7 +30,11 @@ from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model import lora
 from retemper.pipeline.model.adapted import hand_out_gradients
 from retemper.pipeline.model.attention import SdpaAttention
-from retemper.pipeline.model.fp8 import dequantized_weights, drop_bf16_copies, reset_fp8_state
+from retemper.pipeline.model.fp8 import (
+    dequantized_weights,
+    drop_transposed_copies,
+    reset_fp8_state,
+)
 from retemper.pipeline.model.kernels import detect_kernels, start_tensor_parallel_overlap
 from retemper.pipeline.model.weights import init_weights
 from retemper.pipeline.schema.model import LoraConfig, ModelSetup, RopeScaling
@@ -77,12 +81,13 @@ def build_model(config: Config, topology: Topology) -> torch.nn.ModuleList:
 
 
 def _trainable(model: GPTModel, config: ModelSetup, topology: Topology) -> DistributedDataParallel:
+    if config.method.name == "lora" and config.fp8_weights:
+        # Before bf16 values exist beside them: otherwise building needs more memory than training.
+        drop_transposed_copies(model, keep_transposed=config.fp8.keep_transposed)
     with dequantized_weights(model, trained=config.method.name == "full"):
         init_weights(model, config.model, config.seed)
     if config.method.name == "lora":
         lora.freeze_base(model)
-        if config.fp8_weights:
-            drop_bf16_copies(model, keep_transposed=config.fp8.keep_transposed)
         if model.pre_process and config.parallel.recompute != "none":
             lora.enable_input_require_grads(model.embedding)
     lora.check_trainable_parameters(

@@ -37,18 +37,18 @@ def dequantized_weights(model: torch.nn.Module, *, trained: bool) -> Iterator[No
         layer._parameters["weight"] = weight
 
 
-def drop_bf16_copies(model: torch.nn.Module, *, keep_transposed: bool) -> None:
-    """Keep only the FP8 values of frozen weights, one byte per element.
+def drop_transposed_copies(model: torch.nn.Module, *, keep_transposed: bool) -> None:
+    """Keep frozen weights in one order of their elements, one byte per element.
 
-    This drops the bf16 copy, and the transposed copy between backward passes. On Hopper, whose FP8
+    This drops the transposed copy, now and after each backward pass. On Hopper, whose FP8
     multiplication accepts only one order of its operands, Transformer Engine otherwise keeps the
     transposed weight from the first backward pass on: as many bytes again. With block-wise scales
     both orders are kept, because one cannot be derived from the other without rounding again.
 
     Args:
-        model: The model, after its weights have been set.
-        keep_transposed: Keep the transposed copy between backward passes, which saves the
-            transposition in each of them.
+        model: The model, before or after its weights are set.
+        keep_transposed: Keep the transposed copy from the first backward pass on, which saves
+            the transposition in each of them.
     """
     for layer in model.modules():
         weight = getattr(layer, "weight", None)

@@ -144,15 +144,14 @@ def test_transposed_copy_of_frozen_weights_takes_one_byte_per_weight():
 
 
 def test_fp8_weights_of_lora_are_initialized_in_bf16_first():
-    """Check that the peak of fused LoRA in FP8 is at initialization, above that of a step.
+    """Check that the peak of LoRA in FP8 is at initialization if samples are short.
 
-    The weights are drawn in bf16 before they are converted to FP8.
+    The weights are drawn in bf16 beside those in FP8, which have one order of their elements.
     """
     base = 32 * (LINEAR_WEIGHTS + 2 * 4096) + 2 * 32000 * 4096 + 4096
-    planned = rank_memory(load_config([*SEVEN_B, *LORA, *FP8]), 0)
-    assert planned.total == 2 * base + 32 * 2 * LINEAR_WEIGHTS
-    assert planned.total / 2**30 == pytest.approx(24.614, abs=0.001)
-    assert rank_memory(load_config([*SEVEN_B, *LORA, *FP8, *MICRO_BATCH_OF_TWO]), 0).activations > 0
+    short = rank_memory(load_config([*SEVEN_B, *LORA, *FP8, "data.seq_length=1024"]), 0)
+    assert short.total == 2 * base + 32 * LINEAR_WEIGHTS
+    assert rank_memory(load_config([*SEVEN_B, *LORA, *FP8]), 0).activations > 0
 
 
 def test_frozen_head_computes_logits_in_pieces():
