@@ -59,12 +59,21 @@ VARIANTS = {
     "lora-plain-eager": (*LORA, "method.lora.kernel=plain", "train.cuda_graph=off"),
     "lora-fused-eager": (*LORA, "method.lora.kernel=fused", "train.cuda_graph=off"),
     "lora-fused-graph": (*LORA, "method.lora.kernel=fused", "train.cuda_graph=on"),
+    "lora-swiglu-graph": (*LORA, "parallel.recompute=swiglu", "train.cuda_graph=on"),
+}
+# With an FP8 precision only.
+FP8_VARIANTS = {
+    "lora-attention-eager": (*LORA, "fp8.attention=true", "train.cuda_graph=off"),
+    "lora-attention-graph": (*LORA, "fp8.attention=true", "train.cuda_graph=on"),
 }
 # What must be equal, in losses of the first steps.
 PAIRS = (
     ("full-graph", "full-eager"),
     ("lora-fused-eager", "lora-plain-eager"),
     ("lora-fused-graph", "lora-fused-eager"),
+    ("lora-swiglu-graph", "lora-fused-graph"),
+    ("lora-attention-eager", "lora-fused-eager"),
+    ("lora-attention-graph", "lora-attention-eager"),
 )
 
 
@@ -189,7 +198,8 @@ def write_losses(name: str, file: Path, asked: argparse.Namespace) -> None:
     else:
         record["variants"] = {}
         precision = (f"precision={name.removeprefix('first-')}",)
-        for variant, of_variant in VARIANTS.items():
+        variants = VARIANTS | (FP8_VARIANTS if "fp8" in name else {})
+        for variant, of_variant in variants.items():
             try:
                 record["variants"][variant] = {
                     "losses": losses((*precision, *of_variant), FIRST, asked)

@@ -27,6 +27,11 @@ def parts() -> list[Part]:
     asked = {
         "full-bf16-graph": ("precision=bf16", "train.cuda_graph=on"),
         "full-fp8_tensorwise-graph": ("precision=fp8_tensorwise", "train.cuda_graph=on"),
+        "full-fp8_tensorwise-attention-graph": (
+            "precision=fp8_tensorwise",
+            "fp8.attention=true",
+            "train.cuda_graph=on",
+        ),
         "full-bf16-eager": ("precision=bf16", "train.cuda_graph=off"),
         "full-fp8_tensorwise-eager": ("precision=fp8_tensorwise", "train.cuda_graph=off"),
         "full-fp8_delayed": ("precision=fp8_delayed",),

@@ -77,9 +77,7 @@ def parts() -> list[Part]:
         part("fp8_tensorwise-fused-graph-micro2-fastest", micro=2, more=fastest),
     ]
     all_parts.append(part("nemo", graph="off", micro=2, more=qkv, corpus="documents"))
-    all_parts.append(
-        part("fp8_tensorwise-fused-graph-recompute", more=("parallel.recompute=selective",))
-    )
+    all_parts.append(part("fp8_tensorwise-fused-graph-swiglu", more=("parallel.recompute=swiglu",)))
     all_parts.append(part("fp8_tensorwise-fused-graph-rank256", more=("method.lora.rank=256",)))
     return all_parts
 

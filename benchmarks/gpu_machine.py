@@ -61,7 +61,8 @@ def machine() -> dict:
     from retemper.pipeline.distributed import environment
     from retemper.pipeline.schema.model import ParallelConfig
 
-    variables = environment.prepare(ParallelConfig())
+    # The parts of a bench share a process, and one of them may have attention in FP8.
+    variables = environment.prepare(ParallelConfig(), tensorwise_attention=True)
     from retemper.pipeline.model.kernels import detect_kernels
 
     kernels = detect_kernels()

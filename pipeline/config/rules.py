@@ -67,6 +67,14 @@ def setup_conflicts(config: ModelSetup) -> Iterator[str]:
         parallel.pipeline_parallel_size,
         parallel.virtual_pipeline_parallel_size,
     )
+    if parallel.recompute == "swiglu" and not (
+        config.fused_adapters and "down" in method.adapters.targets
+    ):
+        yield (
+            "parallel.recompute=swiglu requires method=lora with down among method.lora.targets, "
+            "method.lora.kernel=fused, and no dropout, dora, pissa or parallel.overlap: "
+            "set parallel.recompute=selective"
+        )
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         if getattr(model, key) % tp:
             yield (

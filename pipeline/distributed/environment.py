@@ -39,7 +39,7 @@ class Environment:
 _in_force = Environment()
 
 
-def prepare(parallel: ParallelConfig) -> Environment:
+def prepare(parallel: ParallelConfig, *, tensorwise_attention: bool = False) -> Environment:
     """Set the variables that `wanted` lists and the user has not set, if there is a GPU.
 
     Must be called before anything in this process starts CUDA. A second call returns the same.
@@ -48,7 +48,8 @@ def prepare(parallel: ParallelConfig) -> Environment:
     import torch
 
     if torch.cuda.device_count():  # counts by NVML, which does not start CUDA
-        _in_force = apply(wanted(parallel, _compute_capability()), parallel)
+        table = wanted(parallel, _compute_capability(), tensorwise_attention=tensorwise_attention)
+        _in_force = apply(table, parallel)
     return _in_force
 
 
@@ -57,10 +58,16 @@ def in_force() -> Environment:
     return _in_force
 
 
-def wanted(parallel: ParallelConfig, capability: int | None) -> dict[str, tuple[str, str]]:
+def wanted(
+    parallel: ParallelConfig, capability: int | None, *, tensorwise_attention: bool = False
+) -> dict[str, tuple[str, str]]:
     """Return the variables that a run with this layout needs: name -> (value, reason).
 
-    capability: The major compute capability of the GPUs; None (unknown) is treated as Hopper.
+    Args:
+        parallel: The layout.
+        capability: The major compute capability of the GPUs; None (unknown) is treated as Hopper.
+        tensorwise_attention: Whether attention is computed in FP8, and other layers with scales of
+            the current tensor.
     """
     table = {
         "PYTORCH_ALLOC_CONF": (
@@ -87,6 +94,11 @@ def wanted(parallel: ParallelConfig, capability: int | None) -> dict[str, tuple[
         margin = ("16", "norm kernels leave multiprocessors free for concurrent communication")
         table["NVTE_FWD_LAYERNORM_SM_MARGIN"] = margin
         table["NVTE_BWD_LAYERNORM_SM_MARGIN"] = margin
+    if tensorwise_attention and (capability or _HOPPER) <= _HOPPER:
+        table["NVTE_DPA_FP8_RECIPE"] = (
+            "DelayedScaling",
+            "on Hopper, cuDNN's attention in FP8 takes its scales from the micro-batch before",
+        )
     return table
 
 

@@ -94,7 +94,9 @@ def exit_now(code: int) -> NoReturn:
 
 
 def _prepare_environment(config: Config) -> None:
-    warning = environment.prepare(config.parallel).warning
+    tensorwise_attention = config.fp8.attention and config.fp8_recipe == "tensorwise"
+    in_force = environment.prepare(config.parallel, tensorwise_attention=tensorwise_attention)
+    warning = in_force.warning
     if warning and topologies.is_main_process():
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 

@@ -48,7 +48,8 @@ class Activations:
         self.k = model.kv_channels * model.num_query_groups // tp
         self.adapted = not {"gate", "up"}.isdisjoint(self.targets)
         # Whether the input of down is saved for the gradient of a weight.
-        self.reads_product = self.full or "down" in self.targets
+        self.recomputes_product = parallel.recompute == "swiglu"
+        self.reads_product = self.full or ("down" in self.targets and not self.recomputes_product)
         outputs = {"q": self.q, "k": self.k, "v": self.k, "gate": self.f, "up": self.f}
         self.features = {target: (self.h, out) for target, out in outputs.items()} | {
             "o": (self.q, self.h),
@@ -74,7 +75,7 @@ class Activations:
             activations += 3 * hidden
         if (
             stage == 0
-            and parallel.recompute == "none"
+            and parallel.recompute in ("none", "swiglu")
             and not self.full
             and {"q", "k", "v", "o"}.isdisjoint(self.targets)
         ):
@@ -106,6 +107,7 @@ class Activations:
         hidden = self.own * self.h * self.element
         return {
             "none": (attention + norm + ffn, 0),
+            "swiglu": (attention + norm + ffn, 0),  # without the input of down (input_of)
             # Within a layer, everything after the norm is recomputed.
             "selective": (attention + norm, ffn),
             "full": (hidden, attention + norm + ffn - hidden),  # only a layer's input is saved
@@ -152,7 +154,8 @@ class Activations:
     def _input_of(self, targets: tuple[str, ...], elements: int, *, read_later: bool) -> int:
         """Do what input_of does; with read_later, recomputation needs the input in any case."""
         adapted = [target for target in targets if target in self.targets]
-        kept = elements * self.element if read_later or (adapted and not self.dropout) else 0
+        stored = adapted and not self.dropout and not self._recomputes(targets)
+        kept = elements * self.element if read_later or stored else 0
         if self.full and not read_later:
             in_fp8 = self.config.fp8_recipe and "head" not in targets
             # For the weight's gradient, in the precision of the multiplication.
@@ -160,6 +163,10 @@ class Activations:
         if adapted and self.dropout:
             kept += elements * 2 * self.element  # the output of dropout, and its mask
         return kept + (self.adapters(adapted, targets) if adapted else 0)
+
+    def _recomputes(self, targets: tuple[str, ...]) -> bool:
+        """Return whether the input of the layer of these parts is recomputed instead of saved."""
+        return self.recomputes_product and "down" in targets
 
     def adapters(self, adapted: list[str], parts: tuple[str, ...]) -> int:
         """Return the bytes that the adapters of a layer save besides its input.
@@ -215,8 +222,9 @@ class Activations:
         """Return the bytes that a feed-forward layer saves."""
         gate = self.tokens * self.f * self.element
         # gate and up as output by the linear layer, SiLU's output, megatron-core's up + 0. The
-        # product of the latter two is the input of down.
-        return 4 * gate + self.input_of(("down",), self.tokens * self.f)
+        # product of the latter two is the input of down. model.build's SwiGLU adds no 0.
+        factors = 3 if self.recomputes_product else 4
+        return factors * gate + self.input_of(("down",), self.tokens * self.f)
 
     def forward(self) -> int:
         """Return the temporary bytes in the forward pass of adapters on gate and up.

@@ -59,6 +59,7 @@ class TransformerEngineActivations(Activations):
         inputs = 2 * hidden if separate_norm else hidden
         return {
             "none": (attention + ffn, 0),
+            "swiglu": (attention + ffn, 0),  # without the input of down (input_of)
             "selective": (attention + inputs, ffn - inputs),
             "full": (hidden, attention + ffn - hidden),
         }[self.config.parallel.recompute]
@@ -110,7 +111,7 @@ class TransformerEngineActivations(Activations):
         adapted = [target for target in targets if target in self.targets]
         if not adapted:
             return 0
-        kept = elements * self.element
+        kept = 0 if self._recomputes(targets) else elements * self.element
         if self.dropout:
             kept += elements  # the mask of dropout, besides its output
         if not self.fused_adapters and targets[0] not in SHARDED_BY_INPUT:

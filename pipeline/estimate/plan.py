@@ -209,7 +209,7 @@ def _does_not_fit(config: Config, memory: RankMemory, machine: Machine) -> str:
     return problem + f"On as many GPUs {_size(fits.total)} do with {overrides}"
 
 
-_RECOMPUTE = ("none", "selective", "full")
+_RECOMPUTE = ("none", "swiglu", "selective", "full")
 
 
 def _nearest_that_fits(

@@ -12,7 +12,7 @@ together, I and O the features in and out on this rank. Under sequence paralleli
 layer's input and a row-parallel layer's output have this rank's share of the tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -228,7 +228,25 @@ def adapted_column(layer: torch.nn.Module, x_SBI: torch.Tensor) -> torch.Tensor:
 
 def adapted_row(layer: torch.nn.Module, x_SBI: torch.Tensor) -> torch.Tensor:
     """Return a row-parallel layer's output, (S, B, O), including its adapter."""
-    return _AdaptedRow.apply(x_SBI, _anchor(layer), layer)
+    source, layer.input_source = layer.input_source, None
+    return _AdaptedRow.apply(x_SBI, _anchor(layer), layer, source)
+
+
+def recompute_product(mlp: torch.nn.Module) -> None:
+    """Let an adapted layer down recompute its input, the product of gate and up.
+
+    SwiGLU stores gate and up for its own backward pass, so that the product need not be stored.
+
+    Args:
+        mlp: A feed-forward layer whose SwiGLU is a module, activation_func.
+    """
+    activation, down = mlp.activation_func, mlp.linear_fc2
+
+    def remember(_activation, inputs, _product_SBF):
+        if down.training:
+            down.input_source = activation.forward, inputs[0]
+
+    activation.register_forward_hook(remember)
 
 
 def _anchor(layer: torch.nn.Module) -> torch.nn.Parameter:
@@ -283,7 +301,13 @@ class _AdaptedColumn(torch.autograd.Function):
 
 class _AdaptedRow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_SBI, _anchor, layer):
+    def forward(
+        ctx,
+        x_SBI,
+        _anchor,
+        layer,
+        source: tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor] | None,
+    ):
         factors, group = layer.factors, layer.adapter_group
         ctx.split = layer.config.sequence_parallel
         x_TI = x_SBI.flatten(0, 1)
@@ -298,7 +322,8 @@ class _AdaptedRow(torch.autograd.Function):
             else reduce_from_tensor_model_parallel_region
         )
         output_TO = reduce(output_TO, group=group)
-        ctx.save_for_backward(x_TI, reduce(hidden_TR, group=group))
+        ctx.compute_input, stored = source or (None, x_TI)
+        ctx.save_for_backward(stored, reduce(hidden_TR, group=group))
         ctx.layer = layer
         ctx.batch = x_SBI.shape[1]
         return output_TO.unflatten(0, (-1, ctx.batch))
@@ -306,6 +331,8 @@ class _AdaptedRow(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient_SBO):
         x_TI, hidden_TR = ctx.saved_tensors
+        if ctx.compute_input:
+            x_TI = ctx.compute_input(x_TI).flatten(0, 1)
         layer = ctx.layer
         factors = ctx.layer.factors
         gradient_TO = gradient_SBO.flatten(0, 1).contiguous()
@@ -316,9 +343,11 @@ class _AdaptedRow(torch.autograd.Function):
             )
         hidden_gradient_TR = factors.hidden_gradient(gradient_TO, layer.scale)
         factors.add_A_gradient(hidden_gradient_TR, x_TI)
+        del x_TI
         gradient_TI = _input_gradient(ctx, hidden_gradient_TR, gradient_TO)
         return (
             None if gradient_TI is None else gradient_TI.unflatten(0, (-1, ctx.batch)),
+            None,
             None,
             None,
         )

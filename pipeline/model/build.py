@@ -28,12 +28,13 @@ from megatron.core.utils import unwrap_model
 from retemper.pipeline.distributed.collectives import all_reduce_over_stages
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model import lora
-from retemper.pipeline.model.adapted import hand_out_gradients
+from retemper.pipeline.model.adapted import hand_out_gradients, recompute_product
 from retemper.pipeline.model.attention import SdpaAttention
 from retemper.pipeline.model.fp8 import (
     dequantized_weights,
     drop_transposed_copies,
     reset_fp8_state,
+    update_gradient_scales,
 )
 from retemper.pipeline.model.kernels import detect_kernels, start_tensor_parallel_overlap
 from retemper.pipeline.model.weights import init_weights
@@ -52,6 +53,18 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
+class SwiGLU(torch.nn.Module):
+    """The product of gate, after SiLU, and up. megatron-core computes it outside of any module."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+
+    def forward(self, gate_up_SBF: torch.Tensor) -> torch.Tensor:
+        """Return the product, (S, B, F), of (S, B, 2 F)."""
+        gate_SBF, up_SBF = gate_up_SBF.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate_SBF) * up_SBF
+
+
 def build_model(config: Config, topology: Topology) -> torch.nn.ModuleList:
     """Return this rank's part of the model, initialised and on its device.
 
@@ -63,7 +76,7 @@ def build_model(config: Config, topology: Topology) -> torch.nn.ModuleList:
     local = not (HAVE_TE and topology.device.type == "cuda")
     if config.parallel.tensor_parallel_overlap:
         start_tensor_parallel_overlap(config)
-    if config.fp8_recipe == "delayed":
+    if config.fp8_recipe == "delayed" or config.fp8.attention:
         reset_fp8_state()
     stages = torch.nn.ModuleList(
         [
@@ -88,7 +101,7 @@ def _trainable(model: GPTModel, config: ModelSetup, topology: Topology) -> Distr
         init_weights(model, config.model, config.seed)
     if config.method.name == "lora":
         lora.freeze_base(model)
-        if model.pre_process and config.parallel.recompute != "none":
+        if model.pre_process and config.parallel.recompute in ("selective", "full"):
             lora.enable_input_require_grads(model.embedding)
     lora.check_trainable_parameters(
         {name: parameter.requires_grad for name, parameter in model.named_parameters()},
@@ -150,6 +163,9 @@ def _stage(config: ModelSetup, topology: Topology, number: int | None, local: bo
             # Transformer Engine's layers have their own fused kernel, without apex.
             if hasattr(layer, "fuse_wgrad_accumulation"):
                 layer.fuse_wgrad_accumulation = True
+    if config.parallel.recompute == "swiglu":
+        for layer in model.decoder.layers:
+            recompute_product(layer.mlp)
     if model.post_process:
         _mask_padded_logits(
             model.output_layer, config.model.vocab_size, topology.tensor_parallel_rank
@@ -203,8 +219,13 @@ def _scale_rope(inv_freq: torch.Tensor, scaling: RopeScaling | None) -> torch.Te
 # feed-forward layers are the larger half.
 _RECOMPUTE_OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
-    "selective": {"recompute_modules": ["mlp"]},
-    "full": {"recompute_method": "uniform", "recompute_num_layers": 1},
+    "swiglu": {},  # by the adapted layer itself (adapted.py, recompute_product)
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
 }
 
 
@@ -217,6 +238,7 @@ def transformer_config(config: ModelSetup, *, local: bool = True) -> Transformer
     parallel = config.parallel
     kernels = detect_kernels()
     bf16 = config.precision != "fp32"
+    swiglu_module = not local or parallel.recompute == "swiglu"
     virtual = parallel.virtual_pipeline_parallel_size
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -243,7 +265,6 @@ def transformer_config(config: ModelSetup, *, local: bool = True) -> Transformer
         context_parallel_size=parallel.context_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
-        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
         **_RECOMPUTE_OPTIONS[parallel.recompute],
         overlap_p2p_comm=parallel.overlap and virtual > 1,
         batch_p2p_comm=not (parallel.overlap and virtual > 1),
@@ -257,10 +278,13 @@ def transformer_config(config: ModelSetup, *, local: bool = True) -> Transformer
         # Average over all tokens of the global batch, which is right even if loss masks differ
         # between ranks.
         calculate_per_token_loss=True,
-        finalize_model_grads_func=_finalize_gradients,
+        finalize_model_grads_func=partial(
+            _finalize_gradients,
+            update_scales=config.fp8.attention and config.fused_adapters,
+        ),
         gradient_accumulation_fusion=kernels.apex,
-        bias_activation_fusion=bool(kernels.gpu) and local,
-        use_te_activation_func=not local,
+        bias_activation_fusion=bool(kernels.gpu) and not swiglu_module,
+        use_te_activation_func=swiglu_module,
         # If a norm is a separate module, its backward pass adds the residual stream's gradient.
         fused_residual_rmsnorm=not local and config.fused_adapters,
         apply_rope_fusion=bool(kernels.transformer_engine),
@@ -272,12 +296,18 @@ def transformer_config(config: ModelSetup, *, local: bool = True) -> Transformer
     )
 
 
-def _finalize_gradients(stages: list[torch.nn.Module], *args, **kwargs) -> None:
+def _finalize_gradients(
+    stages: list[torch.nn.Module], *args, update_scales: bool, **kwargs
+) -> None:
     """Reduce gradients over ranks after the last micro-batch of a step.
+
+    update_scales: Whether the scales of attention's gradients in FP8 are to be updated here.
 
     Collective: every rank must call this.
     """
     hand_out_gradients(stages)
+    if update_scales:
+        update_gradient_scales()
     finalize_model_grads(stages, *args, **kwargs)
 
 
@@ -343,6 +373,7 @@ def _local_layer(config: ModelSetup) -> TransformerLayerSubmodules:
     layer = get_gpt_layer_local_submodules(normalization="RMSNorm")
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     layer.self_attention.submodules.core_attention = SdpaAttention
+    layer.mlp.keywords["submodules"].activation_func = SwiGLU
     if config.model.qk_norm:
         layer.self_attention.submodules.q_layernorm = (
             layer.self_attention.submodules.k_layernorm

@@ -80,6 +80,19 @@ def reset_fp8_state() -> None:
     FP8GlobalStateManager.reset()
 
 
+def update_gradient_scales() -> None:
+    """Update delayed FP8 scales of gradients from the maxima since the last update.
+
+    Transformer Engine does this in the backward pass of the first of its own layers. Adapted layers
+    are functions of model/adapted.py, and only attention has such scales beside them.
+
+    Collective: every rank must call this.
+    """
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
+
+
 def _free_transpose_hook(weight: torch.nn.Parameter):
     """Return a forward pre-hook that frees the transposed weight after the backward pass."""
 

@@ -123,7 +123,7 @@ def _is_tested(config: Config) -> bool:
     parallel = config.parallel
     simple_layout = (
         parallel.tensor_parallel_size == parallel.context_parallel_size == 1
-        and parallel.recompute == "none"
+        and parallel.recompute in ("none", "swiglu")
     )
     return (
         simple_layout

@@ -8,6 +8,8 @@ Shapes: S sequence (this rank's part under sequence parallelism), B batch, R ran
 and O the features in and out (this rank's part where the layer shards them).
 """
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -296,6 +298,9 @@ class RowAdapter:
     # Of megatron-core's or Transformer Engine's layer.
     config: TransformerConfig
     weight: torch.Tensor
+    # The function and the tensor that the next input was computed with, if the backward pass shall
+    # compute it again (adapted.py, recompute_product).
+    input_source: tuple[Callable, torch.Tensor] | None = None
 
     def add_adapter(
         self,

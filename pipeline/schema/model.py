@@ -160,9 +160,9 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Distribute tokens over tensor-parallel ranks where these would repeat work: norms and
     residuals."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that are recomputed in the backward pass instead of stored. selective: those
-    of feed-forward layers; full: all."""
+    recompute: Literal["none", "swiglu", "selective", "full"] = "none"
+    """Activations that are recomputed in the backward pass instead of stored. swiglu: the product
+    of gate and up, with method=lora; selective: those of feed-forward layers; full: all."""
     overlap: bool = False
     """Overlap communication with computation: reduce gradients during the backward pass, gather
     weights during the forward pass and, with virtual stages, send activations during computation.

@@ -80,6 +80,9 @@ SLOW_PAIRS = [
     for layout in LAYOUTS
     if (method, layout) not in PAIRS
 ]
+# Only an adapted layer that is one function with its adapter recomputes the product of SwiGLU.
+TWO_RANKS["tp2sp-swiglu"] = [*TWO_RANKS["tp2sp"], "parallel.recompute=swiglu"]
+PAIRS.append(("r16-mlp", "tp2sp-swiglu"))
 # Fault -> the layout that shows it.
 FAULTS = {
     "unmarked_adapter_factor": "tp2sp",

@@ -74,12 +74,13 @@ def test_what_scoring_takes_is_planned_where_it_is_more():
 
 
 RECOMPUTED = [f"parallel.recompute={how}" for how in ("selective", "full")]
+SWIGLU = [*LORA, "parallel.recompute=swiglu"]
 
 
 # Small micro-batches of scoring, so that training holds the most.
 OTHERS_OF_ONE = [
     ["parallel=single", *changed, "evals.micro_batch_size=1"]
-    for changed in ([RECOMPUTED[0]], [RECOMPUTED[1]], ["precision=bf16"])
+    for changed in ([RECOMPUTED[0]], [RECOMPUTED[1]], ["precision=bf16"], SWIGLU)
 ]
 OTHERS_OF_TWO = [
     [*layout, "train.micro_batch_size=2", "evals.micro_batch_size=1"]
