@@ -145,6 +145,10 @@ _FP8_MULTIPLES = {
     "mxfp8": (32, 32),
 }
 
+# What cuDNN's FP8 attention requires on Hopper: the size of a head, and a divisor of the length of
+# a sequence (seen as Transformer Engine 2.19 finds no kernel for 64 with cuDNN 9.14).
+_FP8_ATTENTION = 128
+
 
 def fp8_token_multiple(config: ModelSetup) -> int:
     """Return the number that divides the tokens of every batch on a rank."""
@@ -189,6 +193,11 @@ def _fp8_conflicts(config: ModelSetup) -> Iterator[str]:
             "fp8.attention=true requires precision=fp8_tensorwise or fp8_delayed, "
             f"not {config.precision}"
         )
+    if config.fp8.attention and config.model.kv_channels != _FP8_ATTENTION:
+        yield (
+            f"fp8.attention=true requires model.kv_channels={_FP8_ATTENTION}, as its kernels on "
+            f"Hopper do, not {config.model.kv_channels}: set it to false"
+        )
     if config.fp8.bf16_layers and recipe == "delayed":
         yield (
             "fp8.bf16_layers cannot be combined with precision=fp8_delayed, whose scales apply to "
@@ -225,6 +234,11 @@ def _fp8_batch_conflicts(config: Config) -> Iterator[str]:
     parts = parallel.context_parallel_size * (
         parallel.tensor_parallel_size if parallel.sequence_parallel else 1
     )
+    if config.fp8.attention and config.data.seq_length % _FP8_ATTENTION:
+        yield (
+            f"fp8.attention=true requires a data.seq_length divisible by {_FP8_ATTENTION}, "
+            f"not {config.data.seq_length}: set it to false"
+        )
     tokens = config.train.micro_batch_size * config.data.seq_length // parts
     if tokens % multiple:
         yield (

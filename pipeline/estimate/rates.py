@@ -58,6 +58,10 @@ class Measurement:
         return self.tokens_per_second * flops / peak
 
 
+_NEWEST = "9953758153a393f1d14702a3007da6f58b96e324"
+_OLDER = "97556e70a2231a317a04542c08ad6baff1b7f2cc"
+
+
 def _full(precision: str, rate: float) -> Measurement:
     return Measurement(
         file="gpu.json",
@@ -71,29 +75,37 @@ def _full(precision: str, rate: float) -> Measurement:
     )
 
 
-def _lora(precision: str, rate: float, commit: str, *, fused: bool) -> Measurement:
+def _lora(
+    precision: str,
+    rate: float,
+    commit: str = _NEWEST,
+    *,
+    fused: bool = True,
+    micro_batch_size: int = 1,
+    file: str = "gpu-lora.json",
+) -> Measurement:
+    part = f"lora-{precision}-{'fused-graph' if fused else 'plain-eager'}"
     return Measurement(
-        file="gpu-lora.json",
-        part=f"lora-{precision}-{'fused-graph' if fused else 'plain-eager'}",
+        file=file,
+        part=part if micro_batch_size == 1 else f"{part}-micro{micro_batch_size}",
         gpu="H200",
         method="lora",
         precision=precision,
-        micro_batch_size=1,
+        micro_batch_size=micro_batch_size,
         tokens_per_second=rate,
         commit=commit,
         fused_adapters=fused,
     )
 
 
-_FUSED = "6f6be28ef5725904e0ffc712fa57c71900e0e31b"
-_PLAIN = "97556e70a2231a317a04542c08ad6baff1b7f2cc"
 MEASURED = [
     _full("bf16", 13012.9),
     _full("fp8_tensorwise", 18285.4),
-    _lora("bf16", 17264.1, _FUSED, fused=True),
-    _lora("fp8_tensorwise", 22587.9, _FUSED, fused=True),
-    _lora("bf16", 14021.0, _PLAIN, fused=False),
-    _lora("fp8_tensorwise", 14667.2, _PLAIN, fused=False),
+    _lora("bf16", 17456.8),
+    _lora("bf16", 17731.4, micro_batch_size=2),
+    _lora("fp8_tensorwise", 23106.0),
+    _lora("bf16", 14021.0, _OLDER, fused=False, file="gpu-lora-97556e7.json"),
+    _lora("fp8_tensorwise", 16221.3, fused=False),
 ]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import get_model_config
 
 from retemper.pipeline.config.rules import graph_conflicts
@@ -139,6 +140,9 @@ def record(function: Callable[[], None]) -> Callable[[], None]:
     Returns a function that launches them again.
     """
     graph = torch.cuda.CUDAGraph()
+    # Torch registers the default generator only; dropout of sharded activations has another.
+    for generator in get_cuda_rng_tracker().states_.values():
+        graph.register_generator_state(generator)
     # Calls of other threads are not captured: they read data, and NCCL's watchdog queries events.
     with torch.cuda.graph(
         graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"

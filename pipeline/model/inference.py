@@ -243,8 +243,10 @@ def _sample_tokens(
     )[:, 0]
 
 
-# Attributes of modules and configs that enable sequence parallelism.
-_SEQUENCE_PARALLEL_FLAGS = (
+# Attributes of modules and configs that enable sequence parallelism, and attention in FP8, whose
+# kernels take sequences of some lengths only.
+_TRAINING_FLAGS = (
+    "fp8_dot_product_attention",
     "sequence_parallel",
     "scatter_to_sequence_parallel",
     "reduce_scatter_embeddings",
@@ -256,10 +258,11 @@ _SEQUENCE_PARALLEL_FLAGS = (
 
 @contextlib.contextmanager
 def _for_inference(model: torch.nn.ModuleList) -> Iterator[None]:
-    """Disable dropout and sequence parallelism within the context.
+    """Disable dropout, sequence parallelism and attention in FP8 within the context.
 
-    The latter is necessary because a single next token cannot be split over tensor-parallel ranks.
-    megatron-core's own switch identifies models by their address, which a later model may reuse.
+    Sequence parallelism is disabled because a single next token cannot be split over
+    tensor-parallel ranks. megatron-core's own switch identifies models by their address, which a
+    later model may reuse.
     """
     parts = [
         part for stage in unwrap_model(list(model)) for part in (stage.config, *stage.modules())
@@ -267,7 +270,7 @@ def _for_inference(model: torch.nn.ModuleList) -> Iterator[None]:
     disabled = [
         (part, name)
         for part in parts
-        for name in _SEQUENCE_PARALLEL_FLAGS
+        for name in _TRAINING_FLAGS
         if getattr(part, name, False) is True
     ]
     training = model.training

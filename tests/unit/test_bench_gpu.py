@@ -249,8 +249,8 @@ def test_correctness_checks_run_tests_and_loss_curves(corpora, tmp_path):
     assert len(parts["curve-bf16"]["losses"]) == 40, result.stdout
     assert [len(variant["losses"]) for variant in parts["first-fp32"]["variants"].values()] == [
         20
-    ] * 5
-    assert len(parts["compared"]) == 3
+    ] * 6
+    assert len(parts["compared"]) == 4
     assert max(parts["compared"].values()) < 1e-3
 
 

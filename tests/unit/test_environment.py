@@ -60,6 +60,14 @@ def test_the_variables_follow_the_layout(parallel, capability, values):
     assert all(reason for _, reason in table.values())
 
 
+@pytest.mark.parametrize(
+    ("capability", "asked"), [(HOPPER, True), (None, True), (BLACKWELL, False)]
+)
+def test_attention_in_fp8_has_delayed_scales_on_hopper(capability, asked):
+    table = environment.wanted(ONE_RANK, capability, tensorwise_attention=True)
+    assert ("NVTE_DPA_FP8_RECIPE" in table) == asked
+
+
 def test_unset_variables_are_set():
     found = environment.apply(environment.wanted(TENSOR, HOPPER), TENSOR)
     assert {name: os.environ[name] for name in ORDERED} == ORDERED

@@ -20,7 +20,9 @@ LORA_PLAIN = [*LORA, "method.lora.kernel=plain"]
 FP8 = ["precision=fp8_tensorwise"]
 MICRO_BATCH_OF_TWO = ["train.micro_batch_size=2"]
 BATCH_OF_EIGHT = ["train.global_batch_size=8"]
+LORA_FP8 = [*LORA, *FP8, *BATCH_OF_EIGHT]
 KEEP_TRANSPOSED = "fp8.keep_transposed=true"
+FP8_ATTENTION = "fp8.attention=true"
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,24 @@ PEAKS = {
     "lora fp8, two": Peak([*LORA_PLAIN, *FP8, *MICRO_BATCH_OF_TWO], 43.173, **FIRST_BENCHMARK),
     "lora bf16, plain": Peak([*LORA_PLAIN, *BATCH_OF_EIGHT], 29.779, "97556e7"),
     "lora fp8, plain": Peak([*LORA_PLAIN, *FP8, *BATCH_OF_EIGHT], 24.742, "97556e7"),
-    "lora bf16, fused": Peak([*LORA, *BATCH_OF_EIGHT], 29.635, "6f6be28"),
-    "lora fp8, fused": Peak([*LORA, *FP8, *BATCH_OF_EIGHT], 24.614, "6f6be28"),
-    "lora fp8, kept": Peak([*LORA, *FP8, *BATCH_OF_EIGHT, KEEP_TRANSPOSED], 29.592, "6f6be28"),
+    "lora bf16, fused": Peak([*LORA, *BATCH_OF_EIGHT], 29.643, "9953758"),
+    "lora bf16, fused, two": Peak([*LORA, *BATCH_OF_EIGHT, *MICRO_BATCH_OF_TWO], 45.861, "9953758"),
+    "lora fp8, fused": Peak([*LORA_FP8], 23.608, "cad7ab4"),
+    "lora fp8, kept": Peak([*LORA_FP8, KEEP_TRANSPOSED], 29.592, "6f6be28"),
+    "lora fp8, kept, two": Peak(
+        [*LORA_FP8, KEEP_TRANSPOSED, *MICRO_BATCH_OF_TWO], 45.817, "9953758"
+    ),
+    "lora fp8, attention": Peak([*LORA_FP8, FP8_ATTENTION], 22.629, "cad7ab4"),
+    "lora fp8, all, two": Peak(
+        [*LORA_FP8, KEEP_TRANSPOSED, FP8_ATTENTION, *MICRO_BATCH_OF_TWO], 43.814, "cad7ab4"
+    ),
+    "lora fp8, swiglu": Peak([*LORA_FP8, "parallel.recompute=swiglu"], 20.954, "cad7ab4"),
+    "lora fp8, selective": Peak([*LORA_FP8, "parallel.recompute=selective"], 18.689, "9953758"),
+    "lora fp8, q k v of documents": Peak(
+        [*LORA_FP8, "method.lora.targets=[q,k,v]", "data.mask_documents=true", *MICRO_BATCH_OF_TWO],
+        32.326,
+        "9953758",
+    ),
 }
 
 

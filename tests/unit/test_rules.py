@@ -63,6 +63,16 @@ BROKEN = [
     (["precision=mxfp8", "fp8.param_gather=true"], "cannot be combined with precision=mxfp8"),
     ([*FP8, "fp8.keep_transposed=true"], "fp8.keep_transposed=true only applies to method=lora"),
     (["precision=mxfp8", "fp8.attention=true"], "fp8.attention=true requires precision"),
+    ([*FP8, "fp8.attention=true"], "fp8.attention=true requires model.kv_channels=128"),
+    (
+        [*FP8, "fp8.attention=true", "model.kv_channels=128", "data.seq_length=64"],
+        "fp8.attention=true requires a data.seq_length divisible by 128",
+    ),
+    (["parallel.recompute=swiglu"], "parallel.recompute=swiglu requires method=lora"),
+    (
+        [*LORA, "method.lora.targets=[q,v]", "parallel.recompute=swiglu"],
+        "parallel.recompute=swiglu requires method=lora with down",
+    ),
     (["precision=fp8_delayed", "fp8.bf16_layers=1"], "scales apply to the whole model"),
     ([*FP8, "fp8.bf16_layers=3"], "is more than the 2 layers of a pipeline stage"),
     ([*FP8, "model.ffn_hidden_size=100"], "requires numbers of features divisible by 16"),
