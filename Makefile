@@ -1,9 +1,14 @@
 # Two commands: `make demo` and `make test`. Both set up .venv first; what is done is not done again.
 
-.PHONY: demo lint test test-slow
+.PHONY: demo docs lint test test-slow
 
 demo: .venv/.installed
 	@.venv/bin/retemper demo
+
+# docs/configuration.md, from the schema.
+docs: .venv/.installed
+	@.venv/bin/python -m retemper.pipeline.config.key_docs > docs/configuration.new
+	@mv docs/configuration.new docs/configuration.md
 
 lint: .venv/.installed
 	@.venv/bin/ruff check --quiet .

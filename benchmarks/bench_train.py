@@ -293,7 +293,7 @@ def wall(arguments: list[str]) -> float:
 def trim() -> None:
     """Return free memory to the system.
 
-    What glibc keeps of it grows in jumps for a thousand steps, and then no more (NOTES.md).
+    What glibc keeps of it grows in jumps for a thousand steps, and then no more (docs/dev/log.md).
     """
     ctypes.CDLL(None).malloc_trim(0)
 

@@ -165,8 +165,8 @@ def locate(base: Base, init_from: str, whose: Path) -> Base:
         what = "is gone" if here.is_gone() else "was changed since"
         raise UserError(
             f"{began}, and that checkpoint, {here.folder}, {what}: restore it there from a copy, "
-            "or import that model again. Where the base was moved, `train` and `eval` take its new "
-            "folder as init_from"
+            "or import that model again. Where the base was moved, `retemper train` and "
+            "`retemper eval run` take its new folder as init_from"
         )
     what = "does not exist" if here.is_gone() else "is another checkpoint"
     raise UserError(

@@ -27,7 +27,7 @@ def add_to(verbs: Any) -> None:
         ],
     )
     shows = "retemper data show runs/demo/full --step 12 --samples 2"
-    verifies = "retemper data verify runs/demo/full"
+    verifies = "retemper data verify runs/mine/lora"
     data = add_group(
         verbs, "data", "Show or verify the samples that a run trains on.", [shows, verifies]
     ).add_subparsers(required=True, metavar="VERB")

@@ -23,7 +23,6 @@ def _add_import(verbs: Any) -> None:
         "Its logits are compared with those of transformers.",
         [
             "retemper import Llama-2-7b-hf/ runs/models/llama2-7b",
-            "retemper train init_from=runs/models/llama2-7b method=lora …",
             "retemper import Llama-3.1-70B/ runs/models/llama3-70b parallel.tensor_parallel_size=8",
         ],
         positionals={

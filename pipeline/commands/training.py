@@ -154,7 +154,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     names = ("gpu", "gpu_memory", "gpus_per_node", "mfu", "price")
     machine = Machine(**{name: getattr(arguments, name) for name in names})
-    print("\n".join(plan(load_config(arguments.keys), machine)))
+    for line in plan(load_config(arguments.keys), machine):
+        print(line, flush=True)
     return 0
 
 

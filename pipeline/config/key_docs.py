@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from importlib import resources
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,6 +13,16 @@ from retemper.pipeline.schema.run import Config
 from retemper.pipeline.schema.section import fields_of
 
 _WIDTH = 92
+_HEAD = """# Configuration
+
+Every config key with its type, default and meaning, as the schema
+([pipeline/schema/](../pipeline/schema/)) has them. `make docs` writes this page, and a test fails
+when it is out of date. `retemper config --docs KEY` prints the same for one key, and
+`retemper config KEY=VALUE ...` prints a composed configuration.
+
+A key is set on the command line as `key=value`, a preset as `group=name`. A token count may be
+written with K, M, B or T, as `20B`. `NAME` stands for a name that is free.
+"""
 
 
 def describe_keys(key: str) -> list[str]:
@@ -69,3 +80,45 @@ def _default(field: FieldInfo) -> str:
         return "required"
     default = field.get_default(call_default_factory=True)
     return f"default {json.dumps(default, default=str)}"
+
+
+def keys_as_markdown() -> str:
+    """Return docs/configuration.md: the presets of each group, and a table of each section."""
+    lines = [_HEAD, "## Presets", "", "| group | presets |", "|---|---|"]
+    lines += [f"| `{group}=` | {', '.join(names)} |" for group, names in _presets().items()]
+    section = None
+    for key, field in fields_of(Config):
+        of_key = key.partition(".")[0] if "." in key else ""
+        if of_key != section:
+            section = of_key
+            title = f"`{section}`" if section else "Keys without a section"
+            lines += [
+                "",
+                f"## {title}",
+                "",
+                "| key | type and default | meaning |",
+                "|---|---|---|",
+            ]
+        kind = f"{_type_name(field.annotation)}, {_default(field)}".replace("|", "\\|")
+        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        lines.append(f"| `{key}` | {kind} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _presets() -> dict[str, list[str]]:
+    groups = sorted(
+        entry.name
+        for entry in resources.files("retemper.conf").iterdir()
+        if entry.is_dir() and not entry.name.startswith("_")
+    )
+    return {
+        group: sorted(
+            entry.name.removesuffix(".yaml")
+            for entry in (resources.files("retemper.conf") / group).iterdir()
+        )
+        for group in groups
+    }
+
+
+if __name__ == "__main__":
+    print(keys_as_markdown(), end="")

@@ -72,7 +72,7 @@ def setup_conflicts(config: ModelSetup) -> Iterator[str]:
     ):
         yield (
             "parallel.recompute=swiglu requires method=lora with down among method.lora.targets, "
-            "method.lora.kernel=fused, and no dropout, dora, pissa or parallel.overlap: "
+            "method.lora.kernel=fused, and no dropout, dora, pissa or overlap: "
             "set parallel.recompute=selective"
         )
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
@@ -195,8 +195,8 @@ def _fp8_conflicts(config: ModelSetup) -> Iterator[str]:
         )
     if config.fp8.attention and config.model.kv_channels != _FP8_ATTENTION:
         yield (
-            f"fp8.attention=true requires model.kv_channels={_FP8_ATTENTION}, as its kernels on "
-            f"Hopper do, not {config.model.kv_channels}: set it to false"
+            f"fp8.attention=true requires heads of {_FP8_ATTENTION} features (model.head_size), "
+            f"as its kernels on Hopper do, not {config.model.kv_channels}: set it to false"
         )
     if config.fp8.bf16_layers and recipe == "delayed":
         yield (

@@ -35,7 +35,7 @@ class Tokenizer:
         path = Path(folder, "tokenizer.json")
         if not path.is_file():
             raise UserError(
-                f"data.tokenizer={folder}: there is no {path}; "
+                f"tokenizer {folder}: there is no {path}; "
                 "name a folder with a transformers fast tokenizer"
             )
         try:

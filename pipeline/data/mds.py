@@ -1,8 +1,8 @@
 """Shards of mosaicml-streaming's MDS format, version 2, with the columns of `retemper tokenize`.
 
 The reader of streaming opens the file and parses the columns' types for every sample, which is most
-of its time, and its import costs each rank 7 seconds and 400 MB (NOTES.md). tests/unit/test_mds.py
-verifies that this reader returns the same.
+of its time, and its import costs each rank 7 seconds and 400 MB (docs/dev/log.md).
+tests/unit/test_mds.py verifies that this reader returns the same.
 """
 
 import os

@@ -157,7 +157,7 @@ class TrainingBatches:
             shards.open(number)
         except BadShard as error:
             if self.config.data.bad_shards == "stop":
-                raise
+                raise BadShard(f"{error}; or skip its samples with data.bad_shards=skip") from None
             if not known:
                 print(
                     f"rank {self.topology.rank} skips a shard: {error}", file=sys.stderr, flush=True

@@ -192,8 +192,7 @@ class TokenShards:
     def _bad(self, number: int, file: Path | str) -> BadShard:
         self.bad[number] = (
             f"{file} is missing or damaged: remove it, create it again with the "
-            f"`retemper tokenize` command of {self.path}, and resume; "
-            "or skip its samples with data.bad_shards=skip"
+            f"`retemper tokenize` command of {self.path}, and resume"
         )
         return BadShard(self.bad[number])
 

@@ -197,11 +197,12 @@ def _does_not_fit(config: Config, memory: RankMemory, machine: Machine) -> str:
         f"the run needs {_size(memory.total)} on a GPU, of whose {machine.gpu_memory:g} GiB "
         f"{_size(machine.usable_bytes)} can be used. "
     )
+    ranks = config.parallel.world_size
     nearest = _nearest_that_fits(config, machine)
     if nearest is None:
         return problem + (
             "No tensor and pipeline size, recomputation or micro-batch makes it fit on "
-            f"{config.parallel.world_size} GPUs: "
+            f"{ranks} GPU{'' if ranks == 1 else 's'}: "
             "take more of them (parallel.*_size), a shorter data.seq_length, or method=lora"
         )
     changes, fits = nearest

@@ -51,8 +51,9 @@ def verify(
         raise UserError(
             f"{adapter or folder} and {streamed.folder} are not the same model: "
             f"logits differ by up to {figures['max_abs_difference']:.2g} "
-            f"at a largest logit of {figures['largest_logit']:.3g}. "
-            f"{proof / PROOF} has the figures; please report it with config.json"
+            f"at a largest logit of {figures['largest_logit']:.3g}, and the next token is the same "
+            f"at {figures['same_argmax']:.1%} of {figures['positions']} positions; "
+            "please report this with the folder's config.json"
         )
 
 

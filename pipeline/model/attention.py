@@ -1,6 +1,6 @@
 """Causal attention through torch's fused kernel, for layers without Transformer Engine.
 
-megatron-core's DotProductAttention materialises the score matrix; NOTES.md lists its cost.
+megatron-core's DotProductAttention materialises the score matrix; docs/dev/log.md lists its cost.
 """
 
 import torch

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from retemper.pipeline.config.existing_run import load_run
 from retemper.pipeline.config.schedules import last_share, length_of, percent
+from retemper.pipeline.config.stored import read_config
 from retemper.pipeline.data.domains import domains_of
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.paired import Scored
@@ -122,7 +123,12 @@ def read_study(folder: Path) -> list[RunResult]:
     Raises:
         UserError: there is none.
     """
-    runs = [_read_run(path.parent) for path in sorted(folder.glob("*/config.json"))]
+    # Imported and exported models have a config.json without the keys of a run.
+    runs = [
+        _read_run(path.parent)
+        for path in sorted(folder.glob("*/config.json"))
+        if "evals" in (read_config(path.parent) or {})
+    ]
     if not runs:
         raise UserError(
             f"{folder} holds no run (a folder with config.json): "

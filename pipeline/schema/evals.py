@@ -71,8 +71,8 @@ class EvalsConfig(Section):
     """Folder with the tasks' files, read instead of the hub's datasets."""
 
     unsafe_code: bool = False
-    """Where no sandbox is available, run generated programs without one, with all permissions of
-    this user."""
+    """Where no complete sandbox is available, run generated programs with the layers that are, or
+    with none: they may have all permissions of this user."""
 
     @property
     def inline_tasks(self) -> list[str]:

@@ -113,8 +113,8 @@ class LoraConfig(Section):
     them, e.g. [q,v]."""
     kernel: Literal["fused", "plain"] = "fused"
     """fused: a frozen layer and its adapters are one function, which adds the product of the
-    base to theirs; plain: each product and sum is a separate operation. dropout, dora, pissa and
-    parallel.overlap always use plain."""
+    base to theirs; plain: each product and sum is a separate operation. dropout, dora, pissa,
+    parallel.overlap and parallel.tensor_parallel_overlap always use plain."""
 
     @model_validator(mode="before")
     @classmethod

@@ -13,7 +13,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "lion"]
     """Optimizer. Each step of adamw multiplies weights by 1 - lr × weight_decay, each step of
     lion by 1 - lr / peak lr × weight_decay: weight decay is decoupled from the learning rate for
-    Lion; use much smaller values than for AdamW. 1e-6 is not small."""
+    Lion. Its usual values are therefore much smaller than AdamW's, such as 1e-6."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -60,8 +60,8 @@ class TrainConfig(Section):
     """Number of steps between log lines."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Record the kernels of one micro-batch as a CUDA graph and replay it, so that the GPU does
-    not wait for the host. auto: only for LoRA on a GPU, with data parallelism alone, without
-    recomputation and without dropout."""
+    not wait for the host. auto: only for LoRA in bf16 or fp8_tensorwise on a GPU, with data
+    parallelism alone, without dropout, and without recomputation other than swiglu."""
     branches: list[Tokens] = Field(default=[])
     """Milestones as in the paper: the learning rate of this run stays constant, and for each of
     these token counts a separate run continues from the checkpoint of this one at which its
@@ -97,6 +97,7 @@ class CheckpointConfig(Section):
     """The steps at which the run is saved, in addition to its last step."""
 
     save_every_steps: Annotated[int, Field(ge=0)] = 0
-    """Number of steps between checkpoints for restarts; 0 saves at milestones only."""
+    """Number of steps between checkpoints for restarts. 0 saves at milestones and at the end only,
+    so that a run that is killed loses what it trained since."""
     milestones: list[Tokens] = Field(default=[])
     """Token counts at which a checkpoint is saved and evaluated."""

@@ -73,7 +73,7 @@ class Unlabelled:
         raise UserError(
             f"step {step}: an epoch of the data ({', '.join(after)}) has passed without one "
             f"labelled token: all of it is prompt or padding{skipped}. There is no loss to train "
-            f"on. `retemper data show` with this run's keys and step={step} shows the samples; "
+            f"on. `retemper data show {self._config.run_dir} --step {step}` shows the samples; "
             "tokenize text with labelled tokens, and start a run on it under another name"
         )
 

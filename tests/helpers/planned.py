@@ -11,7 +11,7 @@ class Held(TorchDispatchMode):
     """The mode that counts the bytes of all live tensors created under it, and their peak.
 
     torch's profiler, which also sees the workspaces of kernels, misses what gloo's threads free; on
-    one rank both agree (NOTES.md).
+    one rank both agree (docs/dev/log.md).
     """
 
     def __init__(self):

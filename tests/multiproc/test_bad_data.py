@@ -81,6 +81,7 @@ def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(
     assert (
         result.returncode != 0
         and f"{victim} is missing or damaged" in result.stderr
+        and "or skip its samples with data.bad_shards=skip" in result.stderr
         and "Traceback" not in result.stderr
     )
     print(f"\nended after {time.monotonic() - started:.0f} s, start included")

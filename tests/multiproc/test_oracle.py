@@ -60,7 +60,7 @@ PARTS = [
 ]
 VARIANTS |= {"parts": PARTS, "parts-dora": [*PARTS, "method.lora.dora=true"]}
 # A scale of 2: at 16 the gradient norm leaps from 0.9 to 24 in one step, and float32's rounding
-# with it (NOTES.md).
+# with it (docs/dev/log.md).
 VARIANTS["rslora-plus"] = [
     "method=lora",
     "method.lora.rank=4",

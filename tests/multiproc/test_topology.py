@@ -21,7 +21,7 @@ LAYOUTS = {
     "dp2": ["parallel=dp2"],
 }
 # At 5e-3 the adapters' gradient norm leaps from 0.3 to 1.1 in one step, and float32's rounding
-# with it (NOTES.md).
+# with it (docs/dev/log.md).
 LORA = ["method=lora", "method.lora.rank=4", "method.lora.alpha=32", "optimizer.lr=1e-3"]
 
 

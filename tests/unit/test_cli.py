@@ -1,20 +1,16 @@
-"""Test the command line: help, resolved configs, launch scripts, and the README's commands."""
+"""Test the command line: help, resolved configs and launch scripts."""
 
 import importlib.metadata
-import json
 import os
 import re
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run_command
+from conftest import run_command
 
-from retemper.pipeline.cli import main, parse
-from retemper.pipeline.config.compose import load_data_config
+from retemper.pipeline.cli import main
 
 VERBS = [
     "tokenize",
@@ -152,65 +148,6 @@ def test_launch_refuses_ranks_that_do_not_fill_the_nodes(arguments, message):
     result = run_command(["launch", "run=demo_full", *arguments])
     assert result.returncode == 1
     assert message in result.stderr
-
-
-def readme_commands() -> list[str]:
-    """Return the command lines of the README's shell blocks, each on one line."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [
-        line
-        for block in blocks
-        for line in block.replace("\\\n", " ").splitlines()
-        if line.strip() and not line.startswith("#")
-    ]
-
-
-def test_the_readme_commands_run(workspace, tmp_path):
-    """Run the README's quick commands unchanged, and only parse or resolve the long ones."""
-    commands = readme_commands()
-    assert "make demo" in commands
-    assert "make test" in commands
-    binaries = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"}
-    # The part of an imported Llama 2 that resolving a config needs.
-    imported = tmp_path / "runs" / "models" / "llama2"
-    imported.mkdir(parents=True)
-    model = yaml.safe_load((ROOT / "conf" / "model" / "llama2_7b.yaml").read_text())
-    (imported / "config.json").write_text(json.dumps({"model": model, "method": {"name": "full"}}))
-    for command in commands:
-        if command.startswith("make "):
-            check = ["make", "--dry-run", "-C", str(ROOT), command.split()[1]]
-        elif command.startswith(". "):
-            continue  # activates the virtual environment, in which this test runs already
-        elif command.startswith(("retemper train ", "torchrun ")):
-            keys = [word for word in command.split() if "=" in word and not word.startswith("--")]
-            check = ["retemper", "config", *keys]
-        elif command.startswith("retemper tokenize "):
-            words = subprocess.run(
-                ["bash", "-c", f"printf '%s\\0' {command}"],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            data = load_data_config(words.split("\0")[2:-1])
-            assert data.source.prompt is None or "\n" in data.source.prompt
-            continue
-        elif command.startswith(("retemper import ", "retemper export ")):
-            assert parse(command.split()[1:]).folder
-            continue
-        elif command.startswith(("retemper eval ", "retemper data ")):
-            assert parse(command.split()[1:]).run
-            continue
-        elif command.startswith("retemper plan "):
-            check = ["bash", "-c", command]
-        elif command.startswith("retemper report "):
-            check = ["retemper", "report", "--help"]
-        else:
-            check = ["bash", "-c", command]
-        result = subprocess.run(
-            check, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert result.returncode == 0, (command, result.stderr)
 
 
 @pytest.mark.parametrize(

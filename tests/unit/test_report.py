@@ -405,6 +405,14 @@ def test_folder_without_runs_is_refused(tmp_path):
     assert run_command(["report", str(tmp_path)]).returncode == 1
 
 
+def test_models_beside_the_runs_of_a_study_are_not_compared(workspace, tmp_path):
+    config = record(workspace, tmp_path, "base", [], (3.0, 2.0))
+    exported = config.run_dir.parent / "exported"
+    exported.mkdir()
+    (exported / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    assert [run.config.name for run in read_study(exported.parent)] == ["base"]
+
+
 def test_metrics_after_the_resumed_step_are_dropped_and_a_partial_line_ignored(workspace, tmp_path):
     config = record(workspace, tmp_path, "base", [], (3.0, 2.0))
     with open(config.run_dir / "metrics.jsonl", "a") as file:

@@ -1,6 +1,7 @@
 """Test the rules between config keys: one configuration for every rule that breaks it."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -63,9 +64,9 @@ BROKEN = [
     (["precision=mxfp8", "fp8.param_gather=true"], "cannot be combined with precision=mxfp8"),
     ([*FP8, "fp8.keep_transposed=true"], "fp8.keep_transposed=true only applies to method=lora"),
     (["precision=mxfp8", "fp8.attention=true"], "fp8.attention=true requires precision"),
-    ([*FP8, "fp8.attention=true"], "fp8.attention=true requires model.kv_channels=128"),
+    ([*FP8, "fp8.attention=true"], "fp8.attention=true requires heads of 128 features"),
     (
-        [*FP8, "fp8.attention=true", "model.kv_channels=128", "data.seq_length=64"],
+        [*FP8, "fp8.attention=true", "model.head_size=128", "data.seq_length=64"],
         "fp8.attention=true requires a data.seq_length divisible by 128",
     ),
     (["parallel.recompute=swiglu"], "parallel.recompute=swiglu requires method=lora"),
@@ -200,3 +201,36 @@ def test_every_rule_has_an_example_above(refusals):
         if not any((path, line) in executed for line in range(node.lineno, node.end_lineno + 1))
     ]
     assert not without
+
+
+PAIR = r"([a-z]\w*(?:\.\w+)*)(?:=| to a multiple of )([^\s,;]+)"
+
+
+def advised(message: str) -> list[list[str]]:
+    """Return the alternatives that a message advises, each as overrides that go together."""
+    *_, advice = re.split(r"(?:[:;,]|for which no alpha is usual:) (?=set |use )", message)
+    if advice == message:
+        return []
+    alternatives = []
+    for text in advice.split(", or "):
+        pairs = re.findall(PAIR, text)
+        if value := re.search(r"set it to (\S+)", text):
+            key = re.match(r"[a-z]\w*(\.\w+)+", message)
+            pairs += [(key[0], value[1].rstrip(","))] if key else []
+        if pairs:
+            alternatives.append([f"{key}={value}" for key, value in pairs])
+    return alternatives
+
+
+def test_the_advice_of_every_rule_helps(refusals, tmp_path):
+    """Check that following each alternative of a message's advice makes the message disappear."""
+    messages, _ = refusals
+    followed = 0
+    for message, (changes, said) in zip(messages, BROKEN, strict=True):
+        line = next((line for line in message.splitlines() if said in line), message)
+        line = line.strip().removeprefix("- ")
+        for overrides_of_advice in advised(line):
+            after = message_of(tmp_path, [*changes, *overrides_of_advice])
+            assert said not in after, (line, overrides_of_advice)
+            followed += 1
+    assert followed > 20
