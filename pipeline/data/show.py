@@ -37,11 +37,11 @@ def show_step(
         UserError: for a step that does not exist, or that read other data.
     """
     if step > config.steps:
-        raise UserError(f"step={step}: the run has {config.steps} steps")
+        raise UserError(f"--step {step}: the run has {config.steps} steps")
     consumed = (step - 1) * config.train.global_batch_size - began_at
     if step < 1 or consumed < 0:
         raise UserError(
-            f"step={step}: this data is only read from "
+            f"--step {step}: this data is only read from "
             f"step {began_at // config.train.global_batch_size + 1} on"
         )
     from retemper.pipeline.corpus.tokenizer import Tokenizer
