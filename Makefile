@@ -16,7 +16,7 @@ lint: .venv/.installed
 	@.venv/bin/mypy --no-error-summary
 
 test: lint
-	@.venv/bin/python -m pytest -m "not slow and not gpu"
+	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 # All slow tests, or with PACKAGE=checkpoint those whose files import from that package.
 test-slow: .venv/.installed

@@ -2,7 +2,7 @@
 
 import shlex
 
-from retemper.launch.torchrun import SIGNALS, TRAIN
+from retemper.launch.torchrun import HANDLE_SIGNALS, TRAIN
 from retemper.pipeline.estimate.nodes import Layout
 
 _SCRIPT = """\
@@ -51,6 +51,6 @@ def sbatch_script(overrides: list[str], layout: Layout, port: int) -> str:
         ranks_per_node=layout.ranks_per_node,
         port=port,
         module=TRAIN,
-        signals=SIGNALS,
+        signals=HANDLE_SIGNALS,
         overrides=shlex.join(overrides),
     )

@@ -5,6 +5,7 @@ Heavy imports happen inside the verb that needs them, so that --help answers at 
 
 import argparse
 import sys
+from typing import NoReturn
 
 from retemper.pipeline.commands import corpora, evaluation, models, training
 from retemper.pipeline.commands.old_spellings import refuse_old_spelling
@@ -104,5 +105,15 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def run() -> NoReturn:
+    """Execute the command line of this process, and exit."""
+    code = main()
+    if "megatron" in sys.modules:
+        from retemper.pipeline.distributed.exit import exit_without_teardown
+
+        exit_without_teardown(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -92,7 +92,7 @@ def _add_worker(group: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from retemper.launch.torchrun import run_here
+    from retemper.launch.local import run_here
     from retemper.pipeline.config.existing_run import SCORING_OVERRIDES, load_run
     from retemper.pipeline.entry.preflight import preflight
 

@@ -72,7 +72,7 @@ def _add_export(verbs: Any) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from retemper.launch.torchrun import run_here
+    from retemper.launch.local import run_here
     from retemper.pipeline.config.compose import load_parallel
     from retemper.pipeline.config.validate import check_setup
     from retemper.pipeline.huggingface.source_config import (
@@ -100,7 +100,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from retemper.launch.torchrun import run_here
+    from retemper.launch.local import run_here
     from retemper.pipeline.schema.exchange import ExportRequest
 
     _refuse_existing(arguments.folder)

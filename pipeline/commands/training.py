@@ -128,7 +128,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from retemper.launch.torchrun import run_here
+    from retemper.launch.local import run_here
     from retemper.pipeline.config.compose import load_config
     from retemper.pipeline.entry.preflight import preflight
 

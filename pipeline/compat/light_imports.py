@@ -1,9 +1,10 @@
-"""Imports of megatron-core and transformers without what takes time in them and is not used."""
+"""Imports of libraries without those parts of them that take time and are not used."""
 
 import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 
 @contextlib.contextmanager
@@ -16,6 +17,33 @@ def megatron_without_wandb() -> Iterator[None]:
     with _hidden("wandb"):
         yield
         importlib.import_module("megatron.core.timers")
+
+
+def optimizers_without_dynamo() -> None:
+    """Keep torch's optimizers from importing its compiler, which takes a second of every rank.
+
+    On first use of a method they import it to exclude that method from compilation. Only for
+    processes that compile nothing, as on a CPU.
+    """
+    import torch
+
+    for member in vars(torch.optim.Optimizer).values():
+        method = getattr(member, "__wrapped__", None)
+        if method is not None and getattr(member, "__module__", "") == "torch.optim.optimizer":
+            method.__dynamo_disable = method
+
+
+def import_wandb() -> ModuleType:
+    """Import wandb, whose runs then do not look for inputs of W&B Launch.
+
+    That imports all of Launch, which takes a second and a half. W&B Launch starts programs on
+    clusters, which this project does by itself.
+    """
+    import wandb
+    from wandb.sdk.wandb_run import Run
+
+    Run._detect_and_apply_job_inputs = lambda _run: None
+    return wandb
 
 
 def import_transformers() -> None:

@@ -85,6 +85,10 @@ def prepare_megatron() -> None:
     with light_imports.megatron_without_wandb():
         megatron_cpu.patch()
         megatron_save.patch()
+    import torch
+
+    if not torch.cuda.is_available():
+        light_imports.optimizers_without_dynamo()
 
 
 def start(parallel: ParallelConfig) -> Topology:

@@ -3,12 +3,11 @@
 It checks the input, joins the process groups, does the work and reports one clear error.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from retemper.pipeline.config.differences import changed_keys
 from retemper.pipeline.distributed import environment
@@ -81,16 +80,6 @@ def run_prepared[Setup: ModelSetup](
         return 1
     topologies.stop()
     return 0
-
-
-def exit_now(code: int) -> NoReturn:
-    """Exit at once, when everything is closed already.
-
-    This skips interpreter teardown: NCCL and CUDA print spurious errors there.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _prepare_environment(config: Config) -> None:

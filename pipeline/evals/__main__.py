@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from retemper.pipeline.config.existing_run import SCORING_OVERRIDES, load_run
-from retemper.pipeline.entry.rank import exit_now, run_rank
+from retemper.pipeline.distributed.exit import exit_now
+from retemper.pipeline.entry.rank import run_rank
 from retemper.pipeline.errors import UserError
 
 

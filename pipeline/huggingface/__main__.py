@@ -15,7 +15,8 @@ from retemper.pipeline.config.compose import load_parallel
 from retemper.pipeline.config.validate import check_setup
 from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.distributed.collectives import barrier
-from retemper.pipeline.entry.rank import exit_now, run_prepared
+from retemper.pipeline.distributed.exit import exit_now
+from retemper.pipeline.entry.rank import run_prepared
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.exchange import ExportRequest, ImportRequest
 from retemper.pipeline.schema.model import MethodConfig, ModelSetup, ParallelConfig

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retemper.pipeline.compat.light_imports import import_wandb
 from retemper.pipeline.runs.eval_folder import mark_mirrored, scores_missing_in_wandb
 from retemper.pipeline.runs.leases import is_held, lease
 from retemper.pipeline.schema.run import Config
@@ -56,8 +57,7 @@ class Tracker:
             self._guard(self._run.finish)
 
     def _start(self, config: Config) -> None:
-        import wandb
-
+        wandb = import_wandb()
         logging.getLogger("wandb").setLevel(logging.ERROR)
         online = config.track.wandb == "online"
         if online and not wandb.login(prompt=False):

@@ -7,7 +7,7 @@ to a report.
 import time
 from pathlib import Path
 
-from retemper.launch.torchrun import run_here
+from retemper.launch.local import run_here
 from retemper.pipeline.checkpoint.commit import committed_steps, folder_of, sealed_meta
 from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.entry.preflight import preflight

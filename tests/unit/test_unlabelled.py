@@ -97,7 +97,7 @@ def check_steps(sizes: dict[str, int], shares: list[int], labelled, *, begin: in
             for number, (size, share) in enumerate(zip(sizes.values(), shares, strict=True))
         )
     )
-    config = SimpleNamespace(data=SimpleNamespace(bad_shards="stop"))
+    config = SimpleNamespace(run_dir="runs/study/name", data=SimpleNamespace(bad_shards="stop"))
     unlabelled = Unlabelled(
         config, lambda samples: dict(zip(sizes, order.epochs(samples), strict=True)), begin
     )
