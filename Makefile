@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both set up .venv first; what is done is not done again.
 
-.PHONY: demo docs lint test test-slow
+.PHONY: demo docs lint picture test test-slow
 
 demo: .venv/.installed
 	@.venv/bin/retemper demo
@@ -9,6 +9,10 @@ demo: .venv/.installed
 docs: .venv/.installed
 	@.venv/bin/python -m retemper.pipeline.config.key_docs > docs/configuration.new
 	@mv docs/configuration.new docs/configuration.md
+
+# README's picture, from the demo's own output.
+picture: demo
+	@cp runs/demo/figures/learning_forgetting.png docs/images/demo.png
 
 lint: .venv/.installed
 	@.venv/bin/ruff check --quiet .
