@@ -86,7 +86,7 @@ def curve(run: Path) -> dict[int, tuple[float, float, float]]:
 
 
 @pytest.mark.parametrize("fault", SPOILED)
-def test_a_rollback_trains_on_as_if_the_batch_had_never_been(runs, fault):
+def test_a_rollback_equals_a_run_without_the_batch(runs, fault):
     step = SPOILED[fault]
     straight, without = curve(runs / fault), curve(runs / f"{fault}-without")
     assert straight == without and sorted(straight) == [
@@ -107,14 +107,14 @@ def test_a_rollback_trains_on_as_if_the_batch_had_never_been(runs, fault):
     ] in record["reason"]
 
 
-def test_an_unspoiled_run_is_left_alone(runs):
+def test_a_run_without_anomalies_is_unchanged(runs):
     assert (
         sorted(curve(runs / "unspoiled")) == list(range(1, STEPS + 1))
         and not (runs / "unspoiled" / run_folder.SKIPPED_BATCHES).exists()
     )
 
 
-def test_a_step_without_a_label_has_no_loss_and_is_not_what_others_are_held_against(runs):
+def test_a_step_without_labels_has_no_loss_and_no_statistics(runs):
     records = {record["step"]: record for record in run_folder.read_metrics(runs / "unlabelled")}
     unspoiled = curve(runs / "unspoiled")
     assert sorted(records) == list(range(1, STEPS + 1)) and [
@@ -149,7 +149,7 @@ def test_an_epoch_without_a_label_ends_the_run(runs):
     )
 
 
-def test_a_run_that_is_to_stop_says_what_to_do_and_has_saved_nothing_spoiled(workspace, runs):
+def test_a_stopped_run_gives_advice_and_saves_no_anomaly(workspace, runs):
     with pytest.raises(
         AssertionError,
         match="(?s)step 7: the gradient norm is nan. It changed no weight.*anomaly.policy=rollback",
@@ -159,7 +159,7 @@ def test_a_run_that_is_to_stop_says_what_to_do_and_has_saved_nothing_spoiled(wor
 
 
 @pytest.mark.slow
-def test_a_trace_of_the_steps_that_were_asked_for(workspace):
+def test_the_requested_steps_are_traced(workspace):
     launch(
         2,
         [
@@ -182,7 +182,7 @@ def test_a_trace_of_the_steps_that_were_asked_for(workspace):
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_the_same_command_goes_on(workspace):
+def test_a_signal_saves_and_the_same_command_continues(workspace):
     command = ["train", *overrides(workspace, "signalled", *RUN)]
     folder = workspace / "runs" / "test" / "signalled"
     process = subprocess.Popen(

@@ -71,9 +71,7 @@ def damaged_copy(shards: Path, copy: Path, workspace) -> tuple[Path, list[int]]:
     return victim, np.flatnonzero(opened.shards_of(np.arange(len(opened))) == number).tolist()
 
 
-def test_a_bad_shard_ends_the_run_by_name_and_may_be_skipped_by_choice(
-    workspace, shards, tmp_path, capsys
-):
+def test_a_damaged_shard_ends_the_run_or_is_skipped_on_request(workspace, shards, tmp_path, capsys):
     victim, bad = damaged_copy(shards, tmp_path / "copy", workspace)
     before = abandoned()
     started = time.monotonic()

@@ -30,7 +30,7 @@ def start(name: str, *arguments: str) -> str:
     return result.stdout
 
 
-def test_every_benchmark_is_started_here():
+def test_every_benchmark_has_a_test():
     found = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
     by_other_tests = {"bench_attention", "bench_gpu"}  # below, and in test_bench_gpu.py
     assert found == BENCHMARKS.keys() - {"style_figures"} | by_other_tests

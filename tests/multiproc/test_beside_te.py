@@ -58,7 +58,7 @@ __version__ = "2.19.0"
 APEX = "raise RuntimeError('CUDA error: no CUDA-capable device is detected')"
 
 
-def test_a_step_takes_no_kernel_of_theirs(workspace, tmp_path):
+def test_a_step_on_cpu_uses_no_transformer_engine_kernel(workspace, tmp_path):
     stand_ins = {"transformer_engine": TRANSFORMER_ENGINE, "apex": APEX, "amp_C": APEX}
     for name, code in stand_ins.items():
         (tmp_path / f"{name}.py").write_text(code)

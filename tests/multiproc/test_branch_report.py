@@ -52,7 +52,7 @@ def study(workspace):
     return folder
 
 
-def test_learned_and_forgotten_are_there_of_every_annealed_point(study):
+def test_every_annealed_point_has_learned_and_forgotten(study):
     runs = {run.config.name: run for run in read_study(study)}
     assert runs.keys() == {
         "base",
@@ -92,7 +92,7 @@ def test_the_base_is_scored_once_for_a_trunk_and_its_branches(study):
     assert eval_folder.read_scores(short)[3].keys() == {"code", "math", "again"}
 
 
-def test_a_finding_is_of_points_that_were_annealed(study):
+def test_findings_compare_annealed_points(study):
     said = comparison(read_study(study))
     assert all(sentence.count("95% interval") >= 2 and "One seed" in sentence for sentence in said)
     assert [sentence.partition(": ")[0] for sentence in said] == [
@@ -102,7 +102,7 @@ def test_a_finding_is_of_points_that_were_annealed(study):
     ]
 
 
-def test_workers_score_the_base_once_whoever_comes_first(study, monkeypatch, capsys):
+def test_workers_score_the_base_once(study, monkeypatch, capsys):
     done = []
 
     def generate(self, step, tasks):
@@ -144,7 +144,7 @@ def test_workers_score_the_base_once_whoever_comes_first(study, monkeypatch, cap
     )
 
 
-def test_settings_other_than_those_of_the_trunks_start_are_refused(study):
+def test_settings_that_differ_from_the_trunks_are_refused(study):
     config = load_run(study / f"lora-{NAMES[3]}", ["evals.tasks.winogrande={where:worker,limit:7}"])
     scores = {"settings": {"limit": 9}, "score": 0.5}
     eval_folder.write_result(study / "lora", 0, "winogrande", scores, [])

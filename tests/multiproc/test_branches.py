@@ -86,7 +86,7 @@ def curve(run) -> dict[int, tuple[float, ...]]:
     }
 
 
-def test_a_branch_is_the_run_straight_to_its_milestone(runs):
+def test_a_branch_equals_an_uninterrupted_run_to_its_milestone(runs):
     for steps in (10, 20):
         straight, branch = curve(runs / f"straight-{steps}"), curve(runs / BRANCHES[steps])
         begins = {10: 8, 20: 16}[steps]
@@ -138,7 +138,7 @@ def tensors(run, step: int) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_a_branch_with_another_rate_has_that_rate_and_all_else_of_its_trunk(runs):
+def test_a_branch_with_another_rate_differs_only_in_it(runs):
     other, branch = curve(runs / "other"), curve(runs / BRANCHES[10])
     assert other[9][:2] == branch[9][:2]
     # The cooldown's first step is at the peak, its second halfway from there to a quarter of it.

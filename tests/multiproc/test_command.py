@@ -68,7 +68,7 @@ def test_the_same_command_continues_a_killed_run(killed_and_continued, workspace
         assert [record[key] for record in killed] == [record[key] for record in straight], key
 
 
-def test_records_say_what_the_hardware_did(killed_and_continued, workspace):
+def test_metrics_report_the_hardware(killed_and_continued, workspace):
     config = load_config(overrides(workspace, "straight", *SAVE))
     for record in records(workspace, "straight"):
         assert record["tokens_per_second_per_gpu"] * 2 == pytest.approx(record["tokens_per_second"])
@@ -89,9 +89,7 @@ def test_a_checkpoint_has_the_size_that_is_planned(killed_and_continued, workspa
     assert checkpoint_bytes(config) == pytest.approx(written, rel=0.1)
 
 
-def test_the_ledger_proves_what_was_read_and_shows_what_was_not(
-    killed_and_continued, workspace, capsys
-):
+def test_the_ledger_verifies_the_samples_read(killed_and_continued, workspace, capsys):
     folder = workspace / "runs" / "test" / "killed"
     straight, killed = read_ledger(workspace / "runs" / "test" / "straight"), read_ledger(folder)
     assert list(killed) == list(range(1, 11)) and all(
@@ -149,7 +147,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(killed_and_continued, workspace
     assert result.stderr.count("error:") == 1
 
 
-def test_eval_scores_the_checkpoints_that_have_none(killed_and_continued, workspace):
+def test_eval_scores_checkpoints_without_scores(killed_and_continued, workspace):
     folder = workspace / "runs" / "test" / "straight"
     before = eval_folder.read_scores(folder)
     assert set(before) == {0, 10}
@@ -181,7 +179,7 @@ def test_torchrun_with_the_wrong_number_of_ranks_is_refused(workspace):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
-def test_a_full_disk_is_one_error_and_keeps_the_checkpoints_before(workspace, tmp_path):
+def test_a_full_disk_is_one_error_and_keeps_earlier_checkpoints(workspace, tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path], check=True)
     try:
         result = run_command(

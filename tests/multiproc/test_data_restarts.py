@@ -93,7 +93,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_five_kills_and_five_topologies(command, workspace, tmp_path):
+def test_five_kills_at_five_layouts_change_no_sample(command, workspace, tmp_path):
     runs = workspace / "runs" / "test"
     assert start(command("straight", "single"), tmp_path / "log").wait(timeout=300) == 0
     killed_run(
@@ -118,7 +118,7 @@ def test_five_kills_and_five_topologies(command, workspace, tmp_path):
 
 
 @pytest.mark.slow
-def test_five_kills_at_one_topology_change_no_bit(command, workspace, tmp_path):
+def test_five_kills_at_one_layout_change_no_bit(command, workspace, tmp_path):
     runs = workspace / "runs" / "test"
     assert start(command("straight-dp2", "dp2"), tmp_path / "log").wait(timeout=300) == 0
     killed_run(

@@ -61,13 +61,13 @@ def demo(tmp_path_factory):
     return folder, text, seconds, gib
 
 
-def test_it_stays_within_its_time_and_memory(demo):
+def test_the_demo_stays_within_its_time_and_memory(demo):
     _, _, seconds, gib = demo
     assert seconds < MINUTES * 60
     assert gib < GIB
 
 
-def test_it_leaves_the_results_of_every_stage(demo):
+def test_the_demo_has_results_of_every_stage(demo):
     study = demo[0] / "runs" / "demo"
     for corpus in ("code", "math"):
         manifest = json.loads((study / "data" / corpus / "manifest.json").read_text())
@@ -104,7 +104,7 @@ def test_scoring_costs_a_tenth_of_training_at_most(demo):
     assert 0 < scoring < 0.1 * training
 
 
-def test_it_says_what_it_measured(demo):
+def test_the_demo_reports_what_it_measured(demo):
     folder, text, _, _ = demo
     runs = {run.config.name: run for run in read_study(folder / "runs" / "demo")}
     full, lora = runs["full"], runs["lora"]
@@ -120,7 +120,7 @@ def test_it_says_what_it_measured(demo):
         assert said[1] in (": no difference measured", " less" if value < of_full else " more")
 
 
-def test_a_second_demo_starts_nothing_again(demo):
+def test_a_second_demo_repeats_nothing(demo):
     text, seconds, _ = run_watched([str(Path(sys.executable).parent / "retemper"), "demo"], demo[0])
     assert seconds < 20
     assert text.count("finished before") == 3

@@ -49,7 +49,7 @@ def records(run) -> list[dict]:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("how", ["on", "cut"])
-def test_recorded_passes_train_bit_for_bit_as_others_do(runs, method, how):
+def test_recorded_passes_equal_plain_ones_bit_for_bit(runs, method, how):
     expected = records(runs / f"{method}-off")
     assert len(expected) == 10
     assert records(runs / f"{method}-{how}") == expected
@@ -57,6 +57,6 @@ def test_recorded_passes_train_bit_for_bit_as_others_do(runs, method, how):
     assert len(scores) > 1 and eval_folder.read_scores(runs / f"{method}-{how}") == scores
 
 
-def test_branches_are_recorded_anew(runs):
+def test_each_branch_records_its_own_graph(runs):
     for name in ("branched-{}", "branched-{}-2560"):
         assert records(runs / name.format("on")) == records(runs / name.format("off"))

@@ -254,7 +254,7 @@ def slow_exchange(workspace, folders) -> Exchange:
     )
 
 
-def test_every_import_and_export_is_proved_by_stock_transformers(exchange):
+def test_stock_transformers_confirms_every_import_and_export(exchange):
     for run, out in exchange.round_trips.values():
         for proof in (run / "huggingface", out):
             figures = json.loads((proof / "verified.json").read_text())
@@ -335,7 +335,7 @@ def train_with_transformers(config, model: torch.nn.Module, lrs: list[float]) ->
 
 
 @pytest.mark.parametrize(("name", "method"), TRAINED)
-def test_ten_steps_are_those_of_transformers_and_peft(exchange, name, method):
+def test_ten_steps_equal_those_of_transformers_and_peft(exchange, name, method):
     if name not in exchange.folders:
         pytest.skip(f"{SHARED_DATA} is not here; set RETEMPER_SHARED_DATA")
     compare_ten_steps(exchange, name, method)
@@ -343,7 +343,7 @@ def test_ten_steps_are_those_of_transformers_and_peft(exchange, name, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), SLOW_TRAINED)
-def test_ten_steps_of_the_others_are_too(slow_exchange, name, method):
+def test_ten_steps_of_other_families_equal_those_of_transformers(slow_exchange, name, method):
     compare_ten_steps(slow_exchange, name, method)
 
 
@@ -385,12 +385,12 @@ def compare_ten_steps(exchange: Exchange, name: str, method: str) -> None:
     assert moved > 1e-3
 
 
-def test_merged_and_alone_the_adapters_give_the_same_logits(exchange):
+def test_merged_and_separate_adapters_give_equal_logits(exchange):
     compare_merged(exchange)
 
 
 @pytest.mark.slow
-def test_merged_and_alone_the_other_adapters_do_too(slow_exchange):
+def test_merged_and_separate_adapters_of_other_kinds_give_equal_logits(slow_exchange):
     compare_merged(slow_exchange)
 
 

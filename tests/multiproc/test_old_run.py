@@ -73,7 +73,7 @@ def test_a_corpus_is_recognised(folder):
 
 # LoRA comes second: its base has trained on since, and it finds the checkpoint it began from.
 @pytest.mark.parametrize("name", ["full", "lora"])
-def test_a_run_goes_on_as_it_did(folder, name):
+def test_a_run_continues_with_the_losses_of_its_commit(folder, name):
     done = run_command(["train", *RUN, f"name={name}", *METHODS[name]], cwd=folder)
     assert done.returncode == 0, done.stderr
     found = records(folder / "runs" / "old" / name / "metrics.jsonl")

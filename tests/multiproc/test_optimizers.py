@@ -47,22 +47,22 @@ def probe(workspace, world_size: int, name: str, optimizer: str, *changes: str) 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_step_is_the_plain_optimizers(workspace, optimizer, layout):
+def test_every_step_equals_the_plain_optimizer(workspace, optimizer, layout):
     probe(workspace, 2, "trajectory", optimizer, *LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_step_of_lora_plus_is_too(workspace, optimizer):
+def test_every_step_of_lora_plus_equals_the_plain_optimizer(workspace, optimizer):
     probe(workspace, 2, "trajectory", optimizer, *PLUS, *LAYOUTS["dp2"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", SLOW)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_step_elsewhere_is_too(workspace, optimizer, layout):
+def test_every_step_at_other_layouts_equals_the_plain_optimizer(workspace, optimizer, layout):
     world_size, changes = SLOW[layout]
     probe(workspace, world_size, "trajectory", optimizer, *changes)
 
 
-def test_the_trajectory_sees_norms_of_single_ranks(workspace):
+def test_norms_of_single_ranks_are_detected(workspace):
     probe(workspace, 2, "norms_of_each_rank", "lion", *LAYOUTS["dp2"])

@@ -238,12 +238,12 @@ def test_every_layout_trains_as_one_rank_does(runs, method, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "layout"), SLOW_PAIRS)
-def test_every_other_pair_does_too(slow_runs, method, layout):
+def test_every_other_layout_trains_as_one_rank_does(slow_runs, method, layout):
     assert differences(slow_runs / f"{method}-{layout}", slow_runs / f"{method}-single") == []
 
 
 @pytest.mark.parametrize("method", dict(PAIRS))
-def test_everything_that_trains_moves(runs, method):
+def test_every_trainable_weight_changes(runs, method):
     first, last = tensors(runs / f"{method}-single", 1), tensors(runs / f"{method}-single", STEPS)
     weights = [key for key in first if not key.startswith("optimizer.")]
     assert weights and all(
@@ -253,7 +253,7 @@ def test_everything_that_trains_moves(runs, method):
 
 
 @pytest.mark.parametrize("method", dict(PAIRS))
-def test_every_method_begins_at_the_base(runs, method):
+def test_every_method_begins_with_the_loss_of_the_base(runs, method):
     first, base = (
         next(run_folder.read_metrics(runs / f"{name}-single"))["loss"] for name in (method, "full")
     )
@@ -261,7 +261,7 @@ def test_every_method_begins_at_the_base(runs, method):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_oracle_sees_the_bugs_of_others(runs, fault):
+def test_bugs_of_other_projects_are_detected(runs, fault):
     assert differences(runs / fault, runs / "r4-all-single")
 
 
@@ -289,5 +289,5 @@ def test_dropout_masks_agree_where_activations_do(workspace):
     )
 
 
-def test_nothing_is_computed_or_kept_of_a_frozen_base(workspace):
+def test_frozen_base_has_no_gradients_or_optimizer_state(workspace):
     probe(workspace, 1, "frozen", LORA, [*LORA, "method.lora.targets=mlp", "optimizer=lion"], [])

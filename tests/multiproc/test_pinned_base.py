@@ -49,13 +49,13 @@ def study(workspace):
     return folder
 
 
-def test_ranks_that_see_other_newest_checkpoints_begin_from_one(study, workspace):
+def test_ranks_that_see_different_checkpoints_begin_from_one(study, workspace):
     asked = overrides(workspace, "probe", f"init_from={study / 'base'}", "parallel=tp2")
     launch(2, [{"probe": "base", "overrides": asked}], "probes")
 
 
 @pytest.mark.parametrize("name", ["cut", "early", "asked"])
-def test_a_run_goes_on_from_the_checkpoint_it_began_from(study, name):
+def test_a_run_continues_from_the_checkpoint_it_began_from(study, name):
     assert read_record(study / name) == read_record(study / "straight")
     assert curve(study / name) == curve(study / "straight")
     assert eval_folder.read_scores(study / name) == eval_folder.read_scores(study / "straight")
@@ -69,14 +69,14 @@ def test_a_branch_has_the_base_of_its_trunk(study):
     assert read_record(branch) == read_record(study / "trunk") == read_record(study / "straight")
 
 
-def test_scores_made_later_are_of_the_checkpoint_that_the_run_began_from(study, workspace):
+def test_scores_made_later_use_the_checkpoint_that_the_run_began_from(study, workspace):
     later = eval_folder.read_scores(workspace / "later" / "pinned" / "straight")
     at_once = eval_folder.read_scores(study / "straight")
     assert at_once.keys() == {0, 4}
     assert at_once.items() <= later.items()
 
 
-def test_exports_are_of_the_checkpoint_that_the_run_began_from(study, tmp_path):
+def test_exports_use_the_checkpoint_that_the_run_began_from(study, tmp_path):
     begun, merged, adapter = (tmp_path / name for name in ("begun", "merged", "adapter"))
     first = worker.export_request(load_run(study / "straight", []), 0, begun).model_dump()
     whole = first | {"run": str(study / "straight"), "step": None, "folder": str(merged)}

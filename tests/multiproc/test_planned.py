@@ -41,7 +41,7 @@ def probe(world_size: int, name: str, *changes: list[str]) -> None:
     launch(world_size, cases, "probes")
 
 
-def test_counts_are_those_of_built_models():
+def test_planned_counts_equal_those_of_built_models():
     probe(1, "counts", *MODELS.values())
     probe(
         2,
@@ -61,7 +61,7 @@ def demo(world_size: int, *layouts: list[str]) -> None:
     )
 
 
-def test_the_demos_memory_is_what_its_steps_take():
+def test_planned_memory_of_the_demo_equals_that_of_its_steps():
     demo(2, TWO_RANKS["tp2"])
 
 
@@ -69,7 +69,7 @@ SCORED = ["evals.micro_batch_size=16", "train.micro_batch_size=1", "parallel.rec
 
 
 @pytest.mark.slow
-def test_what_scoring_takes_is_planned_where_it_is_more():
+def test_planned_memory_covers_scoring():
     demo(1, ["parallel=single", *SCORED])
 
 
@@ -94,7 +94,7 @@ OTHERS_OF_TWO += [
 
 
 @pytest.mark.slow
-def test_the_demos_memory_in_other_layouts():
+def test_planned_memory_of_the_demo_in_other_layouts():
     demo(1, ["parallel=single"], *OTHERS_OF_ONE)
     demo(2, TWO_RANKS["pp2"], *OTHERS_OF_TWO)
 
@@ -126,7 +126,7 @@ def drawn_shape(draw: random.Random) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_memory_of_drawn_shapes():
+def test_planned_memory_of_random_shapes():
     draw = random.Random(1)
     probe(1, "memory", *(drawn_shape(draw) for _ in range(3)))
     probe(
@@ -137,7 +137,7 @@ def test_the_memory_of_drawn_shapes():
 
 
 @pytest.mark.slow
-def test_the_memory_of_many_drawn_shapes():
+def test_planned_memory_of_many_random_shapes():
     draw = random.Random(2)
     probe(1, "memory", *(drawn_shape(draw) for _ in range(20)))
     probe(

@@ -27,7 +27,7 @@ def test_two_ranks(workspace):
     look(workspace, 2, ["parallel=pp2", TIED], ["parallel=pp2"])
 
 
-def test_a_shard_that_is_padding_alone(workspace):
+def test_a_shard_of_padding_only(workspace):
     # 60 tokens are padded to two shards of 64.
     changes = ["model.vocab_size=60", "model.hidden_size=96"]  # no other size is 64
     look(workspace, 2, [*TP2, *changes], [*SEQUENCE_PARALLEL, *changes])

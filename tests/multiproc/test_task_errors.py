@@ -142,7 +142,7 @@ def test_the_report_has_the_scores_of_tasks(runs, tmp_path):
     )
 
 
-def test_each_task_says_what_is_wrong_with_it_and_the_others_are_scored(runs, files):
+def test_each_failed_task_gives_its_reason_and_the_others_are_scored(runs, files):
     found = errors(runs / "tasked")
     assert found.keys() == set(FORGETTING_TASKS) and found["arc_challenge"] is None
     assert f"{files} has no file hellaswag_validation*.jsonl" in found["hellaswag"]
@@ -152,7 +152,7 @@ def test_each_task_says_what_is_wrong_with_it_and_the_others_are_scored(runs, fi
     )
 
 
-def test_training_is_what_it_is_without_tasks(runs):
+def test_failed_tasks_do_not_change_training(runs):
     def losses(run):
         return [
             (record["step"], record["loss"], record["grad_norm"])
@@ -169,7 +169,7 @@ def test_without_a_tokenizer_nothing_is_scored(runs):
     )
 
 
-def test_checkpoints_are_scored_afterwards_on_what_failed_alone(workspace, runs, files):
+def test_only_failed_tasks_are_scored_afterwards(workspace, runs, files):
     """The folder has gone on from `tasked`: what was mended is scored, and their mean told."""
     write(files / "winogrande_validation.jsonl", [SENTENCE, SENTENCE | {"answer": "1"}])
     write(files / "hellaswag_validation_2.jsonl", [ENDING, ENDING | {"gold": 1}])

@@ -184,7 +184,7 @@ TWO = {"tp2": ["parallel=tp2"], "pp2": ["parallel=pp2"]}
 
 
 @pytest.mark.parametrize("layout", TWO)
-def test_log_likelihoods_are_those_of_lm_evals_own_class(scored, theirs, layout):
+def test_log_likelihoods_equal_those_of_lm_evals_class(scored, theirs, layout):
     scored.score(2, {f"plain-{name}": [*PLAIN, *where] for name, where in TWO.items()})
     compare_choices(scored, theirs, f"plain-{layout}", PLAIN)
 
@@ -199,7 +199,7 @@ MORE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", MORE)
-def test_log_likelihoods_of_cut_contexts_are_too_at_the_other_layouts(scored, theirs, layout):
+def test_log_likelihoods_of_cut_contexts_equal_at_other_layouts(scored, theirs, layout):
     scored.score(2, {f"shots-{layout}": [*SHOTS, *MORE[layout]]})
     compare_choices(scored, theirs, f"shots-{layout}", SHOTS)
 
@@ -226,7 +226,7 @@ def compare_greedy_text(scored: Scored, theirs, runs: list[str]) -> None:
         assert answers(scored, run) == expected, run
 
 
-def test_greedy_text_is_that_of_lm_evals_own_class_at_every_layout(scored, theirs):
+def test_greedy_text_equals_that_of_lm_evals_class(scored, theirs):
     scored.score(1, {"written-one": WRITTEN})
     scored.score(2, {f"written-{name}": [*WRITTEN, *where] for name, where in GENERATED.items()})
     compare_greedy_text(scored, theirs, ["written-one", *(f"written-{name}" for name in GENERATED)])
@@ -237,13 +237,13 @@ def test_greedy_text_is_that_of_lm_evals_own_class_at_every_layout(scored, their
 
 
 @pytest.mark.gpu
-def test_a_gpu_says_the_same(scored, theirs):
+def test_a_gpu_gives_the_same_results(scored, theirs):
     scored.score(1, {"plain-gpu": PLAIN, "written-gpu": WRITTEN})
     compare_choices(scored, theirs, "plain-gpu", PLAIN)
     compare_greedy_text(scored, theirs, ["written-gpu"])
 
 
-def test_drawn_text_follows_from_the_seed_alone(scored):
+def test_sampled_text_depends_only_on_the_seed(scored):
     scored.score(1, {"drawn-one": DRAWN, "drawn-other": [*DRAWN, "seed=18"]})
     scored.score(2, {"drawn-tp2": [*DRAWN, *TWO["tp2"]]})
     first = answers(scored, "drawn-one")
@@ -252,7 +252,7 @@ def test_drawn_text_follows_from_the_seed_alone(scored):
 
 
 @pytest.mark.slow
-def test_drawn_text_is_the_same_at_the_other_layouts_and_with_adapters(scored):
+def test_sampled_text_is_equal_at_other_layouts_and_with_adapters(scored):
     scored.score(1, {"drawn-one": DRAWN})
     runs = {f"drawn-{name}": [*DRAWN, *MORE[name]] for name in ("tp2sp", "pp2", "dp2")}
     runs["drawn-lora"] = [*runs["drawn-tp2sp"], "method=lora", "method.lora.rank=2"]
@@ -266,7 +266,7 @@ def test_drawn_text_is_the_same_at_the_other_layouts_and_with_adapters(scored):
 
 
 @pytest.mark.slow
-def test_text_is_the_same_from_virtual_stages_and_from_a_grid_of_ranks(workspace, shared_data):
+def test_text_is_equal_with_virtual_stages_and_on_four_ranks(workspace, shared_data):
     """Compare the sampled text of initial weights, which are the same at every layout.
 
     Greedy text of such weights repeats itself, sampled text does not.

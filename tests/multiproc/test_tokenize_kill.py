@@ -95,7 +95,7 @@ def names_of(path: Path) -> list[Path]:
     return [*Path("/dev/shm").glob(f"sem.{name}"), *Path(tempfile.gettempdir()).glob(name)]
 
 
-def test_a_kill_of_all_processes_and_what_it_leaves_in_shared_memory(job, tmp_path):
+def test_a_kill_leaves_no_shared_memory_after_the_next_start(job, tmp_path):
     process = job(tmp_path / "out", tmp_path / "log")
     _worker_at_work(process, tmp_path / "out.partial")
     os.killpg(process.pid, signal.SIGKILL)
@@ -118,7 +118,7 @@ def test_fifty_kills(job, tmp_path):
     )
 
 
-def test_a_killed_worker_is_noticed_and_the_job_goes_on_when_asked_again(job, tmp_path):
+def test_a_killed_worker_is_noticed_and_the_job_resumes(job, tmp_path):
     process = job(tmp_path / "out", tmp_path / "log")
     worker = _worker_at_work(process, tmp_path / "out.partial")
     os.kill(worker, signal.SIGKILL)
@@ -178,6 +178,6 @@ def _processes() -> list[tuple[str, int]]:
     return found
 
 
-def test_the_manifest_says_what_it_took(job):
+def test_the_manifest_reports_time_and_memory(job):
     manifest = json.loads((job.whole / "manifest.json").read_text())
     assert manifest["source"]["files"] > 50 and manifest["splits"]["train"]["samples"] > 1000

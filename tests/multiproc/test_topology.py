@@ -196,9 +196,7 @@ def test_heldout_scores_agree_with_one_rank(runs, method, layout):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_scores_made_later_are_those_of_the_run_from_its_begin_on(
-    workspace, runs, method, tmp_path
-):
+def test_scores_made_later_equal_those_of_the_run(workspace, runs, method, tmp_path):
     shutil.copytree(runs / f"{method}-tp2", tmp_path / "test" / f"{method}-tp2")
     shutil.rmtree(tmp_path / "test" / f"{method}-tp2" / "evals")
     changes = [f"init_from={runs / 'base'}", *(LORA if method == "lora" else []), *LAYOUTS["tp2"]]
@@ -224,7 +222,7 @@ def test_lora_starts_from_the_base(runs):
     )
 
 
-def test_the_oracle_sees_an_unreduced_adapter_gradient(runs):
+def test_an_unreduced_adapter_gradient_is_detected(runs):
     broken, right = (
         curve(runs / "lora-fault", "grad_norm"),
         curve(runs / "lora-single", "grad_norm"),
@@ -234,7 +232,7 @@ def test_the_oracle_sees_an_unreduced_adapter_gradient(runs):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_restart_repeats_the_uninterrupted_run_to_the_last_bit(runs, method):
+def test_a_restart_equals_the_uninterrupted_run_bit_for_bit(runs, method):
     for key in ("loss", "grad_norm", "lr"):
         assert curve(runs.parent / "after-tp2" / "test" / f"{method}-cut", key) == curve(
             runs / f"{method}-tp2", key
@@ -242,13 +240,13 @@ def test_a_restart_repeats_the_uninterrupted_run_to_the_last_bit(runs, method):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_restart_at_another_topology_goes_on_with_the_same_losses(runs, method):
+def test_a_restart_at_another_layout_has_the_same_losses(runs, method):
     assert curve(runs.parent / "after-pp2" / "test" / f"{method}-cut", "loss") == pytest.approx(
         curve(runs / f"{method}-tp2", "loss"), rel=1e-5
     )
 
 
-def test_a_restart_of_lion_repeats_every_bit_and_goes_on_at_another_topology(runs):
+def test_a_restart_of_lion_is_equal_at_every_layout(runs):
     def after(layout, key="loss"):
         return curve(runs.parent / f"after-{layout}" / "test" / "lion-cut", key)
 
@@ -259,7 +257,7 @@ def test_a_restart_of_lion_repeats_every_bit_and_goes_on_at_another_topology(run
 
 
 @pytest.mark.parametrize(("name", "layout"), [("full", "tp2"), ("lion", "dp2")])
-def test_the_oracle_sees_a_lost_optimizer_state(runs, name, layout):
+def test_a_lost_optimizer_state_is_detected(runs, name, layout):
     broken, straight = (
         curve(run, "loss")
         for run in (
@@ -270,7 +268,7 @@ def test_the_oracle_sees_a_lost_optimizer_state(runs, name, layout):
     assert broken[:5] == straight[:5] and broken[-1] != pytest.approx(straight[-1], rel=1e-5)
 
 
-def test_a_restart_with_dropout_repeats_every_bit_and_the_ledger(runs):
+def test_a_restart_with_dropout_equals_the_uninterrupted_run(runs):
     assert curve(runs.parent / "after-None" / "test" / "dropout-cut", "loss") == curve(
         runs / "dropout", "loss"
     )
@@ -283,7 +281,7 @@ def test_a_restart_with_dropout_repeats_every_bit_and_the_ledger(runs):
 
 
 @pytest.mark.parametrize("fault", RESTART_FAULTS)
-def test_the_oracle_sees_what_a_restart_left_out(runs, fault):
+def test_state_left_out_of_a_restart_is_detected(runs, fault):
     straight, broken = (
         curve(runs / "dropout", "loss"),
         curve(runs.parent / f"after-{fault}" / "test" / "dropout-cut", "loss"),
@@ -299,7 +297,7 @@ def test_the_oracle_sees_what_a_restart_left_out(runs, fault):
     assert all(same_samples) == (fault == "lost_random_state")
 
 
-def test_a_lora_checkpoint_holds_adapters_alone(runs):
+def test_a_lora_checkpoint_contains_only_adapters(runs):
     def size(name):
         return sum(
             path.stat().st_size

@@ -108,7 +108,7 @@ def check_scores(asked: list[str], steps: int) -> None:
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_what_a_killed_worker_left_another_finishes_once(trained, tmp_path, capsys):
+def test_another_worker_finishes_the_jobs_of_a_killed_one(trained, tmp_path, capsys):
     steps = 1
     asked, logs = trained("worked", steps), [tmp_path / f"worker{number}" for number in range(2)]
     killed, other = (Process(asked, log) for log in logs)
@@ -135,7 +135,7 @@ def test_what_a_killed_worker_left_another_finishes_once(trained, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_twenty_kills_lose_and_double_nothing(trained, tmp_path):
+def test_twenty_kills_neither_lose_nor_repeat_a_result(trained, tmp_path):
     steps, draw = 20, random.Random(1)
     asked, logs = trained("killed", steps), [tmp_path / "one", tmp_path / "other"]
     workers, kills = [Process(asked, log) for log in logs], 0
@@ -155,7 +155,7 @@ def test_twenty_kills_lose_and_double_nothing(trained, tmp_path):
     check_scores(asked, steps)
 
 
-def test_a_worker_refuses_what_it_cannot_do(workspace, capsys):
+def test_a_worker_refuses_unsuitable_runs(workspace, capsys):
     assert main(["eval", "worker", str(workspace)]) == 1
     assert "it has no config.json" in capsys.readouterr().err
     config = load_config(overrides(workspace, "unscored"))
@@ -204,9 +204,7 @@ def test_a_worker_refuses_bad_files_before_any_work(workspace, shared_data, tmp_
         )
 
 
-def test_checkpoints_that_vanish_are_named_and_what_is_left_of_them_evaluated(
-    workspace, shared_data, capsys
-):
+def test_missing_checkpoints_are_named_and_the_others_scored(workspace, shared_data, capsys):
     two = [8 * SEQ_LENGTH, 16 * SEQ_LENGTH]
     config = load_config(
         overrides(
