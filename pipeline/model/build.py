@@ -273,6 +273,8 @@ def transformer_config(config: ModelSetup, *, local: bool = True) -> Transformer
         tp_comm_bulk_wgrad=config.method.name == "full",
         tp_comm_bulk_dgrad=config.method.name == "full",
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        # What was sent to the next stage is only needed for the shape of its gradient.
+        deallocate_pipeline_outputs=parallel.pipeline_parallel_size > 1,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
         # Average over all tokens of the global batch, which is right even if loss masks differ

@@ -1,6 +1,7 @@
 """The kernels available to a run: Transformer Engine's and apex's if installed, else torch's."""
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +125,7 @@ def start_tensor_parallel_overlap(config: Config) -> None:
 
     Collective: every rank must call this.
     """
+    import transformer_engine_torch as tex
     from transformer_engine import pytorch as te
     from transformer_engine.pytorch.module import UserBufferQuantizationMode as Mode
 
@@ -135,6 +137,10 @@ def start_tensor_parallel_overlap(config: Config) -> None:
         * config.data.seq_length
         // config.parallel.context_parallel_size
     )
+    if not tex.device_supports_multicast() and "UB_SKIPMC" not in os.environ:
+        os.environ["UB_SKIPMC"] = "1"
+        if torch.distributed.get_rank() == 0:
+            print("tensor-parallel overlap: without multicast on this machine, by CUDA IPC")
     te.destroy_ub()  # buffers of a previous model
     te.initialize_ub(
         [tokens, config.model.hidden_size],

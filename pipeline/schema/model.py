@@ -244,11 +244,21 @@ class ModelSetup(Section):
         The function is in model/adapted.py.
         """
         lora = self.method.lora
+        return lora is not None and lora.kernel == "fused" and not self.unfused_because
+
+    @property
+    def unfused_because(self) -> list[str]:
+        """The keys whose values prevent method.lora.kernel=fused."""
+        lora = self.method.lora
         parallel = self.parallel
-        if lora is None or lora.kernel == "plain":
-            return False
-        overlap = parallel.overlap or parallel.tensor_parallel_overlap
-        return not (lora.dropout or lora.dora or lora.pissa or overlap)
+        causes = {
+            "method.lora.dropout": lora and lora.dropout,
+            "method.lora.dora": lora and lora.dora,
+            "method.lora.pissa": lora and lora.pissa,
+            "parallel.overlap": parallel.overlap,
+            "parallel.tensor_parallel_overlap": parallel.tensor_parallel_overlap,
+        }
+        return [key for key, value in causes.items() if value]
 
     @property
     def padded_vocab_size(self) -> int:

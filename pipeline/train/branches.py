@@ -68,6 +68,9 @@ def introduction(config: Config) -> list[str]:
     if lora := config.method.lora:
         scale = f"{lora_scaling(lora):.6g}"
         lines.append(f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}: updates are scaled by {scale}")
+        if lora.kernel == "fused" and config.unfused_because:
+            causes = " and ".join(config.unfused_because)
+            lines.append(f"LoRA: computed with method.lora.kernel=plain, slower, due to {causes}")
     if config.branch_of:
         lines.append(f"branch of {config.branch_of}: {ending(config)}")
         lines += [f"other than its trunk's: {change}" for change in differences_of_training(config)]

@@ -156,3 +156,12 @@ def test_the_introduction_of_a_run_states_the_scale_of_its_adapters(tmp_path):
     assert first == "LoRA: rank 4, alpha 8: updates are scaled by 2"
     assert "what it learns is measured on held-out math" in measured
     assert introduction(load_config(overrides(tmp_path, "full"))) == []
+
+
+def test_the_introduction_of_a_run_names_what_prevents_the_fused_kernel(tmp_path):
+    from retemper.pipeline.train.branches import introduction
+
+    changes = ["parallel=dp2", "parallel.overlap=true", "method.lora.dropout=0.1"]
+    _, second, *_ = introduction(lora_config(tmp_path, *changes))
+    assert second.endswith("due to method.lora.dropout and parallel.overlap")
+    assert "slower" not in " ".join(introduction(lora_config(tmp_path, "method.lora.kernel=plain")))
