@@ -295,7 +295,7 @@ def test_a_hub_model_is_imported_from_the_cache(tmp_path, tokenizer, monkeypatch
     assert transformers_folder("a/b/c", "") == Path("a/b/c")
     requests = []
     monkeypatch.setattr(
-        "retemper.launch.torchrun.run_here",
+        "retemper.launch.local.run_here",
         lambda module, arguments, ranks: requests.append(json.loads(arguments[1])) or 0,
     )
     assert main(["import", "owner/model@v2", str(tmp_path / "base")]) == 0
