@@ -1,12 +1,13 @@
 """Plant faults in the code, one at a time, and see whether the default tests notice them.
 
     python benchmarks/mutants.py draw [--count 50] [--seed 1]
-    python benchmarks/mutants.py run [--count 50] [--seed 1] [--results FILE]
+    python benchmarks/mutants.py run [--count 50] [--seed 1] [--results FILE] [--whole]
 
 A fault is one change of one line: a comparison, an operator, a constant, a condition, or a call
 that is left out. As many are drawn from each package as its share of the lines, without code that
-only a GPU runs. `run` takes about three minutes a fault, because the tests of the file's own
-package come first; it goes on where it stopped, and prints the faults that no test noticed.
+only a GPU runs. `run` takes one to three minutes a fault: it runs the tests of the file's own
+package. `run --whole` then runs all of them on what these did not notice. Both continue where they
+stopped.
 """
 
 import argparse
@@ -44,6 +45,9 @@ COMPARISONS = {
     ast.Is: "is not",
     ast.IsNot: "is",
 }
+UNNOTICED_BY_PACKAGE = "not noticed by the tests of its package"
+UNNOTICED = "not noticed"
+UNNOTICED_BY = (UNNOTICED_BY_PACKAGE, UNNOTICED)
 OPERATORS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "//", ast.FloorDiv: "*", ast.Mod: "//"}
 
 
@@ -127,32 +131,53 @@ def draw(count: int, seed: int) -> list[Fault]:
     ]
 
 
-def is_noticed(fault: Fault) -> str:
-    """Run the default tests on a clone with a fault; return the first test that fails, or ""."""
-    with tempfile.TemporaryDirectory() as name:
-        copy = Path(name) / "copy"
-        subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
-        (copy / ".venv").symlink_to(ROOT / ".venv")
-        changed = copy / fault.file
-        source = changed.read_text()
-        changed.write_text(source[: fault.start] + fault.text + source[fault.end :])
-        environment = os.environ | {
-            "PYTHONPATH": str(copy),
-            "RETEMPER_SHARED_DATA": str(ROOT.parent / "shared" / "data"),
-        }
-        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow and not gpu"]
-        for selection in ([f"--package={Path(fault.file).parent.name}"], []):
-            result = subprocess.run(
-                [*pytest, *selection], cwd=copy, env=environment, capture_output=True, text=True
-            )
-            failed = [
-                line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
-            ]
-            if failed:
-                return failed[0].partition(" - ")[0]
-            if result.returncode not in (0, 5):  # 5: no test was selected
-                return (result.stdout + result.stderr)[-200:]
+def first_failure(fault: Fault, copy: Path, selection: list[str]) -> str:
+    """Run the default tests on a copy with a fault; return the first test that fails, or "".
+
+    selection: further arguments of pytest.
+    """
+    changed = copy / fault.file
+    source = changed.read_text()
+    changed.write_text(source[: fault.start] + fault.text + source[fault.end :])
+    environment = os.environ | {
+        "PYTHONPATH": str(copy),
+        "RETEMPER_SHARED_DATA": os.environ.get(
+            "RETEMPER_SHARED_DATA", str(ROOT.parent / "shared" / "data")
+        ),
+    }
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "--dist", "loadfile"]
+    pytest += ["--no-loadscope-reorder", "-m", "not slow and not gpu"]
+    try:
+        result = subprocess.run(
+            [*pytest, *selection], cwd=copy, env=environment, capture_output=True, text=True
+        )
+    finally:
+        changed.write_text(source)
+    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if failed:
+        return failed[0].partition(" - ")[0]
+    if result.returncode not in (0, 5):  # 5: no test was selected
+        return (result.stdout + result.stderr)[-200:]
     return ""
+
+
+def run(faults: list[Fault], file: Path, *, whole: bool) -> None:
+    """Test each fault that was not noticed before, and record the results after each."""
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
+        for fault in faults:
+            description = fault.describe()
+            known = results.get(description)
+            if known is None or (whole and known == UNNOTICED_BY_PACKAGE):
+                package = [f"--package={Path(fault.file).parent.name}"]
+                found = first_failure(fault, copy, [] if whole else package)
+                results[description] = found or (UNNOTICED if whole else UNNOTICED_BY_PACKAGE)
+                file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+            print(f"{description}: {results[description]}", flush=True)
+    noticed = sum(results[fault.describe()] not in UNNOTICED_BY for fault in faults)
+    print(f"{noticed} of {len(faults)} faults were noticed")
 
 
 def main() -> None:
@@ -161,20 +186,17 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="run all default tests on the faults that the tests of their package did not notice",
+    )
     arguments = parser.parse_args()
     faults = draw(arguments.count, arguments.seed)
-    if arguments.action == "draw":
-        print("\n".join(fault.describe() for fault in faults))
+    if arguments.action == "run":
+        run(faults, arguments.results, whole=arguments.whole)
         return
-    results = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
-    for fault in faults:
-        description = fault.describe()
-        if description not in results:
-            results[description] = is_noticed(fault)
-            arguments.results.write_text(json.dumps(results, indent=1, ensure_ascii=False))
-        print(f"{description}: {results[description] or 'NOT NOTICED'}", flush=True)
-    noticed = sum(bool(results[fault.describe()]) for fault in faults)
-    print(f"{noticed} of {len(faults)} faults were noticed")
+    print("\n".join(fault.describe() for fault in faults))
 
 
 if __name__ == "__main__":
