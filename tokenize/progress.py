@@ -2,7 +2,6 @@
 
 import contextlib
 import multiprocessing
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,13 +61,11 @@ def progress_bar(
     Yields:
         The function to call when a task is finished.
     """
-    from tqdm import tqdm
+    from retemper.pipeline.files.progress_bar import ProgressBar
 
     started = time.monotonic()
     stop = threading.Event()
-    with tqdm(
-        total=total, desc=name, unit="part", file=sys.stderr, disable=not show, dynamic_ncols=True
-    ) as bar:
+    with ProgressBar(total=total, desc=name, unit="part", disable=not show) as bar:
 
         def watch() -> None:
             while not stop.wait(1):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from retemper.pipeline.commands.options import RUN, add_group, add_verb, positive
+from retemper.pipeline.commands.options import RUN, add_group, add_verb, announce_loading, positive
 from retemper.pipeline.errors import UserError
 
 
@@ -92,11 +92,13 @@ def _add_worker(group: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from retemper.launch.local import run_here
     from retemper.pipeline.config.existing_run import SCORING_OVERRIDES, load_run
-    from retemper.pipeline.entry.preflight import preflight
 
     config = load_run(Path(arguments.run), arguments.keys, SCORING_OVERRIDES)
+    announce_loading("torch and megatron-core")
+    from retemper.launch.local import run_here
+    from retemper.pipeline.entry.preflight import preflight
+
     preflight(config)
     return run_here(
         "retemper.pipeline.evals", [arguments.run, *arguments.keys], config.parallel.world_size
@@ -113,6 +115,7 @@ def _worker(arguments: argparse.Namespace) -> int:
             f"{arguments.run} has no tasks for workers: "
             "set evals=paper, or evals.tasks.humaneval.where=worker"
         )
+    announce_loading("torch and megatron-core")
     worker = Worker(config, (arguments.only,) if arguments.only else PARTS, arguments.lease)
     worker.work(None if arguments.once else arguments.poll)
     return 0
@@ -127,6 +130,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    announce_loading("matplotlib and scipy")
     from retemper.pipeline.report.page import report
 
     print(report(Path(arguments.study)))

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from retemper.pipeline.commands.options import add_verb
+from retemper.pipeline.commands.options import add_verb, announce_loading
 from retemper.pipeline.errors import UserError
 
 
@@ -72,6 +72,8 @@ def _add_export(verbs: Any) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    _refuse_existing(arguments.run)
+    announce_loading("torch, megatron-core and transformers")
     from retemper.launch.local import run_here
     from retemper.pipeline.config.compose import load_parallel
     from retemper.pipeline.config.validate import check_setup
@@ -84,7 +86,6 @@ def _import(arguments: argparse.Namespace) -> int:
     from retemper.pipeline.schema.model import MethodConfig, ModelSetup
 
     parallel = load_parallel(arguments.keys)
-    _refuse_existing(arguments.run)
     # Check all that config.json determines before any rank starts: the ranks then read the rest.
     folder = transformers_folder(arguments.folder, arguments.folder)
     model = model_of(read_config(folder), folder)
@@ -108,6 +109,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise UserError(
             "--base requires --adapter: an exported model already contains the weights of its base"
         )
+    announce_loading("torch, megatron-core and transformers")
     request = ExportRequest(
         run=arguments.run,
         folder=arguments.folder,

@@ -1,6 +1,7 @@
 """What the verbs have in common: their help, their positionals and the types of their options."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,11 @@ def add_group(verbs: Any, name: str, summary: str, examples: list[str]) -> argpa
         epilog="\n".join(["examples:", *(f"  {example}" for example in examples)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def announce_loading(what: str) -> None:
+    """Print on stderr what is about to be imported, where that takes seconds."""
+    print(f"loading {what} …", file=sys.stderr, flush=True)
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], float]:

@@ -4,7 +4,12 @@ import argparse
 import sys
 from typing import Any
 
-from retemper.pipeline.commands.options import add_gpus_per_node, add_verb, positive
+from retemper.pipeline.commands.options import (
+    add_gpus_per_node,
+    add_verb,
+    announce_loading,
+    positive,
+)
 
 _PLANNED = (
     "study=mine name=lora model=llama2_7b method=lora init_from=runs/models/llama2 "
@@ -128,11 +133,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from retemper.launch.local import run_here
     from retemper.pipeline.config.compose import load_config
-    from retemper.pipeline.entry.preflight import preflight
 
     config = load_config(arguments.keys)
+    announce_loading("torch and megatron-core")
+    from retemper.launch.local import run_here
+    from retemper.pipeline.entry.preflight import preflight
+
     preflight(config)
     return run_here("retemper.pipeline.train", arguments.keys, config.parallel.world_size)
 

@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from retemper.pipeline.config.rules import fp8_token_multiple
 from retemper.pipeline.data.batch import Batch
@@ -18,6 +17,7 @@ from retemper.pipeline.distributed.collectives import (
     broadcast_from_rank0,
 )
 from retemper.pipeline.distributed.topology import Topology
+from retemper.pipeline.files.progress_bar import ProgressBar
 from retemper.pipeline.model.inference import Sampling, generate, log_likelihoods
 from retemper.pipeline.schema.run import Config
 
@@ -157,12 +157,8 @@ class RankZeroServer:
         """
         by_length = np.argsort(-lengths, kind="stable")
         local_ids = by_length[self.topology.data_parallel_rank :: self.topology.data_parallel_size]
-        with tqdm(
-            total=len(local_ids),
-            desc=label,
-            leave=False,
-            dynamic_ncols=True,
-            disable=True if self.topology.rank else None,
+        with ProgressBar(
+            total=len(local_ids), desc=label, leave=False, disable=self.topology.rank > 0
         ) as bar:
             for start in range(0, len(local_ids), size):
                 yield (ids := local_ids[start : start + size])

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import re
 import subprocess
+import sys
 import time
 
 import pytest
@@ -12,6 +13,8 @@ from conftest import run_command
 
 from retemper.pipeline.cli import main
 
+# A run whose data is missing: its configuration is composed first.
+ONE_RANK = ["run=demo_full", "parallel=single", "init_from=null"]
 VERBS = [
     "tokenize",
     "import",
@@ -42,6 +45,47 @@ def test_help_has_examples_and_takes_under_a_second(verb):
         assert f"\n  retemper {verb[0]}" in result.stdout
     else:
         assert all(name in result.stdout for name in VERBS)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", *ONE_RANK],
+        ["import", "nowhere/", "runs/models/x"],
+        ["export", "runs/demo/full", "exported/"],
+        ["report", "runs/demo"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_slow_verb_says_what_it_loads_before_it_does(words, tmp_path):
+    """Check the order of the message and the imports, which -X importtime prints on stderr."""
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "retemper.pipeline.cli", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    before, message, _ = result.stderr.partition("\nloading ")
+    assert message, result.stderr[-500:]
+    imported = {line.rpartition("|")[2].strip() for line in before.splitlines()}
+    assert not imported & {"torch", "megatron.core", "transformers", "matplotlib", "scipy", "numpy"}
+
+
+def test_progress_without_a_terminal_is_a_line_a_minute(monkeypatch, capsys):
+    from retemper.pipeline.files import progress_bar
+
+    with progress_bar.ProgressBar(total=3, desc="fast") as bar:
+        bar.update()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0)
+    with progress_bar.ProgressBar(total=3, desc="slow", mininterval=0) as bar:
+        bar.update()
+        bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert all(line.startswith("slow:") for line in lines)
+    assert "2/3" in lines[-1]
 
 
 def test_config_prints_the_resolved_config():
