@@ -54,7 +54,12 @@ def killed_and_continued(workspace):
     assert len(ranks) >= 2 and not any(rank.is_running() for rank in ranks)
     assert abandoned() <= before, "a killed run leaves nothing that its restart could meet"
     left = committed_steps(folder)
-    continued = run_command(["train", *overrides(workspace, "killed", *SAVE)])
+    # Variables that another launch has left in the shell have no effect.
+    stale = {"PET_NNODES": "3", "PET_NPROC_PER_NODE": "5", "WORLD_SIZE": "7", "RANK": "3"}
+    stale |= {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "192.0.2.1"}
+    continued = run_command(
+        ["train", *overrides(workspace, "killed", *SAVE)], env=os.environ | stale
+    )
     assert continued.returncode == 0, continued.stderr[-3000:]
     return left, continued
 
