@@ -106,6 +106,18 @@ class RunResult:
             for tokens in sorted(scored)
         }
 
+    def changes(self, domains: list[str]) -> dict[int, float]:
+        """Return {tokens: bits per byte gained since the start} where all domains were scored.
+
+        The result is empty for a run that is not continued, or whose start was not scored.
+        """
+        if not (self.is_continued and domains):
+            return {}
+        scored = set.intersection(*(set(self.curves[domain]) for domain in domains))
+        if 0 not in scored:
+            return {}
+        return {tokens: self.gained(domains, tokens) for tokens in sorted(scored)}
+
     def gained(self, domains: list[str], tokens: int) -> float:
         """Return the bits per byte gained since the start, as a mean over domains."""
         curves = [self.curves[domain] for domain in domains]
@@ -284,7 +296,12 @@ def table(runs: list[RunResult]) -> list[list[str]]:
                 f"{curve[tokens]:.4f}" if tokens in (curve := run.curves.get(domain, {})) else ""
                 for domain in domains
             ]
-            gains = [f"{value:+.3f}" for value in run.gains().get(tokens, ())] or ["", ""]
+            learned = run.changes(run.learned_domains).get(tokens)
+            kept = run.changes(run.old_domains).get(tokens)
+            gains = [
+                "" if learned is None else f"{learned:+.3f}",
+                "" if kept is None else f"{0.0 - kept:+.3f}",
+            ]
             rate = f"{run.tokens_per_second():,.0f}" if tokens == scored[-1] else ""
             rows.append(
                 [

@@ -62,6 +62,17 @@ class Log:
             f"{counts[1]:,} frozen parameters, from step {state.step}",
             flush=True,
         )
+        samples = (
+            state.samples_of_data + (config.steps - state.step) * config.train.global_batch_size
+        )
+        epochs = ", ".join(
+            f"{number:.3g} epochs of {name}"
+            for name, number in batches.streams.epochs(samples).items()
+        )
+        print(
+            f"{label}: {config.steps:,} steps of {config.tokens_per_step:,} tokens, {epochs}",
+            flush=True,
+        )
         graph = "; micro-batches replayed from a CUDA graph" if is_recorded(config) else ""
         print(f"{label}: kernels: {detect_kernels()}{graph}", flush=True)
         if variables := str(in_force()):

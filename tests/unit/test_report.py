@@ -208,7 +208,7 @@ def test_runs_are_compared_at_equal_tokens_and_missing_scores_stay_blank(workspa
     runs = read_study(full.run_dir.parent)
     assert runs[1].gains() == {}
     row = next(row for row in table(runs) if row[0] == "full" and row[2] == "0")
-    assert row[3:8] == ["start", "3.0000", "", "", ""]
+    assert row[3:8] == ["start", "3.0000", "", "+0.000", ""]
     assert (
         "full: nothing to compare with, for its start was not scored on math: "
         f"`retemper eval run {full.run_dir}`" in comparison(runs)[-1]
@@ -403,6 +403,18 @@ def test_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         read_study(tmp_path)
     assert run_command(["report", str(tmp_path)]).returncode == 1
+
+
+@pytest.mark.parametrize(("dropped", "blank"), [("math", "forgotten"), ("code", "learned")])
+def test_learned_and_forgotten_are_shown_without_each_other(workspace, tmp_path, dropped, blank):
+    config = record(workspace, tmp_path, "lora", LORA, (2.5, 2.3))
+    (run,) = read_study(config.run_dir.parent)
+    del run.curves[dropped]
+    header, *rows = table([run])
+    filled = {"learned", "forgotten"} - {blank}
+    assert all(row[header.index(blank)] == "" for row in rows)
+    assert [row[header.index(*filled)] for row in rows][0] == "+0.000"
+    assert rows[-1][header.index(*filled)] in ("+0.500", "+0.300")
 
 
 def test_models_beside_the_runs_of_a_study_are_not_compared(workspace, tmp_path):
