@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from retemper.pipeline.commands.options import (
@@ -11,6 +12,7 @@ from retemper.pipeline.commands.options import (
     positive,
 )
 
+_NO_HOST = "HEAD_NODE"
 _PLANNED = (
     "study=mine name=lora model=llama2_7b method=lora init_from=runs/models/llama2 "
     "data=starcoder_python data.path=shards/starcoder train.tokens=20B "
@@ -116,7 +118,7 @@ def _add_launch(verbs: Any) -> None:
     )
     add_gpus_per_node(verb)
     verb.add_argument(
-        "--host", default="HEAD_NODE", help="address of the first node, for --target torchrun"
+        "--host", default=_NO_HOST, help="address of the first node, for --target torchrun"
     )
     verb.add_argument(
         "--port",
@@ -181,6 +183,9 @@ def _launch(arguments: argparse.Namespace) -> int:
     if arguments.target == "slurm":
         print(sbatch_script(arguments.keys, layout, arguments.port), end="")
         return 0
+    print(f"# Start each command on its node in {Path.cwd()}, with the same Python environment.")
+    if arguments.host == _NO_HOST:
+        print(f"# Replace {_NO_HOST} by the address of node 0, or give it as --host.")
     commands = node_commands(arguments.keys, layout, arguments.host, arguments.port)
     for node, command in enumerate(commands):
         print(f"# node {node}\n{command}")
