@@ -21,6 +21,7 @@ from retemper.pipeline.distributed.collectives import all_reduce_from_last_stage
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.uncertainty import ratio
+from retemper.pipeline.files.progress_bar import ProgressBar
 from retemper.pipeline.model.forward import run_schedule
 from retemper.pipeline.schema.run import Config
 
@@ -77,17 +78,27 @@ def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
     local_indices = np.array_split(np.arange(samples), topology.data_parallel_size)[
         topology.data_parallel_rank
     ]
-    for indices in _parts(local_indices, config.evals.micro_batch_size):
-        [batch] = make_batches(
-            shards.samples(chosen[indices]), len(indices), mask_documents=config.data.mask_documents
-        )
-        batch = batch.shard_for_context_parallel(
-            topology.context_parallel_rank, config.parallel.context_parallel_size
-        ).to(topology.device)
-        for output in run_schedule(model, [batch], forward_only=True):
-            bytes_BT = token_bytes[batch.labels_BT] * batch.loss_mask_BT
-            sums_B3 = _sums_of_samples(output["losses_BT"], bytes_BT, len(indices))
-            sums_N3[indices] = sums_B3.cpu().numpy()
+    with ProgressBar(
+        total=len(local_indices),
+        desc=f"held-out {domain}",
+        unit="sample",
+        leave=False,
+        disable=topology.rank > 0,
+    ) as bar:
+        for indices in _parts(local_indices, config.evals.micro_batch_size):
+            [batch] = make_batches(
+                shards.samples(chosen[indices]),
+                len(indices),
+                mask_documents=config.data.mask_documents,
+            )
+            batch = batch.shard_for_context_parallel(
+                topology.context_parallel_rank, config.parallel.context_parallel_size
+            ).to(topology.device)
+            for output in run_schedule(model, [batch], forward_only=True):
+                bytes_BT = token_bytes[batch.labels_BT] * batch.loss_mask_BT
+                sums_B3 = _sums_of_samples(output["losses_BT"], bytes_BT, len(indices))
+                sums_N3[indices] = sums_B3.cpu().numpy()
+            bar.update(len(indices))
     nats_N, tokens_N, bytes_N = (
         np.array(all_reduce_from_last_stage(torch.from_numpy(sums_N3.ravel()))).reshape(-1, 3).T
     )

@@ -29,6 +29,7 @@ SAMPLES = 11  # evals.max_samples of a tiny run: not a multiple of most micro-ba
 def scored(config, domain: str = "code", model=None):
     """Return the scores of a domain on one rank."""
     topology = SimpleNamespace(
+        rank=0,
         data_parallel_size=1,
         data_parallel_rank=0,
         context_parallel_rank=0,
