@@ -45,6 +45,7 @@ COMPARISONS = {
     ast.Is: "is not",
     ast.IsNot: "is",
 }
+SECONDS_OF_NEAREST = 150
 UNNOTICED_BY_NEAREST = "not noticed by the nearest tests"
 UNNOTICED = "not noticed"
 OPERATORS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "//", ast.FloorDiv: "*", ast.Mod: "//"}
@@ -148,8 +149,15 @@ def first_failure(fault: Fault, copy: Path, selection: list[str]) -> str:
     pytest += ["--no-loadscope-reorder", "-m", "not slow and not gpu"]
     try:
         result = subprocess.run(
-            [*pytest, *selection], cwd=copy, env=environment, capture_output=True, text=True
+            [*pytest, *selection],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_OF_NEAREST if selection else None,
         )
+    except subprocess.TimeoutExpired:
+        return ""
     finally:
         changed.write_text(source)
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -177,7 +185,7 @@ def nearest_tests(file: str) -> list[str]:
             ]
             if files:
                 return files
-    return []
+    return ["tests/unit"]
 
 
 def run(faults: list[Fault], file: Path, *, whole: bool) -> None:
