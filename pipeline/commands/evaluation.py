@@ -115,7 +115,7 @@ def _worker(arguments: argparse.Namespace) -> int:
             f"{arguments.run} has no tasks for workers: "
             "set evals=paper, or evals.tasks.humaneval.where=worker"
         )
-    announce_loading("torch and megatron-core")
+    announce_loading("lm-eval and transformers")
     worker = Worker(config, (arguments.only,) if arguments.only else PARTS, arguments.lease)
     worker.work(None if arguments.once else arguments.poll)
     return 0

@@ -84,8 +84,9 @@ def run_prepared[Setup: ModelSetup](
 
 def _prepare_environment(config: Config) -> None:
     tensorwise_attention = config.fp8.attention and config.fp8_recipe == "tensorwise"
-    in_force = environment.prepare(config.parallel, tensorwise_attention=tensorwise_attention)
-    warning = in_force.warning
+    warning = environment.prepare(
+        config.parallel, tensorwise_attention=tensorwise_attention
+    ).warning
     if warning and topologies.is_main_process():
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 

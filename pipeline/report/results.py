@@ -95,15 +95,11 @@ class RunResult:
         """
         if not self.measures_both:
             return {}
-        scored = set.intersection(*(set(self.curves[domain]) for domain in self._followed))
-        if 0 not in scored:
-            return {}
+        old = self.changes(self.old_domains)
         return {
-            tokens: (
-                self.gained(self.learned_domains, tokens),
-                0.0 - self.gained(self.old_domains, tokens),
-            )
-            for tokens in sorted(scored)
+            tokens: (learned, 0.0 - old[tokens])
+            for tokens, learned in self.changes(self.learned_domains).items()
+            if tokens in old
         }
 
     def changes(self, domains: list[str]) -> dict[int, float]:
@@ -297,10 +293,10 @@ def table(runs: list[RunResult]) -> list[list[str]]:
                 for domain in domains
             ]
             learned = run.changes(run.learned_domains).get(tokens)
-            kept = run.changes(run.old_domains).get(tokens)
+            old = run.changes(run.old_domains).get(tokens)
             gains = [
                 "" if learned is None else f"{learned:+.3f}",
-                "" if kept is None else f"{0.0 - kept:+.3f}",
+                "" if old is None else f"{0.0 - old:+.3f}",
             ]
             rate = f"{run.tokens_per_second():,.0f}" if tokens == scored[-1] else ""
             rows.append(
