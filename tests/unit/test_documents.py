@@ -24,7 +24,14 @@ from retemper.pipeline.config.compose import load_config, load_data_config
 from retemper.pipeline.config.key_docs import keys_as_markdown
 from retemper.pipeline.config.stored import read_config
 
+PACKAGES = ("benchmarks", "conf", "docker", "launch", "pipeline", "tests", "tokenize")
 COMMANDS = documented_commands()
+# Pages without commands to check: changes, pages for developers, and one for each package.
+OTHER_PAGES = [
+    ROOT / "CHANGELOG.md",
+    *(ROOT / "docs" / "dev").glob("*.md"),
+    *(page for folder in PACKAGES for page in (ROOT / folder).rglob("README.md")),
+]
 EXAMPLES = [
     Command("--help", number, text, runs=False)
     for number, text in enumerate(help_examples(_parser()))
@@ -139,7 +146,7 @@ def texts_of(tree: ast.AST) -> Iterator[str]:
 
 
 def test_links_lead_to_files():
-    for page in PAGES + [ROOT / "CHANGELOG.md", *(ROOT / "docs" / "dev").glob("*.md")]:
+    for page in [*PAGES, *OTHER_PAGES]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
 
@@ -150,8 +157,7 @@ def test_the_page_of_config_keys_is_current():
 
 
 def test_prose_has_lines_of_at_most_100_columns():
-    pages = [page for page in PAGES if page.name != "configuration.md"]
-    for page in [*pages, *(ROOT / "docs" / "dev").glob("*.md")]:
+    for page in {*PAGES, *OTHER_PAGES} - {ROOT / "docs" / "configuration.md"}:
         for number, line in enumerate(page.read_text().splitlines(), 1):
             long = len(line) > 100 and not line.startswith(("|", "#", "!["))
             assert not long, f"{page.relative_to(ROOT)}:{number}"
