@@ -26,6 +26,9 @@ from retemper.pipeline.schema.run import Config
 _RESERVED = 0.1
 # MFU where nothing similar to the run was measured: an assumption.
 _ASSUMED_MFU = 0.4
+# Of an H100, and the side of the tiles in which cuBLAS computes large products.
+_MULTIPROCESSORS = 132
+_TILE = 128
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,12 @@ def _time(config: Config, machine: Machine) -> Iterator[str]:
     if not peak:
         yield f"time: unknown: no peak FLOP/s of {machine.gpu} at precision={config.precision}"
         return
+    if not machine.mfu and _fills_no_gpu(config):
+        yield (
+            "time: unknown: the matrices of this model and micro-batch are too small to fill a "
+            "GPU, and nothing so small was measured; `--mfu FRACTION` assumes a speed"
+        )
+        return
     mfu, source = _mfu(config, machine)
     rate = mfu * peak * config.parallel.world_size / flops
     hours = tokens / rate / 3600
@@ -127,6 +136,13 @@ def _time(config: Config, machine: Machine) -> Iterator[str]:
         f"{gpu_hours:,.1f} GPU-hours{cost}; saves and evaluations aside"
     )
     yield f"  {source}"
+
+
+def _fills_no_gpu(config: Config) -> bool:
+    """Return whether an output of hidden_size is fewer tiles than an H100 has multiprocessors."""
+    tokens = config.train.micro_batch_size * config.data.seq_length
+    tokens //= config.parallel.context_parallel_size
+    return tokens * config.model.hidden_size < _MULTIPROCESSORS * _TILE**2
 
 
 def _mfu(config: Config, machine: Machine) -> tuple[float, str]:

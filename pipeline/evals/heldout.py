@@ -32,7 +32,8 @@ _SUBSET_SEED = 0  # fixed, so that all runs are scored on the same held-out samp
 class Heldout:
     """The held-out scores of one domain."""
 
-    # bits_per_byte with stderr and interval, loss (nats per token), tokens, bytes and samples
+    # bits_per_byte with stderr and interval, loss (nats per token), tokens, bytes, samples and
+    # samples_available, of which they are a random subset
     scores: dict
     samples: list[dict]  # the number, bits and bytes of each sample
 
@@ -118,6 +119,7 @@ def _score(config: Config, topology: Topology, model, domain: str) -> Heldout:
         "tokens": int(tokens_N.sum()),
         "bytes": int(bytes_N.sum()),
         "samples": samples,
+        "samples_available": len(shards),
     }
     rows = zip(chosen.tolist(), bits_N.tolist(), bytes_N.tolist(), strict=True)
     return Heldout(

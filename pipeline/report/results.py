@@ -107,7 +107,7 @@ class RunResult:
 
         The result is empty for a run that is not continued, or whose start was not scored.
         """
-        if not (self.is_continued and domains):
+        if not (self.is_continued and domains and self.curves.keys() >= set(domains)):
             return {}
         scored = set.intersection(*(set(self.curves[domain]) for domain in domains))
         if 0 not in scored:
@@ -190,7 +190,7 @@ def comparison(runs: list[RunResult]) -> list[str]:
     alike = [pair for pair in pairs if _share_domains(*(points[0].run for points in pair))]
     sentences = [sentence for pair in alike for sentence in _compare(*pair)]
     sentences = sentences or ["The study has no pair of a full and a LoRA run to compare."]
-    return sentences + [sentence for run in runs for sentence in _missing_start(run)]
+    return sentences + [sentence for run in runs for sentence in _missing_scores(run)]
 
 
 def _of_method(name: str, families: dict[Path, list[_Point]]) -> list[list[_Point]]:
@@ -247,8 +247,12 @@ def _verdict(lora: _Point, full: _Point) -> str:
     )
 
 
-def _missing_start(run: RunResult) -> list[str]:
-    """Return a sentence if a scored run has no learned and forgotten for lack of its start."""
+def _missing_scores(run: RunResult) -> list[str]:
+    """Return a sentence if a run has no scores, or no learned and forgotten without its start's."""
+    if not run.curves:
+        heldout = "" if run.config.evals.heldout else " evals.heldout.NAME=FOLDER"
+        command = f"retemper eval run {run.config.run_dir}{heldout}"
+        return [f"{run.config.name}: no held-out scores: `{command}` computes them."]
     if run.gains() or not run.measures_both:
         return []
     begins = f"{run.config.name}: nothing to compare with, for "

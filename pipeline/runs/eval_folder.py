@@ -159,15 +159,15 @@ def _read(run_dir: Path, step: int) -> Iterator[tuple[str, dict]]:
 
 
 def check_settings(config: Config, names: list[str]) -> None:
-    """Check that existing scores of some tasks were made with the settings of a config.
+    """Check that existing scores were made with the settings of a config.
 
-    Step 0 of a branch is checked, too.
+    The scores are those of some tasks, also at step 0 of a branch, and the held-out scores.
 
     Raises:
         UserError: settings differ; the message lists the scores and the settings.
     """
     tasks = {name: config.evals.tasks[name] for name in names}
-    problems = []
+    problems = _other_samples(config)
     for step in steps_of(config):
         for home in homes(config, step):
             scored = read_tasks(home, step)
@@ -179,6 +179,23 @@ def check_settings(config: Config, names: list[str]) -> None:
             "\n".join(["These scores were made with other settings than requested:", *problems])
             + "\nRequest the same settings, or move the files away to evaluate again"
         )
+
+
+def _other_samples(config: Config) -> list[str]:
+    """Return a line for each held-out score over another number of samples than is requested."""
+    lines = []
+    for step, domains in read_scores(config.run_dir).items():
+        for domain in sorted(domains.keys() & config.evals.heldout.keys()):
+            old = domains[domain]
+            available = old.get("samples_available", old["samples"])  # not in older scores
+            requested = min(available, config.evals.max_samples)
+            if requested != old["samples"]:
+                path = scores_path(config.run_dir, step)
+                lines.append(
+                    f"  - {path}: {old['samples']} samples of {domain}, now {requested} "
+                    f"(evals.max_samples={config.evals.max_samples})"
+                )
+    return lines
 
 
 def _changes(old: dict, task: TaskConfig) -> list[str]:

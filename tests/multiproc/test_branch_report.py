@@ -150,3 +150,14 @@ def test_settings_that_differ_from_the_trunks_are_refused(study):
     eval_folder.write_result(study / "lora", 0, "winogrande", scores, [])
     with pytest.raises(Exception, match=f"{study / 'lora'}.*winogrande.json: .*limit 9, now 7"):
         eval_folder.check_settings(config, ["winogrande"])
+
+
+@pytest.mark.parametrize("requested", [7, 1000])
+def test_another_number_of_heldout_samples_is_refused(study, requested):
+    config = load_run(study / "lora", [f"evals.max_samples={requested}"])
+    available = eval_folder.read_scores(study / "lora")[0]["code"]["samples_available"]
+    message = rf"24 samples of code, now {min(requested, available)} \(evals.max_samples="
+    assert available > 24
+    with pytest.raises(Exception, match=message):
+        eval_folder.check_settings(config, [])
+    eval_folder.check_settings(load_run(study / "lora", []), [])

@@ -133,6 +133,12 @@ def test_mfu_is_given_or_assumed_without_a_measurement(plan, arguments, mfu, sou
     assert lines[index + 1] == f"  {source}"
 
 
+def test_time_of_a_model_that_cannot_fill_a_gpu_is_unknown_unless_given(plan):
+    tiny = ["run=demo_base", "precision=bf16", "--gpu", "H100", "--gpu-memory", "80"]
+    assert "too small to fill a GPU" in plan(*tiny)
+    assert " at MFU 0.1 of H100" in plan(*tiny, "--mfu", "0.1")
+
+
 def test_frozen_base_has_weights_but_no_gradients_or_optimizer_state(plan):
     output = plan(*SEVEN_B, "method=lora", "init_from=unread", "checkpoint.save_every_steps=1000")
     base = 6_738_415_616

@@ -432,3 +432,10 @@ def test_metrics_after_the_resumed_step_are_dropped_and_a_partial_line_ignored(w
     assert [record["step"] for record in run_folder.read_metrics(config.run_dir)] == [10]
     run_folder.start_or_resume(config, 9)
     assert (config.run_dir / "metrics.jsonl").read_text() == ""
+
+
+def test_run_without_scores_is_named_with_the_command_that_scores_it(workspace, tmp_path):
+    config = start_run(workspace, tmp_path, "unscored")
+    assert comparison(read_study(config.run_dir.parent))[-1] == (
+        f"unscored: no held-out scores: `retemper eval run {config.run_dir}` computes them."
+    )
