@@ -4,7 +4,6 @@ It runs in stages that can be interrupted and resumed.
 """
 
 import contextlib
-import fcntl
 import itertools
 import os
 import sys
@@ -15,6 +14,7 @@ from retemper.pipeline.config.differences import changed_keys
 from retemper.pipeline.corpus.manifest import find_manifest
 from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.lock import only_one
 from retemper.pipeline.schema.data import CorpusConfig
 from retemper.tokenize import job_folder
 from retemper.tokenize.clean import Clean
@@ -217,20 +217,14 @@ def _refuse_changes(folder: str, before: dict, after: dict) -> None:
 def _only_one(work: Path) -> Iterator[None]:
     """Lock the work folder against a second job on it and against the workers of a killed one."""
     work.mkdir(parents=True, exist_ok=True)
-    with open(work.with_name(work.name + ".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{work} is being written by another `retemper tokenize`: wait for it, "
-                "or choose another data.path"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+    refusal = (
+        f"{work} is being written by another `retemper tokenize` ({{process}}): wait for it, "
+        "or choose another data.path"
+    )
+    with only_one(work.with_name(work.name + ".lock"), refusal):
         try:
             yield
         finally:
-            Path(lock.name).unlink(missing_ok=True)
             if not (
                 work / "plan.json"
             ).exists():  # the job finished, or was refused before it started

@@ -14,6 +14,7 @@ from retemper.pipeline.distributed.seeds import seed_step
 from retemper.pipeline.distributed.signals import stop_requested
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.evals.hook import evaluate
+from retemper.pipeline.files.lock import only_one
 from retemper.pipeline.model.build import build_model, parameter_counts
 from retemper.pipeline.model.graph import Passes
 from retemper.pipeline.schema.run import Config
@@ -32,10 +33,19 @@ def train(config: Config, topology: Topology, fingerprints: dict[str, Any]) -> N
         topology: of this rank.
         fingerprints: of the data and the base, stored in every checkpoint and checked on resume.
 
+    Raises:
+        UserError: another process trains this run.
+
     Collective: every rank must call this.
     """
-    while anomaly := train_until_anomaly(config, topology, fingerprints):
-        roll_back(config, topology, anomaly)
+    refusal = (
+        f"{config.run_dir} is being trained by {{process}}: wait for it or stop it, "
+        "or set another name"
+    )
+    lock = config.run_dir / ".lock"
+    with only_one(lock, refusal) if topology.rank == 0 else contextlib.nullcontext():
+        while anomaly := train_until_anomaly(config, topology, fingerprints):
+            roll_back(config, topology, anomaly)
 
 
 def train_until_anomaly(
