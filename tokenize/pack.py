@@ -41,6 +41,23 @@ def concat(lengths: np.ndarray, seq_length: int) -> list[list[Piece]]:
     return samples
 
 
+def one_by_one(lengths: np.ndarray, seq_length: int) -> list[list[Piece]]:
+    """Put each document into a sample of its own, or cut it into several where it is longer.
+
+    Args:
+        lengths: The number of tokens of each document, (documents,).
+        seq_length: The number of tokens of a sample.
+
+    Returns:
+        The piece of each sample, in the order of the documents.
+    """
+    return [
+        [(document, start, min(seq_length, int(length) - start))]
+        for document, length in enumerate(lengths)
+        for start in range(0, int(length), seq_length)
+    ]
+
+
 def best_fit(lengths: np.ndarray, seq_length: int, seed: int) -> list[list[Piece]]:
     """Put each document whole into the sample with the least free space that it fits into.
 
@@ -56,11 +73,7 @@ def best_fit(lengths: np.ndarray, seq_length: int, seed: int) -> list[list[Piece
     Returns:
         The pieces of each sample.
     """
-    pieces = [
-        (document, start, min(seq_length, int(length) - start))
-        for document, length in enumerate(lengths)
-        for start in range(0, int(length), seq_length)
-    ]
+    pieces = [piece for [piece] in one_by_one(lengths, seq_length)]
     pieces.sort(key=lambda piece: -piece[2])
     samples: list[list[Piece]] = []
     # The distinct amounts of free space, ascending, and the samples that have each amount.

@@ -121,7 +121,7 @@ def _advice(data: CorpusConfig, dropped: dict[str, int], read: int) -> str:
 def _no_heldout(data: CorpusConfig, splits: dict[str, dict]) -> str:
     """Explain why there is no held-out sample, and which settings produce some."""
     unique = _unique_documents(splits[HELDOUT])
-    keeps_whole = data.packing == "best_fit" and data.source.prompt is not None
+    keeps_whole = data.keeps_whole and data.source.prompt is not None
     whole = "whole documents of at most " if keeps_whole else ""
     train = splits[TRAIN]
     return (

@@ -17,7 +17,7 @@ class Select(PipelineStep):
     """Decide how much of each bucket is in the corpus: in order of priority, up to data.tokens.
 
     With packing=concat, which joins and cuts documents, the limit of a bucket is a number of
-    samples. With packing=best_fit, which keeps them whole, it is the largest number of documents
+    samples. With best_fit and none, which keep them whole, it is the largest number of documents
     that fit into the samples of the budget.
     """
 
@@ -68,7 +68,7 @@ class Select(PipelineStep):
             minimum = -(-first // self.data.seq_length) * self.data.seq_length
             raise UserError(
                 f"data.tokens={self.data.tokens} is less than the first document by priority, of "
-                f"{first:,} tokens, which data.packing=best_fit takes whole: "
+                f"{first:,} tokens, which data.packing={self.data.packing} takes whole: "
                 f"set data.tokens to at least {minimum}"
             )
 
@@ -77,8 +77,8 @@ def _within(bucket: Bucket, data: CorpusConfig, number: int, most: int) -> tuple
     """Find how much of a bucket fits into `most` samples.
 
     Returns:
-        The limit in samples (packing=concat) or documents (packing=best_fit), the number of samples
-        that it fills, and whether it is the whole bucket.
+        The limit in samples (packing=concat) or in documents, the number of samples that it fills,
+        and whether it is the whole bucket.
     """
 
     def fill(documents: int | None) -> int:

@@ -11,7 +11,7 @@ from datatrove.pipeline.base import PipelineStep
 from retemper.pipeline.corpus.format import PIECES
 from retemper.pipeline.schema.data import CorpusConfig
 from retemper.tokenize import job_folder
-from retemper.tokenize.pack import Piece, best_fit, concat
+from retemper.tokenize.pack import Piece, best_fit, concat, one_by_one
 from retemper.tokenize.progress import advance
 from retemper.tokenize.spool import Bucket, load_bucket
 
@@ -73,7 +73,7 @@ class WriteBucket(PipelineStep):
         from retemper.tokenize.mds_writer import MDSWriter
 
         bucket = load_bucket(self.work, plan, split, number, self.dtype)
-        whole = self.data.packing == "best_fit"
+        whole = self.data.keeps_whole
         too_long, samples = pack(bucket, self.data, number, limit if whole else None)
         written = samples if whole else samples[:limit]
         shutil.rmtree(folder, ignore_errors=True)
@@ -179,12 +179,10 @@ def pack(
     """
     lengths = bucket.records["length"][:documents].astype(np.int64)
     too_long: set[int] = set()
-    if data.packing == "best_fit" and data.source.prompt is not None:
+    if data.keeps_whole and data.source.prompt is not None:
         too_long = {int(document) for document in np.flatnonzero(lengths > data.seq_length)}
         lengths = np.where(lengths > data.seq_length, 0, lengths)
-    samples = (
-        best_fit(lengths, data.seq_length, data.seed + number)
-        if data.packing == "best_fit"
-        else concat(lengths, data.seq_length)
-    )
-    return too_long, samples
+    if data.packing == "best_fit":
+        return too_long, best_fit(lengths, data.seq_length, data.seed + number)
+    fill = one_by_one if data.keeps_whole else concat
+    return too_long, fill(lengths, data.seq_length)

@@ -37,7 +37,9 @@ def branches_of(trunk: Config) -> list[Config]:
 def _branch(trunk: Config, tokens: int) -> Config:
     changed: dict[str, Any] = {"name": f"{trunk.name}-{format_tokens(tokens)}"}
     changed["branch_of"] = str(trunk.run_dir)
-    changed["train"] = trunk.train.model_copy(update={"tokens": tokens, "branches": []})
+    changed["train"] = trunk.train.model_copy(
+        update={"tokens": tokens, "epochs": None, "branches": []}
+    )
     changed["checkpoint"] = trunk.checkpoint.model_copy(update={"milestones": []})
     return trunk.model_copy(update=changed)
 

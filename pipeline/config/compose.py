@@ -6,9 +6,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from retemper.pipeline.config.differences import changed_keys
-from retemper.pipeline.config.rules import data_conflicts
+from retemper.pipeline.config.lengths import in_tokens
 from retemper.pipeline.config.stored import base_folder, read_config
-from retemper.pipeline.config.validate import check_config, config_error, describe_problem
+from retemper.pipeline.config.validate import (
+    check_config,
+    check_data,
+    config_error,
+    describe_problem,
+)
 from retemper.pipeline.errors import UserError, nearest
 from retemper.pipeline.schema.data import DataConfig
 from retemper.pipeline.schema.model import ModelConfig, ParallelConfig
@@ -23,7 +28,7 @@ def load_config(overrides: list[str]) -> Config:
         UserError: with every problem in one message: unknown keys (the nearest valid key is
             named), ill-typed values, and impossible topologies.
     """
-    raw = compose(overrides)
+    raw = in_tokens(compose(overrides))
     existing = _existing_config(raw)
     raw["model"] = _resolve_model(raw, existing, overrides)
     _keep_lora_alpha(raw, existing)
@@ -123,7 +128,11 @@ def _preset_selects_model(run: str) -> bool:
     import yaml
 
     preset = yaml.safe_load((conf_dir() / "run" / f"{run}.yaml").read_text())
-    return any("override /model" in default for default in preset.get("defaults", []))
+    defaults = preset.get("defaults", [])
+    others = [name for name in defaults if isinstance(name, str) and name != "_self_"]
+    return any("override /model" in default for default in defaults) or any(
+        map(_preset_selects_model, others)
+    )
 
 
 def _existing_config(raw: dict[str, Any]) -> dict[str, Any]:
@@ -146,16 +155,7 @@ def load_data_config(overrides: list[str]) -> DataConfig:
     Raises:
         UserError: with every problem in one message.
     """
-    raw = compose(overrides)
-    try:
-        data = DataConfig.model_validate(raw["data"])
-    except ValidationError as error:
-        raise config_error(
-            [describe_problem(problem, "data.") for problem in error.errors()]
-        ) from None
-    if problems := list(data_conflicts(data)):
-        raise config_error(problems)
-    return data
+    return check_data(compose(overrides)["data"])
 
 
 def load_parallel(overrides: list[str]) -> ParallelConfig:

@@ -6,9 +6,15 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from retemper.pipeline.config.rules import beginning_conflicts, conflicts, setup_conflicts
+from retemper.pipeline.config.rules import (
+    beginning_conflicts,
+    conflicts,
+    data_conflicts,
+    setup_conflicts,
+)
 from retemper.pipeline.config.stored import RENAMED_KEYS
 from retemper.pipeline.errors import UserError, nearest
+from retemper.pipeline.schema.data import DataConfig
 from retemper.pipeline.schema.model import ModelSetup
 from retemper.pipeline.schema.run import Config
 from retemper.pipeline.schema.section import fields_of
@@ -23,6 +29,23 @@ def check_setup(setup: ModelSetup) -> ModelSetup:
     if problems := list(setup_conflicts(setup)):
         raise config_error(problems)
     return setup
+
+
+def check_data(raw: dict[str, Any]) -> DataConfig:
+    """Check a data section against the schema and the rules between its keys.
+
+    Raises:
+        UserError: with every problem in one message.
+    """
+    try:
+        data = DataConfig.model_validate(raw)
+    except ValidationError as error:
+        raise config_error(
+            [describe_problem(problem, "data.") for problem in error.errors()]
+        ) from None
+    if problems := list(data_conflicts(data)):
+        raise config_error(problems)
+    return data
 
 
 def check_config(raw: dict[str, Any], *, begins: bool = False) -> Config:

@@ -6,7 +6,7 @@ from retemper.pipeline.config.derive_seed import derive_seed
 from retemper.pipeline.corpus.format import TRAIN
 from retemper.pipeline.data.order import Order, Stream
 from retemper.pipeline.data.shards import TokenShards
-from retemper.pipeline.data.streams import cache_folder, samples_per_window, stream_paths
+from retemper.pipeline.data.streams import cache_folder, stream_paths
 from retemper.pipeline.schema.run import Config
 
 
@@ -18,7 +18,7 @@ class Streams:
             name: TokenShards(path, TRAIN, cache_folder(config, name))
             for name, path in stream_paths(config).items()
         }
-        shares = samples_per_window(config)
+        shares = config.data.samples_per_window
         self.order = Order(
             tuple(
                 Stream(derive_seed(config.seed, "stream", name), shards.shard_sizes, shares[name])

@@ -21,15 +21,6 @@ def stream_paths(config: Config) -> dict[str, str]:
     return dict(sorted(({config.data.name: config.data.path} | mixed_in).items()))
 
 
-def samples_per_window(config: Config) -> dict[str, int]:
-    """Return name -> number of samples in every data.mixture_window."""
-    window = config.data.mixture_window
-    mixed_in = {
-        name: round(stream.fraction * window) for name, stream in config.data.mixed_in.items()
-    }
-    return {config.data.name: window - sum(mixed_in.values())} | mixed_in
-
-
 def cache_folder(config: Config, name: str) -> Path:
     """Return the folder in which this run stores fetched or decompressed shards of one corpus."""
     cache = config.data.cache_dir
@@ -99,7 +90,7 @@ def check_corpora(config: Config) -> dict[str, Any]:
                 ["The data does not match the run:", *(f"  - {problem}" for problem in problems)]
             )
         )
-    shares = samples_per_window(config)
+    shares = config.data.samples_per_window
     window = config.data.mixture_window
     streams = {
         name: f"{manifest['fingerprint']}, {shares[name]} of {window} samples"

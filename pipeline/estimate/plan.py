@@ -13,7 +13,7 @@ from retemper.pipeline.config.schedules import ending
 from retemper.pipeline.config.validate import check_config
 from retemper.pipeline.corpus.format import TRAIN
 from retemper.pipeline.corpus.manifest import find_manifest
-from retemper.pipeline.data.streams import samples_per_window, stream_paths
+from retemper.pipeline.data.streams import stream_paths
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.estimate.flops import flops_per_token
 from retemper.pipeline.estimate.gpus import peak_flops
@@ -194,7 +194,7 @@ def checkpoint_bytes(config: Config) -> int:
 def _data(config: Config) -> Iterator[str]:
     needed = config.steps * config.train.global_batch_size
     window = config.data.mixture_window
-    per_window = samples_per_window(config)
+    per_window = config.data.samples_per_window
     for name, path in stream_paths(config).items():
         samples = math.ceil(needed * per_window[name] / window)
         manifest = find_manifest(path)
@@ -202,9 +202,10 @@ def _data(config: Config) -> Iterator[str]:
             yield f"data: {name}: {samples:,} samples needed; {path} holds no token corpus yet"
             continue
         available = manifest["splits"][TRAIN]["samples"]
+        epoch = available / per_window[name] * window / config.train.global_batch_size
         yield (
             f"data: {name}: {samples:,} samples needed, {available:,} in {path}: "
-            f"{samples / available:.2f} epochs"
+            f"{samples / available:.2f} epochs of {epoch:,.1f} steps"
         )
 
 

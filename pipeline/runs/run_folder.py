@@ -36,6 +36,9 @@ MAY_CHANGE = (
     "init_from:",  # to where the base is now; base.json records which one it is
     "branch_of:",
     "train.branches:",
+    # Each is another form of a key that may not change.
+    "train.epochs:",
+    "schedule.warmup_fraction:",
     "train.micro_batch_size:",
     "train.log_every_steps:",
     "train.cuda_graph:",

@@ -97,9 +97,10 @@ class CorpusConfig(Section):
     """End each document with the tokenizer's end-of-text token."""
     seq_length: PositiveInt
     """Tokens per sample."""
-    packing: Literal["concat", "best_fit"] = "concat"
-    """concat: documents are concatenated and cut at seq_length; best_fit: samples are padded,
-    and only documents longer than seq_length are cut."""
+    packing: Literal["concat", "best_fit", "none"] = "concat"
+    """concat: documents are concatenated and cut at seq_length; best_fit: a sample has as many
+    whole documents as fit, and padding; none: a sample has one document, and padding. The latter
+    two cut only documents longer than seq_length."""
     tokens: Tokens | None = None
     """Number of training tokens, rounded down to whole samples. null uses all documents."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
@@ -126,6 +127,11 @@ class CorpusConfig(Section):
     64 MiB of its source, is always written by one process."""
     slurm: SlurmConfig | None = None
     """Options of Slurm, required with executor=slurm."""
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether documents that fit into a sample are never cut."""
+        return self.packing != "concat"
 
 
 REPLAY = "replay"  # the name of data.replay among the training streams
@@ -167,3 +173,10 @@ class DataConfig(CorpusConfig):
     def mixed_in(self) -> dict[str, StreamConfig]:
         """The streams beside the run's own corpus, by name."""
         return self.mixture | ({REPLAY: self.replay} if self.replay else {})
+
+    @property
+    def samples_per_window(self) -> dict[str, int]:
+        """The number of samples of each training stream in every mixture_window, by name."""
+        window = self.mixture_window
+        mixed_in = {name: round(stream.fraction * window) for name, stream in self.mixed_in.items()}
+        return {self.name: window - sum(mixed_in.values())} | mixed_in

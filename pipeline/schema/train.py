@@ -41,6 +41,8 @@ class ScheduleConfig(Section):
     """Shape of the learning rate after warm-up."""
     warmup_tokens: Tokens
     """Length of the linear warm-up in tokens."""
+    warmup_fraction: Fraction | None = None
+    """Length of the linear warm-up as a fraction of train.tokens; sets warmup_tokens."""
     cooldown_fraction: Fraction = 0.2
     """Fraction of train.tokens for the cooldown at the end of a trapezoid."""
     min_lr_ratio: Fraction = 0.0
@@ -51,7 +53,11 @@ class TrainConfig(Section):
     """The length of training and the size of its batches."""
 
     tokens: Tokens
-    """Length of the run in tokens, rounded down to whole steps."""
+    """Length of the run in tokens, rounded down to whole steps. Required without epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Length of the run in epochs of its own corpus, rounded down to whole steps; sets tokens. Each
+    epoch reads the samples in another order, and a batch may contain the end of one and the
+    beginning of the next. With a mixture, an epoch is as long as the own corpus lasts."""
     global_batch_size: PositiveInt
     """Samples per optimizer step, over all ranks."""
     micro_batch_size: PositiveInt
@@ -64,8 +70,8 @@ class TrainConfig(Section):
     parallelism alone, without dropout, and without recomputation other than swiglu."""
     branches: list[Tokens] = Field(default=[])
     """Milestones as in the paper: the learning rate of this run stays constant, and for each of
-    these token counts a separate run continues from the checkpoint of this one at which its
-    cooldown begins (schedule.cooldown_fraction)."""
+    these token counts, or epochs as 2ep, a separate run continues from the checkpoint of this one
+    at which its cooldown begins (schedule.cooldown_fraction)."""
 
 
 class AnomalyConfig(Section):
@@ -100,4 +106,4 @@ class CheckpointConfig(Section):
     """Number of steps between checkpoints for restarts. 0 saves at milestones and at the end only,
     so that a run that is killed loses what it trained since."""
     milestones: list[Tokens] = Field(default=[])
-    """Token counts at which a checkpoint is saved and evaluated."""
+    """Token counts, or epochs as 2ep, at which a checkpoint is saved and evaluated."""

@@ -23,6 +23,7 @@ from retemper.pipeline.cli import _parser, parse
 from retemper.pipeline.config.compose import load_config, load_data_config
 from retemper.pipeline.config.key_docs import keys_as_markdown
 from retemper.pipeline.config.stored import read_config
+from retemper.pipeline.files.sealed import dump_sealed
 
 PACKAGES = ("benchmarks", "conf", "docker", "launch", "pipeline", "tests", "tokenize")
 COMMANDS = documented_commands()
@@ -79,6 +80,10 @@ def folder(tmp_path_factory) -> Path:
             model = models["tiny" if start.startswith("runs/demo/") else "llama2_7b"]
             config = {"model": model, "method": {"name": "full"}}
             (run / "config.json").write_text(json.dumps(config))
+    manifest = {"made_from": {}, "fingerprint": "", "splits": {"train": {"samples": 1000}}}
+    for corpus in ("runs/demo/data/code", "shards/metamathqa"):  # for the length of an epoch
+        (folder / corpus).mkdir(parents=True)
+        (folder / corpus / "manifest.json").write_text(dump_sealed(manifest))
     return folder
 
 

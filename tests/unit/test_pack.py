@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retemper.tokenize.pack import best_fit, concat
+from retemper.tokenize.pack import best_fit, concat, one_by_one
 
 LENGTHS = st.lists(st.integers(0, 50), max_size=80).map(lambda lengths: np.array(lengths, np.int64))
 SEQ_LENGTH = st.integers(1, 20)
@@ -52,6 +52,16 @@ def test_best_fit_places_every_token_once_and_cuts_only_long_documents(lengths, 
         assert len(pieces.get(document, [])) == -(-length // seq_length)
     # No two samples are at most half full: they would have been one.
     assert len(samples) <= 2 * (lengths.sum() // seq_length) + 1
+
+
+def test_without_packing_a_sample_has_one_document_or_a_piece_of_it():
+    assert one_by_one(np.array([3, 0, 9, 4]), 4) == [
+        [(0, 0, 3)],
+        [(2, 0, 4)],
+        [(2, 4, 4)],
+        [(2, 8, 1)],
+        [(3, 0, 4)],
+    ]
 
 
 def test_best_fit_combines_documents_that_fill_a_sample_exactly():
@@ -103,15 +113,17 @@ def test_budget_ends_before_the_first_document_that_does_not_fit(workspace):
     assert _within(bucket_of([150, 10]), data, 0, 2) == (0, 0, False)
 
 
-@given(LENGTHS.filter(len), SEQ_LENGTH, st.integers(0, 30))
+@given(LENGTHS.filter(len), SEQ_LENGTH, st.integers(0, 30), st.sampled_from(["best_fit", "none"]))
 @settings(deadline=None, max_examples=200)
-def test_budget_is_filled_and_never_exceeded(workspace, lengths, seq_length, sample_budget):
+def test_budget_is_filled_and_never_exceeded(
+    workspace, lengths, seq_length, sample_budget, packing
+):
     from conftest import data_config
 
     from retemper.tokenize.select import _within
     from retemper.tokenize.write_shards import pack
 
-    data = data_config(workspace, "budget", seq_length=seq_length, packing="best_fit")
+    data = data_config(workspace, "budget", seq_length=seq_length, packing=packing)
     documents, samples, is_all = _within(bucket_of(lengths.tolist()), data, 0, sample_budget)
     assert samples == len(pack(bucket_of(lengths.tolist()), data, 0, documents)[1]) <= sample_budget
     assert is_all == (documents == len(lengths))
