@@ -31,6 +31,9 @@ class Batch:
     position_ids_BT: torch.Tensor | None = None
     document_edges: torch.Tensor | None = None
     longest_document: int = 0
+    # Of a mixture: the number of streams, and int64 (samples,), to which of them a sample belongs.
+    streams: int = 0
+    stream_numbers: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`, copied without waiting for pending computation."""
@@ -77,9 +80,7 @@ class Batch:
         return replace(
             self,
             **{
-                name: part(value)
-                for name, value in vars(self).items()
-                if isinstance(value, torch.Tensor)
+                name: part(value) for name, value in self._tensors().items() if name.endswith("_BT")
             },
         )
 

@@ -33,12 +33,16 @@ class Streams:
         Returns:
             stream -> (indices of those ids that belong to it, numbers of their samples within it).
         """
-        numbers = np.searchsorted(self._ends, ids, side="right")
+        numbers = self.numbers_of(ids)
         rows = {name: np.flatnonzero(numbers == number) for number, name in enumerate(self.shards)}
         return {
             name: (rows[name], ids[rows[name]] - end + len(self.shards[name]))
             for name, end in zip(rows, self._ends, strict=True)
         }
+
+    def numbers_of(self, ids: np.ndarray) -> np.ndarray:
+        """Return the number of each id's stream, in the order of `shards`: int64 (n,)."""
+        return np.searchsorted(self._ends, ids, side="right")
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Return how many times each stream has been read after `samples` samples of the order."""

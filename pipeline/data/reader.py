@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from retemper.pipeline.data.batch import Batch, make_batches
 from retemper.pipeline.data.mds import Samples
@@ -119,6 +120,12 @@ class TrainingBatches:
             )
         samples, skipped = self._samples(own_ids)
         batches = make_batches(samples, size, mask_documents=mask_documents)
+        if (streams := len(self.streams.shards)) > 1:
+            numbers = torch.from_numpy(self.streams.numbers_of(own_ids)).split(size)
+            batches = [
+                replace(batch, streams=streams, stream_numbers=part)
+                for batch, part in zip(batches, numbers, strict=True)
+            ]
         if self.topology.device.type == "cuda":
             # Pinned in this thread, in parallel with training: the first time takes milliseconds.
             batches = [batch.pinned() for batch in batches]

@@ -27,8 +27,9 @@ def run_schedule(
 
     Returns:
         A dictionary for each micro-batch, on the last pipeline stage only: loss (sum in nats),
-        tokens (number of labels in the loss mask) and losses_BT (nats of every position). Each
-        context-parallel rank returns the values of its part of the sequences.
+        tokens (number of labels in the loss mask), by_stream (both of each stream of a mixture,
+        float64 (streams, 2)) and losses_BT (nats of every position). Each context-parallel rank
+        returns the values of its part of the sequences.
 
     Collective: every rank must call this.
     """
@@ -94,11 +95,25 @@ def _loss(losses_BT: torch.Tensor, batch: Batch):
     loss = (losses_BT.float() * batch.loss_mask_BT).sum()
     tokens = batch.loss_mask_BT.sum().int()
     # The schedule divides the loss and the number of tokens in place, so copies are reported.
-    return (
-        loss,
-        tokens,
-        {"loss": loss.detach().clone(), "tokens": tokens.clone(), "losses_BT": losses_BT.detach()},
-    )
+    report = {
+        "loss": loss.detach().clone(),
+        "tokens": tokens.clone(),
+        "by_stream": _sums_by_stream(losses_BT.detach(), batch),
+        "losses_BT": losses_BT.detach(),
+    }
+    return loss, tokens, report
+
+
+def _sums_by_stream(losses_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return the loss in nats and the number of labels of each stream, float64 (streams, 2)."""
+    sums = losses_BT.new_zeros(batch.streams, 2, dtype=torch.float64)
+    if batch.stream_numbers is None or batch.loss_mask_BT is None:
+        return sums
+    samples = len(batch.stream_numbers)
+    # With document masks B is 1, and the samples are concatenated along T.
+    mask_NT = batch.loss_mask_BT.reshape(samples, -1).double()
+    nats_N = (losses_BT.reshape(samples, -1) * mask_NT).sum(1)
+    return sums.index_add_(0, batch.stream_numbers, torch.stack([nats_N, mask_NT.sum(1)], 1))
 
 
 def _packed_seq_params(batch: Batch) -> PackedSeqParams | None:

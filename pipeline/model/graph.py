@@ -48,8 +48,8 @@ class Passes:
         """Add the micro-batches' gradients to the buffers, and reduce these over ranks.
 
         Returns:
-            Dictionaries with loss (sum in nats) and tokens (number of labels in the loss mask), on
-            the last pipeline stage only: one for each micro-batch, or one for all of them together.
+            Dictionaries with loss, tokens and by_stream, as from run_schedule, on the last pipeline
+            stage only: one for each micro-batch, or one for all of them together.
 
         Collective: every rank must call this.
         """
@@ -60,12 +60,14 @@ class Passes:
             self._record(batches[0])
         self._loss.zero_()
         self._tokens.zero_()
+        self._by_stream.zero_()
         for number, batch in enumerate(batches):
             self._load(batch)
             self._replays[min(number, len(self._replays) - 1)]()
         finalize = get_model_config(self.model[0]).finalize_model_grads_func
         finalize(list(self.model), self._tokens.clone())
-        return [{"loss": self._loss.clone(), "tokens": self._tokens.clone()}]
+        sums = {"loss": self._loss, "tokens": self._tokens, "by_stream": self._by_stream}
+        return [{name: value.clone() for name, value in sums.items()}]
 
     def _record(self, batch: Batch) -> None:
         """Capture a pass over a micro-batch of this shape.
@@ -81,6 +83,7 @@ class Passes:
         device = tensors["tokens_BT"].device
         self._loss = torch.zeros((), device=device)
         self._tokens = torch.zeros((), dtype=torch.int, device=device)
+        self._by_stream = torch.zeros(batch.streams, 2, dtype=torch.float64, device=device)
         with random_state_kept():
             for _ in range(_WARM_UP_PASSES):
                 self._pass()
@@ -105,6 +108,7 @@ class Passes:
             [output] = run_pipeline(self.model, [self._batch], forward_step, forward_only=False)
         self._loss += output["loss"]
         self._tokens += output["tokens"]
+        self._by_stream += output["by_stream"]
 
 
 def is_recorded(config: Config) -> bool:

@@ -128,6 +128,7 @@ class Log:
             "step": self.state.step,
             "tokens": self.state.consumed_samples * self.config.data.seq_length,
             **({} if result.loss is None else {"loss": result.loss}),
+            **{f"loss/{name}": loss for name, loss in result.stream_losses.items()},
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "tokens_per_second": tokens_per_second,

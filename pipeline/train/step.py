@@ -1,5 +1,6 @@
 """One optimizer step."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.data.batch import Batch
+from retemper.pipeline.data.streams import stream_paths
 from retemper.pipeline.distributed.collectives import all_reduce_from_last_stage
 from retemper.pipeline.model.graph import Passes
 from retemper.pipeline.schema.run import Config
@@ -20,6 +22,7 @@ class StepResult:
 
     # Nats per labelled token of the global batch; None where it has no such token.
     loss: float | None
+    stream_losses: dict[str, float]  # the same of each stream of a mixture with such tokens
     grad_norm: float  # before clipping
     lr: float
     norms: dict[str, float]  # of weights and of their update, by kind; empty where not logged
@@ -50,12 +53,17 @@ def train_step(
         stage.zero_grad_buffer()
     optimizer.zero_grad()
     outputs = passes(batches)
+    streams = list(stream_paths(config)) if config.data.mixed_in else []
     sums = [
-        sum(output[key] for output in outputs).double() for key in ("loss", "tokens") if outputs
+        sum(output[key] for output in outputs).double().flatten()
+        for key in ("loss", "tokens", "by_stream")
+        if outputs
     ]
     # The host waits for the norm here; by then the loss is available.
     grad_norm = norm_of_gradients(optimizer)
-    nats, tokens = all_reduce_from_last_stage(torch.stack(sums) if sums else torch.zeros(2))
+    nats, tokens, *by_stream = all_reduce_from_last_stage(
+        torch.cat(sums) if sums else torch.zeros(2 + 2 * len(streams))
+    )
     # Without a labelled token the sum is 0, or NaN where the model's output is NaN.
     if anomaly := anomaly_in(config, state, "losses", nats / max(tokens, 1)):
         return anomaly
@@ -66,10 +74,12 @@ def train_step(
     norms = norms_of_step(passes.model, optimizer) if config.logs_after(state.step + 1) else {}
     schedule.step(config.tokens_per_step)
     if not tokens:
-        return StepResult(None, grad_norm, lr, norms)
+        return StepResult(None, {}, grad_norm, lr, norms)
     loss = nats / tokens
     record_step(state, loss, grad_norm)
-    return StepResult(loss, grad_norm, lr, norms)
+    pairs = zip(streams, itertools.batched(by_stream, 2), strict=True)
+    stream_losses = {name: nats / tokens for name, (nats, tokens) in pairs if tokens}
+    return StepResult(loss, stream_losses, grad_norm, lr, norms)
 
 
 def norm_of_gradients(optimizer) -> float:

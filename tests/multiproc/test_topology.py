@@ -73,6 +73,8 @@ def runs(workspace, pairs):
         "data.mask_documents=true",
         "init_from=null",
         "optimizer.lr=1e-3",
+        f"data.mixture.math.path={workspace / 'data' / 'math'}",
+        "data.mixture.math.fraction=0.25",
     ]  # prompts and padding without loss
     tied = ["model.tie_embeddings=true", "init_from=null"]  # first and last stage share a weight
     launch(
@@ -142,8 +144,8 @@ def test_tied_embeddings_agree_with_one_rank(runs, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_masked_documents_and_prompts_agree_with_one_rank(runs, layout):
-    for key in ("loss", "grad_norm"):
+def test_masked_documents_and_prompts_of_a_mixture_agree_with_one_rank(runs, layout):
+    for key in ("loss", "loss/pairs", "loss/math", "grad_norm"):
         assert curve(runs / f"masked-{layout}", key) == pytest.approx(
             curve(runs / "masked-single", key), rel=1e-5
         ), key

@@ -1,6 +1,7 @@
 """Test the loss masks, position ids and attention of packed documents."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -178,3 +179,25 @@ def test_impossible_mixtures_are_refused(workspace, change, message):
 
     with pytest.raises(UserError, match=message):
         check_corpora(load_config(overrides(workspace, "mixed", *change)))
+
+
+def test_losses_of_streams_add_up_over_context_parallel_ranks():
+    from retemper.pipeline.model.forward import _sums_by_stream
+
+    samples = Samples(4, 8)
+    samples.tokens[:-1] = np.arange(32)
+    for row in range(4):
+        samples.pieces["lengths"][row] = np.array([8], np.uint32).tobytes()
+        samples.pieces["prompt_lengths"][row] = np.array([row], np.uint32).tobytes()
+    [batch] = make_batches(samples, 4, mask_documents=False)
+    batch = replace(batch, streams=3, stream_numbers=torch.tensor([2, 0, 2, 0]))
+    # The loss of a position is the number of its label.
+    whole = _sums_by_stream(batch.labels_BT.float(), batch)
+    labels = {row: range(8 * row + max(row, 1), 8 * row + 8) for row in range(4)}
+    expected = [
+        [sum(sum(labels[row]) for row in rows), sum(len(labels[row]) for row in rows)]
+        for rows in ([1, 3], [], [0, 2])
+    ]
+    assert whole.tolist() == expected
+    parts = [batch.shard_for_context_parallel(rank, 2) for rank in range(2)]
+    assert sum(_sums_by_stream(part.labels_BT.float(), part) for part in parts).equal(whole)

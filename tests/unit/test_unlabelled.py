@@ -41,6 +41,7 @@ def run_step(workspace, state: TrainState, losses, masks, grad_norm: float = 1.0
         {
             "loss": (torch.tensor(loss) * torch.tensor(mask)).sum(),
             "tokens": torch.tensor(mask).sum().int(),
+            "by_stream": torch.zeros(0, 2),
         }
         for loss, mask in zip(losses, masks, strict=True)
     ]
@@ -150,7 +151,7 @@ def test_missing_loss_is_logged_as_absent_and_warned_of_once(log, capsys):
     for number, loss in zip(itertools.count(1), (2.5, None, 0.0, None)):
         log.state.step = number
         log.state.seconds = float(number)
-        log.step(StepResult(loss, 0.5, 1e-3, {}))
+        log.step(StepResult(loss, {}, 0.5, 1e-3, {}))
     output = capsys.readouterr().out
     assert output.count("warning: step 2 has no labelled token") == output.count("warning") == 1
     assert re.findall(r"step +(\d+)  loss (\S+)  grad_norm", output) == [
@@ -170,7 +171,7 @@ def test_warning_also_comes_from_a_step_that_is_not_logged(log, capsys):
     )
     log.state.step = 3
     log.state.seconds = 1.0
-    log.step(StepResult(None, 0.0, 1e-3, {}))
+    log.step(StepResult(None, {}, 0.0, 1e-3, {}))
     assert "warning: step 3 has no labelled token" in capsys.readouterr().out
     assert not list(run_folder.read_metrics(log.config.run_dir))
 
@@ -180,7 +181,7 @@ def test_report_draws_a_gap_for_a_missing_loss(log, tmp_path):
         log.state.step = number
         log.state.consumed_samples = 8 * number
         log.state.seconds = float(number)
-        log.step(StepResult(loss, 0.5, 1e-3, {}))
+        log.step(StepResult(loss, {}, 0.5, 1e-3, {}))
     [line, *_] = training_loss(read_study(log.config.run_dir.parent)).axes[0].lines
     drawn = line.get_ydata()
     assert drawn[0] == 2.5
