@@ -36,8 +36,32 @@ HARMLESS_WITHOUT_WALLS = {
     "remove a file": "import os; os.remove(OUTSIDE)",
     "rename a file": "import os; os.rename(OUTSIDE, OUTSIDE + '.gone')",
     "link a file": "import os; os.link(OUTSIDE, 'mine')",
-    "change a mode": "import os; os.chmod(OUTSIDE, 0o777)",
-    "change times": "import os; os.utime(OUTSIDE, (1, 1))",
+    "change a mode": "import os; os.chmod(OUTSIDE, 0o777); assert os.stat(OUTSIDE).st_mode & 2",
+    "change times": "import os; os.utime(OUTSIDE, (1, 1)); assert os.stat(OUTSIDE).st_mtime == 1",
+    "change a mode by libc": (
+        "import ctypes, os; assert ctypes.CDLL(None).chmod(OUTSIDE.encode(), 0o777) == 0; "
+        "assert os.stat(OUTSIDE).st_mode & 2"
+    ),
+    "change the mode of an open file": (
+        "import os; f = os.open(OUTSIDE, os.O_RDONLY); os.fchmod(f, 0o777); "
+        "assert os.stat(OUTSIDE).st_mode & 2"
+    ),
+    "move a file in": "import os; os.replace(OUTSIDE, 'mine')",
+    "move a file out": "import os; open('a', 'w'); os.replace('a', OUTSIDE)",
+    "move a folder out": "import os; os.mkdir('a'); os.rename('a', OUTSIDE + '.folder')",
+    "exchange two files": (
+        "import ctypes; open('a', 'w'); "
+        "assert ctypes.CDLL(None).renameat2(-100, OUTSIDE.encode(), -100, b'a', 2) == 0"
+    ),
+    "make a folder": "import os; os.mkdir(OUTSIDE + '.folder')",
+    "make a link": "import os; os.symlink('here', OUTSIDE + '.link')",
+    "copy a mode": (
+        "import os, shutil; open('a', 'w'); shutil.copymode('a', OUTSIDE); "
+        "shutil.copy('a', OUTSIDE)"
+    ),
+    "become set-user-id": (
+        "import os; open('a', 'w'); os.chmod('a', 0o4755); assert os.stat('a').st_mode & 0o4000"
+    ),
     "move the folder": (
         "import os; os.rename(os.getcwd(), '../moved'); os.rename('../moved', os.environ['HOME'])"
     ),
@@ -68,6 +92,8 @@ HARMLESS_WITHOUT_WALLS = {
     "see the parent": "import os; os.kill(PARENT, 0)",
     "hold a process": "import os; os.pidfd_open(VICTIM)",
     "limit a process": "import resource; resource.prlimit(VICTIM, resource.RLIMIT_CPU, (1, 1))",
+    "read a process's limits": "import resource; resource.prlimit(VICTIM, resource.RLIMIT_CPU)",
+    "hold itself": "import os; os.pidfd_open(os.getpid())",
     "outlive the parent": "import ctypes; assert ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) == 0",
     # network
     "connect": "import socket; socket.create_connection(('127.0.0.1', PORT), 1)",
@@ -78,6 +104,31 @@ HARMLESS_WITHOUT_WALLS = {
     "listen": "import socket; socket.create_server(('127.0.0.1', 0))",
     "connect to an abstract socket": (
         "import socket; socket.socket(socket.AF_UNIX).connect(ABSTRACT)"
+    ),
+    "send a datagram from a pair": (
+        "import socket; a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); "
+        "a.sendto(b'harm', DATAGRAMS)"
+    ),
+    "a pair of packets": (
+        "import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)"
+    ),
+    "send an open file": (
+        "import os, socket; a, b = socket.socketpair(); socket.send_fds(a, [b'x'], [os.pipe()[0]])"
+    ),
+    "connect one of a pair": (
+        "import ctypes, errno, socket; a, b = socket.socketpair()\n"
+        "try: a.connect(ABSTRACT)\n"
+        "except OSError as error: assert error.errno == errno.EISCONN  # the kernel was asked"
+    ),
+    "signals from a socket": (
+        "import fcntl, socket, struct; a, b = socket.socketpair(); "
+        "fcntl.ioctl(a, 0x8902, struct.pack('i', VICTIM))  # SIOCSPGRP"
+    ),
+    "signals from a pipe": (
+        "import fcntl, os; fcntl.ioctl(os.pipe()[0], 0x5452, b'\\1\\0\\0\\0')  # FIOASYNC"
+    ),
+    "bytes in a pipe": (
+        "import fcntl, os; fcntl.ioctl(os.pipe()[0], 0x541B, bytes(4))  # FIONREAD"
     ),
     "socket by libc": "import ctypes; assert ctypes.CDLL(None).socket(2, 1, 0) >= 0",
     "keep shared memory": (
@@ -105,6 +156,21 @@ WHERE_ALLOWED = {
         "import ctypes, os; assert ctypes.CDLL(None)"
         ".syscall({'x86_64': 250}.get(os.uname().machine, 219), 0, -3, 1) >= 0"
     ),
+    "an extended attribute": "import os; os.setxattr(OUTSIDE, 'user.a', b'harm')",
+    "an owner": "import os; os.chown(OUTSIDE, 12345, 12345)",
+    "watch files": "import ctypes; assert ctypes.CDLL(None).inotify_init() >= 0",
+    "a queue of messages": (
+        "import ctypes; libc = ctypes.CDLL(None); queue = libc.msgget(0, 0o1600); "
+        "assert queue >= 0; libc.msgctl(queue, 0, None)"
+    ),
+    "semaphores": (
+        "import ctypes; libc = ctypes.CDLL(None); found = libc.semget(0, 1, 0o1600); "
+        "assert found >= 0; libc.semctl(found, 0, 0)"
+    ),
+    "memory of the parent": (
+        "import ctypes; assert ctypes.CDLL(None).process_vm_readv(PARENT, None, 0, None, 0, 0) == 0"
+    ),
+    "another personality": "import ctypes; assert ctypes.CDLL(None).personality(0x40000) >= 0",
     "timers of the kernel": "import ctypes; assert ctypes.CDLL(None).timerfd_create(0, 0) >= 0",
 }
 
@@ -121,6 +187,35 @@ EXHAUSTING = {
     "a file of 100 GB": "f = open('f', 'wb'); f.seek(10**11); f.write(b'x'); f.flush()",
     "files without number": (
         "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(bytes(2**24))"
+    ),
+    "deleted files that stay open": (
+        "import os, time\nopened = []\nfor n in range(50):\n"
+        "    opened.append(open('f', 'wb', 0)); opened[-1].write(bytes(2**24)); os.unlink('f')\n"
+        "time.sleep(1000)"
+    ),
+    "files that never had a name": (
+        "import os, time\nfor n in range(50):\n"
+        "    os.write(os.open('.', os.O_TMPFILE | os.O_RDWR), bytes(2**24))\ntime.sleep(1000)"
+    ),
+    "deleted files that stay mapped": (
+        "import ctypes, os, time\nfor n in range(50):\n    with open('f', 'wb+', 0) as f:\n"
+        "        f.write(bytes(2**24)); ctypes.CDLL(None).mmap(None, 4096, 1, 1, f.fileno(), 0)\n"
+        "    os.unlink('f')\ntime.sleep(1000)"
+    ),
+    "deleted files of another thread": (
+        "import ctypes, os, threading, time\nopened = []\ndef fill():\n"
+        "    for n in range(50):\n        opened.append(open('f', 'wb', 0))\n"
+        "        opened[-1].write(bytes(2**24)); os.unlink('f')\n    time.sleep(1000)\n"
+        "threading.Thread(target=fill).start()\n"
+        "ctypes.CDLL(None).syscall({'x86_64': 60}.get(os.uname().machine, 93), 0)"
+    ),
+    "files below a path of 5,000 letters": (
+        "import os, time\nfor n in range(20): os.mkdir('d' * 250); os.chdir('d' * 250)\n"
+        "for n in range(50): open(str(n), 'wb').write(bytes(2**24))\ntime.sleep(1000)"
+    ),
+    "files in a folder that cannot be read": (
+        "import os, time; os.mkdir('d', 0o300)\n"
+        "for n in range(50): open(f'd/{n}', 'wb').write(bytes(2**24))\ntime.sleep(1000)"
     ),
     "folders without number": "import os\nwhile True: os.mkdir('d'); os.chdir('d')",
     "endless loop": "while True: pass",
@@ -164,6 +259,15 @@ HARMFUL = {
         "import ctypes, os; assert ctypes.CDLL(None)"
         ".syscall({'x86_64': 321}.get(os.uname().machine, 280), 0, "
         "ctypes.create_string_buffer(120), 120) >= 0"
+    ),
+    "write its own memory": "open('/proc/self/mem', 'r+b')",
+    "a file system": "import ctypes; assert ctypes.CDLL(None).syscall(430, b'tmpfs', 0) >= 0",
+    "a device": "import os, stat; os.mknod('null', 0o600 | stat.S_IFCHR, os.makedev(1, 3))",
+    "a thread with open files of its own": (
+        "import ctypes, os; flags = 0x00010900  # CLONE_THREAD | CLONE_SIGHAND | CLONE_VM\n"
+        "if os.uname().machine == 'x86_64':\n"
+        "    assert ctypes.CDLL(None).syscall(56, flags, 0, 0, 0, 0) >= 0\n"
+        "else: os.abort()"
     ),
     # 0 is no command: refused even to root
     "reboot": "import ctypes; assert ctypes.CDLL(None).reboot(0) == 0",

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.sandbox.control import unpassable
-from retemper.pipeline.evals.sandbox.folder import overflows, private_folder
+from retemper.pipeline.evals.sandbox.disk import overflows
+from retemper.pipeline.evals.sandbox.folder import private_folder
 from retemper.pipeline.evals.sandbox.inside import READY
 from retemper.pipeline.evals.sandbox.layers import READABLE, Layers
 
@@ -112,7 +113,7 @@ def _run(source: str, limits: Limits, layers: Layers) -> Verdict:
     with private_folder() as folder:
         process, pipe = _start(_request(source, nonce, folder, limits, layers), folder, layers)
         try:
-            output, stop_reason = _read_output(pipe, folder, limits)
+            output, stop_reason = _read_output(pipe, process.pid, folder, limits)
         finally:
             _kill(process)
             os.close(pipe)
@@ -130,7 +131,8 @@ def _start(request: dict, folder: str, layers: Layers) -> tuple[subprocess.Popen
         file.write(marshal.dumps(request))
         file.seek(0)
         command = layers.command(folder)
-        environment = {"HOME": folder, "TMPDIR": folder}
+        # One arena of malloc: each further thread would reserve 64 MiB or more of address space.
+        environment = {"HOME": folder, "TMPDIR": folder, "MALLOC_ARENA_MAX": "1"}
         process = subprocess.Popen(
             command,
             stdin=file,
@@ -160,7 +162,7 @@ def _request(source: str, nonce: bytes, folder: str, limits: Limits, layers: Lay
     }
 
 
-def _read_output(pipe: int, folder: str, limits: Limits) -> tuple[bytes, str]:
+def _read_output(pipe: int, pid: int, folder: str, limits: Limits) -> tuple[bytes, str]:
     """Read a process's output until it ends or exceeds a limit.
 
     Returns the output, and the reason to stop the process, or "" if it has ended.
@@ -183,8 +185,8 @@ def _read_output(pipe: int, folder: str, limits: Limits) -> tuple[bytes, str]:
             return output, "no verdict: output too long"
         if time.monotonic() > deadline:
             return output, f"wall time: more than {limits.wall_seconds:g} s"
-        if overflows(folder, 4 * limits.file_bytes):
-            return output, "disk: more than the folder may hold"
+        if overflows(folder, pid, 4 * limits.file_bytes, limits.file_bytes):
+            return output, "disk: more than the folder may hold, or folders that cannot be read"
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -1,4 +1,4 @@
-"""The private folder of a candidate: measured while the candidate runs, removed afterwards."""
+"""The private folder of a candidate: created empty, removed afterwards whatever is in it."""
 
 import os
 import stat
@@ -6,8 +6,6 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-_MOST_ENTRIES = 1000
 
 
 @contextmanager
@@ -18,28 +16,6 @@ def private_folder() -> Iterator[str]:
         yield folder
     finally:
         remove(folder)
-
-
-def overflows(folder: str, most_bytes: int) -> bool:
-    """Return whether a folder contains more than `most_bytes` on disk or 1,000 entries.
-
-    This is needed because RLIMIT_FSIZE limits the size of each file, not the number of files.
-    """
-    entries = used = 0
-    for root, folders, files in os.walk(folder):
-        entries += len(folders) + len(files)
-        used += sum(_size(os.path.join(root, name)) for name in files)
-        if entries > _MOST_ENTRIES or used > most_bytes:
-            return True
-    return False
-
-
-def _size(path: str) -> int:
-    """Return a file's size on disk in bytes; 0 if it was removed in the meantime."""
-    try:
-        return os.lstat(path).st_blocks * 512
-    except OSError:
-        return 0
 
 
 def remove(folder: str) -> None:

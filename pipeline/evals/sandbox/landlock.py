@@ -17,6 +17,7 @@ _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_DIR, _REMOVE_FILE = (
 _MAKE_DIR = 1 << 7
 _MAKE_REG = 1 << 8
 _MAKE_SYM = 1 << 12
+_REFER = 1 << 13  # move files between folders
 _TRUNCATE = 1 << 14
 _RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # ABI -> the number of its file-system rights
 _TCP, _SCOPES = 0b11, 0b11  # bind and connect (ABI 4); abstract sockets and signals (ABI 6)
@@ -50,9 +51,9 @@ def restrict(version: int, readable: list[str], folder: str) -> None:
         for path in filter(os.path.exists, readable):
             _allow(ruleset, path, _READ_FILE | _READ_DIR * os.path.isdir(path))
         _allow(ruleset, os.devnull, _READ_FILE | _WRITE_FILE)
-        writing = (
-            _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _MAKE_SYM | _TRUNCATE
-        )
+        removing = _REMOVE_DIR | _REMOVE_FILE | _REFER
+        making = _MAKE_DIR | _MAKE_REG | _MAKE_SYM
+        writing = _WRITE_FILE | _TRUNCATE | removing | making
         _allow(ruleset, folder, (_READ_FILE | _READ_DIR | writing) & handled)
         _call(_RESTRICT_SELF, ruleset, 0)
     finally:

@@ -139,17 +139,4 @@ def _bubblewrap(path: str, folder: str) -> list[str]:
         if not readable.startswith("/dev/"):
             command += ["--ro-bind-try", readable, readable]
     command += ["--bind", folder, folder, "--remount-ro", "/dev", "--remount-ro", "/"]
-    # bwrap also sets PWD.
-    return [
-        *command,
-        "--clearenv",
-        "--setenv",
-        "HOME",
-        folder,
-        "--setenv",
-        "TMPDIR",
-        folder,
-        "--chdir",
-        folder,
-        "--",
-    ]
+    return [*command, "--chdir", folder, "--"]  # it passes its environment on and sets PWD

@@ -2,8 +2,12 @@
 
 It is an allow list, so that the calls of later kernels are refused as well. Refused calls fail with
 ENOSYS, as on a kernel that lacks them, for which libc has fallbacks. The filter is written directly
-in classic BPF, about 200 instructions: it needs no library, and an interpreter without
+in classic BPF, about 250 instructions: it needs no library, and an interpreter without
 site-packages can install it.
+
+Refused on purpose although ordinary programs use it: new processes. Nothing that needs no
+privileges could limit their number (RLIMIT_NPROC counts all processes of the user) or the sum of
+their CPU time.
 """
 
 import ctypes
@@ -44,16 +48,34 @@ CALLS: dict[str, tuple[int, int | None]] = {
     "clock_gettime": (228, 113), "clock_getres": (229, 114), "gettimeofday": (96, 169),
     "times": (100, 153), "getrusage": (98, 165), "getrlimit": (97, 163), "sysinfo": (99, 179),
     "uname": (63, 160), "exit": (60, 93), "exit_group": (231, 94),
+    # a connected pair of sockets, see _checks; sendmsg, which passes open files on, is refused
+    "recvfrom": (45, 207),
 }  # fmt: skip
 # Allowed only with certain arguments, see _checks. Numbers as above.
 CHECKED_CALLS: dict[str, tuple[int, int]] = {
     "openat": (257, 56),
     "fcntl": (72, 25),
     "clone": (56, 220),
+    "ioctl": (16, 29),
+    "socketpair": (53, 199),
+    "sendto": (44, 206),
     "prlimit64": (302, 261),
     "kill": (62, 129),
     "tgkill": (234, 131),
 }
+# Answered without being carried out: name -> errno, and its numbers as above. Neither Landlock nor
+# a filter can restrict these calls to the private folder, and shutil.copy and its relatives fail
+# where they fail. So modes and times cannot be set, but to try is no error (errno 0), as on a FAT
+# file system mounted with `quiet`; and no file has extended attributes.
+ANSWERED_CALLS: dict[int, dict[str, tuple[int, int | None]]] = {
+    0: {
+        "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53),
+        "utime": (132, None), "utimes": (235, None), "utimensat": (280, 88),
+    },
+    errno.ENOTSUP: {
+        "listxattr": (194, 11), "llistxattr": (195, 12), "flistxattr": (196, 13),
+    },
+}  # fmt: skip
 _FCNTL_COMMANDS = (
     *(
         fcntl.F_DUPFD,
@@ -65,16 +87,22 @@ _FCNTL_COMMANDS = (
     ),
     *(fcntl.F_GETLK, fcntl.F_SETLK, fcntl.F_SETLKW),
 )
+# Close on exec or not (what tempfile and open use), and non-blocking or not: flags of a descriptor,
+# which fcntl may set as well. No request that a device or terminal would understand.
+_IOCTL_REQUESTS = (0x5450, 0x5451, 0x5421)  # FIONCLEX, FIOCLEX, FIONBIO
 _MACHINES = ("x86_64", "aarch64")
 _AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 _LOAD, _AND, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x06
 _ALLOW = 0x7FFF0000
 _KILL = 0x80000000
-_REFUSE = 0x00050000 | errno.ENOSYS
+_ANSWER = 0x00050000  # plus an errno
+_REFUSE = _ANSWER | errno.ENOSYS
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 _WHOLE = 0xFFFFFFFF
 _PR_SET_SECCOMP, _MODE_FILTER = 22, 2
+_AF_UNIX, _SOCK_STREAM = 1, 1
+_SOCKET_TYPES = 0xF  # the other bits of a socket's type are flags
 
 
 def available() -> bool:
@@ -116,6 +144,10 @@ def program(machine: str, pid: int) -> bytes:
     for numbers in CALLS.values():
         if (number := numbers[column]) is not None:
             lines += [_skip_if(number, 0, 1), _return(_ALLOW)]
+    for code, calls in ANSWERED_CALLS.items():
+        for numbers in calls.values():
+            if (number := numbers[column]) is not None:
+                lines += [_skip_if(number, 0, 1), _return(_ANSWER | code)]
     for name, checks in _checks(pid).items():
         body = [line for check in checks for line in _check(*check)] + [_return(_ALLOW)]
         lines += [_skip_if(CHECKED_CALLS[name][column], 0, len(body)), *body]
@@ -128,7 +160,8 @@ def _checks(pid: int) -> dict[str, list[tuple[int, int, tuple[int, ...]]]]:
     Argument n, of 64 bits, has the halves 2n (low) and 2n + 1 (high).
     """
     truncate = os.O_TRUNC
-    threads, namespaces = 0x00010000, 0x7E020000  # CLONE_THREAD; every CLONE_NEW…
+    thread = 0x00010000 | 0x00000400  # CLONE_THREAD | CLONE_FILES
+    namespaces = 0x7E020000  # every CLONE_NEW…
     return {
         # Without O_RDONLY | O_TRUNC, which Landlock before ABI 3 treats as reading only.
         "openat": [
@@ -140,11 +173,20 @@ def _checks(pid: int) -> dict[str, list[tuple[int, int, tuple[int, ...]]]]:
         ],
         # Without F_SETOWN and F_SETSIG, which let a pipe send any signal to any process.
         "fcntl": [(2, _WHOLE, _FCNTL_COMMANDS)],
-        # Threads, but no processes. clone3 is refused, because a filter cannot see its flags; libc
-        # then falls back to clone.
-        "clone": [(0, threads | namespaces, (threads,))],
-        # Limits can be read but not set: the pointer to new values must be null.
-        "prlimit64": [(4, _WHOLE, (0,)), (5, _WHOLE, (0,))],
+        "ioctl": [(2, _WHOLE, _IOCTL_REQUESTS)],
+        # Threads, but no processes, and no thread with open files of its own, which disk.py would
+        # not see. clone3 is refused, because a filter cannot see its flags; libc then falls back to
+        # clone.
+        "clone": [(0, thread | namespaces, (thread,))],
+        # asyncio's event loop needs a connected pair of Unix stream sockets. It is a pipe in two
+        # directions: it has no address, cannot be connected to anything else (socket, bind and
+        # connect are refused), and a stream takes no other destination. Datagrams would, so these
+        # are refused, and so is an address in sendto.
+        "socketpair": [(0, _WHOLE, (_AF_UNIX,)), (2, _SOCKET_TYPES, (_SOCK_STREAM,))],
+        "sendto": [(8, _WHOLE, (0,)), (9, _WHOLE, (0,))],
+        # Only the limits of this process (0). It cannot raise them without CAP_SYS_RESOURCE, and
+        # programs that recurse deeply set the size of their stack.
+        "prlimit64": [(0, _WHOLE, (0,))],
         # abort() and raise() need these for the process itself.
         "kill": [(0, _WHOLE, (pid,))],
         "tgkill": [(0, _WHOLE, (pid,))],
