@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import orjson
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -38,17 +39,10 @@ class Tokenizer:
                 f"tokenizer {folder}: there is no {path}; "
                 "name a folder with a transformers fast tokenizer"
             )
-        try:
-            self.backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust parser raises bare Exception
-            raise UserError(
-                f"{path} is not a tokenizer that this version can read ({error}); "
-                "save it again with transformers"
-            ) from None
-        # A special token that is spelled out in a document is encoded as text, not as the token.
-        self.backend.encode_special_tokens = True
         self.folder = Path(folder).absolute()
-        self.vocab_size = self.backend.get_vocab_size()
+        self.backend = _read_backend(path)
+        # Ids may have gaps: this is one more than the largest, not the number of tokens.
+        self.vocab_size = max(self.backend.get_vocab().values(), default=-1) + 1
         # The smallest type that can represent every id.
         self.dtype = "uint16" if self.vocab_size <= 2**16 else "uint32"
         self._is_byte_level = "ByteLevel" in repr(self.backend.decoder)
@@ -57,7 +51,7 @@ class Tokenizer:
         self.bos_id = self._special_id("bos_token")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text, without special tokens."""
+        """Return the token ids of each whole text, without special tokens."""
         return [
             encoding.ids
             for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -73,7 +67,7 @@ class Tokenizer:
             if required and id is None:
                 raise UserError(
                     f"data.{name}=true, but {self.folder / 'tokenizer_config.json'} names no "
-                    f"{name}_token of the vocabulary; set data.{name}=false"
+                    f"{name}_token of the vocabulary; name one there, or set data.{name}=false"
                 )
         if not (bos or eos):
             raise UserError(
@@ -114,11 +108,61 @@ class Tokenizer:
             return self._bytes_of_piece(token)
         return len(token.encode())
 
+    def settings(self, name: str = "tokenizer_config.json") -> dict:
+        """Return the content of a JSON file beside tokenizer.json, {} if there is none.
+
+        Raises:
+            UserError: The file is no JSON object.
+        """
+        path = self.folder / name
+        try:
+            content = json.loads(path.read_bytes()) if path.is_file() else {}
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is not a JSON object: save the tokenizer again")
+        return content
+
     def _special_id(self, key: str) -> int | None:
-        path = self.folder / "tokenizer_config.json"
-        token = json.loads(path.read_text()).get(key) if path.is_file() else None
-        token = token["content"] if isinstance(token, dict) else token
-        return None if token is None else self.backend.token_to_id(token)
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = self.settings(name).get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                return self.backend.token_to_id(token)
+        return None
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    """Load a tokenizer.json so that it encodes whole texts, always to the same ids.
+
+    Raises:
+        UserError: The library cannot read the file, or does not give its tokens the ids of the
+            file.
+    """
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust parser raises bare Exception, or it panics
+        raise UserError(
+            f"{path} is not a tokenizer that this version can read ({error}); "
+            "save it again with transformers"
+        ) from None
+    for token in orjson.loads(path.read_bytes())["added_tokens"]:
+        if (id := backend.token_to_id(token["content"])) != token["id"]:
+            raise UserError(
+                f"{path}: its added token {token['content']!r} has the id {token['id']}, but the "
+                f"tokenizers library, and so transformers, reads {id}, because the ids have a gap "
+                "or are not in order: correct the ids to those that the model was trained with"
+            )
+    # Settings of batches and of training, which were saved with the tokenizer.
+    backend.no_truncation()
+    backend.no_padding()
+    if hasattr(backend.model, "dropout"):
+        backend.model.dropout = None
+    # A special token that is spelled out in a document is encoded as text, not as the token.
+    backend.encode_special_tokens = True
+    return backend
 
 
 def sha256_here(name: str) -> str | None:

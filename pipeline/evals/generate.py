@@ -12,7 +12,9 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.evals.code_tasks import CODE_TASKS, read_problems
+from retemper.pipeline.evals.run_tokenizer import prompt_tokenizer
 from retemper.pipeline.evals.tasks import chosen_problems
 from retemper.pipeline.files.records import compress_records
 from retemper.pipeline.schema.run import Config
@@ -32,24 +34,26 @@ def language_model(config: Config, folder: Path) -> TemplateLM:
     gc.collect()  # free the previous model
     torch.manual_seed(config.seed)
     gpus = torch.cuda.device_count()
+    tokenizer = prompt_tokenizer(Tokenizer(folder))
     if importlib.util.find_spec("vllm"):
         from lm_eval.models.vllm_causallms import VLLM
 
         tensor_parallel_size = math.gcd(max(gpus, 1), config.model.num_attention_heads)
-        return _with_single_bos(
-            VLLM(
-                pretrained=str(folder),
-                dtype="auto",
-                seed=config.seed,
-                tensor_parallel_size=tensor_parallel_size,
-            )
+        lm = VLLM(
+            pretrained=str(folder),
+            dtype="auto",
+            seed=config.seed,
+            tensor_parallel_size=tensor_parallel_size,
         )
+        lm.tokenizer = tokenizer  # it takes no object, but sends the ids of whole prompts
+        return _with_single_bos(lm)
     from lm_eval.models.huggingface import HFLM
 
     batch_size = config.evals.micro_batch_size
     return _with_single_bos(
         HFLM(
             pretrained=str(folder),
+            tokenizer=tokenizer,
             dtype="auto",
             batch_size=batch_size,
             device="cuda" if gpus else "cpu",
