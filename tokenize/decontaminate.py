@@ -171,12 +171,12 @@ def _rows(task: str, path: str) -> Iterator[dict]:
     source = SourceConfig(kind="rows", path=path)
     try:
         root, glob = locate(source)
-        files = [file.path for part in list_parts(source, root, glob) for file in part]
+        parts, _left_out = list_parts(source, root, glob)
     except UserError as error:
         raise UserError(
             str(error).replace("data.source.path", f"data.decontaminate.tasks.{task}")
         ) from None
-    for file in dict.fromkeys(files):
+    for file in dict.fromkeys(file.path for part in parts for file in part):
         with get_datafolder(root).open(file, "rb", compression="infer") as stream:
             try:
                 yield from (

@@ -33,8 +33,8 @@ from retemper.tokenize.write_shards import WriteBucket
 
 # Settings that may change between runs of a job: they do not change what it writes.
 _WHERE = {"path", "work_dir", "executor", "tasks", "slurm", "allow_broken_files"}
-# Unless near-duplicates are dropped, the shards do not depend on this key, and equal those of
-# corpora that were made before the key existed.
+# Corpora that were made before a key existed equal those with its default, which is not recorded.
+# Unless near-duplicates are dropped, the shards do not depend on this key.
 _UNLESS_DROPPED = {"near_duplicates": "count or keep"}
 _SAMPLE_PARTS, _SAMPLE_DOCUMENTS, _SAMPLE_CHARS = 8, 16, 20_000
 
@@ -132,7 +132,7 @@ def _plan(data: CorpusConfig, work: Path, tokenizer: Tokenizer, made_from: dict)
     if previous:
         _refuse_changes(str(work), previous.made_from, made_from)
         root = previous.root
-    parts = list_parts(data.source, root, glob)
+    parts, left_out = list_parts(data.source, root, glob)
     encoder = (
         previous.encoder
         if previous
@@ -144,6 +144,7 @@ def _plan(data: CorpusConfig, work: Path, tokenizer: Tokenizer, made_from: dict)
         root,
         encoder,
         parts,
+        left_out=left_out,
         heldout_fraction=data.heldout_fraction,
         near_duplicates=data.near_duplicates if data.heldout_fraction else "keep",
     )
@@ -169,6 +170,8 @@ def _made_from(data: CorpusConfig, tokenizer: Tokenizer, problems: Problems | No
     }
     if data.near_duplicates != "drop":
         del made_from["near_duplicates"]
+    if not data.source.include_hidden:
+        del made_from["source"]["include_hidden"]
     if problems:
         made_from["decontaminate"] |= {"problems": problems.counts, "sha256": problems.sha256}
     return made_from

@@ -16,7 +16,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from retemper.pipeline.corpus.format import HELDOUT, TRAIN
@@ -25,7 +25,7 @@ from retemper.pipeline.files.atomic import replace_file
 from retemper.tokenize.listing import COMPRESSED, FileRange
 
 # Incremented when the same inputs and settings produce other bytes than before.
-FORMAT = 1
+FORMAT = 2
 # Bytes of documents in a bucket. One task packs a bucket in memory, except for the tokens.
 _BUCKET_BYTES = 256 << 20
 # Approximate bytes of text per byte of a compressed file. An error of a factor of two is harmless.
@@ -44,6 +44,7 @@ class Plan:
     source_files: int
     source_bytes: int
     near_duplicates: str = "keep"  # data.near_duplicates; older plans lack it
+    left_out: dict = field(default_factory=dict)  # files by reason; older plans lack it
 
     def save(self, work: Path) -> None:
         """Write plan.json."""
@@ -78,6 +79,7 @@ def make_plan(
     encoder: dict,
     parts: list[list[FileRange]],
     *,
+    left_out: dict[str, int],
     heldout_fraction: float,
     near_duplicates: str,
 ) -> Plan:
@@ -89,6 +91,7 @@ def make_plan(
         root: The folder of the source.
         encoder: The entry of the manifest about the encoder.
         parts: The files or ranges of files of each part, in order.
+        left_out: The number of files of the source that are in no part, by reason.
         heldout_fraction: The fraction of the documents that are held out.
         near_duplicates: The value of data.near_duplicates; unless it is `keep`, sketches are made.
     """
@@ -112,6 +115,7 @@ def make_plan(
         source_files=len({file.path for part in parts for file in part}),
         source_bytes=sum(file.end - file.start for part in parts for file in part),
         near_duplicates=near_duplicates,
+        left_out=left_out,
     )
     plan.save(work)
     return plan

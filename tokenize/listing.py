@@ -6,9 +6,10 @@ import os
 import re
 import stat
 import sysconfig
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
 
 from datatrove.io import get_datafolder
 from fsspec.utils import glob_translate
@@ -32,6 +33,8 @@ _ROWS = (
     ".parquet",
 )
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+# Folders that tools fill by themselves, with compiled or downloaded copies.
+_CACHES = {"__pycache__", "node_modules"}
 _HUB = re.compile(
     r"hf://(?P<kind>datasets/)?(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?P<rest>/.*)?"
 )
@@ -89,7 +92,9 @@ def locate(source: SourceConfig) -> tuple[str, str]:
     return str(folder), glob
 
 
-def list_parts(source: SourceConfig, root: str, glob: str) -> list[list[FileRange]]:
+def list_parts(
+    source: SourceConfig, root: str, glob: str
+) -> tuple[list[list[FileRange]], dict[str, int]]:
     """List the files of a source by name and divide them into parts.
 
     Large files are divided into ranges, and small files are grouped.
@@ -99,15 +104,19 @@ def list_parts(source: SourceConfig, root: str, glob: str) -> list[list[FileRang
         root: Its folder, from `locate`.
         glob: The pattern of its files, from `locate`.
 
+    Returns:
+        The parts, and how many files that match were left out, by reason: "hidden" or "cache".
+
     Raises:
         UserError: No file matches, or files cannot be listed.
     """
-    files = _list_files(source, root, glob)
+    files, left_out = _list_files(source, root, glob)
     if not files:
+        taken = "; data.source.include_hidden=true takes hidden files and caches"
         raise UserError(
             f"data.source.path={source.path}: no file in {root} matches {glob} and can be read as "
             f"data.source.kind={source.kind}; correct data.source.path or data.source.glob, "
-            "or set data.source.kind=text for a tree of text files"
+            f"or set data.source.kind=text for a tree of text files{taken if left_out else ''}"
         )
     parts = []
     group = []
@@ -126,7 +135,7 @@ def list_parts(source: SourceConfig, root: str, glob: str) -> list[list[FileRang
             parts.append(group)
             group = []
             size = 0
-    return [*parts, group] if group else parts
+    return [*parts, group] if group else parts, dict(left_out)
 
 
 def _ranges(file: FileRange, kind: str) -> list[FileRange]:
@@ -139,75 +148,97 @@ def _ranges(file: FileRange, kind: str) -> list[FileRange]:
     ]
 
 
-def _list_files(source: SourceConfig, root: str, glob: str) -> list[FileRange]:
+def _list_files(source: SourceConfig, root: str, glob: str) -> tuple[list[FileRange], Counter[str]]:
+    # A pattern that names hidden files or caches asks for them.
+    takes_all = source.include_hidden or _hidden_or_cache(glob)
+    reason_of = _nothing if takes_all else _hidden_or_cache
     try:
-        matches = (
-            get_datafolder(root).glob(glob, detail=True) if "://" in root else _walk(root, glob)
+        found = (
+            get_datafolder(root).glob(glob, detail=True)
+            if "://" in root
+            else dict.fromkeys(_walk(root, glob, reason_of))
         )
+        wanted = [path for path in sorted(found) if _is_readable(source, glob, path)]
+        kept = [path for path in wanted if not reason_of(path)]
+        infos = {path: found[path] or _local_info(root, path) for path in kept}
     except FileNotFoundError as error:
         if error.filename is None:  # an empty remote folder
-            matches = {}
-        else:
-            raise UserError(
-                f"data.source.path={source.path}: {error.filename} is a dangling link; "
-                "correct the link or remove it"
-            ) from None
+            return [], Counter()
+        raise UserError(
+            f"data.source.path={source.path}: {error.filename} is a dangling link; "
+            "correct the link or remove it"
+        ) from None
     except PermissionError as error:
         raise UserError(
             f"data.source.path={source.path}: {error}; "
             "change its permissions, or check the credentials"
         ) from None
-    files = []
-    for path, info in sorted(matches.items()):
-        excluded = not set(source.exclude).isdisjoint(PurePosixPath(path).parts)
-        readable = source.kind != "rows" or source.glob or glob != "**/*" or path.endswith(_ROWS)
-        if info["type"] == "file" and readable and not excluded:
-            version = next(
-                (
-                    str(info[key])
-                    for key in ("ETag", "etag", "blob_id", "mtime", "LastModified")
-                    if info.get(key)
-                ),
-                "",
-            )
-            files.append(FileRange(path, 0, info["size"], info["size"], version))
-    return files
+    files = [
+        FileRange(path, 0, info["size"], info["size"], _version(info))
+        for path, info in infos.items()
+        if info["type"] == "file"
+    ]
+    return files, Counter(reason for path in wanted if (reason := reason_of(path)))
 
 
-def _walk(root: str, glob: str) -> dict[str, dict]:
-    """Return the files below a local folder that match a pattern, following links.
+def _is_readable(source: SourceConfig, glob: str, path: str) -> bool:
+    """Return whether a file is of the kind of the source and not excluded by its name."""
+    excluded = not set(source.exclude).isdisjoint(PurePosixPath(path).parts)
+    of_kind = source.kind != "rows" or source.glob or glob != "**/*" or path.endswith(_ROWS)
+    return bool(of_kind) and not excluded
+
+
+def _hidden_or_cache(path: str) -> str | None:
+    """Return why a file is left out by default: "hidden" or "cache", or None."""
+    parts = PurePosixPath(path).parts
+    if any(part.startswith(".") for part in parts):
+        return "hidden"
+    return None if _CACHES.isdisjoint(parts) else "cache"
+
+
+def _nothing(path: str) -> None:
+    """Leave out no file."""
+
+
+def _version(info: dict) -> str:
+    keys = ("ETag", "etag", "blob_id", "mtime", "LastModified")
+    return next((str(info[key]) for key in keys if info.get(key)), "")
+
+
+def _walk(root: str, glob: str, reason_of: Callable[[str], str | None]) -> list[str]:
+    """Return the paths of the files below a local folder that match a pattern, following links.
 
     fsspec's glob ignores links, and folders that it has no permission to list.
     """
     if (Path(root) / glob).is_file():
-        names = [glob]
-    else:
-        pattern = re.compile(glob_translate(glob))
-        names = []
-        seen = set()
+        return [glob]
+    pattern = re.compile(glob_translate(glob))
+    names: list[str] = []
+    # A folder that is reached by a hidden link, too, is not left out.
+    seen: dict[str | None, set[str]] = {}
 
-        def refuse(error: OSError) -> NoReturn:
+    def refuse(error: OSError) -> None:
+        if not reason_of(os.path.relpath(error.filename, root)):
             raise error
 
-        for folder, folders, filenames in os.walk(root, onerror=refuse, followlinks=True):
-            if (real := os.path.realpath(folder)) in seen:  # for example a link to a parent folder
-                folders.clear()
-                continue
-            seen.add(real)
-            names += [
-                name
-                for file in filenames
-                if pattern.match(name := os.path.relpath(os.path.join(folder, file), root))
-            ]
-    stats = {name: os.stat(os.path.join(root, name)) for name in names}
-    return {
-        name: {
-            "type": "file" if stat.S_ISREG(status.st_mode) else "other",
-            "size": status.st_size,
-            "mtime": status.st_mtime,
-        }
-        for name, status in stats.items()
-    }
+    for folder, folders, filenames in os.walk(root, onerror=refuse, followlinks=True):
+        known = seen.setdefault(reason_of(os.path.relpath(folder, root)), set())
+        if (real := os.path.realpath(folder)) in known:  # for example a link to a parent folder
+            folders.clear()
+            continue
+        known.add(real)
+        names += [
+            name
+            for file in filenames
+            if pattern.match(name := os.path.relpath(os.path.join(folder, file), root))
+        ]
+    return names
+
+
+def _local_info(root: str, path: str) -> dict:
+    status = os.stat(os.path.join(root, path))
+    kind = "file" if stat.S_ISREG(status.st_mode) else "other"
+    return {"type": kind, "size": status.st_size, "mtime": status.st_mtime}
 
 
 def _pinned(source: SourceConfig) -> str:

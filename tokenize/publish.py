@@ -55,13 +55,13 @@ class Publish(PipelineStep):
             for split, markers in buckets.items()
         }
         if not splits[TRAIN]["samples"]:
-            dropped = _dropped(parts, splits)
+            dropped = _dropped(plan, parts, splits)
             job_folder.remove(self.work)
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
             raise UserError(
                 f"data.source.path={self.data.source.path}: its documents fill no sample of "
-                f"{self.data.seq_length} tokens (read: {_read(parts):,}; "
-                f"dropped: {reasons or 'none'}); " + _advice(self.data, dropped, _read(parts))
+                f"{self.data.seq_length} tokens (read: {_read(plan, parts):,}; "
+                f"dropped: {reasons or 'none'}); " + _advice(self.data, dropped, _records(parts))
             )
         if self.data.heldout_fraction and not splits[HELDOUT]["samples"]:
             job_folder.remove(self.work)
@@ -102,8 +102,8 @@ class Publish(PipelineStep):
         job_folder.remove(self.work)
 
 
-def _advice(data: CorpusConfig, dropped: dict[str, int], read: int) -> str:
-    if dropped.get("no_text") == read > 0:
+def _advice(data: CorpusConfig, dropped: dict[str, int], records: int) -> str:
+    if dropped.get("no_text") == records > 0:
         columns = (
             f", and {{…}} of data.source.prompt={data.source.prompt!r} other columns"
             if data.source.prompt
@@ -230,8 +230,8 @@ def _manifest(data: CorpusConfig, plan: job_folder.Plan, parts: list[dict], spli
         "splits": {
             split: {name: counts[name] for name in count_names} for split, counts in splits.items()
         },
-        "documents_read": _read(parts),
-        "dropped": _dropped(parts, splits),
+        "documents_read": _read(plan, parts),
+        "dropped": _dropped(plan, parts, splits),
         "broken_files": [file for part in parts for file in part.get("broken", [])],
         "source": {"root": plan.root, "files": plan.source_files, "bytes": plan.source_bytes},
         "versions": {
@@ -244,13 +244,18 @@ def _manifest(data: CorpusConfig, plan: job_folder.Plan, parts: list[dict], spli
     return manifest
 
 
-def _read(parts: list[dict]) -> int:
+def _read(plan: job_folder.Plan, parts: list[dict]) -> int:
+    """Count the records, and the files that were left out unread."""
+    return _records(parts) + sum(plan.left_out.values())
+
+
+def _records(parts: list[dict]) -> int:
     return sum(part["counts"].get("read", 0) for part in parts)
 
 
-def _dropped(parts: list[dict], splits: dict) -> dict[str, int]:
+def _dropped(plan: job_folder.Plan, parts: list[dict], splits: dict) -> dict[str, int]:
     """Count the dropped documents by reason, without the reasons that dropped none."""
-    dropped: Counter = Counter()
+    dropped = Counter(plan.left_out)
     for counts in [*(part["counts"] for part in parts), *splits.values()]:
         dropped.update(
             {

@@ -24,6 +24,9 @@ class SourceConfig(Section):
     Python files."""
     exclude: list[str] = Field(default=[])
     """Names of files and folders to exclude."""
+    include_hidden: bool = False
+    """Also read the hidden files and folders of a folder (.git, .env), and caches (__pycache__,
+    node_modules). A glob that names them has the same effect."""
     text_key: str = "text"
     """Column of the rows that contains the text."""
     prompt: str | None = None
