@@ -158,6 +158,52 @@ def recompute_closed_to_gradients():
     return mock.patch.object(lora, "enable_input_require_grads", lambda embedding: None)
 
 
+def qk_norm_of_own_heads():
+    """Inject the kind of Megatron-LM #7452, finding 11.
+
+    Without sequence parallelism, the gradient of a norm of heads is that of one rank's heads.
+    """
+    from retemper.pipeline.model import build
+
+    def finalize(stages, *args, finalize=build.finalize_model_grads, **kwargs):
+        with mock.patch.object(stages[0].config, "qk_layernorm", False):
+            finalize(stages, *args, **kwargs)
+
+    return mock.patch.object(build, "finalize_model_grads", finalize)
+
+
+def shards_left_out_of_norm():
+    """Inject the kind of Megatron-LM #7452, finding 8.
+
+    The gradient norm counts a parameter that is sharded by heads on the first rank only.
+    """
+    from retemper.pipeline.train import loop
+
+    def build_model(config, place, build_model=loop.build_model):
+        model = build_model(config, place)
+        for name, parameter in model.named_parameters():
+            if name.endswith("linear_qkv.bias"):
+                parameter.tensor_model_parallel = False
+        return model
+
+    return mock.patch.object(loop, "build_model", build_model)
+
+
+def mean_over_own_tokens():
+    """Inject Megatron-LM #7452, finding 9.
+
+    Each rank averages the loss over its own labelled tokens, however many they are.
+    """
+    from retemper.pipeline.model import build
+
+    def config_of(*args, config_of=build.transformer_config, **kwargs):
+        transformer = config_of(*args, **kwargs)
+        transformer.calculate_per_token_loss = False
+        return transformer
+
+    return mock.patch.object(build, "transformer_config", config_of)
+
+
 def lost_optimizer_state():
     """Inject a restart that loses the optimizer's moments."""
     from retemper.pipeline.checkpoint.sharded import Checkpointer
@@ -270,6 +316,9 @@ FAULTS = {
     "adapters_initialised_by_layout": adapters_initialised_by_layout,
     "adapter_shards_lost_at_save": adapter_shards_lost_at_save,
     "recompute_closed_to_gradients": recompute_closed_to_gradients,
+    "qk_norm_of_own_heads": qk_norm_of_own_heads,
+    "shards_left_out_of_norm": shards_left_out_of_norm,
+    "mean_over_own_tokens": mean_over_own_tokens,
     "lost_optimizer_state": lost_optimizer_state,
     "lost_data_position": lost_data_position,
     "another_seed": another_seed,
