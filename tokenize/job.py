@@ -125,12 +125,12 @@ def _plan(data: CorpusConfig, work: Path, tokenizer: Tokenizer, made_from: dict)
     """Return the job's plan.
 
     A job that has started keeps its pinned revision and its encoder, and reads again only the files
-    that changed.
+    that changed. It may get another data.tokens, which takes effect after the spool.
     """
     previous = job_folder.load_plan(work) if (work / "plan.json").is_file() else None
     root, glob = locate(data.source)
     if previous:
-        _refuse_changes(str(work), previous.made_from, made_from)
+        _refuse_changes(str(work), previous.made_from | {"tokens": data.tokens}, made_from)
         root = previous.root
     parts, left_out = list_parts(data.source, root, glob)
     encoder = (

@@ -69,7 +69,7 @@ class Select(PipelineStep):
             raise UserError(
                 f"data.tokens={self.data.tokens} is less than the first document by priority, of "
                 f"{first:,} tokens, which data.packing={self.data.packing} takes whole: "
-                f"set data.tokens to at least {minimum}"
+                f"set data.tokens={minimum} or more"
             )
 
 
