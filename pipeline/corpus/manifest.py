@@ -104,5 +104,6 @@ def describe_near_duplicates(manifest: dict) -> str:
         return f"{of_heldout}: {documents} documents left out of training (near_duplicates.jsonl)"
     return (
         f"{of_heldout}: {documents} of {manifest['splits'][TRAIN]['documents']:,} "
-        "training documents (near_duplicates.jsonl); data.near_duplicates=drop leaves them out"
+        "training documents (near_duplicates.jsonl); "
+        "data.near_duplicates=drop with another data.path leaves them out"
     )

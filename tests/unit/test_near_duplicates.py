@@ -355,7 +355,7 @@ def test_command_prints_the_count_and_how_to_drop_near_duplicates(
         (
             "count",
             r"near-duplicates of the \d+ held-out documents: \d+ of \d+ training documents "
-            r".*data.near_duplicates=drop leaves them out",
+            r".*data.near_duplicates=drop with another data.path leaves them out",
         ),
         (
             "drop",
