@@ -65,13 +65,41 @@ def check_trunk(config: Config) -> None:
     begins = config.cooldown_begins(config.train.tokens)
     available = commit.committed_steps(trunk)
     if begins not in available:
-        steps = ", ".join(map(str, available)) or "none"
+        which = "another trunk, under another name," if _is_past(begins, available) else "the trunk"
         raise UserError(
             f"branch_of={trunk}: the cooldown of train.tokens={config.train.tokens} begins after "
-            f"step {begins}, of which the trunk has no checkpoint (it has: {steps}). "
-            f"Train the trunk with train.branches=[{config.train.tokens}], or set train.tokens "
+            f"step {begins}, of which the trunk has no checkpoint (it has: {_listed(available)}). "
+            f"Train {which} with train.branches=[{config.train.tokens}], or set train.tokens "
             "so that the cooldown begins after one of those steps"
         )
+
+
+def check_branches(trunk: Config) -> None:
+    """Check that a trunk has, or will have, the checkpoints from which its branches start.
+
+    Raises:
+        UserError: the trunk is past the start of a branch and has no checkpoint there.
+    """
+    available = commit.committed_steps(trunk.run_dir)
+    for branch in branches_of(trunk):
+        begins = trunk.cooldown_begins(branch.train.tokens)
+        started = commit.committed_steps(branch.run_dir)
+        if _is_past(begins, available) and not started and begins not in available:
+            raise UserError(
+                f"train.branches: the cooldown of the branch of {branch.train.tokens} tokens "
+                f"begins after step {begins}, which {trunk.run_dir} has passed without a "
+                f"checkpoint (it has: {_listed(available)}). Remove that branch, or train another "
+                "trunk with it, under another name"
+            )
+
+
+def _is_past(step: int, available: list[int]) -> bool:
+    """Return whether a run with these checkpoints will not save one after `step` any more."""
+    return step < max(available, default=0)
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
 
 
 def check_against_trunk(config: Config) -> None:
@@ -137,5 +165,5 @@ def _step_not_here(init_from: str) -> list[str]:
     available = commit.committed_steps(base_folder(init_from))
     if step is None or step in available:
         return []
-    steps = ", ".join(map(str, available)) or "none"
-    return [f"base's checkpoint not here: `train` needs init_from={init_from} (it has: {steps})"]
+    listed = _listed(available)
+    return [f"base's checkpoint not here: `train` needs init_from={init_from} (it has: {listed})"]

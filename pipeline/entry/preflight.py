@@ -3,14 +3,14 @@
 from typing import Any
 
 from retemper.pipeline.checkpoint.base import base_of
-from retemper.pipeline.checkpoint.trunk import check_trunk
+from retemper.pipeline.checkpoint.trunk import check_branches, check_trunk
 from retemper.pipeline.data.streams import check_corpora
 from retemper.pipeline.runs import run_folder
 from retemper.pipeline.schema.run import Config
 
 
 def preflight(config: Config) -> dict[str, Any]:
-    """Check run folder, trunk, corpora and base before a run starts.
+    """Check run folder, trunk, branches, corpora and base before a run starts.
 
     Returns:
         The fingerprints of data, tokenizer and base.
@@ -20,6 +20,7 @@ def preflight(config: Config) -> dict[str, Any]:
     """
     run_folder.check_resumable(config)
     check_trunk(config)
+    check_branches(config)
     fingerprints = check_corpora(config)
     if base := base_of(config):
         fingerprints["base"] = base.fingerprint
