@@ -23,10 +23,7 @@ def table(config: Config) -> Iterator[str]:
     Raises UserError where the run has no scores.
     """
     if not (steps := eval_folder.steps_of(config)):
-        raise UserError(
-            f"{config.run_dir} has no scores yet: run `retemper eval run {config.run_dir}` or "
-            f"`retemper eval worker {config.run_dir}`"
-        )
+        raise UserError(f"{config.run_dir} has no scores yet: run {_scoring_commands(config)}")
     heldout = eval_folder.heldout_of(config)
     for row in [
         COLUMNS,
@@ -37,6 +34,18 @@ def table(config: Config) -> Iterator[str]:
         ),
     ]:
         yield "{:>8}  {:<17}{:<26}{:>6}{:>9}  {:<18}{}".format(*row).rstrip()
+
+
+def _scoring_commands(config: Config) -> str:
+    """Return the commands that score what the run's config names, or what a command may name."""
+    run = f"`retemper eval run {config.run_dir}`"
+    worker = f"`retemper eval worker {config.run_dir}`"
+    by_ranks = config.evals.heldout or config.evals.inline_tasks
+    commands = [run] * bool(by_ranks) + [worker] * bool(config.evals.worker_tasks)
+    return " or ".join(commands) or (
+        f"`retemper eval run {config.run_dir} evals.heldout.NAME=FOLDER`, "
+        "with the token shards of a domain"
+    )
 
 
 def task_rows(config: Config, step: int) -> Iterator[tuple[str, ...]]:
