@@ -78,7 +78,7 @@ def importing(request: ImportRequest):
             topology = topologies.start(ParallelConfig(data_parallel_size=topology.world_size))
             streamed = StreamedModel(partial, 0, topology)
             if topology.rank == 0:
-                verify(streamed, source, None, partial / ORIGIN, rounded=False)
+                verify(streamed, source, None, partial / ORIGIN, source=source, rounded=False)
         if topology.rank == 0:
             print(
                 f"{target}: {weights.model.num_layers} layers from {source}, "
@@ -120,12 +120,13 @@ def exporting(request: ExportRequest):
             if request.adapter:
                 name, reference = export.base_of(streamed, request.base)
                 export.export_adapter(streamed, partial, name)
-                verify(streamed, reference, partial, partial, rounded=False)
+                verify(streamed, reference, partial, partial, source=run_dir, rounded=False)
                 description = f"as a peft adapter of {name}"
             else:
                 chosen = export.tokenizer_of(streamed.folder, streamed.meta, request.tokenizer)
                 rounding = export.export_model(streamed, partial, chosen)
-                verify(streamed, partial, None, partial, rounded=bool(rounding.rounded))
+                rounded = bool(rounding.rounded)
+                verify(streamed, partial, None, partial, source=run_dir, rounded=rounded)
                 description = f"for transformers; {rounding}"
         print(f"{target}: {streamed.folder} {description}\n{summary(target)}")
 

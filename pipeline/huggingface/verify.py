@@ -26,7 +26,13 @@ _ROUNDED_TOLERANCE = 0.05
 
 
 def verify(
-    streamed: StreamedModel, folder: Path, adapter: Path | None, proof: Path, *, rounded: bool
+    streamed: StreamedModel,
+    folder: Path,
+    adapter: Path | None,
+    proof: Path,
+    *,
+    source: Path,
+    rounded: bool,
 ) -> None:
     """Compare the logits, and write the figures into a file. Called by a single rank.
 
@@ -35,6 +41,8 @@ def verify(
         folder: of the model for transformers, or of the adapters' base.
         adapter: folder of the adapters for peft; None for a whole model.
         proof: folder for the file with the figures.
+        source: folder of the model or run that is converted. It is named in the error, because
+            what was written is removed then.
         rounded: whether the exported weights have fewer bits than those in the checkpoint.
 
     Raises:
@@ -49,11 +57,11 @@ def verify(
     (proof / PROOF).write_text(json.dumps(figures, indent=2))
     if not figures["equal"]:
         raise UserError(
-            f"{adapter or folder} and {streamed.folder} are not the same model: "
+            f"{source} is another model after the conversion, so nothing was written: "
             f"logits differ by up to {figures['max_abs_difference']:.2g} "
             f"at a largest logit of {figures['largest_logit']:.3g}, and the next token is the same "
-            f"at {figures['same_argmax']:.1%} of {figures['positions']} positions; "
-            "please report this with the folder's config.json"
+            f"at {figures['same_argmax']:.1%} of {figures['positions']} positions. "
+            f"Please report this with {source / 'config.json'}"
         )
 
 
