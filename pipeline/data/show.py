@@ -12,6 +12,7 @@ from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.data.loss_mask import lengths_and_loss_mask
 from retemper.pipeline.data.mds import Samples
 from retemper.pipeline.data.open_streams import Streams
+from retemper.pipeline.data.shards import BadShard
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files import store
 from retemper.pipeline.schema.run import Config
@@ -34,7 +35,8 @@ def show_step(
         colours: whether the terminal supports colours.
 
     Raises:
-        UserError: for a step that does not exist, or that read other data.
+        UserError: for a step that does not exist, or that read other data; for a bad shard, unless
+            the run skips its samples.
     """
     if step > config.steps:
         raise UserError(f"--step {step}: the run has {config.steps} steps")
@@ -58,14 +60,20 @@ def show_step(
     for row, id in enumerate(ids):
         name, number = locations[row]
         shards = streams.shards[name]
-        sample = shards.samples(np.array([number]))
         [shard] = shards.shards_of(np.array([number]))
+        heading = f"── step {step} · sample {id} · {name} {number}, shard {shard} · "
+        try:
+            sample = shards.samples(np.array([number]))
+        except BadShard as error:
+            if config.data.bad_shards == "stop":
+                raise
+            yield f"{heading}skipped: {error}"
+            continue
         _, loss_mask = lengths_and_loss_mask(sample, mask_documents=config.data.mask_documents)
         loss_mask_T = loss_mask[:-1].astype(bool)
         padding = len(loss_mask_T) - int(sample.values("lengths").sum())
         yield (
-            f"── step {step} · sample {id} · {name} {number}, shard {shard} · "
-            f"{int(loss_mask_T.sum())} of {len(loss_mask_T)} tokens with loss"
+            f"{heading}{int(loss_mask_T.sum())} of {len(loss_mask_T)} tokens with loss"
             + (f", {padding} padding" if padding else "")
         )
         for document, tokens_T, counts_T in _pieces(sample, loss_mask_T):
