@@ -85,7 +85,9 @@ def check_precision(setup: ModelSetup) -> None:
         if setup.fp8_recipe
         else "parallel.tensor_parallel_overlap=true"
     )
-    alternative = "precision=bf16 runs everywhere" if setup.fp8_recipe else "set it to false"
+    alternative = (
+        "set precision=bf16, which runs everywhere" if setup.fp8_recipe else "set it to false"
+    )
     if not kernels.gpu:
         raise UserError(f"{setting} needs an NVIDIA GPU, and torch finds none here; {alternative}")
     if not kernels.transformer_engine:
@@ -102,7 +104,8 @@ def check_precision(setup: ModelSetup) -> None:
     if setup.fp8_recipe:
         supported, reason = _recipe_support(setup.fp8_recipe)
         if not supported:
-            raise UserError(f"{setting} cannot run on {kernels.gpu}: {reason} {alternative}")
+            because = f"{kernels.gpu}: {reason.rstrip('.')}"
+            raise UserError(f"{setting} cannot run on {because}; {alternative}")
 
 
 def check_graph(config: Config) -> None:
@@ -114,7 +117,7 @@ def check_graph(config: Config) -> None:
     if config.train.cuda_graph == "on" and not detect_kernels().gpu:
         raise UserError(
             "train.cuda_graph=on needs an NVIDIA GPU, and torch finds none here; "
-            "train.cuda_graph=auto runs everywhere"
+            "set train.cuda_graph=auto, which runs everywhere"
         )
 
 

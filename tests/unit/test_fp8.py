@@ -106,7 +106,7 @@ def test_fp8_without_a_gpu_is_refused_before_the_run_folder_exists(workspace):
     assert not (workspace / "runs" / "test" / "fp8").exists()
     assert result.stderr == (
         "error: precision=fp8_delayed needs an NVIDIA GPU, and torch finds none here; "
-        "precision=bf16 runs everywhere\n"
+        "set precision=bf16, which runs everywhere\n"
     )
 
 
