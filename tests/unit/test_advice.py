@@ -1,15 +1,14 @@
 """Test the advice in messages: commands in backticks are parsed, and keys and values checked.
 
-The advice of the rules between keys is followed by test_rules.py.
+The advice is followed by test_advice_followed.py, that of the rules between keys by test_rules.py.
 """
 
-import ast
 import re
 import shlex
-from collections.abc import Iterator
 
 import pytest
 from conftest import ROOT
+from messages import messages
 
 from retemper.pipeline.cli import parse
 from retemper.pipeline.schema.run import Config
@@ -17,59 +16,9 @@ from retemper.pipeline.schema.section import fields_of
 
 KEYS = {key for key, _ in fields_of(Config)}
 GROUPS = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
-# Names in messages that look like keys of ours and are not: arguments of libraries and programs.
-OTHERS = {"lsm", "key", "group"}
-# Stands for whatever a message puts there.
-VALUE = "7"
-# Their strings are HTML, a shell script, and the commands of earlier versions.
-NOT_READ = {"page.py", "slurm.py", "old_spellings.py"}
-
-
-def messages() -> Iterator[tuple[str, str]]:
-    """Yield the place and the text of every string of the program that is no docstring."""
-    for folder in ("pipeline", "tokenize", "launch"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            if path.name in NOT_READ:
-                continue
-            tree = ast.parse(path.read_text())
-            documentation = {
-                id(node.value)
-                for node in ast.walk(tree)
-                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            }
-            parts = {
-                id(part)
-                for node in ast.walk(tree)
-                if isinstance(node, ast.JoinedStr)
-                for part in node.values
-            }
-            for node in ast.walk(tree):
-                if id(node) not in documentation | parts and (text := text_of(node)):
-                    yield f"{path.relative_to(ROOT)}:{node.lineno}", text
-
-
-def text_of(node: ast.AST) -> str | None:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    if isinstance(node, ast.JoinedStr):
-        parts = [part.value if isinstance(part, ast.Constant) else VALUE for part in node.values]
-        return "".join(parts)
-    return None
-
-
-COMMANDS = [
-    (place, command)
-    for place, text in messages()
-    for command in re.findall(r"`(retemper [a-z][^`]*)`", text)
-]
+COMMANDS = [(message.place, command) for message in messages() for command in message.commands]
 PAIRS = sorted(
-    {
-        (place, key, value.rstrip(".,:;)"))
-        for place, text in messages()
-        if " " in text
-        for key, value in re.findall(r"(?<![\w./{-])([a-z_]+(?:\.[a-zA-Z_]+)*)=([^\s`]+)", text)
-        if key not in OTHERS
-    }
+    {(message.place, key, value) for message in messages() for key, value in message.pairs}
 )
 
 

@@ -1,0 +1,91 @@
+"""Collect the messages of the program, and the commands and settings that they advise."""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Their strings are HTML, a shell script, and the commands of earlier versions.
+_NOT_READ = {"page.py", "slurm.py", "old_spellings.py"}
+_PAIR = re.compile(r"(?<![\w./{-])([a-z_]+(?:\.[a-zA-Z_]+)*)=([^\s`]+)")
+# Names in messages that look like keys of ours and are not: arguments of libraries and programs.
+_OTHERS = {"lsm", "key", "group"}
+# They stand for whatever a message puts there, and for the present value of the key before it.
+_VALUE, _PRESENT_VALUE = "7", "77"
+
+
+@dataclass(frozen=True)
+class Message:
+    """A string of the program that is no docstring."""
+
+    place: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands in backticks."""
+        return re.findall(r"`(retemper [a-z][^`]*)`", self.text)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every key=value."""
+        pairs = _PAIR.findall(self.text) if " " in self.text else []
+        return [(key, value.rstrip(".,:;)")) for key, value in pairs if key not in _OTHERS]
+
+    @property
+    def advises(self) -> bool:
+        """Whether it has a command, or a key=value that is not the setting which it is about.
+
+        That setting is at its start, or has its present value.
+        """
+        pairs = self.pairs[1:] if _PAIR.match(self.text) else self.pairs
+        return bool(self.commands) or any(value != _PRESENT_VALUE for _, value in pairs)
+
+
+def messages() -> Iterator[Message]:
+    """Yield every message of the program."""
+    for folder in ("pipeline", "tokenize", "launch"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.name not in _NOT_READ:
+                yield from _messages_of(path)
+
+
+def _messages_of(path: Path) -> Iterator[Message]:
+    tree = ast.parse(path.read_text())
+    documentation = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    parts = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
+    }
+    for node in ast.walk(tree):
+        if id(node) not in documentation | parts and (text := _text_of(node)):
+            yield Message(f"{path.relative_to(ROOT)}:{node.lineno}", text)
+
+
+def _text_of(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if not isinstance(node, ast.JoinedStr):
+        return None
+    text = ""
+    for part in node.values:
+        text += part.value if isinstance(part, ast.Constant) else _stand_in(part, text)
+    return text
+
+
+def _stand_in(part: ast.FormattedValue, before: str) -> str:
+    """Return what stands for a value: is it that of the key before it, as in tokens={data.tokens}?
+
+    The names are compared.
+    """
+    key = re.search(r"(\w+)=$", before)
+    [*_, name] = re.findall(r"\w+", ast.unparse(part.value))
+    return _PRESENT_VALUE if key and key[1] == name else _VALUE
