@@ -36,6 +36,7 @@ def importing(request: ImportRequest):
     import torch
 
     from retemper.pipeline.corpus.tokenizer import Tokenizer
+    from retemper.pipeline.huggingface.source_config import passed_over
     from retemper.pipeline.huggingface.source_folder import Weights
 
     source = Path(request.folder)
@@ -80,6 +81,8 @@ def importing(request: ImportRequest):
             if topology.rank == 0:
                 verify(streamed, source, None, partial / ORIGIN, source=source, rounded=False)
         if topology.rank == 0:
+            if unused := passed_over(weights.config):
+                print(f"passed over in config.json, without effect here: {', '.join(unused)}")
             print(
                 f"{target}: {weights.model.num_layers} layers from {source}, "
                 f"for init_from={target}\n{summary(target / ORIGIN)}"

@@ -5,9 +5,8 @@ Only the tensors of one output file are in memory at a time.
 
 import json
 import math
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,12 @@ from retemper.pipeline.corpus.tokenizer import Tokenizer, is_hub_name
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.huggingface.load import ORIGIN, SOURCE
 from retemper.pipeline.huggingface.names import LINEAR, Shard, tensor_shapes
+from retemper.pipeline.huggingface.own_files import GENERATION, TOKENIZER_FILES, copy_files
 from retemper.pipeline.huggingface.source_config import (
-    TOKENIZER_FILES,
     config_of,
     model_of,
     read_config,
+    readable_config,
     transformers_folder,
 )
 from retemper.pipeline.huggingface.streamed import StreamedModel
@@ -84,11 +84,12 @@ def export_model(streamed: StreamedModel, target: Path, tokenizer: Tokenizer) ->
 
     _write_index(_write_tensors(typed(), target), target)
     if origin:
-        _copy(("config.json", "generation_config.json"), origin, target)
+        config = readable_config(origin)
+        copy_files([GENERATION], origin, target)
     else:
         config = config_of(streamed.setup.model, dtype_of_run, _special_ids(tokenizer))
-        (target / "config.json").write_text(json.dumps(config, indent=2))
-    _copy(TOKENIZER_FILES, tokenizer.folder, target)
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    copy_files(TOKENIZER_FILES, tokenizer.folder, target)
     whose = "the model that was imported" if origin else "the run's precision"
     rounding = Rounding(len(dtypes), dict(rounded), f"the type of {whose}")
     kind = "A whole model for transformers."
@@ -176,7 +177,7 @@ def export_adapter(streamed: StreamedModel, target: Path, base: str) -> None:
     }
     (target / "adapter_config.json").write_text(json.dumps(config, indent=2))
     if origin := origin_of(streamed.folder, streamed.meta):
-        _copy(TOKENIZER_FILES, origin, target)
+        copy_files(TOKENIZER_FILES, origin, target)
     _write_readme(streamed, target, f"Adapters for peft, in float32, of the model {base}.")
 
 
@@ -336,9 +337,3 @@ def _write_index(files: list[dict[str, int]], target: Path) -> None:
     (target / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
     )
-
-
-def _copy(names: Iterable[str], source: Path, target: Path) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

@@ -5,7 +5,6 @@ Each rank reads only the blocks of its shard.
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from retemper.pipeline.checkpoint.state import TrainState
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.files.atomic import replace_file
 from retemper.pipeline.huggingface.names import Shard
-from retemper.pipeline.huggingface.source_config import TOKENIZER_FILES
+from retemper.pipeline.huggingface.own_files import GENERATION, TOKENIZER_FILES, copy_files
 from retemper.pipeline.huggingface.source_folder import Weights
 from retemper.pipeline.model.build import build_layers
 from retemper.pipeline.schema.model import ModelSetup
@@ -101,9 +100,7 @@ def _global_names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
 
 def _keep_origin(weights: Weights, hub_name: str | None, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
-        if (weights.folder / name).is_file():
-            shutil.copyfile(weights.folder / name, folder / name)
+    copy_files(("config.json", GENERATION, *TOKENIZER_FILES), weights.folder, folder)
     dtypes = {name: str(weights.dtype(name)).removeprefix("torch.") for name in weights.names}
     source = {"folder": str(weights.folder.resolve()), "name": hub_name, "dtypes": dtypes}
     (folder / SOURCE).write_text(json.dumps(source, indent=1))

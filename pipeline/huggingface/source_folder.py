@@ -15,6 +15,12 @@ from safetensors import SafetensorError, safe_open
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.huggingface.names import EMBEDDING, HEAD, Region, tensor_shapes
+from retemper.pipeline.huggingface.own_files import (
+    GENERATION,
+    TOKENIZER_FILES,
+    read_dictionary,
+    refuse_link_out,
+)
 from retemper.pipeline.huggingface.source_config import model_of, read_config
 
 # Buffers that old versions of transformers saved, and that every model computes itself.
@@ -45,6 +51,10 @@ class Weights:
         if not trusted:
             _refuse_code(folder, self.config)
         self.model = model_of(self.config, folder)
+        for name in TOKENIZER_FILES:
+            refuse_link_out(folder / name)
+        if (folder / GENERATION).exists():
+            read_dictionary(folder / GENERATION)
         self._file_of = _files(folder)
         self._open: dict[str, Any] = {}
         self._check_shapes()
@@ -170,13 +180,13 @@ def _files(folder: Path) -> dict[str, str]:
 def _indexed_files(index: Path) -> dict[str, str]:
     """Return {tensor: file} from an index. Raises UserError where it is damaged or files lack."""
     try:
-        file_of = json.loads(index.read_text())["weight_map"]
+        file_of = read_dictionary(index)["weight_map"]
         unsafe = [
             file
             for file in file_of.values()
             if not isinstance(file, str) or Path(file).name != file
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged ({error!r}); download it again") from None
     if unsafe:
         raise UserError(f"{index} names the file {unsafe[0]!r}: do not trust this folder")
@@ -191,6 +201,7 @@ def _indexed_files(index: Path) -> dict[str, str]:
 
 def _open(path: Path):
     """Return a dictionary of tensors, or an open safetensors file."""
+    refuse_link_out(path)
     if path.suffix == ".safetensors":
         try:
             return safe_open(path, "pt")

@@ -6,6 +6,7 @@ The logits of unmodified transformers and peft are compared with those of the me
 import heapq
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ import torch
 from retemper.pipeline.compat.light_imports import import_transformers
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.huggingface.names import EMBEDDING
+from retemper.pipeline.huggingface.source_config import readable_config
 from retemper.pipeline.huggingface.source_folder import Weights
 from retemper.pipeline.huggingface.streamed import StreamedModel
 
 PROOF = "verified.json"
 _TEXT = Path(heapq.__file__)  # English and Python, available in every installation
-_POSITIONS = 512
+_FIRST_POSITIONS = 512
+_MOST_POSITIONS = 4096
+_SECONDS = 60  # in which more positions than the first are compared
+_LOGITS_IN_MEMORY = 8  # copies of the logits, at most, while they are computed and compared
 _TOLERANCE = 1e-4  # relative to the largest logit, with fp32 on both sides
 # Relative RMS, where weights were rounded to fewer bits than the run computed with.
 _ROUNDED_TOLERANCE = 0.05
@@ -49,11 +54,21 @@ def verify(
         UserError: the logits differ.
     """
     import_transformers()
-    tokens_BT = _tokens(folder, streamed.setup.model.max_sequence_length)
-    ours = streamed.logits(tokens_BT).float()
-    with torch.no_grad():
-        theirs = _reference(folder, adapter)(tokens_BT).logits.float()
-    figures = _compare(ours, theirs, rounded)
+    model = streamed.setup.model
+    tokens_BT = _tokens(folder, min(model.max_sequence_length, _MOST_POSITIONS))
+    reference = _reference(folder, adapter)
+
+    def compare(positions: int) -> dict[str, Any]:
+        part_BT = tokens_BT[:, :positions]
+        with torch.no_grad():
+            theirs = reference(part_BT, use_cache=False).logits.float()
+        return _compare(streamed.logits(part_BT).float(), theirs, rounded)
+
+    started = time.monotonic()
+    figures = compare(_FIRST_POSITIONS)
+    positions = _affordable(time.monotonic() - started, model.vocab_size)
+    if figures["equal"] and min(positions, tokens_BT.shape[1]) > figures["positions"]:
+        figures = compare(positions)
     (proof / PROOF).write_text(json.dumps(figures, indent=2))
     if not figures["equal"]:
         raise UserError(
@@ -63,6 +78,22 @@ def verify(
             f"at {figures['same_argmax']:.1%} of {figures['positions']} positions. "
             f"Please report this with {source / 'config.json'}"
         )
+
+
+def _affordable(seconds: float, vocab_size: int) -> int:
+    """Return the number of positions for which time and memory suffice.
+
+    Args:
+        seconds: that the first positions took.
+        vocab_size: of the model.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    return min(
+        int(_FIRST_POSITIONS * _SECONDS / seconds),
+        free // (_LOGITS_IN_MEMORY * vocab_size * torch.float32.itemsize),
+    )
 
 
 def summary(proof: Path) -> str:
@@ -101,7 +132,7 @@ def _compare(ours: torch.Tensor, theirs: torch.Tensor, rounded: bool) -> dict[st
     }
 
 
-def _tokens(folder: Path, max_sequence_length: int) -> torch.Tensor:
+def _tokens(folder: Path, positions: int) -> torch.Tensor:
     import tokenizers
 
     ids = (
@@ -109,7 +140,7 @@ def _tokens(folder: Path, max_sequence_length: int) -> torch.Tensor:
         .encode(_TEXT.read_text(), add_special_tokens=False)
         .ids
     )
-    return torch.tensor(ids[: min(_POSITIONS, max_sequence_length)])[None]
+    return torch.tensor(ids[:positions])[None]
 
 
 def _reference(folder: Path, adapter: Path | None):
@@ -128,9 +159,16 @@ def _reference(folder: Path, adapter: Path | None):
         "max_memory": max_memory,
         "offload_folder": tempfile.mkdtemp(),
     }
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, **settings
-    ).eval()
+    try:
+        config = _reference_config(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False, **settings
+        ).eval()
+    # transformers raises errors of many types: AttributeError, KeyError, OSError, …
+    except Exception as error:
+        raise UserError(
+            f"transformers {transformers.__version__} cannot load {folder}: {error!r}"
+        ) from None
     if not adapter:
         return model
     import peft
@@ -138,6 +176,21 @@ def _reference(folder: Path, adapter: Path | None):
     if "disk" in model.hf_device_map.values():
         return _adapted_from_disk(folder, adapter)
     return peft.PeftModel.from_pretrained(model, adapter)
+
+
+def _reference_config(folder: Path):
+    """Return transformers' config of a folder, which may be in the spelling of transformers 5.
+
+    What names a kernel or a type is left out: the reference computes in fp32 on the CPU.
+    """
+    import transformers
+
+    values = {
+        key: value
+        for key, value in readable_config(folder).items()
+        if not key.startswith("_") and key not in ("attn_implementation", "dtype", "torch_dtype")
+    }
+    return transformers.AutoConfig.for_model(**values)
 
 
 def _adapted_from_disk(folder: Path, adapter: Path):
@@ -153,7 +206,7 @@ def _adapted_from_disk(folder: Path, adapter: Path):
     weights = Weights(folder, trusted=True)
     with accelerate.init_empty_weights():
         base = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32
+            _reference_config(folder), dtype=torch.float32
         )
     for path, module in list(base.named_modules()):
         names = {

@@ -46,9 +46,13 @@ FAMILIES = {
     ),
     "linear_rope": (
         "Llama",
-        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "head_dim": 8},
+        {
+            "rope_theta": 5000.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            "head_dim": 8,
+        },
     ),
-    "mistral": ("Mistral", {"sliding_window": 128, "head_dim": 32}),
+    "mistral": ("Mistral", {"sliding_window": 128, "head_dim": 32, "rope_theta": 1e6}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 24}),
 }
@@ -72,6 +76,18 @@ def save_random(
     model.to(dtype).save_pretrained(folder, max_shard_size="200KB")
     (folder / "tokenizer.json").write_text((tokenizer / "tokenizer.json").read_text())
     return folder
+
+
+def respell(folder: Path, *layer_types: str) -> None:
+    """Rewrite config.json as transformers 5 does.
+
+    layer_types: where there are any, each has its own dictionary of rotary parameters.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
+    rope = scaling | {"rope_theta": config.pop("rope_theta")}
+    config["rope_parameters"] = dict.fromkeys(layer_types, rope) if layer_types else rope
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -108,6 +124,7 @@ def folders(workspace) -> dict[str, Path]:
             "vocab_size": draw.randint(300, 700),
             "num_hidden_layers": 2 * draw.randint(1, 2),
             "tie_word_embeddings": draw.random() < 0.5,
+            "rope_theta": 3e5,
         }
         made[f"random-{number}"] = save_random(
             root / f"random-{number}",
@@ -116,6 +133,9 @@ def folders(workspace) -> dict[str, Path]:
             tokenizer,
             seed=number,
         )
+    for name in ("linear_rope", "mistral"):
+        respell(made[name])
+    respell(made["random-1"], "full_attention", "sliding_attention")
     if (SHARED_DATA / "stories260K").is_dir():
         made["stories260K"] = SHARED_DATA / "stories260K"
     return made
@@ -273,8 +293,19 @@ def test_a_round_trip_changes_no_byte(exchange):
             assert before[tensor].dtype == after[tensor].dtype and before[tensor].equal(
                 after[tensor]
             ), (out, tensor)
-        for file in ("config.json", "generation_config.json", "tokenizer.json"):
+        for file in ("generation_config.json", "tokenizer.json"):
             assert (exchange.folders[name] / file).read_bytes() == (out / file).read_bytes()
+        source, exported = (
+            json.loads((folder / "config.json").read_text())
+            for folder in (exchange.folders[name], out)
+        )
+        spelled = ("rope_theta", "rope_scaling", "rope_parameters", "torch_dtype", "dtype")
+        unchanged = {key: value for key, value in source.items() if key not in spelled}
+        assert exported | unchanged == exported
+        assert exported["rope_theta"] == exported["rope_parameters"]["rope_theta"]
+        scaling = exported["rope_scaling"] or {"rope_type": "default"}
+        assert exported["rope_parameters"] == scaling | {"rope_theta": exported["rope_theta"]}
+        assert exported["dtype"] == exported["torch_dtype"]
 
 
 def test_a_base_is_the_same_at_every_layout(exchange):

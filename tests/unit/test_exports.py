@@ -148,6 +148,16 @@ def test_an_export_refuses_a_tokenizer_other_than_the_one_of_training(tmp_path, 
     assert export.tokenizer_of(streamed.folder, streamed.meta, str(tokenizer)).folder == tokenizer
 
 
+def test_an_export_copies_no_file_from_outside_the_tokenizers_folder(tmp_path, tokenizer):
+    streamed = write_checkpoint(tmp_path / "run", tokenizer)
+    shutil.copytree(tokenizer, linked := tmp_path / "linked")
+    (tmp_path / "secret").write_text("password")
+    (linked / "chat_template.jinja").symlink_to("../secret")
+    (out := tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="chat_template.jinja is a link out of its folder"):
+        export.export_model(streamed, out, Tokenizer(linked))
+
+
 def test_another_tokenizer_is_refused_before_any_rank_starts(tmp_path, tokenizer):
     write_checkpoint(tmp_path / "run", tokenizer)
     train_tokenizer(["another text, and other tokens"], 262, other := tmp_path / "other")

@@ -35,7 +35,9 @@ def random_tensors() -> dict[str, torch.Tensor]:
 
 def write_folder(folder: Path, tensors: dict | None = None, **config) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_of(MODEL, "float32") | config))
+    written = config_of(MODEL, "float32")
+    del written["rope_parameters"]  # as transformers 4 writes it
+    (folder / "config.json").write_text(json.dumps(written | config))
     if tensors is not None:
         save_file(tensors, folder / "model.safetensors")
     return folder
@@ -157,16 +159,19 @@ def test_damaged_folder_is_refused_and_the_damage_named(tmp_path, kind, message)
             {"architectures": ["GPT2LMHeadModel"]},
             "the architecture GPT2LMHeadModel is not supported",
         ),
-        ({"architectures": None}, "the architecture none named is not supported"),
+        (
+            {"architectures": None, "model_type": "gpt2"},
+            "the architecture none named is not supported",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn'"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
-            "rope_scaling without low_freq_factor",
+            "rope_scaling without high_freq_factor, low_freq_factor",
         ),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
-        ({"logit_scale": 0.5}, "the unknown key logit_scale=0.5"),
+        ({"logit_scale": 0.5}, "logit_scale=0.5, which could change what the model computes"),
         ({"vocab_size": -1}, "vocab_size"),
     ],
 )
@@ -182,6 +187,37 @@ def test_folder_with_code_is_read_without_the_code_if_trusted(tmp_path):
     with pytest.raises(UserError, match="auto_map in config.json"):
         Weights(folder)
     assert Weights(folder, trusted=True).model.num_layers == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "model.safetensors"])
+def test_a_link_out_of_the_folder_is_refused_and_within_it_or_the_hub_cache_followed(
+    tmp_path, name
+):
+    secret = tmp_path / "secret"
+    folder = write_folder(tmp_path / "m", random_tensors())
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / name).rename(secret)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(UserError, match=f"{name} is a link out of its folder, to {secret}"):
+        Weights(folder)
+    (folder / name).unlink()
+    secret.rename(folder / "beside")
+    (folder / name).symlink_to("beside")
+    Weights(folder)
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "1"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (snapshot.parents[1] / "blobs").mkdir()
+    (snapshot / "beside").rename(snapshot.parents[1] / "blobs" / "2")
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to("../../blobs/2")
+    Weights(snapshot)
+
+
+def test_a_folder_that_is_itself_a_link_is_read(tmp_path):
+    write_folder(tmp_path / "m", random_tensors())
+    (tmp_path / "link").symlink_to("m")
+    Weights(tmp_path / "link")
 
 
 def test_refused_import_leaves_no_files(tmp_path, capfd):
