@@ -360,6 +360,11 @@ def conflicts(config: Config) -> Iterator[str]:
             f"data.seq_length={config.data.seq_length} is not divisible by the {parts} parts that "
             f"{' × '.join(keys)} splits it into"
         )
+    if config.fp8.attention and config.dropout.attention:
+        yield (
+            "fp8.attention=true cannot be combined with dropout.attention: "
+            "set one of them to its default"
+        )
     if config.fp8.attention and config.data.mask_documents:
         yield (
             "fp8.attention=true cannot be combined with data.mask_documents=true: "

@@ -101,17 +101,24 @@ class Activations:
 
     def of_layer(self, stage: int) -> tuple[int, int]:
         """Return (saved for the backward pass, recomputed in it) of a layer of the stage."""
-        attention = self.attention()
+        hidden = self.own * self.h * self.element
+        dropped = self.dropped(self.own * self.h) if self.config.dropout.hidden else 0
+        attention = self.attention() + dropped
         norm = self.norm("gate", "up")
         ffn = self.feed_forward()
-        hidden = self.own * self.h * self.element
         return {
-            "none": (attention + norm + ffn, 0),
-            "swiglu": (attention + norm + ffn, 0),  # without the input of down (input_of)
-            # Within a layer, everything after the norm is recomputed.
-            "selective": (attention + norm, ffn),
-            "full": (hidden, attention + norm + ffn - hidden),  # only a layer's input is saved
+            "none": (attention + norm + ffn + dropped, 0),
+            # Without the input of down (input_of).
+            "swiglu": (attention + norm + ffn + dropped, 0),
+            # Within a layer, everything after the norm and before dropout is recomputed.
+            "selective": (attention + norm + dropped, ffn),
+            # Only a layer's input is saved.
+            "full": (hidden, attention + norm + ffn + dropped - hidden),
         }[self.config.parallel.recompute]
+
+    def dropped(self, elements: int) -> int:
+        """Return the bytes that dropout saves besides its output: here its mask as a factor."""
+        return elements * self.element
 
     def constant(self, _stage: int) -> int:
         """Return the bytes independent of the number of micro-batches in flight: none here."""
@@ -161,7 +168,7 @@ class Activations:
             # For the weight's gradient, in the precision of the multiplication.
             kept = elements * (1 if in_fp8 else self.element)
         if adapted and self.dropout:
-            kept += elements * 2 * self.element  # the output of dropout, and its mask
+            kept += elements * self.element + self.dropped(elements)
         return kept + (self.adapters(adapted, targets) if adapted else 0)
 
     def _recomputes(self, targets: tuple[str, ...]) -> bool:
@@ -206,7 +213,19 @@ class Activations:
             kept += self.in_context()
         # The output of attention, and the logarithms of the softmax's sums.
         kept += tokens * self.q * element + tokens * self.heads * 4
+        if self.config.dropout.attention:
+            # The softmax, the mask of dropout and its output.
+            kept += 3 * self.heads * self.scores() * element
         return kept + self.input_of(("o",), tokens * self.q if self.dropout else 0)
+
+    def scores(self) -> int:
+        """Return the number of pairs of a query and a key of one head, where all are computed.
+
+        Under context parallelism a chunk of queries attends only to the keys up to its end.
+        """
+        if self.context == 1:
+            return self.tokens * self.sequence
+        return self.tokens * self.sequence * (2 * self.context + 1) // 4
 
     def in_context(self) -> int:
         """Return the additional bytes of attention under context parallelism.

@@ -113,7 +113,7 @@ class TransformerEngineActivations(Activations):
             return 0
         kept = 0 if self._recomputes(targets) else elements * self.element
         if self.dropout:
-            kept += elements  # the mask of dropout, besides its output
+            kept += self.dropped(elements)
         if not self.fused_adapters and targets[0] not in SHARDED_BY_INPUT:
             kept += self._beside_returned_norm(elements)
         return kept + self.adapters(adapted, targets)
@@ -127,6 +127,10 @@ class TransformerEngineActivations(Activations):
         if self.fp8:
             return self.in_fp8(elements)
         return elements * self.element if self.dropout else 0
+
+    def dropped(self, elements: int) -> int:
+        """Return the bytes that dropout saves besides its output: a byte of its mask for each."""
+        return elements
 
     def adapters(self, adapted: list[str], parts: tuple[str, ...]) -> int:
         """Return the bytes that adapters save besides a layer's input.

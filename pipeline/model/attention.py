@@ -3,9 +3,14 @@
 megatron-core's DotProductAttention materialises the score matrix; docs/dev/log.md lists its cost.
 """
 
+from contextlib import nullcontext
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+)
 from megatron.core.transformer import TransformerConfig
 
 
@@ -28,6 +33,9 @@ class SdpaAttention(torch.nn.Module):
     ):
         super().__init__()
         self.dropout = config.attention_dropout
+        # Heads are distributed over tensor-parallel ranks, which drop different weights. With
+        # sequence parallelism megatron-core has forked the random state around all layers.
+        self.forks_random_state = self.dropout > 0 and not config.sequence_parallel
         self.softmax_scale = softmax_scale
         self.context_group = pg_collection.cp
 
@@ -46,6 +54,12 @@ class SdpaAttention(torch.nn.Module):
         For packed documents, whose inputs have no B dimension, it is (S, H·D).
         """
         assert attention_mask is None
+        random_state = get_cuda_rng_tracker().fork if self.forks_random_state else nullcontext
+        with random_state():
+            return self._attend_in_parts(query_SBHD, key_SBGD, value_SBGD, packed_seq_params)
+
+    def _attend_in_parts(self, query_SBHD, key_SBGD, value_SBGD, packed_seq_params):
+        """Attend within each document, or over the ranks that share a sequence, or at once."""
         if packed_seq_params is not None:
             lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
             documents = zip(

@@ -254,8 +254,8 @@ def transformer_config(config: ModelSetup, *, local: bool = True) -> Transformer
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        hidden_dropout=config.dropout.hidden,
+        attention_dropout=config.dropout.attention,
         perform_initialization=False,  # done by init_weights, the same for every topology
         # Otherwise megatron-core allocates on the GPU, regardless of torch.device's context.
         use_cpu_initialization=not torch.cuda.is_available()

@@ -133,7 +133,7 @@ def _is_tested(config: Config) -> bool:
     return (
         simple_layout
         and lora is not None
-        and not lora.dropout
+        and not (lora.dropout or config.dropout.attention or config.dropout.hidden)
         and config.precision in ("bf16", "fp8_tensorwise")
     )
 

@@ -197,6 +197,19 @@ class Fp8Config(Section):
     """Compute attention in FP8, too, with precision=fp8_tensorwise or fp8_delayed."""
 
 
+class DropoutConfig(Section):
+    """Dropout in the model itself, beside that of adapters (method.lora.dropout).
+
+    It is a setting of a run, not of the model's shape, which a run takes from its base.
+    """
+
+    attention: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability of attention weights. On a CPU attention then has no fused kernel."""
+    hidden: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability of the embeddings, and of the outputs of attention and feed-forward
+    layers before they are added to the residual stream."""
+
+
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 
 
@@ -224,6 +237,8 @@ class ModelSetup(Section):
     linear layers; everything else is then computed in bf16."""
     fp8: Fp8Config = Fp8Config()
     """Settings of the 8-bit precisions."""
+    dropout: DropoutConfig = DropoutConfig()
+    """Dropout in the model."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
     """Seed of initial weights, data order and dropout."""
 

@@ -15,6 +15,7 @@ from retemper.pipeline.distributed import topology
 
 
 def main(cases: list[dict]) -> None:
+    from dropped import masks, mean_loss
     from planned import counts, memory
     from trajectory import norms_of_each_rank, trajectory
 
@@ -30,6 +31,8 @@ def main(cases: list[dict]) -> None:
         "base": base,
         "launches": launches,
         "fp8": fp8,
+        "masks": masks,
+        "mean_loss": mean_loss,
         "counts": counts,
         "memory": memory,
     }

@@ -65,6 +65,12 @@ def test_planned_memory_of_the_demo_equals_that_of_its_steps():
     demo(2, TWO_RANKS["tp2"])
 
 
+@pytest.mark.slow
+def test_planned_memory_covers_dropout():
+    dropout = ["dropout.attention=0.1", "dropout.hidden=0.1"]
+    demo(2, [*TWO_RANKS["tp2"], *dropout], [*MORE_OF_TWO["cp2"], *dropout])
+
+
 SCORED = ["evals.micro_batch_size=16", "train.micro_batch_size=1", "parallel.recompute=full"]
 
 

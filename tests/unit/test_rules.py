@@ -83,6 +83,10 @@ BROKEN = [
     ),
     ([*FP8, "data.seq_length=60"], "requires a data.seq_length whose part on a rank"),
     (
+        [*FP8, "fp8.attention=true", "dropout.attention=0.1"],
+        "fp8.attention=true cannot be combined with dropout.attention",
+    ),
+    (
         [*FP8, "fp8.attention=true", "data.mask_documents=true"],
         "fp8.attention=true cannot be combined with data.mask_documents=true",
     ),
