@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.data import DecontaminateConfig, SourceConfig
+from retemper.tokenize.json_records import json_records
 from retemper.tokenize.listing import list_parts, locate
 from retemper.tokenize.ngrams import (
     LOWER_WORDS,
@@ -176,19 +178,19 @@ def _rows(task: str, path: str) -> Iterator[dict]:
         raise UserError(
             str(error).replace("data.source.path", f"data.decontaminate.tasks.{task}")
         ) from None
-    for file in dict.fromkeys(file.path for part in parts for file in part):
-        with get_datafolder(root).open(file, "rb", compression="infer") as stream:
-            try:
-                yield from (
-                    pq.read_table(stream).to_pylist()
-                    if file.endswith(".parquet")
-                    else map(orjson.loads, filter(bytes.strip, stream))
-                )
-            except ValueError as error:
-                raise UserError(
-                    f"data.decontaminate.tasks.{task}: {file} cannot be read ({error}); "
-                    "download it again"
-                ) from None
+    folder = get_datafolder(root)
+    for file in [replace(file, end=file.size) for part in parts for file in part if not file.start]:
+        try:
+            if file.path.endswith(".parquet"):
+                with folder.open(file.path, "rb") as stream:
+                    yield from pq.read_table(stream).to_pylist()
+            else:
+                yield from (orjson.loads(record) for _, record in json_records(folder, file))
+        except ValueError as error:
+            raise UserError(
+                f"data.decontaminate.tasks.{task}: {file.path} cannot be read ({error}); "
+                "download it again"
+            ) from None
 
 
 def _texts(value: object) -> Iterator[str]:

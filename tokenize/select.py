@@ -109,6 +109,6 @@ def _refuse_broken(broken: list[dict], data: CorpusConfig) -> None:
         )
         raise UserError(
             f"{len(broken)} source files are damaged:\n{files}\n"
-            "Fetch them again and run the same command: only their parts are read again. "
-            "Or keep what could be read of them with data.allow_broken_files=true"
+            "Correct them or fetch them again, and run the same command: only their parts are read "
+            "again. Or keep what could be read of them with data.allow_broken_files=true"
         )

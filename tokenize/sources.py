@@ -3,22 +3,21 @@
 import ast
 import codecs
 import gzip
-import io
 import json
 import lzma
 import re
 import zlib
-from collections.abc import Buffer, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 import orjson
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.io import DataFolder
 from datatrove.pipeline.readers.base import BaseDiskReader
 from loguru import logger
 
 from retemper.pipeline.schema.data import SourceConfig
-from retemper.tokenize.listing import COMPRESSED, FileRange, list_parts, locate
+from retemper.tokenize.json_records import MAX_RECORD_BYTES, UTF16, Damaged, json_records
+from retemper.tokenize.listing import FileRange, list_parts, locate
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,12 +25,7 @@ if TYPE_CHECKING:
 # datatrove logs every file that it opens; the progress bar and the counts in the manifest suffice.
 logger.disable("datatrove")
 
-# A longer record is not a document: it is skipped without being read into memory.
-MAX_RECORD_BYTES = 1 << 28
 _PARQUET_ROWS = 64
-_BUFFER_BYTES = 1 << 20
-# The marks that files in UTF-16, and in UTF-32 of the same byte order, begin with.
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _CONTROL = bytes({*range(32), 127} - set(b"\b\t\n\v\f\r\x1b"))
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _COLUMN = re.compile(r"\{(\w+)\}")
@@ -47,8 +41,9 @@ class DocumentReader(BaseDiskReader):
     It counts `read` records and `dropped_<reason>`. A damaged file is listed in `broken`, and only
     its records after the damage are lost.
 
-    Metadata of a document: file (index in the part), position (byte offset of the line, or row
-    number), prompt_chars (characters of the prompt), about (the values of metadata_keys).
+    Metadata of a document: file (index in the part), position (byte offset of the line, or number
+    of the row or element), prompt_chars (characters of the prompt), about (the values of
+    metadata_keys).
     """
 
     name = "📖 Documents"
@@ -105,8 +100,7 @@ class DocumentReader(BaseDiskReader):
             with self.data_folder.open(file.path, "rb") as stream:
                 yield from self._parquet_rows(stream, file)
         else:
-            with _decompressed(self.data_folder, file.path) as stream:
-                yield from _lines(stream, file.start, file.end if file.end < file.size else None)
+            yield from json_records(self.data_folder, file)
 
     def _parquet_rows(self, stream: BinaryIO, file: FileRange) -> Iterator[tuple[int, dict]]:
         import pyarrow.parquet as pq
@@ -159,10 +153,10 @@ class DocumentReader(BaseDiskReader):
             return orjson.loads(line)
         except orjson.JSONDecodeError:
             pass
-        # The standard library also accepts what orjson refuses without telling the reason: NaN and
-        # lone surrogates.
+        # The standard library also accepts what orjson refuses without telling the reason: NaN,
+        # lone surrogates, and numbers that are too large, which are no text either way.
         try:
-            row = json.loads(self._decoded(line))
+            row = json.loads(self._decoded(line), parse_int=float)
         except (ValueError, RecursionError):
             raise Rejected("malformed_json") from None
         return (
@@ -179,7 +173,7 @@ class DocumentReader(BaseDiskReader):
         return _SURROGATE.sub("\ufffd", value)
 
     def _extracted(self, content: bytes) -> dict:
-        if content.startswith(_UTF16):
+        if content.startswith(UTF16):
             raise Rejected("utf16")
         if _is_binary(content):
             raise Rejected("binary")
@@ -239,67 +233,6 @@ def _values(column: "pa.Array") -> list:
         return [{}] * len(column)
 
 
-def _lines(stream: io.BufferedReader, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
-    """Yield (byte offset, line) of the lines that begin in [start, end)."""
-    position = start
-    if start:
-        stream.seek(start - 1)
-        position += _skip_line(stream) - 1
-    while end is None or position < end:
-        line = [stream.readline(MAX_RECORD_BYTES + 1)]
-        if not line[0]:
-            return
-        size = len(line[0])
-        if size > MAX_RECORD_BYTES and not line[0].endswith(b"\n"):
-            size += _skip_line(stream)
-        if not line[0].isspace():
-            yield position, line.pop()  # without a reference left here, so that it can be freed
-        position += size
-
-
-def _skip_line(stream: io.BufferedReader) -> int:
-    """Skip the rest of a line and return its bytes."""
-    size = 0
-    while chunk := stream.readline(1 << 20):
-        size += len(chunk)
-        if chunk.endswith(b"\n"):
-            break
-    return size
-
-
-def _decompressed(folder: DataFolder, path: str) -> io.BufferedReader:
-    """Open a file as a stream of lines, decompressed by its suffix."""
-    if path.endswith(".zst"):
-        import pyarrow as pa
-
-        # fsspec's zstd streams have no readline, and do not notice that a file is truncated.
-        stream = pa.CompressedInputStream(folder.open(path, "rb"), "zstd")
-    else:
-        stream = folder.open(path, "rb", compression="infer")
-    return io.BufferedReader(
-        _Piecewise(stream) if path.endswith(COMPRESSED) else stream, _BUFFER_BYTES
-    )
-
-
-class _Piecewise(io.RawIOBase):
-    """A decompressing stream that is read in pieces of what is available.
-
-    Where a file is truncated, the data before the end is not lost with an incomplete buffer.
-    """
-
-    def __init__(self, stream: io.BufferedIOBase):
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer) -> int:
-        view = memoryview(buffer)
-        piece = self._stream.read1(len(view))
-        view[: len(piece)] = piece
-        return len(piece)
-
-
 def _is_damage(error: Exception) -> bool:
     """Return whether the error is due to a file's content, not the disk, network or program."""
     import pyarrow as pa
@@ -307,6 +240,7 @@ def _is_damage(error: Exception) -> bool:
     if isinstance(
         error,
         (
+            Damaged,
             EOFError,
             UnicodeDecodeError,
             zlib.error,

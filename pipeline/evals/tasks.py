@@ -149,11 +149,15 @@ def _file(name: str, folder: Path, pattern: str) -> Path:
 
 def _records(path: Path, local: _Local) -> list[dict]:
     records = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    # str.splitlines would also split at U+2028 and others, which JSON has within strings.
+    text = path.read_bytes().decode("utf-8-sig", "replace")
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             sound = local.is_sound(record)
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             sound = False
         if not sound:
             raise UserError(

@@ -33,7 +33,7 @@ def read_records(path: Path, keys: Mapping[str, type | tuple[type, ...]]) -> Ite
 def _record(line: str, keys: Mapping[str, type | tuple[type, ...]], location: str) -> dict:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{location} is not JSON ({error}): was the file truncated? Generate it again"
         ) from None
@@ -58,7 +58,7 @@ def _text(path: Path) -> str:
         raise UserError(f"{path} does not exist: correct the path")
     content = path.read_bytes()
     try:
-        return (_decompress(content) if path.suffix == ".zst" else content).decode()
+        return (_decompress(content) if path.suffix == ".zst" else content).decode("utf-8-sig")
     except (zstandard.ZstdError, UnicodeDecodeError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}): generate it again") from None
 

@@ -11,8 +11,8 @@ class SourceConfig(Section):
     """The source of the documents."""
 
     kind: Literal["rows", "text", "docstrings"]
-    """rows: one document per row of jsonl (plain, .gz, .zst) or parquet; text: one per file;
-    docstrings: one per Python module."""
+    """rows: one document per row of jsonl (plain, .gz, .zst) or parquet, or per element of a JSON
+    array; text: one per file; docstrings: one per Python module."""
     path: str
     """Folder or file, also s3://, gs:// and hf://datasets/OWNER/NAME/FOLDER; stdlib: the
     standard library of this Python; package:NAME: an installed package."""

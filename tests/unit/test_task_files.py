@@ -57,11 +57,21 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_malformed_record_is_refused_with_its_file_and_line(name, tmp_path):
     file, record = BROKEN[name]
-    for text in (json.dumps(record), "{", "7", "{}"):
+    for text in (json.dumps(record), "{", "7", "{}", "[" * 100_000):
         (tmp_path / file).write_text(text + "\n")
         assert f"{tmp_path / file}, line 1: not a record of the form" in refusal(name, tmp_path)
     (tmp_path / file).write_text("")
     assert "is empty" in refusal(name, tmp_path)
+
+
+def test_records_end_at_newlines_alone(tmp_path):
+    """Check a byte-order mark, a blank line, and separators that str.splitlines would split at."""
+    rows = [{"question": f"a{mark}b", "answer": "#### 7"} for mark in "\u2028\u2029\x85\x1c\v\f"]
+    for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl"):
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        (tmp_path / name).write_text("\r\n\n".join(lines), encoding="utf-8-sig")
+    documents = load("gsm8k", tmp_path).eval_docs
+    assert [document["question"] for document in documents] == [row["question"] for row in rows]
 
 
 def test_every_task_allowed_with_local_files_has_a_reader():
