@@ -19,10 +19,19 @@ _GENERATED = re.compile(
 )
 # Codex (arXiv 2107.03374) and The Stack dropped files with longer lines than these.
 _MAX_LINE_CHARS, _MAX_MEAN_LINE_CHARS = 1000, 100
+# The line that StarCoder's training put before half of its files (arXiv 2305.06161, section 5.1),
+# any of the three: <reponame>REPONAME<filename>FILENAME<gh_stars>STARS
+_REPOSITORY_MARKS = re.compile(
+    r"(?=<(?:reponame|filename|gh_stars)>)"
+    r"(?:<reponame>[^<\n]+)?(?:<filename>[^<\n]+)?(?:<gh_stars>[^<\n]+)?(?:\n|\Z)"
+)
 
 
 class Clean(BaseFilter):
-    """Forward the documents that satisfy every rule; `dropped_<rule>` counts the others."""
+    """Forward the documents that satisfy every rule; `dropped_<rule>` counts the others.
+
+    `repository_marks` counts the documents that begin with them.
+    """
 
     name = "🧹 Clean"
 
@@ -31,6 +40,10 @@ class Clean(BaseFilter):
         self.rules = rules
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        if marks := _REPOSITORY_MARKS.match(doc.text, doc.metadata["prompt_chars"]):
+            self.stat_update("repository_marks")
+            if self.rules.repository_marks == "strip":
+                doc.text = doc.text[: marks.start()] + doc.text[marks.end() :]
         if reason := self._broken_rule(doc.text, doc.metadata["prompt_chars"]):
             return False, reason
         return True

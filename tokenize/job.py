@@ -172,6 +172,8 @@ def _made_from(data: CorpusConfig, tokenizer: Tokenizer, problems: Problems | No
         del made_from["near_duplicates"]
     if not data.source.include_hidden:
         del made_from["source"]["include_hidden"]
+    if data.clean.repository_marks == "keep":
+        del made_from["clean"]["repository_marks"]
     if problems:
         made_from["decontaminate"] |= {"problems": problems.counts, "sha256": problems.sha256}
     return made_from

@@ -61,7 +61,8 @@ class Publish(PipelineStep):
             raise UserError(
                 f"data.source.path={self.data.source.path}: its documents fill no sample of "
                 f"{self.data.seq_length} tokens (read: {_read(plan, parts):,}; "
-                f"dropped: {reasons or 'none'}); " + _advice(self.data, dropped, _records(parts))
+                f"dropped: {reasons or 'none'}); "
+                + _advice(self.data, dropped, _total(parts, "read"))
             )
         if self.data.heldout_fraction and not splits[HELDOUT]["samples"]:
             job_folder.remove(self.work)
@@ -239,6 +240,9 @@ def _manifest(data: CorpusConfig, plan: job_folder.Plan, parts: list[dict], spli
             for name in ("retemper", "datatrove", "mosaicml-streaming", "tokenizers", "gigatoken")
         },
     }
+    if marked := _total(parts, "repository_marks"):
+        action = data.clean.repository_marks
+        manifest["repository_marks"] = {"action": action, "documents": marked}
     if data.decontaminate:
         manifest["decontamination"] = _decontamination(plan, parts)
     return manifest
@@ -246,11 +250,11 @@ def _manifest(data: CorpusConfig, plan: job_folder.Plan, parts: list[dict], spli
 
 def _read(plan: job_folder.Plan, parts: list[dict]) -> int:
     """Count the records, and the files that were left out unread."""
-    return _records(parts) + sum(plan.left_out.values())
+    return _total(parts, "read") + sum(plan.left_out.values())
 
 
-def _records(parts: list[dict]) -> int:
-    return sum(part["counts"].get("read", 0) for part in parts)
+def _total(parts: list[dict], name: str) -> int:
+    return sum(part["counts"].get(name, 0) for part in parts)
 
 
 def _dropped(plan: job_folder.Plan, parts: list[dict], splits: dict) -> dict[str, int]:

@@ -96,7 +96,7 @@ class Spool(PipelineStep):
         counts: dict[str, int] = {}
         for step in self.steps:
             for name, metric in step.stats.stats.items():
-                if name == "read" or name.startswith("dropped_"):
+                if name in ("read", "repository_marks") or name.startswith("dropped_"):
                     counts[name] = counts.get(name, 0) + int(metric.total)
         reported = {
             name: items

@@ -86,6 +86,11 @@ def _described(path: str, manifest: dict) -> list[str]:
         f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest["dropped"].items()
     )
     lines.append(f"{manifest['documents_read']:,} documents read; dropped: {dropped or 'none'}")
+    if marks := manifest.get("repository_marks"):
+        lines.append(
+            f"{marks['documents']:,} documents began with marks of StarCoder's data "
+            f"(data.clean.repository_marks={marks['action']})"
+        )
     lines += filter(None, [describe_near_duplicates(manifest)])
     reason = manifest["encoder"].get("reason")
     lines.append(f"encoded by {manifest['encoder']['name']}{f': {reason}' if reason else ''}")

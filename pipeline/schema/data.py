@@ -50,6 +50,9 @@ class CleanConfig(Section):
     """Drop code whose first lines state that a program generated it."""
     minified: bool = False
     """Drop code with lines longer than 1000 characters, or 100 on average."""
+    repository_marks: Literal["keep", "strip"] = "keep"
+    """The line <reponame>…<filename>…<gh_stars>… that StarCoder's data has before half of its
+    files: keep it as text, or strip it. The manifest counts the documents with one."""
     duplicates: bool = True
     """Keep one of the documents with the same content."""
     invalid_utf8: Literal["drop", "replace"] = "drop"

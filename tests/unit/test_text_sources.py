@@ -11,12 +11,15 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
 from conftest import data_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retemper.pipeline.corpus.tokenizer import Tokenizer
+from retemper.pipeline.data.shards import TokenShards
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.data import DecontaminateConfig, SourceConfig
 from retemper.tokenize import json_records, listing
@@ -292,6 +295,53 @@ def test_elements_are_those_of_the_whole_array(rows, piece, indent, is_ascii):
         patch.setattr(json_records, "_BUFFER_BYTES", piece)
         stream = io.BufferedReader(io.BytesIO(text.encode()))
         assert [*map(json.loads, json_records._elements(stream))] == rows
+
+
+MARKS = [
+    "<reponame>a/b<filename>c d/e.py<gh_stars>10-100\n", "<filename>x.py\n", "<gh_stars>1000+\n",
+    "<reponame>a/b<gh_stars>0\n",
+]  # fmt: skip
+UNMARKED = [
+    "import os\n", "<filename>of an element</filename>\n", "x = 1\n<gh_stars>0\n", "<reponame>\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", [None, "Write {id}:\n"])
+def test_marks_of_starcoder_s_rows_are_counted_and_stripped_on_request(workspace, tmp_path, prompt):
+    code = "def f():\n    return 1\n" * 9
+    contents = [f"{first}{code}# {n}" for n, first in enumerate([*MARKS, *UNMARKED])]
+    rows = [{"content": text, "id": "it"} for text in [*contents, MARKS[0], MARKS[0].strip()]]
+    write(tmp_path, {"rows.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    source = {"kind": "rows", "path": str(tmp_path / "rows.jsonl"), "text_key": "content"}
+    written = {}
+    for action in ("keep", "strip"):
+        corpus = data_config(
+            workspace,
+            "marked",
+            path=str(tmp_path / action),
+            source=source | {"prompt": prompt},
+            clean={"repository_marks": action},
+            packing="best_fit",
+            seq_length=512,
+            heldout_fraction=0.0,
+            tasks=1,
+        )
+        manifest = tokenize(corpus, progress=False)
+        marks = {"action": action, "documents": len(MARKS) + 2}
+        assert manifest["repository_marks"] == marks
+        shards, tokenizer = TokenShards(corpus.path, "train"), Tokenizer(corpus.tokenizer)
+        decoded = [
+            tokenizer.backend.decode(row.tolist())
+            for row in shards.samples(np.arange(len(shards))).tokens_NT
+        ]
+        written[action] = "".join(decoded)
+        kept = manifest["splits"]["train"]["documents"]
+        # Nothing but marks is an empty document.
+        assert manifest["dropped"] == ({} if action == "keep" else {"empty": 2})
+        assert kept == len(rows) - 2 * (action == "strip")
+    assert all(mark in written["keep"] for mark in MARKS)
+    assert not any(mark in written["strip"] for mark in [MARKS[0], *MARKS[1:3]])
+    assert all(text in written["strip"] for text in UNMARKED)
 
 
 READ_AN_ARRAY = """
