@@ -4,6 +4,7 @@ The encoder is gigatoken where it produces the same ids as tokenizers, and token
 """
 
 import functools
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,11 +26,21 @@ _HOSTILE = [
     "", " ", "\n", "\t\tx\r\n", "\0", "a\0b", " leading", "trailing ", "  two  spaces  ",
     "▁", "▁▁a▁", "<0x0A>", "\ufeffBOM", "\u2028\u2029",
     "a" * 3000, " " * 3000, "\n" * 300, "=" * 300, "1234567890" * 30,
-    "é e\u0301 ﬁ ﷽", "🎉👨‍👩‍👧‍👦🏳️‍🌈" * 9,
+    "é e\u0301 ﬁ ﷽ \u212b ＡＢ İı ß ſ ǅ ½ ㎒ \u1100\u1161\u11a8 각 q\u0307\u0323",
+    "a\xa0b\u3000c\u202fd\x85e\x7f",
+    "🎉👨‍👩‍👧‍👦🏳️‍🌈" * 9,
     "\ud7ff\ue000\U0010ffff", "\u200b\u200d\u00ad",
     "中文字符和日本語テキスト", "عربي עברית", "don't I'll we'VE",
     r"\frac{\partial^2 u}{\partial x^2} = \int_0^\infty e^{-x}\,dx",
     "def f(x):\n    return x  # ∀\n",
+    # Every combining mark on both sides of another: libraries of different versions of Unicode put
+    # some of them in another order.
+    *(
+        text
+        for mark in map(chr, range(0x300, 0x1F000))
+        if unicodedata.combining(mark)
+        for text in (f"a{mark}\u0334b", f"a\u0345{mark}b")
+    ),
 ]  # fmt: skip
 
 
@@ -46,7 +57,13 @@ class Encoder:
     def __init__(self, folder: str | Path, name: EncoderName):
         """Load the tokenizer of a folder into one of the two libraries."""
         self.folder = folder
-        self._encode = _gigatoken(folder) if name == "gigatoken" else self._encode_with_tokenizers
+        self._encode = self._encode_with_tokenizers
+        self.composes = False  # whether the tokenizer has the normalizer NFC
+        if name == "gigatoken":
+            config = _without_special_tokens(folder)
+            self.composes = "NFC" in repr(config["normalizer"])
+            self._gigatoken = _gigatoken(config)
+            self._encode = self._encode_with_gigatoken
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -64,6 +81,20 @@ class Encoder:
             next(short) if len(text) <= _WINDOW_BYTES else self._encode_long(text) for text in texts
         ]
 
+    def _encode_with_gigatoken(self, texts: list[bytes]) -> list[np.ndarray]:
+        """Encode, with tokenizers, the texts that NFC changes.
+
+        The two libraries have it of different versions of Unicode.
+        """
+        if not self.composes:
+            return self._gigatoken(texts)
+        is_fast = [unicodedata.is_normalized("NFC", text.decode()) for text in texts]
+        fast = iter(self._gigatoken([text for text, here in zip(texts, is_fast) if here]))
+        slow = iter(
+            self._encode_with_tokenizers([text for text, here in zip(texts, is_fast) if not here])
+        )
+        return [next(fast) if here else next(slow) for here in is_fast]
+
     def _encode_with_tokenizers(self, texts: list[bytes]) -> list[np.ndarray]:
         if not texts:
             return []
@@ -77,7 +108,9 @@ class Encoder:
             cut, end = (
                 _character_start(text, position) for position in (start, start + _WINDOW_BYTES)
             )
-            window = self._window(text, _character_start(text, start - _OVERLAP_BYTES), end)
+            # At the end of a token: so a long repetition is cut as in the window before.
+            begin = before.first_end(start - _OVERLAP_BYTES)
+            window = self._window(text, _character_start(text, begin), end)
             if joint := _joint(before, window, cut):
                 before = before.before(joint)
                 window = window.after(joint)
@@ -93,33 +126,42 @@ class Encoder:
         (ids,) = self._encode([text[begin:end]])
         sizes = self._token_bytes[ids].astype(np.int64)
         # Counted from the end, because a tokenizer may insert a space before the text.
-        return _Window(
-            begin,
-            ids,
-            end - (sizes.sum() - np.cumsum(sizes)),
-            exact=end - begin <= sizes.sum() <= end - begin + 1,
-        )
+        ends = end - (sizes.sum() - np.cumsum(sizes))
+        if not end - begin <= sizes.sum() <= end - begin + 1:
+            # The text has other bytes than its tokens, as where it spells out the mark of a space.
+            ids, ends = self._ids_and_ends(text[begin:end])
+            ends += begin
+        return _Window(begin, ids, ends)
+
+    def _ids_and_ends(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids that tokenizers gives, and the byte offset at which each ends."""
+        encoding = self.tokenizer.backend.encode(text.decode(), add_special_tokens=False)
+        is_start = np.frombuffer(text, np.uint8) & 0xC0 != 0x80
+        starts = np.append(np.flatnonzero(is_start), len(text))  # of each character
+        ends = starts[[end for _, end in encoding.offsets]]
+        return np.array(encoding.ids, np.uint32), np.maximum.accumulate(ends)
 
 
 @dataclass(frozen=True)
 class _Window:
-    """The ids of text[begin:...], and the byte offset in the text at which each ends.
-
-    The offsets are not exact if the encoding loses bytes.
-    """
+    """The ids of text[begin:...], and the byte offset in the text at which each ends."""
 
     begin: int
     ids: np.ndarray
     ends: np.ndarray
-    exact: bool
+
+    def first_end(self, offset: int) -> int:
+        """Return the first end of a token from an offset on, or the offset if there is none."""
+        ends = self.ends[self.ends >= offset]
+        return int(ends[0]) if len(ends) else offset
 
     def before(self, offset: int) -> "_Window":
-        count = np.searchsorted(self.ends, offset) + 1
-        return _Window(self.begin, self.ids[:count], self.ends[:count], self.exact)
+        count = np.searchsorted(self.ends, offset, "right")
+        return _Window(self.begin, self.ids[:count], self.ends[:count])
 
     def after(self, offset: int) -> "_Window":
-        count = np.searchsorted(self.ends, offset) + 1
-        return _Window(self.begin, self.ids[count:], self.ends[count:], self.exact)
+        count = np.searchsorted(self.ends, offset, "right")
+        return _Window(self.begin, self.ids[count:], self.ends[count:])
 
 
 def _joint(first: _Window, second: _Window, cut: int) -> int | None:
@@ -134,7 +176,7 @@ def _joint(first: _Window, second: _Window, cut: int) -> int | None:
         for window in (first, second)
     )
     common = np.intersect1d(of_first, of_second)
-    if not (first.exact and second.exact) or len(common) < 2:
+    if len(common) < 2:
         return None
     of_first, of_second = (
         window.after(common[0]).before(common[-1]).ids for window in (first, second)
@@ -148,13 +190,11 @@ def choose_encoder(tokenizer: Tokenizer, documents: list[str]) -> dict:
     That is gigatoken if its ids equal those of tokenizers on every document in `documents` and on
     a list of difficult strings.
     """
+    added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
+    marks = [token for token in tokenizer.backend.get_vocab() if token[:1] + token[-1:] == "<>"]
     strings = [
         *_HOSTILE,
-        *(
-            f"x{token}y {token}"
-            for token in tokenizer.backend.get_vocab()
-            if token.startswith("<") and token.endswith(">")
-        ),
+        *(f"x{token}y {token} {token}" for token in dict.fromkeys([*added, *marks])),
     ]
     try:
         encoder = load_encoder(str(tokenizer.folder), tokenizer.sha256, "gigatoken")
@@ -170,7 +210,10 @@ def choose_encoder(tokenizer: Tokenizer, documents: list[str]) -> dict:
         if ids.tolist() != expected:
             return {"name": "tokenizers", "reason": f"gigatoken gives other ids for {text[:60]!r}"}
     checked = {"documents": len(documents), "strings": len(strings)}
-    return {"name": "gigatoken", "version": version("gigatoken"), "equal_to_tokenizers_on": checked}
+    why = {"version": version("gigatoken"), "equal_to_tokenizers_on": checked}
+    # NFC has another version of Unicode in each of the two.
+    others = {"texts_not_in_nfc": "tokenizers"} if encoder.composes else {}
+    return {"name": "gigatoken", **why, **others}
 
 
 @functools.lru_cache(maxsize=1)
@@ -195,13 +238,17 @@ def load_encoder(folder: str, sha256: str, name: EncoderName) -> Encoder:
     return Encoder(folder, name)
 
 
-def _gigatoken(folder: str | Path) -> Callable[[list[bytes]], list[np.ndarray]]:
-    import gigatoken
-
-    # Special tokens are removed: gigatoken would encode their spelling in a text as the tokens.
+def _without_special_tokens(folder: str | Path) -> dict:
+    """Return tokenizer.json for gigatoken, which would encode their spelling as the tokens."""
     config = orjson.loads(Path(folder, "tokenizer.json").read_bytes())
     config["added_tokens"] = [token for token in config["added_tokens"] if not token["special"]]
     config["post_processor"] = None
+    return config
+
+
+def _gigatoken(config: dict) -> Callable[[list[bytes]], list[np.ndarray]]:
+    import gigatoken
+
     backend = gigatoken.Tokenizer.from_json(orjson.dumps(config))
 
     def encode(texts: list[bytes]) -> list[np.ndarray]:
