@@ -7,7 +7,7 @@ from retemper.pipeline.config.schedules import largest_warmup, length_of
 from retemper.pipeline.errors import nearest
 from retemper.pipeline.schema.data import REPLAY, DataConfig
 from retemper.pipeline.schema.evals import TASKS_WITH_FILES
-from retemper.pipeline.schema.model import ModelSetup
+from retemper.pipeline.schema.model import LoraConfig, ModelConfig, ModelSetup
 from retemper.pipeline.schema.run import Config
 from retemper.pipeline.schema.shapes import linear_layers
 from retemper.pipeline.schema.train import ScheduleConfig
@@ -122,6 +122,8 @@ def setup_conflicts(config: ModelSetup) -> Iterator[str]:
             "method.lora.dora=true cannot be combined with method.lora.dropout: the norm of a "
             "weight row assumes the whole input; set one of them to its default"
         )
+    if method.lora and method.lora.pissa:
+        yield from _pissa_conflicts(method.lora, model)
     if method.name == "full" and method.lora is not None:
         yield (
             "method.name=full trains every weight, but method.lora is set: "
@@ -135,6 +137,18 @@ def setup_conflicts(config: ModelSetup) -> Iterator[str]:
             f"precision={config.precision}: set it to false"
         )
     yield from _fp8_conflicts(config)
+
+
+def _pissa_conflicts(lora: LoraConfig, model: ModelConfig) -> Iterator[str]:
+    layers = linear_layers(model)
+    target = min(lora.targets, key=lambda name: min(layers[name]))
+    features_in, features_out = layers[target]
+    if lora.rank > (most := min(features_in, features_out)):
+        yield (
+            f"method.lora.pissa=true takes method.lora.rank={lora.rank} principal components, but "
+            f"the weight of {target}, {features_out} × {features_in}, has {most}: "
+            f"set method.lora.rank={most} or less"
+        )
 
 
 # Multiples that Transformer Engine's kernels require: of features, and of a micro-batch's tokens.

@@ -342,7 +342,7 @@ def train_with_transformers(config, model: torch.nn.Module, lrs: list[float]) ->
     groups = [
         {
             "params": [parameter],
-            "weight_decay": 0.1 if parameter.ndim > 1 else 0,
+            "weight_decay": 0.1 if parameter.ndim > 1 else 0,  # none of DoRA's magnitudes
             "ratio": ratio if "lora_B" in name else 1.0,
         }
         for name, parameter in trained.items()

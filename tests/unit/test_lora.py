@@ -67,6 +67,41 @@ def test_row_norms_are_those_of_the_updated_weight():
     torch.testing.assert_close(summed, (weight + 0.7 * B_OR @ A_RI).norm(dim=1))
 
 
+def test_adapters_of_one_input_share_a_dropout_mask_which_differ_in_peft():
+    import peft
+    from megatron.core.transformer import TransformerConfig
+
+    from retemper.pipeline.model.lora import ColumnAdapters, GateUpOutputs
+
+    class Layer(GateUpOutputs, ColumnAdapters, torch.nn.Module):
+        def __init__(self, lora: LoraConfig):
+            super().__init__()
+            self.bias = None
+            self.config = TransformerConfig(
+                num_layers=1, hidden_size=64, num_attention_heads=1, ffn_hidden_size=64
+            )
+            self.add_adapters(lora, ["gate", "up"], 64, GroupOfOne(), fused=False)
+
+    class GroupOfOne:
+        def size(self) -> int:
+            return 1
+
+    torch.manual_seed(0)
+    lora = LoraConfig(rank=64, alpha=64.0, targets=["gate", "up"], dropout=0.5)
+    layer = Layer(lora)
+    for factor in layer.parameters():  # both updates are the input, as dropout leaves it
+        torch.nn.init.eye_(factor)
+    x_SBI = torch.ones(1, 1, 64)
+    gate, up = layer.with_adapters(torch.zeros(1, 1, 128), x_SBI).chunk(2, dim=-1)
+    assert gate.equal(up)
+    assert set(gate.flatten().tolist()) == {0.0, 2.0}
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in ("gate", "up")})
+    settings = peft.LoraConfig(r=64, target_modules=["gate", "up"], lora_dropout=0.5)
+    theirs = peft.inject_adapter_in_model(settings, model)
+    masks = [theirs[name].lora_dropout["default"](x_SBI) for name in ("gate", "up")]
+    assert not masks[0].equal(masks[1])
+
+
 def test_principal_factors_are_the_best_approximation_of_their_rank():
     from retemper.pipeline.model.adapter import principal_factors
 

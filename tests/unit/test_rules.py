@@ -49,6 +49,10 @@ BROKEN = [
         [*LORA, "method.lora.dora=true", "method.lora.dropout=0.1"],
         "method.lora.dora=true cannot be combined with method.lora.dropout",
     ),
+    (
+        [*LORA, "method.lora.pissa=true", "method.lora.rank=33"],
+        "the weight of k, 32 × 64, has 32: set method.lora.rank=32 or less",
+    ),
     (["method.lora={rank:4,targets:all}"], "method.name=full trains every weight"),
     ([TP2, "parallel.tensor_parallel_overlap=true"], "needs parallel.sequence_parallel=true"),
     (
