@@ -99,8 +99,14 @@ class Weights:
         return self._open[file]
 
     def _check_shapes(self) -> None:
+        if self.model.num_layers > len(self._file_of):  # and the shapes of that many take long
+            raise UserError(
+                f"{self.folder}/config.json has num_hidden_layers={self.model.num_layers}, "
+                f"but there are only {len(self._file_of)} tensors beside it"
+            )
         expected = tensor_shapes(self.model)
-        problems = [f"{name} is missing" for name in expected.keys() - self._file_of.keys()]
+        problems = self._misplaced()
+        problems += [f"{name} is missing" for name in expected.keys() - self._file_of.keys()]
         # A tied head may be stored in addition to the embedding.
         tied = {HEAD} if self.model.tie_embeddings else set()
         extra = [
@@ -109,12 +115,8 @@ class Weights:
             if not _BUFFERS.fullmatch(name)
         ]
         problems += [f"{name} belongs to no part of this architecture" for name in extra]
-        for name, shape in expected.items():
-            if name in self._file_of and (actual := self._try_shape(name, problems)) not in (
-                None,
-                shape,
-            ):
-                problems.append(f"{name} has the shape {actual}, config.json asks for {shape}")
+        for name in expected.keys() & self._file_of.keys():
+            problems += self._unlike(name, expected[name])
         if not problems and tied & self._file_of.keys():
             problems += self._untied()
         if problems:
@@ -123,6 +125,29 @@ class Weights:
             raise UserError(
                 f"{self.folder} does not hold the model of its config.json:\n{listed}{more}"
             )
+
+    def _unlike(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """Return the problems with a tensor that should have a shape."""
+        problems: list[str] = []
+        actual = self._try_shape(name, problems)
+        if actual not in (None, shape):
+            problems.append(f"{name} has the shape {actual}, config.json asks for {shape}")
+        elif actual and not ((dtype := self.dtype(name)).is_floating_point and dtype.itemsize > 1):
+            problems.append(f"{name} is of type {dtype}: quantised weights are not supported")
+        return problems
+
+    def _misplaced(self) -> list[str]:
+        """Return a problem for each tensor of a file that the index places elsewhere or nowhere.
+
+        transformers loads all tensors of a file, whatever the index says.
+        """
+        return [
+            f"{name} is in {file}, but the index "
+            + (f"says {self._file_of[name]}" if name in self._file_of else "does not name it")
+            for file in sorted(set(self._file_of.values()))
+            for name in self._file(file).keys()  # noqa: SIM118  # of an open file, no dictionary
+            if self._file_of.get(name) != file and not _BUFFERS.fullmatch(name)
+        ]
 
     def _untied(self) -> list[str]:
         """Return a problem if the head that config.json ties to the embedding is another matrix."""
@@ -167,7 +192,13 @@ def _files(folder: Path) -> dict[str, str]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            return _indexed_files(index)
+            file_of = _indexed_files(index)
+            if (folder / stem).is_file() and stem not in file_of.values():
+                raise UserError(
+                    f"{folder} has both {stem} and other files named by {index.name}, which may be "
+                    "two models: remove one of them"
+                )
+            return file_of
         if (folder / stem).is_file():
             tensors = _open(folder / stem)
             return dict.fromkeys(tensors if isinstance(tensors, dict) else tensors.keys(), stem)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from retemper.pipeline.cli import main
 from retemper.pipeline.errors import UserError
@@ -104,6 +104,10 @@ def damage(kind: str, folder: Path) -> None:
         tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(16)
     elif kind == "shape":
         tensors["model.norm.weight"] = torch.ones(17)
+    elif kind == "quantised":
+        tensors["lm_head.weight"] = torch.ones(50, 16, dtype=torch.int8)
+    elif kind == "eight bits":
+        tensors["lm_head.weight"] = torch.ones(50, 16).to(torch.float8_e4m3fn)
     write_folder(folder, tensors)
     file = folder / "model.safetensors"
     if kind == "truncated":
@@ -120,13 +124,28 @@ def damage(kind: str, folder: Path) -> None:
             "index outside": {"lm_head.weight": "../evil.safetensors"},
             "index absent": {"x": "c.safetensors"},
             "index wrong": {"lm_head.weight": "b.safetensors"},
-            "index damaged": {},
         }
-        write_index(folder, tensors, **changes[kind])
+        write_index(folder, tensors, **changes.get(kind, {}))
+        index = folder / "model.safetensors.index.json"
         if kind == "index damaged":
-            (folder / "model.safetensors.index.json").write_text("{")
+            index.write_text("{")
+        elif kind == "index short":
+            index.write_text(index.read_text().replace('"lm_head.weight": "a.safetensors", ', ""))
+        elif kind == "index twice":
+            twice = load_file(folder / "b.safetensors") | {"lm_head.weight": torch.zeros(50, 16)}
+            save_file(twice, folder / "b.safetensors")
+        elif kind == "index beside":
+            save_file(tensors, file)
     elif kind == "config damaged":
         (folder / "config.json").write_text("{")
+    elif kind == "config nested":
+        (folder / "config.json").write_text('{"a":' * 100_000)
+    elif kind == "config of many layers":
+        write_folder(folder, num_hidden_layers=10**9)
+    elif kind == "generation damaged":
+        (folder / "generation_config.json").write_text("[]")
+    elif kind == "adapters":
+        (folder / "adapter_config.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +162,16 @@ def damage(kind: str, folder: Path) -> None:
         ("index absent", "lacks c.safetensors"),
         ("index wrong", "lm_head.weight is not in b.safetensors, where the index says it is"),
         ("index damaged", "index.json is damaged"),
+        ("index short", "lm_head.weight is in a.safetensors, but the index does not name it"),
+        ("index twice", "lm_head.weight is in b.safetensors, but the index says a.safetensors"),
+        ("index beside", "has both model.safetensors and other files named by .*remove one"),
         ("config damaged", "config.json is damaged"),
+        ("config nested", "config.json is damaged"),
+        ("config of many layers", "num_hidden_layers=1000000000, but there are only 21 tensors"),
+        ("generation damaged", "generation_config.json is damaged"),
+        ("adapters", "holds adapters .adapter_config.json.*merged model alone"),
+        ("quantised", "lm_head.weight is of type torch.int8: quantised"),
+        ("eight bits", "lm_head.weight is of type torch.float8_e4m3fn: quantised"),
     ],
 )
 def test_damaged_folder_is_refused_and_the_damage_named(tmp_path, kind, message):
