@@ -90,8 +90,8 @@ def commit(run_dir: Path, step: int, meta: dict) -> None:
 def read_meta(folder: Path, advice: str | None = None) -> dict:
     """Return meta.json of a committed checkpoint, after checking its hash and that of every file.
 
-    torch's checkpoint metadata is a pickle: nothing may be read from a folder whose files are not
-    those that were committed.
+    The hashes find damage. They do not find intent: who changes a file can change its hash, too,
+    and what torch reads of it is limited by compat/safe_pickles.py.
 
     Args:
         folder: of the checkpoint.

@@ -9,15 +9,18 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import ModuleList
 
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.base import base_of, locate
 from retemper.pipeline.checkpoint.state import TrainState, state_of
+from retemper.pipeline.compat import safe_pickles
 from retemper.pipeline.config.differences import changed_keys
 from retemper.pipeline.distributed.collectives import barrier, broadcast_from_rank0, run_on_rank0
-from retemper.pipeline.distributed.topology import Topology, trust_extra_state
+from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.model.adapter import is_adapter
 from retemper.pipeline.model.lora import init_from_base
@@ -159,9 +162,9 @@ class Checkpointer:
             state.data_changes.append(
                 {"step": step, "consumed_samples": state.consumed_samples, "difference": changes}
             )
-        if self.config.fp8_recipe == "delayed":
-            trust_extra_state()
         loaded = _read(self._sharded_state(is_loading=True), folder)
+        if self.config.fp8_recipe == "delayed":
+            safe_pickles.trust_extra_state(_scaling_states(loaded["model"]), folder)
         self._fill_model(loaded["model"])
         if self.optimizer:
             self.optimizer.load_state_dict(loaded["optimizer"])
@@ -272,12 +275,27 @@ def _read(sharded_state: dict, folder: Path) -> dict:
 
     By default megatron-core reads FP8 weights part by part, and each part sets the scale that all
     parts share.
+
+    Raises:
+        UserError: a file is not what retemper writes.
     """
-    return dist_checkpointing.load(
-        sharded_state,
-        str(folder),
-        sharded_strategy=TorchDistLoadShardedStrategy(stream_ckpt_dequant=False),
-    )
+    with safe_pickles.reading(folder):
+        FileSystemReader(folder).read_metadata()  # torch would report a refusal as "None"
+        return dist_checkpointing.load(
+            sharded_state,
+            str(folder),
+            sharded_strategy=TorchDistLoadShardedStrategy(stream_ckpt_dequant=False),
+        )
+
+
+def _scaling_states(states: list[dict]) -> list[Tensor]:
+    """Return the FP8 scaling states of all layers of this rank."""
+    return [
+        state[key]
+        for state in states
+        for key in filter(_is_scaling, state)
+        if isinstance(state[key], Tensor)
+    ]
 
 
 def _is_scaling(key: str) -> bool:

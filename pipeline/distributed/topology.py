@@ -44,14 +44,6 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def trust_extra_state() -> None:
-    """Allow Transformer Engine to unpickle its state of delayed scaling.
-
-    Only for checkpoints that a run of this config wrote.
-    """
-    os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
-
-
 def check_world_size(config: ModelSetup) -> None:
     """Check, before any process group starts, that the launch has the config's number of ranks.
 
@@ -86,6 +78,10 @@ def prepare_megatron() -> None:
         megatron_cpu.patch()
         megatron_save.patch()
     import torch
+
+    from retemper.pipeline.compat import safe_pickles
+
+    safe_pickles.patch()
 
     if not torch.cuda.is_available():
         light_imports.optimizers_without_dynamo()

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.base import Base, base_of_checkpoint
 from retemper.pipeline.checkpoint.sharded import METADATA, verified_meta
+from retemper.pipeline.compat.safe_pickles import reading
 from retemper.pipeline.distributed.collectives import run_on_rank0
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.model.adapter import is_adapter
@@ -125,7 +126,8 @@ def _read(folder: Path, shards: list[tuple[ShardedTensor, torch.Tensor]]) -> Non
             shard.key, stored, [ChunkStorageMetadata(offset, size)]
         )
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    reader.read_data(LoadPlan(items), _Into(tensors)).wait()
+    with reading(folder):
+        reader.read_data(LoadPlan(items), _Into(tensors)).wait()
 
 
 class _Into(DefaultLoadPlanner):

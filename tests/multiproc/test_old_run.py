@@ -1,10 +1,15 @@
 """Test that a run folder of an earlier commit is read and continued, with the same numbers."""
 
 import json
+import re
+import shutil
 import tarfile
 
 import pytest
 from conftest import ROOT, run_command
+
+from retemper.pipeline.checkpoint import commit
+from retemper.pipeline.files.sealed import dump_sealed
 
 DATA = [
     "data=local",
@@ -85,3 +90,20 @@ def test_a_run_continues_with_the_losses_of_its_commit(folder, name):
     then = json.loads((folder / "expected" / f"{name}-heldout.json").read_text())["sums"]
     now = json.loads(scores.read_text())["sums"]
     assert now["bits_per_byte"] == pytest.approx(then["bits_per_byte"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "planted"), [("new", "full"), pytest.param("lora", "lora", marks=pytest.mark.slow)]
+)
+def test_code_in_a_checkpoint_is_refused_and_not_run(folder, tmp_path, name, planted):
+    """Check a base and the own checkpoint; meta.json has the hash of what is planted."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    checkpoint = commit.newest(tmp_path / "runs" / "old" / planted)
+    (checkpoint / ".metadata").write_text(f"cposix\nsystem\n(Vtouch {tmp_path}/ran\ntR.")
+    meta = commit.sealed_meta(checkpoint)
+    meta["files"][".metadata"] = commit.sha256(checkpoint / ".metadata")
+    (checkpoint / commit.META).write_text(dump_sealed(meta))
+    done = run_command(["train", *RUN, f"name={name}", *METHODS["lora"]], cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.search(r"\nerror: \S*/\.metadata names posix\.system.*\n$", done.stderr), done.stderr
+    assert not (tmp_path / "ran").exists()
