@@ -9,7 +9,8 @@ from typing import NoReturn
 
 from retemper.pipeline.commands import corpora, evaluation, models, training
 from retemper.pipeline.commands.old_spellings import refuse_old_spelling
-from retemper.pipeline.errors import UserError
+from retemper.pipeline.errors import UserError, masked
+from retemper.pipeline.files.credentials import refuse_credentials
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except OSError as error:
         file = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{file}; completed work is kept", file=sys.stderr)
+        message = masked(f"{error.strerror or error}{file}")
+        print(f"error: {message}; completed work is kept", file=sys.stderr)
         return 1
 
 
@@ -40,9 +42,11 @@ def parse(words: list[str]) -> argparse.Namespace:
     """Parse a command line.
 
     Raises:
-        UserError: It has a spelling of an earlier version, or an option for a config key.
+        UserError: It has a credential, a spelling of an earlier version, or an option for a
+            config key.
         SystemExit: argparse refused it, or printed help or version.
     """
+    refuse_credentials(words)
     refuse_old_spelling(words)
     parser = _parser()
     arguments, rest = parser.parse_known_args(words)

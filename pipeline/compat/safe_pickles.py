@@ -75,9 +75,10 @@ def trust_extra_state(states: Iterable[torch.Tensor], folder: Path) -> None:
     """
     from megatron.core.safe_globals import SafeUnpickler
 
-    for state in filter(len, states):
+    for state in states:
         try:
-            SafeUnpickler(io.BytesIO(state.cpu().numpy().tobytes())).load()
+            if content := state.cpu().numpy().tobytes():
+                SafeUnpickler(io.BytesIO(content)).load()
         except Exception as error:  # a damaged pickle can raise any
             raise _refusal(folder, error) from None
     os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"

@@ -1,5 +1,6 @@
 """Compose a run's config by Hydra from conf/, and check it as a whole before anything starts."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from retemper.pipeline.config.validate import (
     describe_problem,
 )
 from retemper.pipeline.errors import UserError, nearest
+from retemper.pipeline.files.credentials import refuse_credentials
 from retemper.pipeline.schema.data import DataConfig
 from retemper.pipeline.schema.model import ModelConfig, ParallelConfig
 from retemper.pipeline.schema.run import Config
@@ -200,8 +202,27 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     """Compose conf/ with overrides into a plain dictionary, not yet checked against the schema.
 
     Raises:
-        UserError: for unknown presets, and for overrides that Hydra cannot parse.
+        UserError: for unknown presets, overrides that Hydra cannot parse, and credentials.
     """
+    refuse_credentials(overrides)
+    composed = _composed(overrides)
+    refuse_credentials(_values(composed))
+    return composed
+
+
+def _values(value: Any, key: str = "") -> Iterator[str]:
+    """Yield every text in a config, as key=value."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _values(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _values(inner, key)
+    elif isinstance(value, str):
+        yield f"{key}={value}"
+
+
+def _composed(overrides: list[str]) -> dict[str, Any]:
     from hydra import compose as compose_presets
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore

@@ -15,7 +15,7 @@ from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.distributed.collectives import broadcast_from_rank0
 from retemper.pipeline.distributed.signals import die_with_launcher
 from retemper.pipeline.entry.preflight import preflight
-from retemper.pipeline.errors import UserError
+from retemper.pipeline.errors import UserError, masked
 from retemper.pipeline.schema.model import ModelSetup
 from retemper.pipeline.schema.run import Config
 
@@ -74,9 +74,10 @@ def run_prepared[Setup: ModelSetup](
         prepared = _inputs_of_rank_zero(topology.rank, prepared)
         work(setup, topology, prepared)
     except (UserError, OSError) as error:
+        message = masked(str(error))
         if error_file:
-            Path(error_file).write_text(str(error))
-        _print_error(error)
+            Path(error_file).write_text(message)
+        _print_error(message)
         return 1
     topologies.stop()
     return 0
@@ -116,7 +117,7 @@ def _inputs_of_rank_zero(rank: int, fingerprints: dict[str, Any]) -> dict[str, A
     return expected
 
 
-def _print_error(error: Exception) -> None:
+def _print_error(error: str) -> None:
     if not topologies.is_main_process():
         time.sleep(_SECONDS_FOR_RANK_ZERO)
     print(f"error: {error}", file=sys.stderr, flush=True)

@@ -317,8 +317,11 @@ def _write_tensors(
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    file.touch()
+    mode = file.stat().st_mode  # by the umask; safetensors leaves its files to their owner alone
     try:
         save_file(tensors, file, {"format": "pt"})
+        file.chmod(mode)
     except SafetensorError as error:
         raise UserError(f"{file} could not be written ({error}); nothing of it is left") from None
 

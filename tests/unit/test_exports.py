@@ -105,6 +105,7 @@ def test_an_exported_model_without_an_import_stops_generation_at_end_of_text(tmp
     )
     assert not rounding.rounded
     assert "no weight was rounded" in (out / "README.md").read_text()
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # that of the umask
     eos = Tokenizer(tokenizer).eos_id
     config = json.loads((out / "config.json").read_text())
     assert config["eos_token_id"] == eos
