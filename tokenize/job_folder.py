@@ -18,10 +18,12 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypedDict
 
 from retemper.pipeline.corpus.format import HELDOUT, TRAIN
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.atomic import replace_file
+from retemper.pipeline.files.json_file import parse_json, read_json, with_other_keys
 from retemper.tokenize.listing import COMPRESSED, FileRange
 
 # Incremented when the same inputs and settings produce other bytes than before.
@@ -67,9 +69,20 @@ class Plan:
         return _hash([FORMAT, self.made_from, self.parts, self.buckets, split, number, limit])
 
 
+@with_other_keys
+class _Done(TypedDict):
+    """What every done-marker has."""
+
+    files: dict[str, int]
+
+
 def load_plan(work: Path) -> Plan:
     """Read the plan of a job, which must exist."""
-    return Plan(**json.loads((work / "plan.json").read_text()))
+    return _read(work / "plan.json", Plan, work)
+
+
+def _read(path: Path, kind: Any, work: Path) -> Any:
+    return read_json(path, kind, f"remove {work} and run the same command again")
 
 
 def make_plan(
@@ -102,8 +115,10 @@ def make_plan(
     for part in parts:
         inputs = [file.to_dict() for file in part]
         ids.append(_hash([FORMAT, settings, inputs])[:24])
-        if not (path := part_folder(work, ids[-1]) / "inputs.json").is_file():
-            replace_file(path, json.dumps(inputs))
+        path = part_folder(work, ids[-1]) / "inputs.json"
+        text = json.dumps(inputs)
+        if not path.is_file() or path.read_bytes() != text.encode():
+            replace_file(path, text)
     sizes = {(file.path, file.start): _text_bytes(file) for part in parts for file in part}
     train = max(1, -(-sum(sizes.values()) // _BUCKET_BYTES))
     plan = Plan(
@@ -169,10 +184,7 @@ def part_folder(work: Path, part: str) -> Path:
 
 def part_inputs(work: Path, part: str) -> list[FileRange]:
     """Return the files or ranges of files of a part."""
-    return [
-        FileRange(**file)
-        for file in json.loads((part_folder(work, part) / "inputs.json").read_text())
-    ]
+    return _read(part_folder(work, part) / "inputs.json", list[FileRange], work)
 
 
 def read_done(marker: Path, folder: Path, fingerprint: str | None = None) -> dict | None:
@@ -184,13 +196,13 @@ def read_done(marker: Path, folder: Path, fingerprint: str | None = None) -> dic
         fingerprint: The fingerprint that the marker must have; None if it must have none.
 
     Returns:
-        None if the marker is missing or incomplete, has another fingerprint, or lists a file that
+        None if the marker is missing or damaged, has another fingerprint, or lists a file that
         is missing or has another size.
     """
     try:
-        done = json.loads(marker.read_text())
+        done = parse_json(marker.read_bytes(), _Done)
         intact = all((folder / name).stat().st_size == size for name, size in done["files"].items())
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+    except (FileNotFoundError, ValueError):
         return None
     return done if intact and done.get("fingerprint") == fingerprint else None
 
@@ -249,7 +261,7 @@ def write_limits(work: Path, limits: list[int | None]) -> None:
 
 def read_limit(work: Path, split: str, number: int) -> int | None:
     """Return the limit of a bucket; None means all, as for every held-out bucket."""
-    return json.loads((work / "chosen.json").read_text())[number] if split == TRAIN else None
+    return _read(work / "chosen.json", list[int | None], work)[number] if split == TRAIN else None
 
 
 def all_parts_done(work: Path, plan: Plan) -> list[dict]:

@@ -11,6 +11,7 @@ from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.config.stored import base_folder, base_step
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.atomic import replace_file
+from retemper.pipeline.files.json_file import read_json
 from retemper.pipeline.runs import eval_folder
 from retemper.pipeline.schema.run import Config
 
@@ -127,14 +128,11 @@ def read_record(run_dir: Path) -> Base | None:
     path = run_dir / RECORD
     if not path.is_file():
         return None
-    try:
-        values = json.loads(path.read_text())
-        return Base(Path(values["path"]), int(values["step"]), str(values["fingerprint"]))
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path} is damaged: it lacks the path, step and fingerprint of a checkpoint. "
-            "Restore it from a copy; where the run has a checkpoint, you can also remove it"
-        ) from None
+    return read_json(
+        path,
+        Base,
+        "restore it from a copy; where the run has a checkpoint, you can also remove it",
+    )
 
 
 def locate(base: Base, init_from: str, whose: Path) -> Base:

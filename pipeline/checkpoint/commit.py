@@ -12,8 +12,10 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any, TypedDict
 
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.json_file import parse_json, with_other_keys
 from retemper.pipeline.files.sealed import dump_sealed, is_intact
 
 META = "meta.json"
@@ -21,6 +23,15 @@ _SEAL = "sha256"  # in meta.json: a hash of all its other keys
 # The files that torch and megatron-core read.
 _READ = re.compile(r"\.metadata|metadata\.json|.*\.(distcp|pt)")
 IMPORTED = "imported"  # in meta.json of imported weights: a hash of what they were imported from
+
+
+@with_other_keys
+class _Meta(TypedDict, total=False):
+    """What is read of meta.json; state.py checks the train state, the schema the config."""
+
+    fingerprints: dict[str, Any]
+    config: dict[str, Any]
+    files: dict[str, str]
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -130,7 +141,7 @@ def sealed_meta(folder: Path) -> dict:
         _warn_of_no_seal(folder)
     elif not is_intact(meta):
         raise _changed(folder, "its contents are not those that it holds a hash of")
-    if not isinstance(meta.get("files"), dict) or not meta["files"]:
+    if not meta.get("files"):
         raise _changed(folder, "it lists no files")
     state = meta.get("train_state")
     step = state.get("step") if isinstance(state, dict) else None
@@ -165,14 +176,11 @@ def fingerprint(folder: Path) -> str:
 def _parsed(folder: Path) -> dict:
     path = folder / META
     try:
-        meta = json.loads(path.read_bytes().decode())
+        return parse_json(path.read_bytes(), _Meta)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is no committed checkpoint: {META} is missing") from None
     except ValueError as error:
-        raise _changed(folder, f"it is no JSON: {error}") from None
-    if not isinstance(meta, dict):
-        raise _changed(folder, "it holds no keys")
-    return meta
+        raise _changed(folder, str(error)) from None
 
 
 def _changed(folder: Path, reason: str) -> UserError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from retemper.pipeline.config.compose import compose
-from retemper.pipeline.config.stored import read_config
+from retemper.pipeline.config.stored import RESTORE, read_config
 from retemper.pipeline.config.validate import check_config
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.run import Config
@@ -67,7 +67,14 @@ def load_run(
             "pass the folder of a run that starts from it"
         )
     raw |= {"runs_dir": str(folder.parent.parent), "study": folder.parent.name, "name": folder.name}
-    return check_config(_with_overrides(raw, overrides) if overrides else raw)
+    try:
+        stored = check_config(raw)
+    except UserError as error:
+        raise UserError(
+            f"{folder / 'config.json'} is damaged, or of another version of retemper: {RESTORE}. "
+            f"{error}"
+        ) from None
+    return check_config(_with_overrides(stored.model_dump(), overrides)) if overrides else stored
 
 
 def _targets_key(text: str, key: str) -> bool:

@@ -1,15 +1,37 @@
 """The config that is stored in a run's folder, as it was written."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.json_file import read_json, with_other_keys
 
 # Keys that were renamed: configs of older runs have the old name.
 RENAMED_KEYS = {"anomaly.left_out_steps": "anomaly.skip_batches"}
 _STEP = re.compile(r"@(\d+)$")
+RESTORE = "restore it (meta.json of each checkpoint beside it contains it under config)"
+
+
+@with_other_keys
+class _Adapters(TypedDict):
+    alpha: Any
+
+
+@with_other_keys
+class _Method(TypedDict, total=False):
+    lora: _Adapters | None
+
+
+@with_other_keys
+class _Parts(TypedDict, total=False):
+    """What is read of a stored config before all of it is checked against the schema."""
+
+    model: dict[str, Any]
+    method: _Method
+    anomaly: dict[str, Any]
+    init_from: str | None
+    branch_of: str | None
 
 
 def base_folder(name: str) -> Path:
@@ -32,15 +54,9 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text())
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(
-            f"{path} is damaged: it is not a JSON object. Restore it "
-            "(meta.json of each checkpoint beside it contains it under config)"
-        )
+    config = read_json(path, _Parts, RESTORE)
+    if not config:
+        raise UserError(f"{path} is damaged (it has no keys): {RESTORE}")
     return _with_new_names(config)
 
 

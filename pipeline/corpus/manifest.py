@@ -4,16 +4,49 @@
 """
 
 import hashlib
-import json
+from typing import Annotated, Any, TypedDict
+
+from pydantic import Field
 
 from retemper.pipeline.corpus.format import HELDOUT, TRAIN
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files import store
+from retemper.pipeline.files.json_file import parse_json, with_other_keys
 from retemper.pipeline.files.sealed import is_intact
 
 MANIFEST = "manifest.json"
+SOURCES = "sources.jsonl"
 # The files that training reads besides the manifest and the shards; the manifest has their hashes.
 READ_BY_TRAINING = (f"{TRAIN}/index.json", f"{HELDOUT}/index.json", "token_bytes.npy")
+
+
+_Count = Annotated[int, Field(ge=0)]
+
+
+@with_other_keys
+class _Split(TypedDict):
+    documents: _Count
+    samples: _Count
+    tokens: _Count
+
+
+class _Splits(TypedDict):
+    train: _Split
+    heldout: _Split
+
+
+@with_other_keys
+class _Manifest(TypedDict):
+    """What is read of a manifest."""
+
+    name: str
+    made_from: dict[str, Any]
+    fingerprint: str
+    tokenizer_sha256: str
+    vocab_size: _Count
+    seq_length: Annotated[int, Field(gt=0)]
+    splits: _Splits
+    files: dict[str, str]
 
 
 class FileDamaged(UserError):
@@ -27,21 +60,16 @@ def find_manifest(path: str) -> dict | None:
         UserError: manifest.json is corrupt, or is not the manifest of a token corpus.
     """
     try:
-        manifest = json.loads(store.read(f"{path}/{MANIFEST}"))
+        content = store.read(f"{path}/{MANIFEST}")
     except store.FileMissing:
         return None
+    try:
+        manifest = parse_json(content, _Manifest)
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        manifest = None
-    if (
-        not isinstance(manifest, dict)
-        or not {"made_from", "fingerprint", "splits"} <= manifest.keys()
-    ):
         raise UserError(
-            f"{path} is not a token corpus ({MANIFEST} is not a token-corpus manifest, or is "
-            "corrupt): choose another folder, or remove it"
-        )
+            f"{path} is not a token corpus, or {path}/{MANIFEST} is damaged ({error}): "
+            f"choose another folder, or remove {path} and tokenize again"
+        ) from None
     if not is_intact(manifest):
         raise UserError(
             f"{path}/{MANIFEST} is damaged, or was written by another version of retemper: "
@@ -70,7 +98,7 @@ def read_verified(path: str, manifest: dict, name: str) -> bytes:
     Args:
         path: The corpus.
         manifest: Its manifest.
-        name: The name of the file, one of READ_BY_TRAINING.
+        name: The name of the file, one that the manifest has the hash of.
 
     Raises:
         FileDamaged: The content differs from what was written.
@@ -78,7 +106,7 @@ def read_verified(path: str, manifest: dict, name: str) -> bytes:
     """
     for _attempt in range(2):
         content = store.read(f"{path}/{name}")
-        if hashlib.sha256(content).hexdigest() == manifest["files"][name]:
+        if hashlib.sha256(content).hexdigest() == manifest["files"].get(name):
             return content
     raise FileDamaged(
         f"{path}/{name} is damaged: run the `retemper tokenize` command that made {path} again"

@@ -3,22 +3,39 @@
 The verification proves that no sample was skipped or repeated.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from retemper.pipeline.data.open_streams import Streams
 from retemper.pipeline.data.reader import StepData
 from retemper.pipeline.distributed.topology import Topology
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.json_file import with_other_keys
 from retemper.pipeline.files.jsonl import append_line, read_lines
 from retemper.pipeline.runs import run_folder
 from retemper.pipeline.schema.run import Config
 
 _SHOWN_PROBLEMS = 10
+
+
+@with_other_keys
+class _Samples(run_folder.OfStep):
+    """A record of samples."""
+
+    ids: list[Annotated[int, Field(ge=0, lt=1 << 63)]]
+
+
+@with_other_keys
+class _Read(_Samples):
+    """A record of the samples that a rank read."""
+
+    data_parallel_rank: int
+    data_parallel_size: int
 
 
 class Ledger:
@@ -111,7 +128,7 @@ def verify(config: Config, began_at: int) -> str:
     skipped_records = [
         record
         for path in run_folder.rank_files(config.run_dir, run_folder.SKIPPED)
-        for record in read_lines(path)
+        for record in read_lines(path, _Samples)
     ]
     if skipped := sum(len(record["ids"]) for record in skipped_records):
         lines.append(
@@ -167,11 +184,7 @@ def _steps(run_dir: Path) -> dict[int, dict[tuple[int, int], list[list[int]]]]:
 
 def _entries(run_dir: Path) -> Iterator[dict]:
     for path in run_folder.rank_files(run_dir, run_folder.LEDGER):
-        for line in path.read_text().splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                raise UserError(f"{path} has a damaged line: the ledger proves nothing") from None
+        yield from read_lines(path, _Read)
 
 
 def _global_batch(parts: dict[tuple[int, int], list[list[int]]]) -> tuple[np.ndarray, str | None]:

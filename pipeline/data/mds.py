@@ -98,8 +98,10 @@ class Shard:
             raise ValueError(f"it names the shard {name!r}, stored as {stored['basename']!r}")
         if compression and compression.partition(":")[0] != "zstd":
             raise ValueError(f"{name} is compressed by {compression}")
-        if entry["samples"] < 1:
-            raise ValueError(f"it has a shard of {entry['samples']} samples")
+        if not 1 <= entry["samples"] <= raw["bytes"]:
+            raise ValueError(
+                f"it has a shard of {entry['samples']} samples in {raw['bytes']} bytes"
+            )
         if "sha256" not in raw["hashes"]:
             raise ValueError(f"it has no sha256 of {name}")
         described = zip(

@@ -3,13 +3,12 @@
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import socket
 import tempfile
 import threading
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 import zstandard
@@ -18,10 +17,16 @@ from retemper.pipeline.corpus.manifest import read_manifest, read_verified
 from retemper.pipeline.data.mds import Samples, Shard, ShardFile
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files import store
+from retemper.pipeline.files.json_file import parse_json, with_other_keys
 
 # Open shards per split, each a file descriptor. A rank that reads every lane uses about four shards
 # of each.
 _MOST_OPEN = 64
+
+
+@with_other_keys
+class _Index(TypedDict):
+    shards: list[dict[str, Any]]
 
 
 class BadShard(UserError):
@@ -41,7 +46,8 @@ class TokenShards:
                 exists as long as this object.
 
         Raises:
-            UserError: where the corpus is missing, or its index is not the one that was written.
+            UserError: where the corpus is missing, its index is not the one that was written, or
+                lists another number of samples than the manifest.
         """
         self.path = str(path)
         self.source = f"{path}/{split}"
@@ -53,6 +59,11 @@ class TokenShards:
         self._shards = _shards(
             read_verified(self.path, self.manifest, f"{split}/index.json"), self.source
         )
+        if len(self) != (expected := self.manifest["splits"][split]["samples"]):
+            raise UserError(
+                f"{self.source}/index.json lists {len(self):,} samples, {path}/manifest.json "
+                f"{expected:,}: do not trust this corpus; tokenize again to another data.path"
+            )
         self._ends = np.cumsum([0, *self.shard_sizes])[1:]
         self._open: dict[int, ShardFile] = {}
         self.bad: dict[int, str] = {}  # number of each bad shard -> message; they are not retried
@@ -216,7 +227,7 @@ def _shards(index: bytes, source: str) -> list[Shard]:
         UserError: where it differs from what `retemper tokenize` writes.
     """
     try:
-        return [Shard.from_index(entry) for entry in json.loads(index)["shards"]]
+        return [Shard.from_index(entry) for entry in parse_json(index, _Index)["shards"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{source}/index.json was not written by `retemper tokenize`, do not trust it: {error}"

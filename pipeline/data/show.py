@@ -1,20 +1,22 @@
 """The samples of a step as text, with the source of each document and the loss mask."""
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator
+from typing import TypedDict
 
 import numpy as np
 
 from retemper.pipeline.corpus.format import split_number
+from retemper.pipeline.corpus.manifest import SOURCES, read_verified
 from retemper.pipeline.corpus.tokenizer import Tokenizer
 from retemper.pipeline.data.loss_mask import lengths_and_loss_mask
 from retemper.pipeline.data.mds import Samples
 from retemper.pipeline.data.open_streams import Streams
-from retemper.pipeline.data.shards import BadShard
+from retemper.pipeline.data.shards import BadShard, TokenShards
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files import store
+from retemper.pipeline.files.json_file import parse_json, with_other_keys
 from retemper.pipeline.schema.run import Config
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # would let documents control the terminal
@@ -50,7 +52,7 @@ def show_step(
 
     streams = Streams(config)
     tokenizer = Tokenizer(config.data.tokenizer)
-    sources = {name: _sources(shards.path) for name, shards in streams.shards.items()}
+    sources = {name: _sources(shards) for name, shards in streams.shards.items()}
     ids = streams.order.batch(consumed, config.train.global_batch_size)[:samples]
     locations = {
         row: (name, number)
@@ -82,15 +84,38 @@ def show_step(
             yield "".join(_marked(tokenizer, tokens_T, counts_T, colours=colours))
 
 
-def _sources(path: str) -> Callable[[np.uint64], str]:
+@with_other_keys
+class _Source(TypedDict):
+    path: str
+
+
+def _sources(shards: TokenShards) -> Callable[[np.uint64], str]:
     """Return a function from a document's number to file:position, by the corpus's sources."""
-    files = [json.loads(line)["path"] for line in store.read(f"{path}/sources.jsonl").splitlines()]
+    # Corpora of earlier versions have no hash of their sources.
+    content = (
+        read_verified(shards.path, shards.manifest, SOURCES)
+        if SOURCES in shards.manifest["files"]
+        else store.read(f"{shards.path}/{SOURCES}")
+    )
+    try:
+        files = [parse_json(line, _Source)["path"] for line in content.splitlines()]
+    except ValueError as error:
+        raise _damaged_sources(shards, str(error)) from None
 
     def source(document: np.uint64) -> str:
         file, position = split_number(int(document))
+        if file >= len(files):
+            raise _damaged_sources(shards, f"it has {len(files)} lines, too few")
         return f"{files[file]}:{position}"
 
     return source
+
+
+def _damaged_sources(shards: TokenShards, reason: str) -> UserError:
+    return UserError(
+        f"{shards.path}/{SOURCES} is damaged ({reason}): restore it from a copy, "
+        "or tokenize again to another data.path"
+    )
 
 
 def _pieces(

@@ -3,10 +3,12 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.json_file import parse_json
 
 
 def compress_records(records: Iterable[dict]) -> bytes:
@@ -32,13 +34,11 @@ def read_records(path: Path, keys: Mapping[str, type | tuple[type, ...]]) -> Ite
 
 def _record(line: str, keys: Mapping[str, type | tuple[type, ...]], location: str) -> dict:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = parse_json(line.encode(), dict[str, Any])
+    except ValueError as error:
         raise UserError(
-            f"{location} is not JSON ({error}): was the file truncated? Generate it again"
+            f"{location} is not a JSON object ({error}): was the file truncated? Generate it again"
         ) from None
-    if not isinstance(record, dict):
-        raise UserError(f"{location}: one JSON object per line is expected, found {line[:60]}")
     for key, kind in keys.items():
         # In Python a bool is an int, but it is not valid where a record must have a number.
         if not isinstance(record.get(key), kind) or (

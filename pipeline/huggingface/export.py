@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -19,6 +20,7 @@ from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.base import base_of_checkpoint
 from retemper.pipeline.corpus.tokenizer import Tokenizer, is_hub_name
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.json_file import read_json
 from retemper.pipeline.huggingface.load import ORIGIN, SOURCE
 from retemper.pipeline.huggingface.names import LINEAR, Shard, tensor_shapes
 from retemper.pipeline.huggingface.own_files import GENERATION, TOKENIZER_FILES, copy_files
@@ -36,6 +38,12 @@ _FILE_BYTES = 5 * 10**9  # the default shard size of transformers
 
 
 README = "README.md"
+
+
+class _Source(TypedDict):
+    folder: str
+    name: NotRequired[str | None]
+    dtypes: dict[str, Annotated[str, Field(pattern=r"^b?float\d+$")]]
 
 
 @dataclass(frozen=True)
@@ -68,11 +76,10 @@ def export_model(streamed: StreamedModel, target: Path, tokenizer: Tokenizer) ->
         Which weights had to be rounded.
     """
     origin = origin_of(streamed.folder, streamed.meta)
-    source = json.loads((origin / SOURCE).read_text()) if origin else {}
+    source = _source_of(origin)
     dtype_of_run = "float32" if streamed.meta["config"]["precision"] == "fp32" else "bfloat16"
-    dtypes = source.get("dtypes") or dict.fromkeys(
-        tensor_shapes(streamed.setup.model), dtype_of_run
-    )
+    dtypes = dict.fromkeys(tensor_shapes(streamed.setup.model), dtype_of_run)
+    dtypes |= source.get("dtypes", {})
     rounded: Counter[str] = Counter()
 
     def typed() -> Iterator[tuple[str, torch.Tensor]]:
@@ -200,7 +207,7 @@ def base_of(streamed: StreamedModel, base: str | None) -> tuple[str, Path]:
             f"{streamed.folder} is of full training and holds no adapters: leave out --adapter"
         )
     origin = origin_of(streamed.folder, streamed.meta)
-    source = json.loads((origin / SOURCE).read_text()) if origin else {}
+    source = _source_of(origin)
     name = base or source.get("name")
     folder = Path(source["folder"]) if origin else started_from.path
     if base and Path(base).exists():
@@ -247,6 +254,11 @@ def origin_of(folder: Path, meta: dict[str, Any]) -> Path | None:
         folder = base.folder
         meta = commit.sealed_meta(folder)
     return folder.parent.parent / ORIGIN
+
+
+def _source_of(origin: Path | None) -> dict[str, Any]:
+    """Return what an import recorded about its source; nothing for a model of no import."""
+    return read_json(origin / SOURCE, _Source, "import the model again") if origin else {}
 
 
 def _tensors(streamed: StreamedModel) -> Iterator[tuple[str, torch.Tensor]]:

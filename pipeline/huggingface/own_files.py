@@ -3,13 +3,13 @@
 A link out of the folder would carry the content of any file of this machine into runs and exports.
 """
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.json_file import read_json
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -49,18 +49,12 @@ def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def read_dictionary(path: Path) -> dict[str, Any]:
-    """Return the dictionary of a JSON file.
+def read_own(path: Path, kind: Any = dict[str, Any]) -> Any:
+    """Return the content of a JSON file, which has a type.
 
     Raises:
         UserError: the file is damaged, or a link out of its folder.
         FileNotFoundError: there is none.
     """
     refuse_link_out(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, IsADirectoryError) as error:
-        raise UserError(f"{path} is damaged ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged (no dictionary); download it again")
-    return values
+    return read_json(path, kind, "download it again")

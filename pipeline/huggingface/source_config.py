@@ -12,7 +12,7 @@ from typing import Any
 from retemper.pipeline.corpus.tokenizer import fetched, is_hub_name
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.huggingface import rotary, unread_keys
-from retemper.pipeline.huggingface.own_files import GENERATION, TOKENIZER_FILES, read_dictionary
+from retemper.pipeline.huggingface.own_files import GENERATION, TOKENIZER_FILES, read_own
 from retemper.pipeline.schema.model import ModelConfig
 
 
@@ -82,7 +82,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             "place of the weights beside them: name a folder of the merged model alone"
         )
     try:
-        return read_dictionary(folder / "config.json")
+        return read_own(folder / "config.json")
     except FileNotFoundError:
         raise UserError(f"{folder} is no transformers folder: it has no config.json") from None
 

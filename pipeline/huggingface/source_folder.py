@@ -7,18 +7,19 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.json_file import with_other_keys
 from retemper.pipeline.huggingface.names import EMBEDDING, HEAD, Region, tensor_shapes
 from retemper.pipeline.huggingface.own_files import (
     GENERATION,
     TOKENIZER_FILES,
-    read_dictionary,
+    read_own,
     refuse_link_out,
 )
 from retemper.pipeline.huggingface.source_config import model_of, read_config
@@ -28,6 +29,11 @@ _BUFFERS = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq"
 )
 _ROWS = 1 << 14  # the number of rows of two matrices that are compared at a time
+
+
+@with_other_keys
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 class Weights:
@@ -54,7 +60,7 @@ class Weights:
         for name in TOKENIZER_FILES:
             refuse_link_out(folder / name)
         if (folder / GENERATION).exists():
-            read_dictionary(folder / GENERATION)
+            read_own(folder / GENERATION)
         self._file_of = _files(folder)
         self._open: dict[str, Any] = {}
         self._check_shapes()
@@ -210,16 +216,8 @@ def _files(folder: Path) -> dict[str, str]:
 
 def _indexed_files(index: Path) -> dict[str, str]:
     """Return {tensor: file} from an index. Raises UserError where it is damaged or files lack."""
-    try:
-        file_of = read_dictionary(index)["weight_map"]
-        unsafe = [
-            file
-            for file in file_of.values()
-            if not isinstance(file, str) or Path(file).name != file
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged ({error!r}); download it again") from None
-    if unsafe:
+    file_of = read_own(index, _Index)["weight_map"]
+    if unsafe := [file for file in file_of.values() if Path(file).name != file]:
         raise UserError(f"{index} names the file {unsafe[0]!r}: do not trust this folder")
     if missing := sorted(
         {file for file in file_of.values() if not (index.parent / file).is_file()}

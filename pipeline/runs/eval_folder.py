@@ -5,12 +5,17 @@ Also records which of these figures W&B has.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+from pydantic import Field
 
 from retemper.pipeline.config.stored import read_config
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.atomic import replace_bytes, replace_file, write_once
+from retemper.pipeline.files.json_file import read_json, with_other_keys
 from retemper.pipeline.files.records import compress_records
 from retemper.pipeline.schema.evals import TaskConfig
 from retemper.pipeline.schema.run import Config
@@ -20,6 +25,44 @@ from retemper.pipeline.schema.run import Config
 FORGETTING_TASKS = ("hellaswag", "arc_challenge", "winogrande")
 _MIRRORED = "mirrored.txt"  # in a step's folder: names of its figures that W&B has, one per line
 
+_SCORE_AGAIN = "restore it from a copy, or remove it and `retemper eval run` computes it again"
+
+_Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+@with_other_keys
+class _Heldout(TypedDict):
+    """What is read of the scores of a held-out domain."""
+
+    bits_per_byte: float
+    stderr: float
+    interval: _Interval
+    samples: int
+
+
+@with_other_keys
+class _Metric(TypedDict):
+    value: float
+
+
+@with_other_keys
+class Task(TypedDict):
+    """What is read of the scores of a task."""
+
+    score: float
+    stderr: float | None
+    interval: _Interval
+    samples: int
+    metric: str
+    metrics: dict[str, _Metric]
+    settings: dict[str, Any]
+    decontaminated: dict[str, bool | None]
+
+
+@with_other_keys
+class _Failure(TypedDict):
+    error: str
+
 
 def scores_path(run_dir: Path, step: int) -> Path:
     """Return the path of the held-out scores of one step."""
@@ -28,10 +71,12 @@ def scores_path(run_dir: Path, step: int) -> Path:
 
 def read_scores(run_dir: Path) -> dict[int, dict]:
     """Return the held-out scores of a run as {step: {domain: scores}}, ascending by step."""
-    return {
-        int(path.parent.name): json.loads(path.read_text())
-        for path in sorted((run_dir / "evals").glob("*/heldout.json"))
-    }
+    paths = {step: scores_path(run_dir, step) for step in scored_steps(run_dir)}
+    return {step: _heldout(path) for step, path in paths.items() if path.is_file()}
+
+
+def _heldout(path: Path) -> dict[str, dict]:
+    return read_json(path, dict[str, _Heldout], _SCORE_AGAIN)
 
 
 def write_heldout(
@@ -155,7 +200,7 @@ def read_errors(run_dir: Path, step: int) -> dict[str, str]:
 def _read(run_dir: Path, step: int) -> Iterator[tuple[str, dict]]:
     for path in sorted(scores_path(run_dir, step).parent.glob("*.json")):
         if path.name != "heldout.json":
-            yield path.stem, json.loads(path.read_text())
+            yield path.stem, read_json(path, Task | _Failure, _SCORE_AGAIN)
 
 
 def check_settings(config: Config, names: list[str]) -> None:
@@ -257,7 +302,11 @@ def forgetting(tasks: dict[str, dict]) -> float | None:
 
 def scored_steps(run_dir: Path) -> list[int]:
     """Return all steps with any scores in a run's own folder, in ascending order."""
-    return sorted(int(path.name) for path in (run_dir / "evals").glob("[0-9]*"))
+    return sorted(
+        int(path.name)
+        for path in (run_dir / "evals").glob("*")
+        if path.is_dir() and re.fullmatch(r"\d{8,}", path.name)
+    )
 
 
 def scores_missing_in_wandb(run_dir: Path) -> dict[int, dict[str, float]]:
@@ -265,7 +314,7 @@ def scores_missing_in_wandb(run_dir: Path) -> dict[int, dict[str, float]]:
     missing = {}
     for step in scored_steps(run_dir):
         path = _mirrored_path(run_dir, step)
-        mirrored = path.read_text().splitlines() if path.is_file() else []
+        mirrored = path.read_text().split("\n") if path.is_file() else []
         if figures := {
             name: value for name, value in _figures(run_dir, step).items() if name not in mirrored
         }:
@@ -286,7 +335,7 @@ def _mirrored_path(run_dir: Path, step: int) -> Path:
 def _figures(run_dir: Path, step: int) -> dict[str, float]:
     path = scores_path(run_dir, step)
     tasks = read_tasks(run_dir, step)
-    heldout = json.loads(path.read_text()) if path.is_file() else {}
+    heldout = _heldout(path) if path.is_file() else {}
     figures = {
         f"heldout/{domain}/bits_per_byte": values["bits_per_byte"]
         for domain, values in heldout.items()

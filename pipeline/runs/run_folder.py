@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypedDict
 
 from pydantic import ValidationError
 
@@ -14,7 +15,9 @@ from retemper.pipeline.config.differences import changed_keys
 from retemper.pipeline.config.stored import read_config
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.atomic import replace_file
-from retemper.pipeline.files.jsonl import read_lines
+from retemper.pipeline.files.json_file import with_other_keys
+from retemper.pipeline.files.jsonl import read_lines, sound_lines
+from retemper.pipeline.runs import eval_folder
 from retemper.pipeline.schema.run import Config
 
 # One line per step; the latter two are folders with one file per rank.
@@ -57,6 +60,28 @@ MAY_CHANGE = (
     "data.ledger:",
     "data.allow_change:",
 )
+
+
+@with_other_keys
+class OfStep(TypedDict):
+    """A record of one step."""
+
+    step: int
+
+
+@with_other_keys
+class SkippedBatch(OfStep):
+    """A record of SKIPPED_BATCHES."""
+
+    rollback: int
+
+
+@with_other_keys
+class _Metrics(OfStep):
+    """What is read of a record of METRICS."""
+
+    tokens: int
+    tokens_per_second: float
 
 
 def check_resumable(config: Config) -> None:
@@ -126,15 +151,11 @@ def start_or_resume(config: Config, step: int) -> None:
         *rank_files(config.run_dir, LEDGER),
         *rank_files(config.run_dir, SKIPPED),
     ):
-        replace_file(
-            path,
-            "".join(
-                json.dumps(record) + "\n" for record in read_lines(path) if record["step"] <= step
-            ),
-        )
-    for folder in (config.run_dir / "evals").glob("[0-9]*"):
-        if int(folder.name) > step:
-            shutil.rmtree(folder)
+        kept = [record for record in sound_lines(path, OfStep) if record["step"] <= step]
+        replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
+    for scored in eval_folder.scored_steps(config.run_dir):
+        if scored > step:
+            shutil.rmtree(eval_folder.scores_path(config.run_dir, scored).parent)
 
 
 def rank_files(run_dir: Path, name: str) -> list[Path]:
@@ -145,9 +166,9 @@ def rank_files(run_dir: Path, name: str) -> list[Path]:
 def read_skipped_batches(run_dir: Path) -> list[dict]:
     """Return the records of the batches that rollbacks skipped."""
     files = (SKIPPED_BATCHES, _OLD_SKIPPED_BATCHES)
-    return [record for name in files for record in read_lines(run_dir / name)]
+    return [record for name in files for record in read_lines(run_dir / name, SkippedBatch)]
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict]:
-    """Yield the records of metrics.jsonl."""
-    return read_lines(run_dir / METRICS)
+    """Yield the sound records of metrics.jsonl; the number of others is printed on stderr."""
+    return sound_lines(run_dir / METRICS, _Metrics)

@@ -91,7 +91,7 @@ def test_a_damaged_shard_ends_the_run_or_is_skipped_on_request(workspace, shards
     ]
     run = workspace / "runs" / "test" / "skips"
     (note,) = run_folder.rank_files(run, run_folder.SKIPPED)
-    skipped = list(read_lines(note))
+    skipped = list(read_lines(note, dict))
     order = Streams(load_config(command(workspace, "skips", tmp_path / "copy"))).order
     expected = {
         step: sorted(set(order.batch((step - 1) * 8, 8).tolist()) & set(bad))

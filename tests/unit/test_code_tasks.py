@@ -227,8 +227,8 @@ RECORD = '{"task_id": "HumanEval/0", "sample": 0, "completion": "x"}\n'
 @pytest.mark.parametrize(
     "content, message",
     [
-        (compressed(RECORD + "{broken\n"), "line 2 is not JSON"),
-        (compressed(RECORD + "[1]\n"), "line 2: one JSON object"),
+        (compressed(RECORD + "{broken\n"), "line 2 is not a JSON object"),
+        (compressed(RECORD + "[1]\n"), "line 2 is not a JSON object"),
         (
             compressed(RECORD + '{"task_id": "HumanEval/1", "completion": "x"}\n'),
             "line 2: sample must be int, found null",

@@ -11,7 +11,7 @@ from conftest import overrides
 from wandb.proto.wandb_internal_pb2 import Record
 
 from retemper.pipeline.config.compose import load_config
-from retemper.pipeline.files.atomic import replace_file
+from retemper.pipeline.evals.uncertainty import Estimate
 from retemper.pipeline.runs import eval_folder
 from retemper.pipeline.runs.eval_folder import write_result
 from retemper.pipeline.runs.leases import lease
@@ -81,7 +81,11 @@ def history_rows(config) -> list[dict]:
 
 
 def score(config, step: int, task: str, value: float) -> None:
-    scores = {"metric": "acc", "score": value, "metrics": {"acc": {"value": value, "stderr": 0.1}}}
+    scores = Estimate(value, 0.1, value - 0.2, value + 0.2, 10).headline("acc") | {
+        "metrics": {"acc": {"value": value, "stderr": 0.1}},
+        "decontaminated": {},
+        "settings": {},
+    }
     assert write_result(config.run_dir, step, task, scores, [{"doc_id": 0}])
 
 
@@ -102,7 +106,8 @@ def test_scores_of_workers_are_sent_once_by_the_training_or_a_worker(config):
     assert history_rows(config) == [*first, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.0}]
 
     mirror_scores(config)  # there is nothing new to send
-    replace_file(eval_folder.scores_path(config.run_dir, 4), '{"code": {"bits_per_byte": 1.5}}')
+    code = {"bits_per_byte": 1.5, "stderr": 0.1, "interval": [1.3, 1.7], "samples": 1}
+    eval_folder.write_heldout(config.run_dir, 4, {"code": code}, {})
     for task in ("hellaswag", "arc_challenge", "winogrande"):
         score(config, 4, task, 0.5)
     assert not write_result(config.run_dir, 4, "gsm8k", {"metric": "acc", "score": 0.75}, [])
