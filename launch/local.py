@@ -3,12 +3,14 @@
 Each rank prints its errors itself, so the agent's traceback of a failed rank is not printed.
 """
 
+import contextlib
 import gc
 import importlib
 import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 from retemper.launch.torchrun import SIGNALS
 from retemper.pipeline.distributed import topology
@@ -30,7 +32,7 @@ def run_here(module: str, arguments: list[str], world_size: int) -> int:
         The exit code of a rank that failed, at least 1; 0 if all ranks succeeded.
 
     Raises:
-        KeyboardInterrupt: The agent received one of the signals that it handles.
+        KeyboardInterrupt: The ranks left because of a signal to this process.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -48,23 +50,58 @@ def run_here(module: str, arguments: list[str], world_size: int) -> int:
         run_id="local",
         max_restarts=0,
         start_method="fork",
-        signals_to_handle=",".join(SIGNALS),
+        # The agent would kill ranks that need longer than 30 s for a save.
+        signals_to_handle="SIGQUIT",
     )
     fork = _can_fork()
     if fork:
         _import_for_ranks(module)
     # After those imports, which set another level.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    try:
-        if fork:
-            elastic_launch(config, _forked_rank)(module, arguments)
-        else:
-            elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
-    except ChildFailedError as error:
-        return max(1, next(iter(error.failures.values())).exitcode)
-    except SignalException:
-        raise KeyboardInterrupt from None
+    with _stop_signals_forwarded() as received:
+        try:
+            if fork:
+                elastic_launch(config, _forked_rank)(module, arguments)
+            else:
+                elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
+        except ChildFailedError as error:
+            code = next(iter(error.failures.values())).exitcode
+            if not received or code == 1:
+                return max(1, code)
+        except SignalException:
+            raise KeyboardInterrupt from None
+    if received:
+        raise KeyboardInterrupt
     return 0
+
+
+@contextlib.contextmanager
+def _stop_signals_forwarded() -> Iterator[list[int]]:
+    """Forward signals to the ranks as SIGTERM, and wait for them; a second Ctrl-C kills them.
+
+    Training ranks save a checkpoint before they leave, others leave at once.
+
+    Yields:
+        The signals received so far.
+    """
+    import psutil
+
+    received: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        at_once = number == signal.SIGINT in received
+        received.append(number)
+        for rank in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
+
+    forwarded = [getattr(signal, name) for name in SIGNALS if name != "SIGQUIT"]
+    previous = {number: signal.signal(number, forward) for number in forwarded}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _can_fork() -> bool:

@@ -4,6 +4,7 @@ Heavy imports happen inside the verb that needs them, so that --help answers at 
 """
 
 import argparse
+import shlex
 import sys
 from typing import NoReturn
 
@@ -22,14 +23,15 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for bad input or a failed run, 130 after Ctrl-C.
     """
+    words = sys.argv[1:] if argv is None else argv
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
+        arguments = parse(words)
         return arguments.function(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped. Run the same command again to resume.", file=sys.stderr)
+        print(f"\nstopped; to continue: {shlex.join(['retemper', *words])}", file=sys.stderr)
         return 130
     except OSError as error:
         file = f": {error.filename}" if error.filename else ""

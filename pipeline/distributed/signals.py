@@ -6,13 +6,18 @@ import os
 import signal
 import sys
 
-from retemper.pipeline.distributed.topology import launched_world_size, local_device
+from retemper.pipeline.distributed.topology import (
+    is_main_process,
+    launched_world_size,
+    local_device,
+)
 
 _stop_signal_received = False
+_STOPPING = b"\nstopping: a checkpoint is saved after this step; Ctrl-C again leaves at once\n"
 
 
 def die_with_launcher() -> None:
-    """End this rank at once on Ctrl-C and when its torchrun agent dies.
+    """End this rank at once on Ctrl-C, except in training, and when its torchrun agent dies.
 
     An orphaned rank would continue to write into the run's folder.
     """
@@ -25,18 +30,24 @@ def die_with_launcher() -> None:
 
 @contextlib.contextmanager
 def catch_stop_signals():
-    """Record SIGTERM and SIGUSR1 within the context instead of ending the process.
+    """Record signals to stop within the context instead of ending the process.
 
-    Schedulers send these signals before they end a job; `stop_requested` reports them.
+    Schedulers send some of them before they end a job, the terminal SIGINT at Ctrl-C and SIGHUP
+    when it is closed; `stop_requested` reports them. A second Ctrl-C ends the process at once.
     """
+    received: list[int] = []
 
-    def record(*_signal) -> None:
+    def record(number: int, _frame: object) -> None:
         global _stop_signal_received
         _stop_signal_received = True
+        if number == signal.SIGINT in received:
+            os._exit(130)
+        if not received and is_main_process():
+            os.write(2, _STOPPING)  # print may have been interrupted
+        received.append(number)
 
-    previous_handlers = {
-        number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    previous_handlers = {number: signal.signal(number, record) for number in numbers}
     try:
         yield
     finally:

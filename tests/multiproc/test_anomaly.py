@@ -5,6 +5,10 @@ Every rank detects such a batch before a weight changes; after a rollback it is 
 
 import json
 import math
+import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -100,7 +104,7 @@ def test_a_rollback_equals_a_run_without_the_batch(runs, fault):
     assert all(
         straight[number][2] == unspoiled[number][2] for number in straight
     )  # the rate counts tokens, the batch's too
-    (record,) = read_lines(runs / fault / run_folder.SKIPPED_BATCHES)
+    (record,) = read_lines(runs / fault / run_folder.SKIPPED_BATCHES, dict)
     assert (record["step"], record["rollback"]) == (step, step)
     assert {"nan_gradient": "gradient norm is nan", "garbage_batch": "deviations above"}[
         fault
@@ -182,7 +186,7 @@ def test_the_requested_steps_are_traced(workspace):
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_the_same_command_continues(workspace):
+def test_ctrl_c_saves_and_the_command_that_is_printed_continues(workspace):
     command = ["train", *overrides(workspace, "signalled", *RUN)]
     folder = workspace / "runs" / "test" / "signalled"
     process = subprocess.Popen(
@@ -191,16 +195,19 @@ def test_a_signal_saves_and_the_same_command_continues(workspace):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 200
     while len(list(run_folder.read_metrics(folder))) < 7 and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.terminate()
-    said, _ = process.communicate(timeout=60)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, also to the ranks
+    said, errors = process.communicate(timeout=60)
     saved = committed_steps(folder)[-1]
     assert 7 <= saved < STEPS and f"saved after step {saved}" in said and process.returncode == 130
     assert saved == max(curve(folder)), "nothing that was done is lost"
-    continued = run_command(command)
+    (printed,) = re.findall("stopped; to continue: retemper (.*)", errors)
+    assert shlex.split(printed) == command
+    continued = run_command(shlex.split(printed))
     assert continued.returncode == 0, continued.stderr[-3000:]
     launch(2, [{"overrides": overrides(workspace, "unsignalled", *RUN)}])
     assert curve(folder) == curve(folder.with_name("unsignalled"))
