@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, TypedDict
 
+from retemper.pipeline.distributed.topology import is_main_process
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.json_file import parse_json, with_other_keys
 from retemper.pipeline.files.sealed import dump_sealed, is_intact
@@ -40,13 +41,31 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def committed_steps(run_dir: Path) -> list[int]:
-    """Return the steps of all committed checkpoints in ascending order."""
+    """Return the steps of all committed checkpoints in ascending order.
+
+    What has such a name, but is a file, or a folder without any file of a checkpoint, is passed
+    over with one line. A folder that lacks some of its files is among them, and refused when read.
+    """
     folder = run_dir / "checkpoints"
-    return sorted(
-        int(path.name[5:])
-        for path in folder.glob("step-*")
-        if re.fullmatch(r"step-\d{8,}", path.name)
+    named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    strays = [path for path in named if not _is_checkpoint(path)]
+    for path in strays:
+        _tell_of_stray(path)
+    return sorted(int(path.name[5:]) for path in named if path not in strays)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (
+        path.is_dir()
+        and path.name == folder_of(Path(), int(path.name[5:])).name
+        and any(each.name == META or _READ.fullmatch(each.name) for each in path.iterdir())
     )
+
+
+@functools.cache
+def _tell_of_stray(path: Path) -> None:
+    if is_main_process():
+        print(f"warning: {path} is no checkpoint and is passed over", file=sys.stderr, flush=True)
 
 
 def newest(run_dir: Path) -> Path:
@@ -67,9 +86,16 @@ def begin(run_dir: Path, step: int) -> Path:
     Leftovers of an interrupted save are removed.
     """
     temporary = folder_of(run_dir, step).with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
     temporary.mkdir(parents=True)
     return temporary
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def commit(run_dir: Path, step: int, meta: dict) -> None:
@@ -91,7 +117,7 @@ def commit(run_dir: Path, step: int, meta: dict) -> None:
         file.write(dump_sealed(as_json))
         file.flush()
         os.fsync(file.fileno())
-    shutil.rmtree(target, ignore_errors=True)
+    _remove(target)
     temporary.rename(target)
     descriptor = os.open(target.parent, os.O_RDONLY)
     os.fsync(descriptor)

@@ -1,6 +1,7 @@
 """Test that checkpoints are committed atomically and that damaged ones are refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,43 @@ def test_leftovers_of_an_interrupted_save_are_not_committed(tmp_path):
     begin_checkpoint(tmp_path, 5)
     commit.commit(tmp_path, 5, {})
     assert set(commit.read_meta(commit.folder_of(tmp_path, 5))["files"]) == {"shard"}
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        Path.touch,
+        Path.mkdir,
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: (path / "notes").mkdir(parents=True),
+        lambda path: (path.mkdir(), (path / ".nfs0000000000000001").touch()),
+    ],
+)
+def test_what_only_has_the_name_of_a_checkpoint_is_passed_over_with_one_line(
+    tmp_path, stray, capsys
+):
+    begin_checkpoint(tmp_path, 5)
+    commit.commit(tmp_path, 5, {})
+    names = ["step-00000010", "step-000000005", "step-00000011.tmp"]
+    for path in (tmp_path / "checkpoints" / name for name in names):
+        stray(path)
+    for _ in range(2):
+        assert commit.committed_steps(tmp_path) == [5]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and all("is no checkpoint" in line for line in warnings)
+    for step in (10, 11):
+        begin_checkpoint(tmp_path, step)
+        commit.commit(tmp_path, step, {})
+    assert commit.committed_steps(tmp_path) == [5, 10, 11]
+
+
+def test_a_checkpoint_that_lost_its_meta_json_is_not_passed_over(tmp_path):
+    folder = commit.begin(tmp_path, 5)
+    (folder / "__0_0.distcp").write_bytes(b"weights")
+    commit.commit(tmp_path, 5, {})
+    (commit.folder_of(tmp_path, 5) / "meta.json").unlink()
+    with pytest.raises(UserError, match="step-00000005 is no committed checkpoint"):
+        commit.read_meta(commit.newest(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
