@@ -57,7 +57,8 @@ def run_here(module: str, arguments: list[str], world_size: int) -> int:
     if fork:
         _import_for_ranks(module)
     # After those imports, which set another level.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with _stop_signals_forwarded() as received:
         try:
             if fork:

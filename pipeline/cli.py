@@ -4,12 +4,14 @@ Heavy imports happen inside the verb that needs them, so that --help answers at 
 """
 
 import argparse
+import os
 import shlex
 import sys
 from typing import NoReturn
 
 from retemper.pipeline.commands import corpora, evaluation, models, training
 from retemper.pipeline.commands.old_spellings import refuse_old_spelling
+from retemper.pipeline.distributed.unexpected import DEBUG, report_unexpected
 from retemper.pipeline.errors import UserError, masked
 from retemper.pipeline.files.credentials import refuse_credentials
 
@@ -26,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         arguments = parse(words)
+        if arguments.debug:
+            os.environ[DEBUG] = "1"
         return arguments.function(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -113,7 +117,11 @@ class _Version(argparse.Action):
 
 def run() -> NoReturn:
     """Execute the command line of this process, and exit."""
-    code = main()
+    try:
+        code = main()
+    except Exception as error:
+        print(f"error: {report_unexpected(error)}", file=sys.stderr)
+        code = 1
     if "megatron" in sys.modules:
         from retemper.pipeline.distributed.exit import exit_without_teardown
 

@@ -14,13 +14,13 @@ import hashlib
 import json
 import os
 import shutil
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
 from retemper.pipeline.corpus.format import HELDOUT, TRAIN
+from retemper.pipeline.distributed.unexpected import report_unexpected
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.atomic import replace_file
 from retemper.pipeline.files.json_file import parse_json, read_json, with_other_keys
@@ -157,10 +157,8 @@ def record_failure(work: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        replace_file(
-            work / "error.txt",
-            str(error) if isinstance(error, UserError) else traceback.format_exc(),
-        )
+        reason = str(error) if isinstance(error, UserError) else report_unexpected(error)
+        replace_file(work / "error.txt", reason)
         raise
 
 

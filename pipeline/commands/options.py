@@ -42,6 +42,9 @@ def add_verb(
     verb.set_defaults(function=function)
     for positional, meaning in (positionals or {}).items():
         verb.add_argument(positional, metavar=positional.upper(), help=meaning)
+    verb.add_argument(
+        "--debug", action="store_true", help="print the full trace of an unexpected error"
+    )
     if keys:
         verb.add_argument("keys", nargs="*", metavar="key=value", help=keys)
     return verb

@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 from retemper.pipeline.distributed.topology import (
     is_main_process,
@@ -29,7 +30,7 @@ def die_with_launcher() -> None:
 
 
 @contextlib.contextmanager
-def catch_stop_signals():
+def catch_stop_signals() -> Iterator[None]:
     """Record signals to stop within the context instead of ending the process.
 
     Schedulers send some of them before they end a job, the terminal SIGINT at Ctrl-C and SIGHUP

@@ -14,6 +14,7 @@ from retemper.pipeline.distributed import environment
 from retemper.pipeline.distributed import topology as topologies
 from retemper.pipeline.distributed.collectives import broadcast_from_rank0
 from retemper.pipeline.distributed.signals import die_with_launcher
+from retemper.pipeline.distributed.unexpected import report_unexpected
 from retemper.pipeline.entry.preflight import preflight
 from retemper.pipeline.errors import UserError, masked
 from retemper.pipeline.schema.model import ModelSetup
@@ -22,6 +23,9 @@ from retemper.pipeline.schema.run import Config
 # An error that all ranks raise is printed by rank 0 only: the launcher kills the others once rank 0
 # has exited. An error that only another rank raises is printed by that rank after this delay.
 _SECONDS_FOR_RANK_ZERO = 5
+# When another rank has exited, collectives fail on rank 0, which the launcher kills within this
+# delay: their errors would hide the message of the other rank.
+_SECONDS_FOR_OTHERS = 2
 
 
 def run_rank(
@@ -57,7 +61,8 @@ def run_prepared[Setup: ModelSetup](
 ) -> int:
     """Call prepare(), start the process groups, call work(setup, topology, fingerprints).
 
-    User errors are detected before any process group starts, and printed once.
+    User errors are detected before any process group starts, and printed once. Of an unexpected
+    error one line is printed; its trace is in a file.
 
     Args:
         prepare: checks the input and returns a setup and fingerprints.
@@ -68,16 +73,20 @@ def run_prepared[Setup: ModelSetup](
         The exit code.
     """
     die_with_launcher()
+    setup = None
     try:
         setup, prepared = prepare()
         topology = topologies.start(setup.parallel)
         prepared = _inputs_of_rank_zero(topology.rank, prepared)
         work(setup, topology, prepared)
-    except (UserError, OSError) as error:
-        message = masked(str(error))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        foreseen = isinstance(error, UserError | OSError)
+        message = masked(str(error)) if foreseen else report_unexpected(error, _folder_of(setup))
         if error_file:
             Path(error_file).write_text(message)
-        _print_error(message)
+        _print_error(message, foreseen=foreseen)
         return 1
     topologies.stop()
     return 0
@@ -117,7 +126,14 @@ def _inputs_of_rank_zero(rank: int, fingerprints: dict[str, Any]) -> dict[str, A
     return expected
 
 
-def _print_error(error: str) -> None:
+def _folder_of(setup: ModelSetup | None) -> Path | None:
+    """Return the folder of the run, if there is one."""
+    return setup.run_dir if isinstance(setup, Config) and setup.run_dir.is_dir() else None
+
+
+def _print_error(message: str, *, foreseen: bool) -> None:
     if not topologies.is_main_process():
         time.sleep(_SECONDS_FOR_RANK_ZERO)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    elif not foreseen:
+        time.sleep(_SECONDS_FOR_OTHERS)
+    print(f"error: {message}", file=sys.stderr, flush=True)
