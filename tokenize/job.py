@@ -24,7 +24,7 @@ from retemper.tokenize.encoder import choose_encoder
 from retemper.tokenize.executors import Stage, refuse_queued, run_stages
 from retemper.tokenize.identify import Identify
 from retemper.tokenize.listing import list_parts, locate
-from retemper.tokenize.publish import Publish, is_whole
+from retemper.tokenize.publish import Publish, find_damaged
 from retemper.tokenize.select import Select
 from retemper.tokenize.sketch import Sketch
 from retemper.tokenize.sources import DocumentReader, prompt_wording
@@ -62,11 +62,16 @@ def tokenize(data: CorpusConfig, *, progress: bool = True) -> dict | None:
     made_from = _made_from(data, tokenizer, problems)
     if manifest := find_manifest(data.path):
         _refuse_changes(data.path, manifest["made_from"], made_from)
-        if is_whole(data.path, manifest):
+        damaged = find_damaged(data.path, manifest)
+        if damaged is None:
             if work.exists():  # the job was killed after the corpus appeared, before the cleanup
                 with _only_one(work):
                     job_folder.remove(work)
             return manifest
+        print(
+            f"warning: {data.path}/{damaged} is missing or damaged: the corpus is made again",
+            file=sys.stderr,
+        )
     elif "://" not in data.path and os.path.lexists(data.path):
         raise UserError(
             f"data.path={data.path} exists and is not a token corpus (manifest.json is missing): "

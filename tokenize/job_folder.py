@@ -19,10 +19,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from pydantic import conlist
+
 from retemper.pipeline.corpus.format import HELDOUT, TRAIN
 from retemper.pipeline.distributed.unexpected import report_unexpected
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.files.atomic import replace_file
+from retemper.pipeline.files.digest import sha256
 from retemper.pipeline.files.json_file import parse_json, read_json, with_other_keys
 from retemper.tokenize.listing import COMPRESSED, FileRange
 
@@ -69,11 +72,16 @@ class Plan:
         return _hash([FORMAT, self.made_from, self.parts, self.buckets, split, number, limit])
 
 
+class _File(TypedDict):
+    size: int
+    sha256: str
+
+
 @with_other_keys
 class _Done(TypedDict):
     """What every done-marker has."""
 
-    files: dict[str, int]
+    files: dict[str, _File]
 
 
 def load_plan(work: Path) -> Plan:
@@ -185,21 +193,28 @@ def part_inputs(work: Path, part: str) -> list[FileRange]:
     return _read(part_folder(work, part) / "inputs.json", list[FileRange], work)
 
 
-def read_done(marker: Path, folder: Path, fingerprint: str | None = None) -> dict | None:
+def read_done(
+    marker: Path, folder: Path, fingerprint: str | None = None, *, verify: bool = False
+) -> dict | None:
     """Return the content of a valid done-marker, or None.
 
     Args:
         marker: The file of the marker.
         folder: The folder that the marker is about.
         fingerprint: The fingerprint that the marker must have; None if it must have none.
+        verify: Compare the hashes of the files, not only their sizes.
 
     Returns:
         None if the marker is missing or damaged, has another fingerprint, or lists a file that
-        is missing or has another size.
+        is missing or differs from what was written.
     """
     try:
         done = parse_json(marker.read_bytes(), _Done)
-        intact = all((folder / name).stat().st_size == size for name, size in done["files"].items())
+        intact = all(
+            (folder / name).stat().st_size == file["size"]
+            and (not verify or sha256(folder / name) == file["sha256"])
+            for name, file in done["files"].items()
+        )
     except (FileNotFoundError, ValueError):
         return None
     return done if intact and done.get("fingerprint") == fingerprint else None
@@ -211,27 +226,26 @@ def write_done(marker: Path, folder: Path, done: dict) -> None:
     Args:
         marker: The file of the marker.
         folder: The finished folder.
-        done: The content of the marker; the sizes of all files are added as `files`.
+        done: The content of the marker; sizes and hashes of all files are added as `files`.
     """
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != marker]
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    replace_file(
-        marker,
-        json.dumps(
-            {
-                **done,
-                "files": {str(path.relative_to(folder)): path.stat().st_size for path in paths},
-            }
-        ),
-    )
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != marker:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            name = str(path.relative_to(folder))
+            files[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    replace_file(marker, json.dumps({**done, "files": files}))
 
 
-def part_done(work: Path, part: str) -> dict | None:
-    """Return the done-marker of a part, or None if its spool is not complete."""
-    return read_done(part_folder(work, part) / "done.json", part_folder(work, part))
+def part_done(work: Path, part: str, *, verify: bool = False) -> dict | None:
+    """Return the done-marker of a part, or None if its spool is not complete.
+
+    verify: compare the hashes of its files, not only their sizes.
+    """
+    folder = part_folder(work, part)
+    return read_done(folder / "done.json", folder, verify=verify)
 
 
 def bucket_marker(work: Path, split: str, number: int) -> Path:
@@ -244,12 +258,21 @@ def bucket_folder(work: Path, split: str, number: int) -> Path:
     return work / "out" / split / f"{number:05d}"
 
 
-def bucket_done(work: Path, plan: Plan, split: str, number: int) -> dict | None:
-    """Return the done-marker of a bucket, or None if its shards are not complete and current."""
+def bucket_done(
+    work: Path, plan: Plan, split: str, number: int, *, verify: bool = False
+) -> dict | None:
+    """Return the done-marker of a bucket, or None if its shards are not complete and current.
+
+    Args:
+        work: The job's folder.
+        plan: Its plan.
+        split: The split of the bucket.
+        number: The number of the bucket in its split.
+        verify: Compare the hashes of its files, not only their sizes.
+    """
     fingerprint = plan.bucket_fingerprint(split, number, read_limit(work, split, number))
-    return read_done(
-        bucket_marker(work, split, number), bucket_folder(work, split, number), fingerprint
-    )
+    folder = bucket_folder(work, split, number)
+    return read_done(bucket_marker(work, split, number), folder, fingerprint, verify=verify)
 
 
 def write_limits(work: Path, limits: list[int | None]) -> None:
@@ -259,7 +282,10 @@ def write_limits(work: Path, limits: list[int | None]) -> None:
 
 def read_limit(work: Path, split: str, number: int) -> int | None:
     """Return the limit of a bucket; None means all, as for every held-out bucket."""
-    return _read(work / "chosen.json", list[int | None], work)[number] if split == TRAIN else None
+    if split != TRAIN:
+        return None
+    limits = conlist(int | None, min_length=number + 1)
+    return _read(work / "chosen.json", limits, work)[number]
 
 
 def all_parts_done(work: Path, plan: Plan) -> list[dict]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 
 from retemper.pipeline.corpus.format import HELDOUT, TRAIN, split_number
-from retemper.pipeline.corpus.manifest import MANIFEST, READ_BY_TRAINING, FileDamaged, read_verified
+from retemper.pipeline.corpus.manifest import MANIFEST, READ_BY_TRAINING, SOURCES, read_verified
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files import store
 from retemper.pipeline.files.atomic import replace_file
+from retemper.pipeline.files.digest import sha256
+from retemper.pipeline.files.progress_bar import ProgressBar
 from retemper.pipeline.files.sealed import dump_sealed
-from retemper.pipeline.files.store import FileMissing
 from retemper.pipeline.schema.data import CorpusConfig
 from retemper.tokenize import job_folder
+
+_READERS = 8  # threads that verify a corpus
 
 
 class Publish(PipelineStep):
@@ -74,7 +79,7 @@ class Publish(PipelineStep):
                 job_folder.remove(leftover)
             fingerprint.update(_merge_indexes(out / split, count))
         sources = [file for part in parts for file in part["sources"]]
-        _write_lines(out / "sources.jsonl", sources)
+        _write_lines(out / SOURCES, sources)
         _write_lines(
             out / "contaminated.jsonl",
             [match for part in parts for match in part.get("matches", [])],
@@ -97,7 +102,8 @@ class Publish(PipelineStep):
         manifest["source"]["fingerprint"] = _sha256(
             "".join(file["sha256"] for file in sources).encode()
         )
-        manifest["files"] = {name: _sha256((out / name).read_bytes()) for name in READ_BY_TRAINING}
+        named = [*READ_BY_TRAINING, *(path.name for path in sorted(out.glob("*.jsonl")))]
+        manifest["files"] = {name: sha256(out / name) for name in named}
         replace_file(out / MANIFEST, dump_sealed(manifest))
         _move_or_upload(out, self.data.path)
         job_folder.remove(self.work)
@@ -146,21 +152,41 @@ def _pair_record(pair: tuple[int, int], sources: list[dict]) -> dict[str, str]:
     return {"document": document, "heldout": heldout}
 
 
-def is_whole(path: str, manifest: dict) -> bool:
-    """Return whether the files of the manifest are intact and every shard has its recorded size."""
-    folder = get_datafolder(path)
-    folder.fs.invalidate_cache()  # object stores' listings are cached
-    try:
-        files = {name: read_verified(path, manifest, name) for name in READ_BY_TRAINING}
-        sizes = {name: info["size"] for name, info in folder.find("", detail=True).items()}
-    except (FileMissing, FileDamaged, FileNotFoundError):
-        return False
+def find_damaged(path: str, manifest: dict) -> str | None:
+    """Return the first file of a corpus that is missing or has another hash; None if all is well.
+
+    Args:
+        path: The corpus.
+        manifest: Its manifest, which has the hashes, or names the indexes that have them.
+    """
+    if damaged := _first_damaged(path, manifest["files"]):
+        return damaged
+    shards = {}
     for split in (TRAIN, HELDOUT):
-        for shard in json.loads(files[f"{split}/index.json"])["shards"]:
+        index = read_verified(path, manifest, f"{split}/index.json")
+        for shard in json.loads(index)["shards"]:
             data = shard["zip_data"] or shard["raw_data"]
-            if sizes.get(f"{split}/{data['basename']}") != data["bytes"]:
-                return False
-    return True
+            shards[f"{split}/{data['basename']}"] = data["hashes"]["sha256"]
+    return _first_damaged(path, shards)
+
+
+def _first_damaged(path: str, hashes: dict[str, str]) -> str | None:
+    def is_intact(name: str) -> bool:
+        try:
+            return _sha256(store.read(f"{path}/{name}")) == hashes[name]
+        except store.FileMissing:
+            return False
+
+    with (
+        ThreadPoolExecutor(_READERS) as pool,
+        ProgressBar(total=len(hashes), desc=f"verifying {path}", unit="file") as bar,
+    ):
+        for name, intact in zip(hashes, pool.map(is_intact, hashes), strict=True):
+            bar.update()
+            if not intact:
+                pool.shutdown(cancel_futures=True)
+                return name
+    return None
 
 
 def _finished_buckets(work: Path, plan: job_folder.Plan) -> dict[str, list[dict]]:

@@ -76,7 +76,7 @@ class Spool(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         part = load_plan(self.work).parts[rank]
         with record_failure(self.work):
-            if part_done(self.work, part) is None:
+            if part_done(self.work, part, verify=True) is None:
                 self._write_part(data, part)
         yield from ()
 

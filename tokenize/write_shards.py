@@ -56,7 +56,7 @@ class WriteBucket(PipelineStep):
         plan = job_folder.load_plan(self.work)
         split, number = plan.bucket_ids[rank]
         with job_folder.record_failure(self.work):
-            if job_folder.bucket_done(self.work, plan, split, number) is None:
+            if job_folder.bucket_done(self.work, plan, split, number, verify=True) is None:
                 limit = job_folder.read_limit(self.work, split, number)
                 folder = job_folder.bucket_folder(self.work, split, number)
                 done = self._write(plan, split, number, limit, folder)

@@ -5,7 +5,6 @@ them is read.
 """
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from typing import Any, TypedDict
 
 from retemper.pipeline.distributed.topology import is_main_process
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.digest import sha256
 from retemper.pipeline.files.json_file import parse_json, with_other_keys
 from retemper.pipeline.files.sealed import dump_sealed, is_intact
 
@@ -225,9 +225,3 @@ def _warn_of_no_seal(folder: Path) -> None:
         file=sys.stderr,
         flush=True,
     )
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

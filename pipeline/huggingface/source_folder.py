@@ -12,8 +12,8 @@ from typing import Any, TypedDict
 import torch
 from safetensors import SafetensorError, safe_open
 
-from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.digest import sha256
 from retemper.pipeline.files.json_file import with_other_keys
 from retemper.pipeline.huggingface.names import EMBEDDING, HEAD, Region, tensor_shapes
 from retemper.pipeline.huggingface.own_files import (
@@ -73,9 +73,7 @@ class Weights:
     @property
     def sha256(self) -> str:
         """The hash of the weights' files and of the model that config.json describes."""
-        files = {
-            file: commit.sha256(self.folder / file) for file in sorted(set(self._file_of.values()))
-        }
+        files = {file: sha256(self.folder / file) for file in sorted(set(self._file_of.values()))}
         return hashlib.sha256(
             json.dumps([self.model.model_dump(), files], sort_keys=True).encode()
         ).hexdigest()

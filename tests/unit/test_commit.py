@@ -8,6 +8,7 @@ import pytest
 from retemper.pipeline.checkpoint import commit
 from retemper.pipeline.checkpoint.state import TrainState, newest_state
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.digest import sha256
 
 
 def begin_checkpoint(run_dir, step, content=b"weights"):
@@ -208,7 +209,7 @@ def unsealed(run_dir, change=lambda meta: None):
 
 def test_a_checkpoint_without_a_hash_is_read_with_one_warning(tmp_path, capfd):
     folder = unsealed(tmp_path)
-    assert commit.fingerprint(folder) == commit.sha256(folder / "meta.json")
+    assert commit.fingerprint(folder) == sha256(folder / "meta.json")
     assert capfd.readouterr().err == ""
     assert newest_state(tmp_path).consumed_samples == 40
     for _ in range(2):

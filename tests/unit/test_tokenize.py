@@ -64,6 +64,12 @@ def rows_config(workspace, documents: Path, path: Path, **changes):
     )
 
 
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def folder_hash(folder: Path) -> str:
     """Return a hash of every file's name and content."""
     digest = hashlib.sha256()
@@ -178,16 +184,22 @@ def test_restart_keeps_finished_parts_and_reads_changed_files_again(
         for path in sorted(before)
         if "cut.jsonl" not in (path.parent / "inputs.json").read_text()
     ]
-    first, second, *_ = (path for path in unchanged if [*path.parent.glob("*.ids")])
+    first, second, third, fourth, *_ = (path for path in unchanged if [*path.parent.glob("*.ids")])
     next(first.parent.glob("*.ids")).unlink()  # an output was deleted
     second.write_text("{half a mark")  # a mark was damaged
+    flip_bit(next(third.parent.glob("*.ids")))
+    (fourth.parent / "inputs.json").write_text("[]")
     repaired = gzip.compress(b'{"text": "x and y"}\n')
     (source / "cut.jsonl.gz").write_bytes(repaired)
     with monkeypatch.context() as patch:
         patch.setattr(job_folder, "remove", lambda folder: None)
         manifest = tokenize(corpus, progress=False)
     after = finished()
-    assert {path for path in before if after[path] == before[path]} == set(before) - {first, second}
+    assert {path for path in before if after[path] == before[path]} == set(before) - {
+        first,
+        second,
+        third,
+    }
     assert len(after) == len(before) + 1  # the part of the repaired file is new
     whole = rows_config(workspace, source, tmp_path / "whole")
     assert tokenize(whole, progress=False) == manifest
@@ -206,6 +218,33 @@ def test_finished_corpus_that_lost_a_file_is_tokenized_again(workspace, document
         else:
             tokenize(corpus, progress=False)
             assert folder_hash(Path(corpus.path)) == before
+
+
+def test_a_bit_that_flipped_in_a_finished_corpus_is_found_and_said(
+    workspace, documents, tmp_path, capsys
+):
+    corpus = rows_config(workspace, documents, tmp_path / "out")
+    tokenize(corpus, progress=False)
+    before = folder_hash(Path(corpus.path))
+    for file in ("heldout/00000/shard.00000.mds.zstd", "sources.jsonl", "token_bytes.npy"):
+        flip_bit(Path(corpus.path) / file)
+        tokenize(corpus, progress=False)
+        assert f"{corpus.path}/{file} is missing or damaged" in capsys.readouterr().err
+        assert folder_hash(Path(corpus.path)) == before
+    tokenize(corpus, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"[]", b"null", b"{}", b'{"made_from": ', b"\xff", b"[" * 10**5]
+)
+@pytest.mark.parametrize("name", ["plan.json", "chosen.json"])
+def test_a_damaged_plan_of_a_job_is_one_message(tmp_path, name, damage):
+    (tmp_path / name).write_bytes(damage)
+    with pytest.raises(UserError, match=f"{name} is damaged .*: remove {tmp_path} and run"):
+        job_folder.load_plan(tmp_path) if name == "plan.json" else job_folder.read_limit(
+            tmp_path, "train", 0
+        )
 
 
 def test_folders_with_foreign_files_are_left_unchanged(workspace, documents, tmp_path):
