@@ -30,6 +30,8 @@ def probe(workspace, world_size: int, name: str, optimizer: str, *changes: str) 
         "optimizer.clip_grad=0.01",
         "schedule.cooldown_fraction=0",
         "model.num_layers=4",
+        "model.qkv_bias=true",
+        "model.qk_norm=true",
     ]
     launch(
         world_size,
