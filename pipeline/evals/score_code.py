@@ -11,7 +11,7 @@ from pathlib import Path
 
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.code_tasks import CODE_TASKS
-from retemper.pipeline.evals.sandbox.control import unpassable
+from retemper.pipeline.evals.sandbox.control import control
 from retemper.pipeline.evals.sandbox.execute import Verdict, run_programs
 from retemper.pipeline.evals.sandbox.layers import find_layers
 from retemper.pipeline.evals.uncertainty import estimate, pass_at_k
@@ -104,7 +104,7 @@ def _problems(task: str, path: Path) -> dict[str | int, dict]:
         if name in by_id:
             raise UserError(f"{path} has problem {name} twice: remove one")
         try:
-            unpassable(CODE_TASKS[task].program(problem, "").tests)
+            control(CODE_TASKS[task].program(problem, "").tests)
         except (SyntaxError, TypeError, IndexError) as error:
             raise UserError(
                 f"{path}: the tests of problem {name} cannot be run ({error}): "

@@ -342,4 +342,32 @@ FORGED = {
         "    while 'nonce' not in frame.f_locals: frame = frame.f_back\n    here = frame.f_locals\n"
         "    sys.setprofile(lambda *_: (os.write(here['pipe'], here['nonce']), os._exit(0)))"
     ),
+    "replaces builtins until it is compared": (
+        "import builtins, operator\nreal = any, map, zip, operator.sub\nclass E:\n"
+        "    def __eq__(self, other):\n"
+        "        builtins.any, builtins.map, builtins.zip, operator.sub = real; return True\n"
+        "def f(x):\n    builtins.any = builtins.map = builtins.zip = operator.sub = lambda *_: []\n"
+        "    return E()"
+    ),
+    "looks for a name of the control": (
+        "import builtins, sys\nclass E:\n    def __eq__(self, other): return True\n"
+        "def f(x):\n    places = [*globals(), *vars(builtins), *vars(sys.modules['__main__'])]\n"
+        "    frame = sys._getframe(1)\n    places += [*frame.f_globals, *frame.f_locals]\n"
+        "    found = [name for name in places if 'other' in name or 'control' in name]\n"
+        "    return None if found else E()"
+    ),
+    "looks for the sandbox's modules": (
+        "import sys\nclass E:\n    def __eq__(self, other): return True\ndef f(x):\n"
+        "    mine = [m for m in sys.modules if 'comparisons' in m or 'sandbox' in m]\n"
+        "    main = getattr(sys.modules['__main__'], 'main', None)\n"
+        "    return None if mine or main else E()"
+    ),
+    "equal at the first look": (
+        "class E:\n    seen = 0\n    def __eq__(self, other):\n"
+        "        E.seen += 1\n        return E.seen == 1\ndef f(x): return E()"
+    ),
+    "equal, then gone": (
+        "import os\nclass E:\n    seen = 0\n    def __eq__(self, other):\n        E.seen += 1\n"
+        "        return True if E.seen == 1 else os._exit(0)\ndef f(x): return E()"
+    ),
 }  # fmt: skip

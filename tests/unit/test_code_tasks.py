@@ -130,10 +130,8 @@ def test_a_completion_ends_at_its_first_stop_word():
         "entry_point": "f",
     }
     program = task.program(problem, "\n    return 2\nf = None\nif x:")
-    assert program.source == (
-        'def f(x):\n    """Two."""\n    return 2\nf = None\n\n'
-        "def check(f):\n    assert f(1) == 2\n\ncheck(f)"
-    )
+    assert program.candidate == 'def f(x):\n    """Two."""\n    return 2\nf = None'
+    assert program.tests == "\ndef check(f):\n    assert f(1) == 2\n\ncheck(f)"
     assert (
         CODE_TASKS["mbpp"].prompt({"text": "Add.", "test_list": ["assert a(1) == 2", "x"]})
         == '"""\nAdd.\nassert a(1) == 2\n"""\n'

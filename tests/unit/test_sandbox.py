@@ -20,9 +20,8 @@ import ordinary
 import pytest
 
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.evals.sandbox import execute, seccomp
 from retemper.pipeline.evals.sandbox import layers as layers_module
-from retemper.pipeline.evals.sandbox import seccomp
-from retemper.pipeline.evals.sandbox.control import unpassable
 from retemper.pipeline.evals.sandbox.execute import Limits, Program, Verdict, run_programs
 from retemper.pipeline.evals.sandbox.folder import private_folder
 from retemper.pipeline.evals.sandbox.layers import Layers, find_layers
@@ -250,46 +249,46 @@ def test_program_does_harm_without_the_sandbox(targets, name):
 
 
 @pytest.mark.parametrize("name", attacks.FORGED)
-def test_forged_result_passes_the_test_but_is_found_by_the_control(name, monkeypatch):
+def test_forged_result_passes_the_test_but_is_found_by_the_control(name):
     program = Program(attacks.FORGED[name], "assert f(1) == 2")
-    assert run_programs([program], LIMITS, all_layers())[0].reason.startswith("forged")
-    monkeypatch.setattr(Program, "control", property(lambda program: "raise ValueError"))
-    assert run_programs([program], LIMITS, all_layers()) == [Verdict(True)]
-
-
-def test_replaced_builtins_are_found_by_the_control():
-    program = Program(
-        "import builtins\nbuiltins.abs = lambda x: 0\ndef f(x): return 7",
-        "assert abs(f(1) - 2) < 1e-6",
-    )
+    assert execute._run(program, LIMITS, all_layers()) == Verdict(True)
     assert run_programs([program], LIMITS, all_layers())[0].reason.startswith("forged")
 
 
 @pytest.mark.parametrize(
-    "right, value",
+    "candidate, tests",
     [
-        (2, "2"),
-        (0, "0"),
-        (1e300, "1e300"),
-        (True, "True"),
-        ("", "''"),
-        ([], "[]"),
-        ((1,), "(1,)"),
-        ({}, "{}"),
-        ({1: 2}, "{1: 2}"),
-        ({3}, "{3}"),
-        (None, "None"),
+        ("import builtins\nbuiltins.abs = lambda x: 0", "assert abs(f(1) - 2) < 1e-6"),
+        (
+            "import builtins\nbuiltins.any = builtins.map = builtins.vars = lambda *_: []\n"
+            "builtins.abs = lambda x: 0",
+            "assert abs(f(1) - 2) < 1e-6",
+        ),
+        ("abs = lambda x: 0", "assert abs(f(1) - 2) < 1e-6"),
+        ("tuple = lambda x: 0", "assert tuple([f(1)]) == tuple([2])"),
+        ("range = lambda n: []", "for x in range(9): assert f(x) == 2"),
+        ("import math\nmath.fabs = lambda x: 0", "import math\nassert math.fabs(f(1) - 2) < 1e-6"),
+        ("import random\nrandom.choice = min", "from random import choice\nassert choice([1])"),
     ],
-)
-def test_no_correct_answer_passes_the_control(right, value):
-    for test in (
-        f"assert f() == {value}",
-        f"assert f() is {value}",
-        f"for x in [1]:\n    assert f() == {value}, 'a message'",
-        "assert not False",
-    ):
-        with pytest.raises(AssertionError):
-            exec(unpassable(test), {"f": lambda: right})
+)  # fmt: skip
+def test_replaced_functions_of_the_tests_are_found(candidate, tests):
+    program = Program(f"{candidate}\ndef f(x): return 7", tests)
+    assert run_programs([program], LIMITS, all_layers())[0].reason.startswith("forged: the program")
+
+
+def test_interpreter_of_a_candidate_starts_without_slow_imports():
+    code = (
+        "import sys; sys.path.append(sys.argv[1])\n"
+        "import sandbox.inside; print({'typing', 're', 'collections', 'enum'} & sys.modules.keys())"
+    )
+    folder = str(Path(layers_module.__file__).parents[1])
+    command = [sys.executable, "-I", "-S", "-c", code, folder]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b"set()\n"
+
+
+def test_candidate_may_have_the_name_of_a_builtin_that_it_is_asked_for():
+    program = Program("def sum(a, b): return a + b", "assert sum(1, 2) == 3")
+    assert run_programs([program], LIMITS, all_layers()) == [Verdict(True)]
 
 
 @pytest.mark.parametrize("bubblewrap", [False, True])

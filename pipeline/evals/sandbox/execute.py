@@ -1,8 +1,8 @@
 """Run generated programs, each in a separate sandboxed interpreter, and judge them from outside.
 
-A program passes if its interpreter writes a secret nonce to a pipe after the tests, and if the
-program then fails a control that no honest program passes. Everything else is a failure with a
-reason. A sandbox that cannot be started is an error, not a failure of the program.
+A program passes if its interpreter writes a secret nonce to a pipe after the tests, and if a
+control then finds no forgery. Everything else is a failure with a reason. A sandbox that cannot be
+started is an error, not a failure of the program.
 """
 
 import marshal
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from tqdm import tqdm
 
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.evals.sandbox.control import unpassable
+from retemper.pipeline.evals.sandbox.control import control, relied_on
 from retemper.pipeline.evals.sandbox.disk import overflows
 from retemper.pipeline.evals.sandbox.folder import private_folder
 from retemper.pipeline.evals.sandbox.inside import READY
@@ -50,15 +50,6 @@ class Program:
     candidate: str
     tests: str
 
-    @property
-    def source(self) -> str:
-        return f"{self.candidate}\n{self.tests}"
-
-    @property
-    def control(self) -> str:
-        """The candidate's code with tests that cannot be passed."""
-        return f"{self.candidate}\n{unpassable(self.tests)}"
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -85,6 +76,7 @@ def run_programs(programs: Sequence[Program], limits: Limits, layers: Layers) ->
 
     Raises:
         UserError: The sandbox could not be set up.
+        SyntaxError: The tests of a program cannot be parsed.
     """
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         verdicts = pool.map(lambda program: _judge(program, limits, layers), programs)
@@ -102,16 +94,21 @@ def run_programs(programs: Sequence[Program], limits: Limits, layers: Layers) ->
 
 
 def _judge(program: Program, limits: Limits, layers: Layers) -> Verdict:
-    verdict = _run(program.source, limits, layers)
-    if verdict.passed and _run(program.control, limits, layers).passed:
-        return Verdict(False, "forged: the program also passes tests that cannot be passed")
+    verdict = _run(program, limits, layers)
+    if verdict.passed:
+        checked = _run(program, limits, layers, is_control=True)
+        if checked.passed:  # the control never writes the nonce
+            return Verdict(False, "forged: the program says itself that it passed")
+        if checked.reason.startswith("forged"):
+            return checked
     return verdict
 
 
-def _run(source: str, limits: Limits, layers: Layers) -> Verdict:
+def _run(program: Program, limits: Limits, layers: Layers, is_control: bool = False) -> Verdict:
     nonce = secrets.token_hex(16).encode()
     with private_folder() as folder:
-        process, pipe = _start(_request(source, nonce, folder, limits, layers), folder, layers)
+        request = _program_request(program, is_control) | _request(nonce, folder, limits, layers)
+        process, pipe = _start(request, folder, layers)
         try:
             output, stop_reason = _read_output(pipe, process.pid, folder, limits)
         finally:
@@ -145,12 +142,23 @@ def _start(request: dict, folder: str, layers: Layers) -> tuple[subprocess.Popen
     return process, reading
 
 
-def _request(source: str, nonce: bytes, folder: str, limits: Limits, layers: Layers) -> dict:
-    """Return the request that inside.py reads from its standard input."""
+def _program_request(program: Program, is_control: bool) -> dict:
+    """Return the part of the request that inside.py runs. Raises SyntaxError for broken tests."""
+    modules, builtins = relied_on(program.tests)
+    return {
+        "candidate": program.candidate,
+        "tests": control(program.tests) if is_control else program.tests,
+        "is_control": is_control,
+        "modules": modules,
+        "builtins": builtins,
+    }
+
+
+def _request(nonce: bytes, folder: str, limits: Limits, layers: Layers) -> dict:
+    """Return the part of the request by which inside.py confines itself."""
     rlimits = asdict(limits)
     del rlimits["wall_seconds"]
     return {
-        "source": source,
         "nonce": nonce,
         "folder": folder,
         "limits": rlimits,

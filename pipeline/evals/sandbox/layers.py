@@ -16,10 +16,10 @@ _HERE = Path(__file__).parent
 # The base interpreter of the virtual environment; the environment itself stays invisible.
 _INTERPRETER = sys._base_executable  # type: ignore[attr-defined]  # undocumented, not in typeshed
 # Imported as a package, and with its folder last in sys.path, so that no module next to inside.py
-# shadows the standard library.
+# shadows the standard library. No name in __main__ leads the candidate to it.
 _INSIDE = (
     f"import sys; sys.path.append({str(_HERE.parent)!r}); "
-    f"from {_HERE.name}.inside import main; sys.path.pop(); main()"
+    f"from {_HERE.name}.inside import main; sys.path.pop(); globals().pop('main')()"
 )
 # The paths that an interpreter needs to read: its own library and the system's.
 READABLE = sorted(
