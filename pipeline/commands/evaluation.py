@@ -65,7 +65,8 @@ def _add_worker(group: Any) -> None:
             "retemper eval worker runs/paper/lora --only score",
         ],
         positionals=RUN,
-        keys="overrides of the run's config: evals=… and evals.…=…",
+        keys="overrides of the run's config: evals, and the current locations of its files "
+        "(data.path, data.tokenizer)",
     )
     verb.add_argument(
         "--once", action="store_true", help="evaluate existing checkpoints, then exit"
@@ -106,10 +107,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _worker(arguments: argparse.Namespace) -> int:
-    from retemper.pipeline.config.existing_run import load_run
+    from retemper.pipeline.config.existing_run import WORKER_OVERRIDES, load_run
     from retemper.pipeline.evals.worker import PARTS, Worker
 
-    config = load_run(Path(arguments.run), arguments.keys)
+    config = load_run(Path(arguments.run), arguments.keys, WORKER_OVERRIDES)
     if not config.evals.worker_tasks:
         raise UserError(
             f"{arguments.run} has no tasks for workers: "

@@ -15,15 +15,16 @@ from retemper.pipeline.schema.run import Config
 # The sections that may be overridden when an existing run is evaluated.
 EVAL_OVERRIDES = ("evals",)
 
+# The same for a worker, which reads the tokenizer and compares it with that of the corpus.
+WORKER_OVERRIDES = (*EVAL_OVERRIDES, "data.path", "data.tokenizer")
+
 # The same where the ranks of a launch evaluate it, which need its inputs and a parallel layout.
 SCORING_OVERRIDES = (
-    *EVAL_OVERRIDES,
+    *WORKER_OVERRIDES,
     "parallel",
     "train.micro_batch_size",
     "track",
     "init_from",
-    "data.path",
-    "data.tokenizer",
 )
 
 # What may have moved since, where the samples of an existing run are shown.

@@ -164,7 +164,7 @@ def test_a_worker_refuses_unsuitable_runs(workspace, capsys):
     assert "has no tasks for workers" in capsys.readouterr().err
     assert main(["eval", "worker", str(config.run_dir), "seed=3"]) == 1
     assert (
-        "seed=3: cannot be overridden for an existing run; allowed: evals"
+        "seed=3: cannot be overridden for an existing run; allowed: evals, data.path,"
         in capsys.readouterr().err
     )
 
