@@ -194,15 +194,17 @@ class Checkpointer:
                 f"init_from={init_from}: {folder} holds adapters, not a model; "
                 "name a run with method=full"
             )
-        if changes := changed_keys(meta["config"]["model"], self.config.model.model_dump()):
+        model = meta["config"]["model"]
+        if changes := changed_keys(model, self.config.model.model_dump(), "model."):
             raise UserError(
-                f"init_from={init_from}: {folder} holds another model ({'; '.join(changes)}); "
-                "set model.* to its shape"
+                f"init_from={init_from}: {folder} holds another model ({'; '.join(changes)}): "
+                "set these keys to its values, which are listed first"
             )
         if meta["fingerprints"]["tokenizer"] != self.fingerprints["tokenizer"]:
             raise UserError(
                 f"init_from={init_from}: {folder} was trained with another tokenizer "
-                f"than {self.config.data.path}"
+                f"than {self.config.data.path}: set data.path to a corpus that was made with it, "
+                "or tokenize the documents with it to another data.path"
             )
         weights = [
             {
