@@ -12,8 +12,8 @@ _NOT_READ = {"page.py", "slurm.py", "old_spellings.py"}
 _PAIR = re.compile(r"(?<![\w./{-])([a-z_]+(?:\.[a-zA-Z_]+)*)=([^\s`]+)")
 # Names in messages that look like keys of ours and are not: arguments of libraries and programs.
 _OTHERS = {"lsm", "key", "group"}
-# They stand for whatever a message puts there, and for the present value of the key before it.
-_VALUE, _PRESENT_VALUE = "7", "77"
+# Stands for whatever a message puts there.
+_VALUE = "7"
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,6 @@ class Message:
         """Every key=value."""
         pairs = _PAIR.findall(self.text) if " " in self.text else []
         return [(key, value.rstrip(".,:;)")) for key, value in pairs if key not in _OTHERS]
-
-    @property
-    def advises(self) -> bool:
-        """Whether it has a command, or a key=value that is not the setting which it is about.
-
-        That setting is at its start, or has its present value.
-        """
-        pairs = self.pairs[1:] if _PAIR.match(self.text) else self.pairs
-        return bool(self.commands) or any(value != _PRESENT_VALUE for _, value in pairs)
 
 
 def messages() -> Iterator[Message]:
@@ -73,19 +64,7 @@ def _messages_of(path: Path) -> Iterator[Message]:
 def _text_of(node: ast.AST) -> str | None:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
-    if not isinstance(node, ast.JoinedStr):
-        return None
-    text = ""
-    for part in node.values:
-        text += part.value if isinstance(part, ast.Constant) else _stand_in(part, text)
-    return text
-
-
-def _stand_in(part: ast.FormattedValue, before: str) -> str:
-    """Return what stands for a value: is it that of the key before it, as in tokens={data.tokens}?
-
-    The names are compared.
-    """
-    key = re.search(r"(\w+)=$", before)
-    [*_, name] = re.findall(r"\w+", ast.unparse(part.value))
-    return _PRESENT_VALUE if key and key[1] == name else _VALUE
+    if isinstance(node, ast.JoinedStr):
+        parts = [part.value if isinstance(part, ast.Constant) else _VALUE for part in node.values]
+        return "".join(parts)
+    return None

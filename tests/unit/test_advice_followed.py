@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SEQ_LENGTH, overrides
+from conftest import ROOT, SEQ_LENGTH, overrides
 from messages import messages
 
 from retemper.launch import local
@@ -40,14 +40,23 @@ STEP = 8 * SEQ_LENGTH  # tokens
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank_here() -> Iterator[None]:
-    """Let every launch run its only rank in this process, which has imported what ranks need."""
-    before = dict(os.environ), signal.getsignal(signal.SIGINT)
+    """Let every launch run its only rank in this process, which has imported what ranks need.
+
+    It has one thread, because threads that wait for others on a busy machine take its time.
+    """
+    import torch
+
+    environment = dict(os.environ)
+    handler = signal.getsignal(signal.SIGINT)
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
         patch.setattr(local, "run_here", rank_here)
         yield
     os.environ.clear()
-    os.environ.update(before[0])
-    signal.signal(signal.SIGINT, before[1])
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, handler)
+    torch.set_num_threads(threads)
 
 
 def rank_here(module: str, arguments: list[str], world_size: int) -> int:
@@ -87,14 +96,14 @@ def refused(*words: str) -> str:
     return printed
 
 
-FOLLOWED = {}  # distinctive words of a message -> the test below that follows it
+FOLLOWED: list[str] = []  # distinctive words of the messages that the tests below follow
 
 
 def follows(*words: str):
     """Name the messages whose advice a test follows, by distinctive words."""
 
     def register(test):
-        FOLLOWED.update(dict.fromkeys(words, test.__name__))
+        FOLLOWED.extend(words)
         return test
 
     return register
@@ -157,7 +166,9 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 @pytest.fixture
 def rows(tmp_path) -> Path:
     """Return a file of twenty documents, each longer than two samples."""
-    write_rows(tmp_path / "rows.jsonl", [{"text": f"number {n} " * 90} for n in range(20)])
+    write_rows(
+        tmp_path / "rows.jsonl", [{"text": f"number {n} " * 90, "ask": "one"} for n in range(20)]
+    )
     return tmp_path / "rows.jsonl"
 
 
@@ -185,6 +196,52 @@ def test_damaged_files_are_left_out_on_request(workspace, rows, tmp_path):
     keys = corpus_of(workspace, source, tmp_path / "corpus")
     advised = setting(refused("tokenize", *keys), "data.allow_broken_files")
     assert re.search("damaged: .*/cut.jsonl.gz", works("tokenize", *keys, advised))
+
+
+CORRECTED = {
+    "does not exist; name a folder or file": (["data.source.path=none"], []),
+    "no installed package has that name; install it or name a folder": (
+        ["data.source.path=package:none"],
+        ["data.source.path=package:json", "data.source.kind=docstrings"],
+    ),
+    "is inside data.source.path=7: choose a folder outside of it": (["data.path=docs/corpus"], []),
+    "overlap: choose another work_dir": (["data.work_dir=corpus"], ["data.work_dir=work"]),
+    "exists and is not a token corpus": (["data.path=taken"], ["data.path=corpus"]),
+    "its documents fill no sample of": (["data.seq_length=99999"], []),
+    "no record has text": (["data.source.text_key=body"], []),
+    "and {…} of data.source.prompt=7 other columns": (
+        ["data.source.text_key=body", "data.source.prompt='{ask}'"],
+        ["data.source.text_key=text"],
+    ),
+}
+
+
+@follows(*CORRECTED)
+@pytest.mark.parametrize("words", CORRECTED)
+def test_a_refused_corpus_is_made_with_a_corrected_setting(
+    workspace, rows, tmp_path, monkeypatch, words
+):
+    monkeypatch.chdir(tmp_path)
+    wrong, right = CORRECTED[words]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "taken").mkdir()
+    rows.rename(tmp_path / "docs" / "rows.jsonl")
+    keys = corpus_of(workspace, Path("docs"), Path("corpus"))
+    printed = refused("tokenize", *keys, *wrong)
+    assert re.search(re.escape(words).replace("=7", "=.*"), printed)
+    works("tokenize", *keys, *(right or []))
+
+
+@follows("is a dangling link; correct the link or remove it")
+def test_a_corpus_is_made_without_the_named_link(workspace, rows, tmp_path):
+    source = tmp_path / "docs"
+    source.mkdir()
+    rows.rename(source / "rows.jsonl")
+    (source / "gone.jsonl").symlink_to(rows)
+    keys = corpus_of(workspace, source, tmp_path / "corpus")
+    [link] = re.findall(r"(\S+) is a dangling link", refused("tokenize", *keys))
+    Path(link).unlink()
+    works("tokenize", *keys)
 
 
 @follows("or set data.source.kind=text for a tree of text files")
@@ -249,7 +306,7 @@ def test_a_damaged_index_is_made_again_by_the_advised_command(own, tmp_path):
     index.write_text(index.read_text().replace("2", "3", 1))
     [[verb]] = commands(refused("train", *own))
     works(verb, *own)
-    works("train", *own)
+    check(own)
 
 
 def flip_bit(shard: Path) -> None:
@@ -304,6 +361,85 @@ def test_a_run_continues_with_the_advised_base(base, adapted):
     check([*adapted, setting(printed, "init_from")])
 
 
+@follows("has no checkpoint: train or import that model first, correct the path")
+@follows(": leave out @7, or choose another name for a run from another checkpoint")
+@follows("has no checkpoint after step 7; it has those after the steps 7")
+def test_a_base_is_named_as_advised(workspace, base, adapted):
+    run = run_of(workspace, "corrected-base")
+    assert "correct the path" in refused("train", *run, f"init_from={base}-typo")
+    check([*run, f"init_from={base}"])
+    [step] = re.findall(r"after the steps (\d+)", refused("train", *run, f"init_from={base}@9"))
+    check([*run, f"init_from={base}@{step}"])
+    [removed] = re.findall(r"leave out (@\d+)", refused("train", *adapted, f"init_from={base}@9"))
+    check([*adapted, f"init_from={base}@9".removesuffix(removed)])
+
+
+@follows("holds another model (7): set these keys to its values, which are listed first")
+def test_a_run_has_the_model_that_its_base_is_said_to_have(workspace, base, tmp_path):
+    moved = shutil.copytree(base, tmp_path / "base")
+    (moved / "config.json").unlink()
+    run = run_of(workspace, "same-model", f"init_from={moved}", "model.num_layers=4")
+    works("train", *run, *first_values(refused("train", *run)))
+
+
+def first_values(printed: str) -> list[str]:
+    """Return key=value for each `key: value -> other` in a message."""
+    return [f"{key}={value}" for key, value in re.findall(r"([\w.]+): (\S+) -> ", printed)]
+
+
+@pytest.mark.slow
+@follows("was trained with another tokenizer than", "set that one, or tokenize again to another")
+def test_a_run_has_the_tokenizer_of_its_base_and_of_its_corpus(workspace, base, own, tmp_path):
+    other = f"data.tokenizer={another_tokenizer(workspace, tmp_path)}"
+    works("tokenize", *own, other)
+    based = [*own, other, f"init_from={base}"]
+    assert "to another data.path" in refused("train", *based)
+    assert "set that one" in refused("train", *own)
+    check([*own, other])
+    own += [f"data.path={tmp_path / 'again'}"]
+    works("tokenize", *own)
+    works("train", *own, f"init_from={base}")
+
+
+def another_tokenizer(workspace: Path, folder: Path) -> Path:
+    """Return a copy of the tokenizer that counts as another one."""
+    copy = shutil.copytree(workspace / "data" / "tokenizer", folder / "another-tokenizer")
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
+    return copy
+
+
+@pytest.mark.slow
+@follows("which the model was trained on: set data.tokenizer to that one")
+@follows("has no end-of-text token: set eos_token in its tokenizer_config.json")
+def test_a_worker_has_the_tokenizer_that_is_advised(workspace, tmp_path):
+    write_rows(tmp_path / "humaneval.jsonl", [PROBLEM])
+    other = another_tokenizer(workspace, tmp_path)
+    config = load_config(run_of(workspace, "retokenized", f"data.tokenizer={other}"))
+    start_or_resume(config, 0)
+    worker = ["eval", "worker", str(config.run_dir), "--once", "--only", "generate"]
+    worker += [f"evals.tasks_dir={tmp_path}", "evals.tasks.humaneval.where=worker"]
+    [key] = re.findall(r"set (data\.\w+) to that one", refused(*worker))
+    works(*worker, f"{key}={workspace / 'data' / 'tokenizer'}")
+    # The tokenizer of the corpus, but without an end-of-text token.
+    shutil.copy(workspace / "data" / "tokenizer" / "tokenizer.json", other)
+    (other / "special_tokens_map.json").unlink()
+    settings = other / "tokenizer_config.json"
+    whole = settings.read_text()
+    settings.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    [key] = re.findall(r"set (\w+) in its tokenizer_config.json", refused(*worker))
+    assert key in json.loads(whole)
+    settings.write_text(whole)
+    works(*worker)
+
+
+@follows("add text or set a smaller batch")
+def test_a_run_has_a_batch_that_its_corpus_fills(workspace):
+    run = run_of(workspace, "large-batch", "train.tokens=1B")
+    printed = refused("train", *run, "train.global_batch_size=80000")
+    assert "set a smaller batch" in printed
+    check(run)
+
+
 @follows("Where the base was moved, `retemper train` and `retemper eval run` take its new folder")
 def test_a_moved_base_is_named_to_the_advised_commands(workspace, base, adapted):
     moved = base.rename(base.with_name("moved"))
@@ -343,7 +479,7 @@ def test_a_run_goes_on_with_other_settings_of_its_data_on_request(workspace):
     check([*run, setting(refused("train", *run), "data.allow_change")])
 
 
-@follows("`train` needs 7=7")
+@follows("`train` needs 7=7", "`train` needs init_from=7 (it has: 7)")
 def test_a_launch_names_the_folder_that_training_needs(workspace, base):
     run = run_of(workspace, "later", f"init_from={base.with_name('missing')}")
     launch = ["launch", "--target", "torchrun", *run]
@@ -351,6 +487,8 @@ def test_a_launch_names_the_folder_that_training_needs(workspace, base):
     shutil.copytree(base, needed)
     assert "not here" not in works(*launch)
     check(run)
+    [step] = re.findall(r"it has: (\d+)", works(*launch, f"init_from={base}@9"))
+    assert "not here" not in works(*launch, f"init_from={base}@{step}")
 
 
 @follows("(`retemper config --docs` lists the config keys")
@@ -407,7 +545,8 @@ def test_a_run_with_the_advised_ledger_is_verified(workspace, base):
     assert "nothing skipped" in works("data", "verify", str(base.with_name("ledger")))
 
 
-@follows("Train 7 with train.branches=[7]")
+@follows("Train 7 with train.branches=[7]", "there is no run (no config.json); train that run")
+@follows("these differ:\n7\nSet them to the trunk's values, which are listed first")
 def test_a_branch_starts_from_a_trunk_with_the_advised_branches(workspace):
     def branch_of(trunk: str, steps: int) -> list[str]:
         folder = workspace / "runs" / "advice" / trunk
@@ -419,7 +558,13 @@ def test_a_branch_starts_from_a_trunk_with_the_advised_branches(workspace):
     assert "Train the trunk with" in printed
     trunk += [setting(printed, "train.branches")]
     works("train", *trunk)
+    assert "correct the path" in refused("train", *branch_of("typo", 3))
     check(branch_of("trunk", 3))
+    differs = [*branch_of("trunk", 3), "seed=5"]
+    printed = refused("train", *differs)
+    check([*differs, *first_values(printed)])
+    assert "leave out branch_of" in printed
+    check([key for key in differs if not key.startswith("branch_of=")])
     # The trunk has now passed the start of another branch.
     printed = refused("train", *branch_of("trunk", 5))
     assert "Train another trunk, under another name, with" in printed
@@ -467,11 +612,15 @@ def test_a_run_without_scores_gets_them_by_the_advised_command(workspace, base):
 
 
 @follows("has no tasks for workers: set evals=paper, or evals.tasks.humaneval.where=worker")
+@follows("has no file 7*.jsonl; put it there")
 @pytest.mark.parametrize("key", ["evals", "evals.tasks.humaneval.where"])
 def test_a_worker_has_the_tasks_that_are_advised(base, tmp_path, key):
-    write_rows(tmp_path / "humaneval.jsonl", [PROBLEM])
     worker = ["eval", "worker", str(base), "--once", "--only", "score"]
-    works(*worker, f"evals.tasks_dir={tmp_path}", setting(refused(*worker), key))
+    worker += [f"evals.tasks_dir={tmp_path}"]
+    advised = setting(refused(*worker), key)
+    assert f"{tmp_path} has no file humaneval*.jsonl; put it there" in refused(*worker, advised)
+    write_rows(tmp_path / "humaneval.jsonl", [PROBLEM])
+    works(*worker, advised)
 
 
 PROBLEM = {
@@ -494,7 +643,9 @@ def test_programs_are_run_without_a_sandbox_on_request(base, monkeypatch):
     layers.find_layers.cache_clear()
 
 
+@pytest.mark.slow
 @follows("`retemper import 7 runs/models/NAME`", "only parallel=… and parallel.… are allowed here")
+@follows("is not that of a training run; an imported model is named in init_from")
 def test_a_transformers_folder_is_imported_by_the_advised_command(
     workspace, base, tmp_path, monkeypatch
 ):
@@ -506,7 +657,11 @@ def test_a_transformers_folder_is_imported_by_the_advised_command(
     allowed = re.findall(r"(parallel[=.])…", refused(*words, "optimizer.lr=1"))
     assert len(allowed) == 2
     works(*words, "parallel=single", "parallel.tensor_parallel_size=1")
-    check([*run, setting(printed, "init_from")])
+    imported = setting(printed, "init_from")
+    check([*run, imported])
+    branch = imported.replace("init_from", "branch_of")
+    [key] = re.findall(r"is named in (\w+)", refused("train", *run, "method=full", branch))
+    check([*run, branch.replace("branch_of", key)])
 
 
 def test_a_failed_conversion_names_files_that_are_still_there(base, tmp_path, monkeypatch):
@@ -548,40 +703,68 @@ def test_a_run_with_tasks_for_workers_is_scored_by_the_advised_command(workspace
 
 
 # Distinctive words of a message -> the test elsewhere that follows it.
-FOLLOWED_ELSEWHERE = {}
-# Help, documentation and reports of what is so.
+FOLLOWED_ELSEWHERE = {
+    "Restore it from a copy, or import that model again": (
+        "test_base.py::test_a_run_without_a_record_uses_the_base_of_its_newest_checkpoint"
+    ),
+    "is not a hub path: write hf://datasets": (
+        "test_hub.py::test_a_hub_source_is_pinned_to_a_commit"
+    ),
+    "the hub does not provide revision": "test_hub.py::test_a_hub_source_is_pinned_to_a_commit",
+    "this machine has no squeue": "test_tokenize_clusters.py::test_slurm",
+}
+NOT_RUN = {
+    "cannot be read; change its permissions": "the user of the tests may be root, who reads all",
+    "or check the credentials": "the user of the tests may be root, who reads all",
+    "data.executor=ray needs Ray": "it installs a package",
+}
+# Help, documentation, reports of what is so, refusals for which there is no remedy, and assertions.
 NO_ADVICE = [
     "Prove from the ledger",
     "on the tasks with where=worker",
-    "overrides of the run's config: evals=…",
     "study=mine name=lora model=llama2_7b method=lora",  # the example of `train --help`
+    "parallel=… and parallel.…=…, for a model that one process cannot hold",
     "# Configuration",
     "/index.json was not written by `retemper tokenize`, do not trust it",
     "this MFU is assumed",
+    "no peak FLOP/s of",
     "layers from 7, for init_from=7",
     "written by `retemper export`",
     "LoRA: computed with method.lora.kernel=plain, slower",
     "trainable and 7 frozen parameters",
+    "the tokenizer does not belong to this model",
+    "the cause is not a single batch",
+    "method.name=lora requires init_from",
+    "method=lora, but other parameters than adapters are trainable",
+    "method=full, but frozen",
+    "data.executor=slurm requires data.slurm",
 ]
 
 
 def test_the_advice_of_every_message_is_followed():
-    advising = {
+    texts = {
         message.place: message.text
         for message in messages()
         # Examples of --help are parsed by test_documents.py, rules are followed by test_rules.py.
-        if message.advises
+        if (message.commands or message.pairs)
         and not message.text.startswith("retemper ")
         and not message.place.startswith("pipeline/config/rules.py")
     }
-    known = [*FOLLOWED, *FOLLOWED_ELSEWHERE, *NO_ADVICE]
-    found = {words: [text for text in advising.values() if words in text] for words in known}
-    for words, texts in found.items():
-        exact = [text for text in texts if text == words]
-        assert len(exact or texts) == 1, f"{words!r} is in {len(texts)} messages"
+    known = [*FOLLOWED, *FOLLOWED_ELSEWHERE, *NOT_RUN, *NO_ADVICE]
+    for words in known:
+        found = [text for text in texts.values() if words in text]
+        exact = [text for text in found if words == text]
+        assert len(exact or found) == 1, f"{words!r} is in {len(found)} messages"
     unknown = [
         f"{place}: {text}"
-        for place, text in advising.items()
+        for place, text in texts.items()
         if not any(words in text for words in known)
     ]
     assert not unknown
+
+
+def test_the_tests_elsewhere_exist():
+    for test in FOLLOWED_ELSEWHERE.values():
+        file, _, name = test.partition("::")
+        [path] = (ROOT / "tests").rglob(file)
+        assert f"def {name}(" in path.read_text()

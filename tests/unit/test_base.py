@@ -100,6 +100,7 @@ def test_a_plan_reports_a_missing_step_of_the_base(tmp_path, base):
 def test_a_removed_or_changed_base_is_reported(tmp_path, base, base_step_5, is_gone):
     config = started(run_of(tmp_path, f"{base}@5"))
     checkpoint(config.run_dir, 3, base_step_5.fingerprint, str(base))
+    copy = shutil.copytree(base_step_5.folder, tmp_path / "copy")
     if is_gone:
         shutil.rmtree(base_step_5.folder)
     else:
@@ -115,6 +116,8 @@ def test_a_removed_or_changed_base_is_reported(tmp_path, base, base_step_5, is_g
     saved = commit.folder_of(config.run_dir, 3)
     with pytest.raises(UserError, match=f"^{saved} {message}"):
         base_of_checkpoint(saved, commit.sealed_meta(saved))
+    shutil.copytree(copy, base_step_5.folder, dirs_exist_ok=True)
+    assert base_of(config) == base_of_checkpoint(saved, commit.sealed_meta(saved)) == base_step_5
 
 
 def test_an_edited_meta_json_counts_as_a_changed_base(tmp_path, base, base_step_5):
@@ -185,11 +188,13 @@ def test_a_run_without_a_record_uses_the_base_of_its_newest_checkpoint(tmp_path,
     assert base_of(config) == base_step_5
     assert base_of(started(config)) == base_step_5 == read_record(config.run_dir)
     (config.run_dir / RECORD).unlink()
-    shutil.rmtree(base_step_5.folder)
+    copy = shutil.move(base_step_5.folder, tmp_path / "copy")
     with pytest.raises(
         UserError, match=rf"lora began from .* {base_step_5.fingerprint}, .*steps 10\)"
     ):
         base_of(config)
+    shutil.move(copy, base_step_5.folder)
+    assert base_of(config) == base_step_5
 
 
 def test_a_branch_has_the_base_of_its_trunk(tmp_path, base, base_step_5):
