@@ -17,9 +17,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
-from pydantic import conlist
+from pydantic import Field
 
 from retemper.pipeline.corpus.format import HELDOUT, TRAIN
 from retemper.pipeline.distributed.unexpected import report_unexpected
@@ -284,7 +284,7 @@ def read_limit(work: Path, split: str, number: int) -> int | None:
     """Return the limit of a bucket; None means all, as for every held-out bucket."""
     if split != TRAIN:
         return None
-    limits = conlist(int | None, min_length=number + 1)
+    limits = Annotated[list[int | None], Field(min_length=number + 1)]
     return _read(work / "chosen.json", limits, work)[number]
 
 
