@@ -100,7 +100,7 @@ def reading(folder: Path) -> Iterator[None]:
 def _refusal(path: str | Path, cause: BaseException) -> UserError:
     if isinstance(cause, CheckpointException):
         cause, _traceback = next(iter(cause.failures.values()))
-    named = re.search(r"(?:GLOBAL|class) '?([\w.]+)", str(cause))
+    named = re.search(r"(?:GLOBAL |class ')([\w.]+)", str(cause))
     what = (
         f"names {named[1]}, which is no part of a checkpoint and could run code"
         if named and isinstance(cause, pickle.UnpicklingError)
@@ -120,11 +120,11 @@ def _load_metadata(file: IO[bytes]) -> Metadata:
     """
     try:
         metadata = _Unpickler(file).load()
-        names = {info.relative_path for info in metadata.storage_data.values()}
+        for info in metadata.storage_data.values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise ValueError(f"it points to {info.relative_path}")
     except Exception as error:  # a damaged pickle can raise any
         raise _refusal(file.name, error) from None
-    if outside := [name for name in names if Path(name).name != name]:
-        raise _refusal(file.name, ValueError(f"it points to {outside[0]}"))
     return metadata
 
 
