@@ -100,7 +100,7 @@ def reading(folder: Path) -> Iterator[None]:
 def _refusal(path: str | Path, cause: BaseException) -> UserError:
     if isinstance(cause, CheckpointException):
         cause, _traceback = next(iter(cause.failures.values()))
-    named = re.search(r"(?:GLOBAL |class ')([\w.]+)", str(cause))
+    named = re.search(r"(?:GLOBAL |class ')(\w+\.[\w.]+)", str(cause))
     what = (
         f"names {named[1]}, which is no part of a checkpoint and could run code"
         if named and isinstance(cause, pickle.UnpicklingError)

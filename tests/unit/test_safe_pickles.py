@@ -81,6 +81,7 @@ ATTACKS = {
     "a persistent object": lambda ran: b"P0\n.",
     "half of a pickle": lambda ran: pickle.dumps(Metadata({}, storage_data={}))[:-20],
     "a number as class": lambda ran: b"K\x01)\x81.",
+    "numbers as name": lambda ran: b"\x80\x04K\x01K\x02\x93.",
     "a number as path": lambda ran: Metadata({}, storage_data={0: _StorageInfo(7, 0, 0)}),
     "a list": lambda ran: [],
     "nothing": lambda ran: b"",
