@@ -107,7 +107,7 @@ def check_resumable(config: Config) -> None:
         raise UserError(
             "\n".join(
                 [
-                    f"{config.run_dir} belongs to a run with another config:",
+                    f"{config.run_dir / 'config.json'} belongs to a run with another config:",
                     *(f"  - {change}" for change in changes),
                 ]
             )
