@@ -25,7 +25,7 @@ from retemper.pipeline.entry.preflight import preflight
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.evals.hook import unscored
 from retemper.pipeline.evals.uncertainty import Estimate
-from retemper.pipeline.files.jsonl import append_line
+from retemper.pipeline.files.jsonl import append_line, read_lines, sound_lines
 from retemper.pipeline.huggingface.source_config import config_of, model_of, read_config
 from retemper.pipeline.runs import eval_folder, run_folder
 from retemper.tokenize.publish import find_damaged
@@ -178,3 +178,30 @@ def test_damage_is_one_message_with_the_name_of_the_file_or_harmless(run, name, 
         message = capsys.readouterr().err
         expected = "ledger" if command == "data verify" else Path(name).name
         assert not code or expected in message  # 0 or None where the run goes on
+
+
+@pytest.mark.parametrize(
+    ("content", "sound", "damaged"),
+    [
+        ('{"step": 1}\n{"st', [1], None),
+        ('{"step": 1}\n{"step": 2}', [1, 2], None),
+        ('{"step": 1}\r\n\r\n{"step": 2}\r\n', [1, 2], None),
+        ('{"step": 1, "text": "a\u2028b\x85c"}\n{"step": 2}\n', [1, 2], None),
+        ('{"step": 1}\n' + "\0" * 20, [1], None),
+        ('{"step": 1}\n{"step": 2, "lo{"step": 3}\n{"step": 4}\n', [1, 4], "line 2 is damaged"),
+        ('null\n{"step": 4}\n', [4], "line 1 is damaged"),
+    ],
+)
+def test_a_half_last_line_is_repaired_and_other_damaged_lines_are_told(
+    content, sound, damaged, tmp_path, capsys
+):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(content.encode())
+    for _ in range(2):
+        assert [record["step"] for record in sound_lines(path, run_folder.OfStep)] == sound
+        assert ("1 damaged lines are left out" in capsys.readouterr().err) == bool(damaged)
+        if damaged:
+            with pytest.raises(UserError, match=f"{path}, {damaged}"):
+                list(read_lines(path, run_folder.OfStep))
+        sound = [*sound, 99]
+        append_line(path, {"step": 99})
