@@ -130,6 +130,9 @@ def model_of(config: dict[str, Any], source: Path) -> ModelConfig:
 def readable_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a folder in the spelling of transformers 4 and of 5.
 
+    Keys without effect that are empty are left out: transformers 4 fails at an empty
+    quantization_config.
+
     Raises:
         UserError: it does not describe a supported model.
     """
@@ -139,10 +142,9 @@ def readable_config(folder: Path) -> dict[str, Any]:
         both = rotary.in_both_spellings(config)
     except ValueError as error:
         raise UserError(f"{folder}/config.json: {error}") from None
-    return both | {
-        "architectures": [architecture],
-        "model_type": model_type_of(architecture),
-    }
+    empty = [key for key in passed_over(config) if config[key] in (None, {})]
+    names = {"architectures": [architecture], "model_type": model_type_of(architecture)}
+    return {key: value for key, value in both.items() if key not in empty} | names
 
 
 def model_type_of(architecture: str) -> str:
@@ -166,7 +168,7 @@ def _architecture(config: dict[str, Any], source: Path) -> str:
     supported = [name for name in _FAMILIES if name in listed]
     if not supported:
         raise UserError(
-            f"{source}/config.json: the architecture "
+            f"{source}/config.json, architectures: the architecture "
             f"{', '.join(map(str, listed)) or 'none named'} is not supported; "
             f"there are {', '.join(_FAMILIES)}"
         )
@@ -206,6 +208,10 @@ def _contradictions(values: dict[str, Any]) -> Iterator[str]:
             yield f"layer_types with {others[0]!r}; there are full_attention and sliding_attention"
         elif "sliding_attention" in types and not _window(values):
             yield "layer_types with sliding_attention, but no sliding_window is in use"
+    heads = values.get("num_attention_heads")
+    groups = values.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(groups, int) and groups > 0 and heads % groups:
+        yield f"num_key_value_heads={groups}, which does not divide num_attention_heads={heads}"
     vocabulary = values.get("vocab_size")
     padding = values.get("pad_token_id")
     if isinstance(padding, int) and isinstance(vocabulary, int) and padding >= vocabulary:

@@ -25,6 +25,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "is_causal": (True,),
     "mlp_bias": (False, None),
+    "partial_rotary_factor": (1.0,),
     "position_embedding_type": ("rope", "rotary"),
     "scale_attn_weights": (True,),
     "transformers_weights": (None,),  # another file of weights than the usual one

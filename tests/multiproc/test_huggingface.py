@@ -5,7 +5,11 @@ Logits, losses and weights must be the same.
 
 import email
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -308,6 +312,11 @@ def test_a_round_trip_changes_no_byte(exchange):
         assert exported["dtype"] == exported["torch_dtype"]
 
 
+def test_a_changed_config_is_imported_as_transformers_reads_it_or_refused_by_its_key(folders):
+    names = ("llama2", "mistral", "qwen2", "qwen3")
+    launch(1, [{"folders": [str(folders[name]) for name in names], "examples": 25}], "mutated")
+
+
 def test_a_base_is_the_same_at_every_layout(exchange):
     for name in STAGED:
         assert (
@@ -322,6 +331,83 @@ def test_a_base_is_the_same_at_every_layout(exchange):
     assert len(
         {commit.fingerprint(commit.newest(base)) for base, _ in exchange.round_trips.values()}
     ) == len(exchange.folders)
+
+
+# Run by transformers 5 in an environment of its own: write a folder, or the logits of folders.
+WRITE = """
+import json, sys, torch, transformers
+for folder, family, values in json.loads(sys.argv[1]):
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{family}Config")(**values)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.randn_like(parameter) * 0.1 + (1 if "norm" in name else 0)
+    model.save_pretrained(folder)
+"""
+READ = """
+import json, sys, torch, transformers
+for folder in json.loads(sys.argv[1]):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        torch.save(model(torch.arange(128)[None]).logits, f"{folder}/logits.pt")
+"""
+ROPES_OF_5 = {
+    "Llama": LLAMA3 | {"rope_theta": 5e5},
+    "Mistral": {"rope_type": "default", "rope_theta": 1e6},
+    "Qwen2": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5},
+    "Qwen3": {"rope_type": "default", "rope_theta": 5e6},
+}
+
+
+@pytest.fixture(scope="module")
+def transformers5(tmp_path_factory):
+    """Return a function that runs a script with transformers 5 beside this environment's torch."""
+    packages = tmp_path_factory.mktemp("transformers5")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(packages)]
+    installed = subprocess.run([*pip, "transformers>=5,<6"], capture_output=True, text=True)
+    if installed.returncode:
+        pytest.skip(f"transformers 5 cannot be installed: {installed.stderr[-300:]}")
+
+    def run(script: str, argument: list) -> None:
+        command = [sys.executable, "-c", script, json.dumps(argument)]
+        environment = os.environ | {"PYTHONPATH": str(packages)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return run
+
+
+@pytest.mark.slow
+def test_transformers_5_writes_what_is_imported_and_reads_what_is_exported(
+    workspace, transformers5
+):
+    import transformers
+
+    root = workspace / "transformers5"
+    written = {family: root / family for family in ROPES_OF_5}
+    exported = {family: root / f"{family}-exported" for family in ROPES_OF_5}
+    made = [
+        (str(written[family]), family, SHAPE | {"rope_parameters": rope})
+        for family, rope in ROPES_OF_5.items()
+    ]
+    transformers5(WRITE, made)
+    cases = []
+    for family, folder in written.items():
+        assert "rope_theta" not in json.loads((folder / "config.json").read_text())
+        shutil.copy(workspace / "data" / "tokenizer" / "tokenizer.json", folder)
+        base = str(root / f"{family}-base")
+        cases += [
+            {"import": {"folder": str(folder), "run": base}},
+            {"export": {"run": base, "folder": str(exported[family])}},
+        ]
+    launch(1, cases, "exchange")
+    transformers5(READ, [str(folder) for folder in (*written.values(), *exported.values())])
+    for family, out in exported.items():
+        logits = torch.load(written[family] / "logits.pt")
+        assert torch.load(out / "logits.pt").equal(logits)
+        ours = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(torch.arange(128)[None]).logits, logits)
 
 
 def beside(out: Path, what: str) -> Path:

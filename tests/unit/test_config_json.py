@@ -169,6 +169,7 @@ def test_a_checkpoint_of_the_hub_is_read_as_transformers_reads_it(family, name):
         ("Llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "of type 'dynamic'"),
         ("Llama", {"attention_bias": True, "mlp_bias": True}, "mlp_bias=True"),  # granite-code
         ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("Llama", {"partial_rotary_factor": False}, "partial_rotary_factor=False"),
         ("Llama", {"rope_interleaved": True}, "rope_interleaved=True"),
         ("Llama", {"log_scale": True}, "log_scale=True"),
         ("Llama", {"residual_multiplier": 0.22}, "residual_multiplier=0.22"),
@@ -231,12 +232,12 @@ def test_absent_keys_have_the_defaults_of_their_family():
     import transformers
 
     for family in CHECKPOINTS:
-        plain = config(family)
+        plain = config(family, num_attention_heads=32)
         del plain["num_key_value_heads"]
         theirs = transformers.AutoConfig.for_model(**plain)
         model = model_of(plain, Path("m"))
         assert model.num_query_groups == theirs.num_key_value_heads
-        assert model.kv_channels == (getattr(theirs, "head_dim", None) or 16)
+        assert model.kv_channels == (getattr(theirs, "head_dim", None) or 2)
         assert model.max_sequence_length == min(256, getattr(theirs, "sliding_window", 0) or 256)
 
 
@@ -260,6 +261,15 @@ def test_everything_that_transformers_writes_is_passed_over():
         model_of(written, Path("m"))
         assert {"temperature", "num_beams", "is_decoder"} <= set(passed_over(written))
         assert not set(passed_over(written)) & config(family).keys()
+
+
+def test_an_empty_quantization_config_which_transformers_fails_at_is_left_out(tmp_path):
+    for empty in (None, {}):
+        written = config(quantization_config=empty, unsloth_fixed=True)
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        readable = readable_config(tmp_path)
+        assert "quantization_config" not in readable
+        assert readable["unsloth_fixed"]
 
 
 def test_both_spellings_of_an_export_mean_the_same(tmp_path):
