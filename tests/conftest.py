@@ -188,6 +188,17 @@ def launch(world_size: int, cases: list[dict], script: str = "cases", timeout: i
         raise
 
 
+def bits_per_byte(run: Path) -> dict[tuple[int, str], float]:
+    """Return a run's held-out scores by step and domain."""
+    from retemper.pipeline.runs import eval_folder
+
+    return {
+        (step, domain): scores["bits_per_byte"]
+        for step, domains in eval_folder.read_scores(run).items()
+        for domain, scores in domains.items()
+    }
+
+
 def pytest_addoption(parser) -> None:
     parser.addoption("--package", help="only tests whose file imports from this package")
 
