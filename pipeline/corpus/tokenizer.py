@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from retemper.pipeline.errors import UserError
+from retemper.pipeline.files.json_file import read_json
 
 EOS = "<|endoftext|>"
 _BYTE_CHARACTERS = set(pre_tokenizers.ByteLevel.alphabet())  # one for each byte
@@ -112,16 +113,10 @@ class Tokenizer:
         """Return the content of a JSON file beside tokenizer.json, {} if there is none.
 
         Raises:
-            UserError: The file is no JSON object.
+            UserError: The file is damaged.
         """
         path = self.folder / name
-        try:
-            content = json.loads(path.read_bytes()) if path.is_file() else {}
-        except (ValueError, RecursionError):
-            content = None
-        if not isinstance(content, dict):
-            raise UserError(f"{path} is not a JSON object: save the tokenizer again")
-        return content
+        return read_json(path, dict, "save the tokenizer again") if path.is_file() else {}
 
     def _special_id(self, key: str) -> int | None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):

@@ -191,7 +191,7 @@ def test_ids_with_a_gap_have_bytes_and_a_type_that_holds_them(byte_level, tmp_pa
 def test_a_damaged_file_beside_the_tokenizer_is_named(byte_level, tmp_path, name, content):
     shutil.copy(byte_level / "tokenizer.json", tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name} is not a JSON object"):
+    with pytest.raises(UserError, match=f"{name} is damaged"):
         Tokenizer(tmp_path)
 
 
