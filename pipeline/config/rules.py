@@ -384,12 +384,11 @@ def conflicts(config: Config) -> Iterator[str]:
             "fp8.attention=true cannot be combined with data.mask_documents=true: "
             "set one of them to its default"
         )
-    for key in ("context_parallel_size", "virtual_pipeline_parallel_size"):
-        if config.data.mask_documents and getattr(parallel, key) > 1:
-            yield (
-                f"data.mask_documents=true cannot be combined with parallel.{key} > 1: "
-                "set one of them to its default"
-            )
+    if cp > 1 and config.data.mask_documents:
+        yield (
+            "data.mask_documents=true cannot be combined with parallel.context_parallel_size > 1: "
+            "set one of them to its default"
+        )
     if train.global_batch_size % (train.micro_batch_size * dp):
         yield (
             f"train.global_batch_size={train.global_batch_size} is not divisible by "

@@ -266,8 +266,10 @@ def transformer_config(config: ModelSetup, *, local: bool = True) -> Transformer
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
         **_RECOMPUTE_OPTIONS[parallel.recompute],
-        overlap_p2p_comm=parallel.overlap and virtual > 1,
-        batch_p2p_comm=not (parallel.overlap and virtual > 1),
+        # Interleaved stages send activations and gradients at once. Sent together, between two
+        # ranks one is received as the other: megatron-core's arguments.py refuses that.
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
         tp_comm_overlap=parallel.tensor_parallel_overlap,
         # Transformer Engine completes these in the weight's gradient, which frozen weights lack.
         tp_comm_bulk_wgrad=config.method.name == "full",

@@ -164,9 +164,8 @@ class ParallelConfig(Section):
     """Activations that are recomputed in the backward pass instead of stored. swiglu: the product
     of gate and up, with method=lora; selective: those of feed-forward layers; full: all."""
     overlap: bool = False
-    """Overlap communication with computation: reduce gradients during the backward pass, gather
-    weights during the forward pass and, with virtual stages, send activations during computation.
-    """
+    """Overlap communication with computation: reduce gradients during the backward pass, and gather
+    weights during the forward pass."""
     tensor_parallel_overlap: bool = False
     """Overlap tensor-parallel communication with matrix multiplications. Requires Transformer
     Engine and sequence_parallel."""

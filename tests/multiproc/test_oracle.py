@@ -17,7 +17,12 @@ TWO_RANKS = {
     "tp2": ["parallel=tp2"],
     "tp2sp": ["parallel=tp2", "parallel.sequence_parallel=true"],
     "pp2": ["parallel=pp2"],
-    "pp2vpp2": ["parallel=pp2", "parallel.virtual_pipeline_parallel_size=2"],
+    # Four micro-batches: with the two of one group no rank sends to both neighbours at once.
+    "pp2vpp2": [
+        "parallel=pp2",
+        "parallel.virtual_pipeline_parallel_size=2",
+        "train.micro_batch_size=2",
+    ],
     "cp2": ["parallel=cp2"],
     # Two micro-batches on a rank: their gradients are summed before ranks exchange them.
     "dp2": ["parallel=dp2", "train.micro_batch_size=2"],

@@ -106,15 +106,6 @@ BROKEN = [
     ),
     (["parallel.context_parallel_size=3"], "is not divisible by the 6 parts that"),
     (["parallel=cp2", "data.mask_documents=true"], "with parallel.context_parallel_size > 1"),
-    (
-        [
-            "parallel=pp2",
-            "model.num_layers=4",
-            "parallel.virtual_pipeline_parallel_size=2",
-            "data.mask_documents=true",
-        ],
-        "with parallel.virtual_pipeline_parallel_size > 1",
-    ),
     (["parallel.data_parallel_size=7"], "train.micro_batch_size × parallel.data_parallel_size"),
     (
         [
