@@ -6,8 +6,6 @@ from functools import partial
 from typing import Any, TypeGuard
 
 from retemper.pipeline.config.validate import check_data
-from retemper.pipeline.corpus.format import TRAIN
-from retemper.pipeline.corpus.manifest import find_manifest
 from retemper.pipeline.errors import UserError
 from retemper.pipeline.schema.data import DataConfig
 from retemper.pipeline.schema.section import parse_tokens
@@ -84,6 +82,9 @@ def _tokens_of(raw: dict[str, Any], epochs: float | str) -> int:
 
 def _samples_per_epoch(data: DataConfig) -> Fraction:
     """Return the samples of all streams that a run reads in one epoch of its own corpus."""
+    from retemper.pipeline.corpus.format import TRAIN
+    from retemper.pipeline.corpus.manifest import find_manifest
+
     manifest = find_manifest(data.path)
     if manifest is None:
         raise UserError(

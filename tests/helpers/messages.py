@@ -12,6 +12,9 @@ _NOT_READ = {"page.py", "slurm.py", "old_spellings.py"}
 _PAIR = re.compile(r"(?<![\w./{-])([a-z_]+(?:\.[a-zA-Z_]+)*)=([^\s`]+)")
 # Names in messages that look like keys of ours and are not: arguments of libraries and programs.
 _OTHERS = {"lsm", "key", "group"}
+# Keys of another program's file, config.json.
+_OTHERS |= {"architectures", "layer_types", "model_type", "num_attention_heads", "pad_token_id"}
+_OTHERS |= {"num_hidden_layers", "num_key_value_heads"}
 # Stands for whatever a message puts there.
 _VALUE = "7"
 

@@ -172,7 +172,7 @@ def rows(tmp_path) -> Path:
     return tmp_path / "rows.jsonl"
 
 
-@follows("set data.tokens=null to take all", "which data.packing=best_fit takes whole")
+@follows("set data.tokens=null to take all", "takes whole: set data.tokens=")
 @follows("or set data.heldout_fraction=0 for")
 @pytest.mark.parametrize(
     ("key", "changes"),
@@ -702,6 +702,67 @@ def test_a_run_with_tasks_for_workers_is_scored_by_the_advised_command(workspace
     assert "pass@1" in works(*show)
 
 
+@follows("are both set: set one of them to null", "or set train.tokens and milestones in tokens")
+@follows("schedule.warmup_fraction=7 are both set", "set more epochs or a smaller batch")
+def test_a_refused_length_is_accepted_as_advised(workspace, tmp_path):
+    run = run_of(workspace, "long")
+    refusal = refused("config", *run, "train.epochs=2")
+    [both] = re.findall(r"(\S+)=\S+ and (\S+)=\S+ are both set: set one of them to null", refusal)
+    for key in both:
+        works("config", *run, "train.epochs=2", f"{key}=null")
+    warm = [*run, "schedule.warmup_tokens=512", "schedule.warmup_fraction=0.5"]
+    refusal = refused("config", *warm)
+    for key in ("schedule.warmup_tokens", "schedule.warmup_fraction"):
+        works("config", *warm, setting(refusal, key))
+    short = [*run, "train.tokens=null", "train.epochs=1e-3"]
+    [batch] = re.findall(r"step of (\S+)=\d+: set more epochs", refused("config", *short))
+    works("config", *short, "train.epochs=1")
+    works("config", *short, "train.epochs=0.05", f"{batch}=1", "train.micro_batch_size=1")
+    absent = [*run, f"data.path={tmp_path / 'none'}", "checkpoint.milestones=[1ep]"]
+    [[verb]] = commands(refused("config", *absent))
+    assert verb == "tokenize"
+    works("config", *absent, "checkpoint.milestones=[512]")
+
+
+@follows("restore it from a copy, or remove it and `retemper eval run` computes it again")
+@follows("now 7 (evals.max_samples=7)")
+def test_scores_are_computed_again_as_advised(workspace, tmp_path):
+    run = run_of(workspace, "scored", "evals.max_samples=4", "evals.micro_batch_size=4")
+    run += [f"evals.heldout.math={workspace / 'data' / 'math'}"]
+    works("train", *run)
+    folder = workspace / "runs" / "advice" / "scored"
+    score = ["eval", "run", str(folder)]
+    other = refused(*score, "evals.max_samples=8")
+    files = re.findall(r"- (\S+): 4 samples of math, now 8", other)
+    assert len(files) == 2
+    for file in files:
+        Path(file).rename(tmp_path / Path(file).parent.name)
+    works(*score, "evals.max_samples=8")
+    Path(files[0]).write_text("")
+    [words] = set(map(tuple, commands(refused(*score, "evals.max_samples=8"))))
+    Path(files[0]).unlink()
+    works(*words, str(folder), "evals.max_samples=8")
+
+
+@follows(" evals.heldout.NAME=FOLDER")
+def test_a_run_without_scores_is_scored_by_the_command_of_the_report(workspace):
+    works("train", *run_of(workspace, "unscored"), "study=alone")
+    [words] = commands(works("report", str(workspace / "runs" / "alone")))
+    folder = workspace / "data" / "math"
+    domain = f"evals.heldout.math={folder}"
+    words = [domain if word == "evals.heldout.NAME=FOLDER" else word for word in words]
+    assert domain in words
+    works(*words, "evals.max_samples=2")
+
+
+@follows("is no folder: correct it, or leave it out to download the tasks' datasets")
+def test_a_folder_of_tasks_that_is_none_may_be_left_out(workspace, tmp_path):
+    run = run_of(workspace, "tasks", "evals.tasks={winogrande: {limit: 1}}")
+    with pytest.raises(UserError, match="is no folder: correct it, or leave it out"):
+        check([*run, f"evals.tasks_dir={tmp_path / 'none'}"])
+    check(run)
+
+
 # Distinctive words of a message -> the test elsewhere that follows it.
 FOLLOWED_ELSEWHERE = {
     "Restore it from a copy, or import that model again": (
@@ -711,12 +772,18 @@ FOLLOWED_ELSEWHERE = {
         "test_hub.py::test_a_hub_source_is_pinned_to_a_commit"
     ),
     "the hub does not provide revision": "test_hub.py::test_a_hub_source_is_pinned_to_a_commit",
+    "; data.source.include_hidden=true takes hidden files and caches": (
+        "test_text_sources.py::test_hidden_files_are_read_on_request"
+    ),
     "this machine has no squeue": "test_tokenize_clusters.py::test_slurm",
 }
 NOT_RUN = {
     "cannot be read; change its permissions": "the user of the tests may be root, who reads all",
     "or check the credentials": "the user of the tests may be root, who reads all",
     "data.executor=ray needs Ray": "it installs a package",
+    "set a smaller train.micro_batch_size": "it needs a full GPU",
+    "architectures=7 and model_type=7": "config.json of another program is edited",
+    "but vocab_size=7 ends before it": "config.json of another program is edited",
 }
 # Help, documentation, reports of what is so, refusals for which there is no remedy, and assertions.
 NO_ADVICE = [
@@ -725,6 +792,10 @@ NO_ADVICE = [
     "study=mine name=lora model=llama2_7b method=lora",  # the example of `train --help`
     "parallel=… and parallel.…=…, for a model that one process cannot hold",
     "# Configuration",
+    "began with marks of StarCoder's data",
+    "which does not divide num_attention_heads",
+    "which is no list of num_hidden_layers",
+    "tensors beside it",
     "/index.json was not written by `retemper tokenize`, do not trust it",
     "this MFU is assumed",
     "no peak FLOP/s of",

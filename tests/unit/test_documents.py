@@ -18,12 +18,12 @@ import pytest
 import yaml
 from conftest import ROOT
 from documented import PAGES, Command, documented_commands, help_examples, words_of
+from manifests import write_manifest
 
 from retemper.pipeline.cli import _parser, parse
 from retemper.pipeline.config.compose import load_config, load_data_config
 from retemper.pipeline.config.key_docs import keys_as_markdown
 from retemper.pipeline.config.stored import read_config
-from retemper.pipeline.files.sealed import dump_sealed
 
 PACKAGES = ("benchmarks", "conf", "docker", "launch", "pipeline", "tests", "tokenize")
 COMMANDS = documented_commands()
@@ -80,10 +80,8 @@ def folder(tmp_path_factory) -> Path:
             model = models["tiny" if start.startswith("runs/demo/") else "llama2_7b"]
             config = {"model": model, "method": {"name": "full"}}
             (run / "config.json").write_text(json.dumps(config))
-    manifest = {"made_from": {}, "fingerprint": "", "splits": {"train": {"samples": 1000}}}
     for corpus in ("runs/demo/data/code", "shards/metamathqa"):  # for the length of an epoch
-        (folder / corpus).mkdir(parents=True)
-        (folder / corpus / "manifest.json").write_text(dump_sealed(manifest))
+        write_manifest(folder / corpus, 1000)
     return folder
 
 

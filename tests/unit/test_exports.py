@@ -130,7 +130,8 @@ def test_special_token_ids_come_from_the_tokenizer_config(tmp_path, tokenizer):
     ):
         (named / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": bos}))
         assert export._special_ids(Tokenizer(named)).get("bos_token_id") == expected
-    (named / "tokenizer_config.json").unlink()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (named / name).unlink()
     assert export._special_ids(Tokenizer(named)) == {}
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 from conftest import SEQ_LENGTH, overrides
+from manifests import write_manifest
 
 from retemper.pipeline.checkpoint.trunk import branches_of
 from retemper.pipeline.config.compose import load_config
 from retemper.pipeline.corpus.manifest import read_manifest
 from retemper.pipeline.data.open_streams import Streams
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.files.sealed import dump_sealed
 from retemper.pipeline.runs.run_folder import check_resumable, start_or_resume
 
 BATCH = 8  # train.global_batch_size
@@ -111,9 +111,7 @@ def test_instruction_presets_have_the_papers_values(
     """Compare with the table of hyperparameters of arXiv 2405.09673, version 2."""
     monkeypatch.chdir(tmp_path)
     for corpus in ("magicoder_evol_instruct", "metamathqa_unpacked"):
-        manifest = {"made_from": {}, "fingerprint": "", "splits": {"train": {"samples": 395_000}}}
-        (tmp_path / "shards" / corpus).mkdir(parents=True)
-        (tmp_path / "shards" / corpus / "manifest.json").write_text(dump_sealed(manifest))
+        write_manifest(tmp_path / "shards" / corpus, 395_000)
     config = load_config([f"run={preset}", *changes, f"train.epochs={epochs}"])
     train, optimizer = config.train, config.optimizer
     batches = (train.global_batch_size, train.micro_batch_size)

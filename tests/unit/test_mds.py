@@ -73,6 +73,9 @@ def test_samples_match_those_that_streaming_reads(tmp_path_factory, corpus, rand
     assert read.tokens[-1] == 0
 
 
+RAW = {"basename": "00000/shard.00000.mds", "bytes": 48, "hashes": {"sha256": ""}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -82,24 +85,20 @@ def test_samples_match_those_that_streaming_reads(tmp_path_factory, corpus, rand
             "compressed by gz",
         ),
         (
-            {"raw_data": {"basename": "../../shard.00000.mds", "hashes": {}}},
+            {"raw_data": RAW | {"basename": "../../shard.00000.mds"}},
             "names the shard '../../shard.00000.mds'",
         ),
         ({"zip_data": {"basename": "/etc/passwd"}}, "stored as '/etc/passwd'"),
         ({"column_encodings": ["pkl"]}, "column tokens of type pkl"),
         ({"samples": 0}, "a shard of 0 samples"),
-        (
-            {"raw_data": {"basename": "00000/shard.00000.mds", "bytes": 1, "hashes": {"sha1": ""}}},
-            "no sha256",
-        ),
+        ({"samples": 2**40}, "a shard of 1099511627776 samples in 48 bytes"),
+        ({"raw_data": RAW | {"hashes": {"sha1": ""}}}, "no sha256"),
     ],
 )
 def test_shards_that_tokenize_does_not_write_are_refused(change, message):
     entry = {"version": 2, "format": "mds", "compression": None, "zip_data": None, "samples": 3}
     entry |= {
-        "raw_data": {"basename": "00000/shard.00000.mds", "bytes": 1, "hashes": {"sha256": ""}}
-    }
-    entry |= {
+        "raw_data": RAW,
         "column_names": ["tokens"],
         "column_encodings": ["ndarray:uint16:8"],
         "column_sizes": [16],

@@ -83,11 +83,12 @@ def test_run_with_an_existing_base_is_planned_without_a_note(tmp_path, run_verb)
 
 
 def write_run(config: Config, *steps: int) -> Config:
-    """Write the folder of a started run, with empty checkpoint folders after these steps."""
+    """Write the folder of a started run, with empty checkpoints after these steps."""
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.json").write_text(config.to_json())
     for step in steps:
         folder_of(config.run_dir, step).mkdir(parents=True)
+        (folder_of(config.run_dir, step) / "meta.json").touch()
     return config
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from manifests import write_manifest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
@@ -13,7 +14,6 @@ from retemper.pipeline.corpus import tokenizer as tokenizers
 from retemper.pipeline.corpus.tokenizer import Tokenizer, train_tokenizer
 from retemper.pipeline.data.streams import check_corpora
 from retemper.pipeline.errors import UserError
-from retemper.pipeline.files.sealed import dump_sealed
 
 PYTHON = Path(heapq.__file__).read_text()
 ADDED = [
@@ -114,22 +114,6 @@ def test_bytes_of_sentencepiece_byte_and_space_tokens(shared_data):
         assert sizes[tokenizer.backend.token_to_id(token)] == size, token
 
 
-def corpus(folder: Path, tokenizer: str) -> Path:
-    """Write the manifest of a corpus whose tokenizer has this hash, and return its folder."""
-    splits = {split: {"samples": 100} for split in ("train", "heldout")}
-    manifest = {
-        "made_from": {},
-        "fingerprint": "f",
-        "splits": splits,
-        "name": folder.name,
-        "vocab_size": 300,
-        "seq_length": 64,
-    }
-    folder.mkdir()
-    (folder / "manifest.json").write_text(dump_sealed(manifest | {"tokenizer_sha256": tokenizer}))
-    return folder
-
-
 def config_of(data: Path, tokenizer: str):
     changes = [
         "name=r",
@@ -145,7 +129,7 @@ def config_of(data: Path, tokenizer: str):
 def test_tokenizer_other_than_that_of_the_shards_is_refused_at_start(
     byte_level, tmp_path, monkeypatch
 ):
-    shards = corpus(tmp_path / "docs", Tokenizer(byte_level).sha256)
+    shards = write_manifest(tmp_path / "docs", 100, Tokenizer(byte_level).sha256)
     assert (
         check_corpora(config_of(shards, str(byte_level)))["tokenizer"]
         == Tokenizer(byte_level).sha256
