@@ -12,9 +12,9 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from retemper.launch.torchrun import SIGNALS
 from retemper.pipeline.distributed import topology
 from retemper.pipeline.distributed.exit import exit_now
+from retemper.pipeline.distributed.signals import stop_signals
 
 
 def run_here(module: str, arguments: list[str], world_size: int) -> int:
@@ -96,8 +96,7 @@ def _stop_signals_forwarded() -> Iterator[list[int]]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
 
-    forwarded = [getattr(signal, name) for name in SIGNALS if name != "SIGQUIT"]
-    previous = {number: signal.signal(number, forward) for number in forwarded}
+    previous = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         yield received
     finally:
@@ -125,8 +124,8 @@ def _import_for_ranks(module: str) -> None:
 
 
 def _forked_rank(module: str, arguments: list[str]) -> None:
-    for name in SIGNALS:
-        signal.signal(getattr(signal, name), signal.SIG_DFL)  # the agent's handlers were inherited
+    for number in (*stop_signals(), signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)  # the agent's handlers were inherited
     code = importlib.import_module(f"{module}.__main__").main(*arguments)
     if code:
         exit_now(code)

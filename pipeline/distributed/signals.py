@@ -29,12 +29,21 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals by which terminals, launchers and schedulers stop a process.
+
+    SIGHUP, at the end of a terminal, is none under nohup, which ignores it.
+    """
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    always = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    return [*always, signal.SIGHUP] if hangs_up else always
+
+
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[None]:
     """Record signals to stop within the context instead of ending the process.
 
-    Schedulers send some of them before they end a job, the terminal SIGINT at Ctrl-C and SIGHUP
-    when it is closed; `stop_requested` reports them. A second Ctrl-C ends the process at once.
+    `stop_requested` reports them. A second Ctrl-C ends the process at once.
     """
     received: list[int] = []
 
@@ -47,8 +56,7 @@ def catch_stop_signals() -> Iterator[None]:
             os.write(2, _STOPPING)  # print may have been interrupted
         received.append(number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    previous_handlers = {number: signal.signal(number, record) for number in numbers}
+    previous_handlers = {number: signal.signal(number, record) for number in stop_signals()}
     try:
         yield
     finally:

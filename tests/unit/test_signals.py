@@ -37,6 +37,19 @@ def test_a_training_rank_saves_at_the_first_ctrl_c_and_leaves_at_the_second(sent
     assert rank.stderr.count("Ctrl-C again leaves at once") == 1
 
 
+def test_a_closed_terminal_does_not_stop_what_nohup_has_started():
+    script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" + RANK.format(
+        sent=["SIGHUP"]
+    )
+    rank = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (rank.stdout, rank.stderr) == ("saves\n", "")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with local._stop_signals_forwarded() as received:
+        os.kill(os.getpid(), signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+    assert not received
+
+
 STUBBORN = "import signal, time; signal.signal(15, print); print('up', flush=True); time.sleep(60)"
 
 
