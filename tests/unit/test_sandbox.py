@@ -264,9 +264,6 @@ def test_forged_result_passes_the_test_but_is_found_by_the_control(name):
             "builtins.abs = lambda x: 0",
             "assert abs(f(1) - 2) < 1e-6",
         ),
-        ("abs = lambda x: 0", "assert abs(f(1) - 2) < 1e-6"),
-        ("tuple = lambda x: 0", "assert tuple([f(1)]) == tuple([2])"),
-        ("range = lambda n: []", "for x in range(9): assert f(x) == 2"),
         ("import math\nmath.fabs = lambda x: 0", "import math\nassert math.fabs(f(1) - 2) < 1e-6"),
         ("import random\nrandom.choice = min", "from random import choice\nassert choice([1])"),
     ],
@@ -274,6 +271,22 @@ def test_forged_result_passes_the_test_but_is_found_by_the_control(name):
 def test_replaced_functions_of_the_tests_are_found(candidate, tests):
     program = Program(f"{candidate}\ndef f(x): return 7", tests)
     assert run_programs([program], LIMITS, all_layers())[0].reason.startswith("forged: the program")
+
+
+@pytest.mark.parametrize(
+    "candidate, tests",
+    [
+        ("abs = lambda x: 0", "assert abs(f(1) - 2) < 1e-6"),
+        ("tuple = lambda x: 0", "assert tuple([f(1)]) == tuple([2])"),
+        ("range = lambda n: []", "for x in range(9): assert f(x) == 2"),
+    ],
+)
+def test_names_of_builtins_are_the_candidates_own(candidate, tests):
+    """Check that tests use Python's, so that a wrong answer fails and a right one passes."""
+    wrong, right = (f"{candidate}\ndef f(x): return {answer}" for answer in (7, 2))
+    verdicts = run_programs([Program(wrong, tests), Program(right, tests)], LIMITS, all_layers())
+    assert [verdict.passed for verdict in verdicts] == [False, True]
+    assert "AssertionError" in verdicts[0].reason
 
 
 def test_interpreter_of_a_candidate_starts_without_slow_imports():

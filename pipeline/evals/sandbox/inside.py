@@ -82,11 +82,13 @@ def _run(request: dict, report_forgery: Callable[[], None]) -> str | None:
     _hide_sandbox()
     try:
         exec(_compiled(request["candidate"]), namespace)
+        # The tests use Python's builtins, also where the candidate has functions of these names.
+        seen = {name: namespace[name] for name in namespace.keys() - set(request["builtins"])}
         tests = _compiled(request["tests"])
-        exec(comparisons.bind(tests, report_forgery), namespace)
+        exec(comparisons.bind(tests, report_forgery), seen)
     except BaseException as error:
         return _describe(error)
-    if any(map(_changed, modules, originals)) or namespace.keys() & set(request["builtins"]):
+    if any(map(_changed, modules, originals)):
         return "forged: the program replaced a function that the tests may use"
     return None
 
