@@ -218,6 +218,7 @@ def test_missing_checkpoints_are_named_and_the_others_scored(workspace, shared_d
     run_folder.start_or_resume(config, 0)
     vanished, emptied = (config.run_dir / "checkpoints" / f"step-{step:08d}" for step in (1, 2))
     emptied.mkdir(parents=True)
+    (emptied / "common.pt").touch()
     problem = json.loads((shared_data / "evals" / "humaneval.jsonl").read_text().splitlines()[0])
     programs = [
         {
