@@ -102,28 +102,27 @@ def test_findings_compare_annealed_points(study):
     ]
 
 
+SCORES = {
+    "metric": "acc",
+    "score": 0.5,
+    "stderr": 0.1,
+    "interval": [0.3, 0.7],
+    "samples": 9,
+    "metrics": {},
+    "decontaminated": {},
+}
+
+
 def test_workers_score_the_base_once(study, monkeypatch, capsys):
     done = []
 
     def generate(self, step, tasks):
         for task in tasks:
             done.append((self.config.name, step, task))
-            scores = {
-                "metric": "acc",
-                "score": 0.5,
-                "stderr": 0.1,
-                "interval": [0.3, 0.7],
-                "samples": 9,
-            }
-            scores |= {
-                "settings": self.config.evals.tasks[task].settings,
-                "metrics": {},
-                "decontaminated": {},
-            }
             self._commit(
                 step,
                 task,
-                scores,
+                SCORES | {"settings": self.config.evals.tasks[task].settings},
                 [{"doc_id": n, "filter": "none", "acc": 0.5 + step / 100} for n in range(9)],
             )
 
@@ -146,7 +145,7 @@ def test_workers_score_the_base_once(study, monkeypatch, capsys):
 
 def test_settings_that_differ_from_the_trunks_are_refused(study):
     config = load_run(study / f"lora-{NAMES[3]}", ["evals.tasks.winogrande={where:worker,limit:7}"])
-    scores = {"settings": {"limit": 9}, "score": 0.5}
+    scores = SCORES | {"settings": {"limit": 9}}
     eval_folder.write_result(study / "lora", 0, "winogrande", scores, [])
     with pytest.raises(Exception, match=f"{study / 'lora'}.*winogrande.json: .*limit 9, now 7"):
         eval_folder.check_settings(config, ["winogrande"])
