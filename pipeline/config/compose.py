@@ -15,6 +15,7 @@ from retemper.pipeline.config.validate import (
     config_error,
     describe_problem,
 )
+from retemper.pipeline.config.words import quoted
 from retemper.pipeline.errors import UserError, nearest
 from retemper.pipeline.files.credentials import refuse_credentials
 from retemper.pipeline.schema.data import DataConfig
@@ -244,7 +245,7 @@ def _composed(overrides: list[str]) -> dict[str, Any]:
         key, _, value = text.partition("=")
         if value == "{}" and key in _CLEARABLE:
             arguments.append(f"~{key}")
-        arguments.append(text if key in groups else f"++{text.lstrip('+')}")
+        arguments.append(text if key in groups else f"++{quoted(text.lstrip('+'))}")
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return _drop_unset(
