@@ -782,7 +782,6 @@ NOT_RUN = {
     "or check the credentials": "the user of the tests may be root, who reads all",
     "data.executor=ray needs Ray": "it installs a package",
     "set a smaller train.micro_batch_size": "it needs a full GPU",
-    "architectures=7 and model_type=7": "config.json of another program is edited",
     "but vocab_size=7 ends before it": "config.json of another program is edited",
 }
 # Help, documentation, reports of what is so, refusals for which there is no remedy, and assertions.
@@ -793,9 +792,6 @@ NO_ADVICE = [
     "parallel=… and parallel.…=…, for a model that one process cannot hold",
     "# Configuration",
     "began with marks of StarCoder's data",
-    "which does not divide num_attention_heads",
-    "which is no list of num_hidden_layers",
-    "tensors beside it",
     "/index.json was not written by `retemper tokenize`, do not trust it",
     "this MFU is assumed",
     "no peak FLOP/s of",
