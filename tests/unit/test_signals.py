@@ -70,7 +70,7 @@ def test_the_launcher_asks_ranks_to_stop_and_kills_them_at_the_second_ctrl_c():
 
 
 def test_handlers_of_before_return_after_training():
-    before = signal.getsignal(signal.SIGHUP)
+    before = signal.getsignal(signal.SIGTERM)
     with catch_stop_signals():
-        assert signal.getsignal(signal.SIGHUP) is not before
-    assert signal.getsignal(signal.SIGHUP) is before
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
