@@ -8,7 +8,8 @@ import re
 # port is none. And a parameter of its query that is a key or a signature.
 _IN_URL = re.compile(
     r"""(?<=://)(?:[^/\s'"]*@|[^/\s'"@:[{]+:(?!\d+\b)(?:[^\s'"]*@|[^\s'"/]*))"""
-    r"""|(?<=[?&])((?:[\w-]*(?:key\w*|token|secret|sig|signature|password|credential))=)[^&\s'"]+""",
+    r"""|(?<=[?&])((?:[\w-]*(?:key\w*|token|secret|sig|signature|password|credential))=)"""
+    r"""[^&\s'"]+""",
     re.IGNORECASE,
 )
 _SECRET_NAME = re.compile(r"_KEY$|TOKEN$|SECRET|PASSWORD|PASSWD|CREDENTIAL")

@@ -116,7 +116,7 @@ ALLOWED = {
     "regular expressions and text": (
         "import difflib, re, textwrap, unicodedata\n"
         "assert re.sub(r'(\\w)\\1', '-', 'aab') == '-b'\n"
-        "assert unicodedata.name('é').startswith('LATIN') and textwrap.wrap('a b', 1) == ['a', 'b']"
+        "assert unicodedata.name('é').startswith('LATIN') and len(textwrap.wrap('a b', 1)) == 2"
     ),
     "dates and zones": (
         "import calendar, datetime, time, zoneinfo\n"

@@ -644,7 +644,8 @@ def test_programs_are_run_without_a_sandbox_on_request(base, monkeypatch):
 
 
 @pytest.mark.slow
-@follows("`retemper import 7 runs/models/NAME`", "only parallel=… and parallel.… are allowed here")
+@follows("`retemper import 7 runs/models/NAME`")
+@follows("only parallel=… and parallel.… are allowed here")
 @follows("is not that of a training run; an imported model is named in init_from")
 def test_a_transformers_folder_is_imported_by_the_advised_command(
     workspace, base, tmp_path, monkeypatch

@@ -81,7 +81,10 @@ def test_a_repetition_longer_than_the_overlap_is_cut_without_loss(tokenizer, nam
 
 
 @pytest.mark.parametrize("name", ["gigatoken", "tokenizers"])
-@pytest.mark.parametrize("text", ["▁" * 30_001, "x▁" * 20_001, "▁ " * 20_001, "e\u0301 " * 20_001])
+@pytest.mark.parametrize(
+    "text",
+    ["▁" * 30_001, "x▁" * 20_001, "▁ " * 20_001, "e\u0301 " * 20_001],
+)
 def test_a_long_text_of_other_bytes_than_its_tokens_gets_their_ids(
     tokenizer, name, text, monkeypatch
 ):
@@ -108,7 +111,8 @@ def composing(folder: Path, normalizer: normalizers.Normalizer) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(["café naïve Ångström 가나다 é ü ñ and words "] * 9, trainer)
+    text = "café naïve Ångström 가나다 é ü ñ and words "
+    backend.train_from_iterator([text] * 9, trainer)
     folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     return Tokenizer(folder)

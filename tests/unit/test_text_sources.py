@@ -145,7 +145,8 @@ def test_hidden_rows_are_left_out_as_well(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "\f form feed \x1b[31mcolour\x1b[0m \b\v", "emoji 🎉" * 9, "日本語", "a\0b" + "c" * 200,
+        "", "\f form feed \x1b[31mcolour\x1b[0m \b\v", "emoji 🎉" * 9, "日本語",
+        "a\0b" + "c" * 200,
         json.dumps({"nul": "\0"}),
     ],
 )  # fmt: skip
