@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SHARED_DATA, data_config, launch, overrides
+from mutated import LLAMA3
 from safetensors.torch import load_file
 
 from retemper.pipeline.checkpoint import commit
@@ -35,13 +36,6 @@ SHAPE = {
     "num_key_value_heads": 2,
 }
 SHAPE |= {"vocab_size": 300, "max_position_embeddings": 256}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 FAMILIES = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
     "llama3": (
